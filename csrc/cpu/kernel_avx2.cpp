@@ -1,0 +1,37 @@
+// AVX2 and FMA. Compiled for that target whatever the compiler's flags, run only where the processor has both.
+#if defined(__x86_64__)
+#include <math.h>
+
+#include "kernel.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace seqconv {
+namespace avx2 {
+#include "simd.h"
+//
+#include "fft.h"
+//
+#include "kernel_impl.h"
+}  // namespace avx2
+}  // namespace seqconv
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace seqconv {
+
+const IsaKernels kAvx2 = {
+    "avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+    avx2::kKernel<float>, avx2::kKernel<double>};
+
+}  // namespace seqconv
+#endif

@@ -1,0 +1,148 @@
+// seqconv._C: the CPU kernels as a CPython stable-ABI module. Arguments are integers only; every check is
+// made in Python (seqconv/_cpu.py), which also lends torch's thread pool through set_parallel_for.
+#ifndef Py_LIMITED_API
+#define Py_LIMITED_API 0x030a0000
+#endif
+#include <Python.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "cpu/fftconv.h"
+
+namespace {
+
+using seqconv::Problem;
+using seqconv::Tensor;
+
+constexpr Py_ssize_t kSizes = 9;      // batch .. activation, see read_problem
+constexpr Py_ssize_t kPerTensor = 6;  // address, dtype, four strides
+constexpr Py_ssize_t kForwardArgs = kSizes + 7 * kPerTensor;
+constexpr Py_ssize_t kBackwardArgs = kSizes + 13 * kPerTensor;
+
+// Reads integers one after another; after a failure ok is false and the values are meaningless.
+struct Reader {
+  PyObject* const* args;
+  bool ok = true;
+  int64_t next() {
+    const long long value = PyLong_AsLongLong(*args++);
+    if (value == -1 && PyErr_Occurred()) ok = false;
+    return value;
+  }
+  Tensor tensor() {
+    Tensor t;
+    t.data = reinterpret_cast<char*>(static_cast<intptr_t>(next()));
+    t.dtype = static_cast<seqconv::Dtype>(next());
+    for (int64_t& stride : t.stride) stride = next();
+    return t;
+  }
+};
+
+bool read_problem(PyObject* const* args, Py_ssize_t count, bool backward, Problem* p) {
+  const Py_ssize_t wanted = backward ? kBackwardArgs : kForwardArgs;
+  if (count != wanted) {
+    PyErr_Format(PyExc_TypeError, "seqconv._C: %zd integers wanted, got %zd", wanted, count);
+    return false;
+  }
+  Reader read{args};
+  p->batch = read.next();
+  p->heads = read.next();
+  p->channels = read.next();
+  p->length = read.next();
+  p->taps = read.next();
+  p->taps_rev = read.next();
+  const int64_t flags = read.next();
+  p->kernel_per_sample = flags & 1;
+  p->skip_per_head = flags & 2;
+  p->compute_double = read.next();
+  p->activation = static_cast<seqconv::Activation>(read.next());
+  for (Tensor* t : {&p->u, &p->k, &p->k_rev, &p->skip, &p->pre_gate, &p->post_gate})
+    *t = read.tensor();
+  if (!backward) {
+    p->y = read.tensor();
+  } else {
+    for (Tensor* t :
+         {&p->dy, &p->du, &p->dk, &p->dk_rev, &p->dskip, &p->dpre_gate, &p->dpost_gate})
+      *t = read.tensor();
+  }
+  return read.ok;
+}
+
+PyObject* call(PyObject* const* args, Py_ssize_t count, bool backward) {
+  Problem problem;
+  if (!read_problem(args, count, backward, &problem)) return nullptr;
+  seqconv::Status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = backward ? seqconv::backward(problem) : seqconv::forward(problem);
+  Py_END_ALLOW_THREADS;
+  if (status == seqconv::Status::kOutOfMemory) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call(args, count, false);
+}
+
+PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call(args, count, true);
+}
+
+PyObject* set_parallel_for(PyObject*, PyObject* address) {
+  void* function = PyLong_AsVoidPtr(address);
+  if (!function && PyErr_Occurred()) return nullptr;
+  seqconv::set_parallel_for(reinterpret_cast<seqconv::ParallelFor>(function));
+  Py_RETURN_NONE;
+}
+
+PyObject* set_isa(PyObject*, PyObject* args) {
+  const char* name;
+  if (!PyArg_ParseTuple(args, "s", &name)) return nullptr;
+  return PyBool_FromLong(seqconv::set_isa(name));
+}
+
+PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(seqconv::isa()); }
+
+PyObject* forked(PyObject*, PyObject*) { return PyBool_FromLong(seqconv::forked()); }
+
+PyObject* compiler(PyObject*, PyObject*) {
+#if defined(__clang__)
+  return PyUnicode_FromString("clang " __clang_version__);
+#else
+  return PyUnicode_FromString("g++ " __VERSION__);
+#endif
+}
+
+PyObject* uses_direct_sum(PyObject*, PyObject* args) {
+  long long taps, taps_rev;
+  if (!PyArg_ParseTuple(args, "LL", &taps, &taps_rev)) return nullptr;
+  return PyBool_FromLong(seqconv::uses_direct_sum(taps, taps_rev));
+}
+
+PyObject* fft_size(PyObject*, PyObject* args) {
+  long long length;
+  if (!PyArg_ParseTuple(args, "L", &length)) return nullptr;
+  return PyLong_FromLongLong(seqconv::fft_size(length));
+}
+
+PyCFunction fastcall(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {
+    {"forward", fastcall(forward), METH_FASTCALL, "Runs the operator on packed arguments."},
+    {"backward", fastcall(backward), METH_FASTCALL, "Runs its gradient on packed arguments."},
+    {"set_parallel_for", set_parallel_for, METH_O, "Takes the address of torch_parallel_for."},
+    {"set_isa", set_isa, METH_VARARGS, "Selects an instruction set; False if it cannot run here."},
+    {"isa", isa, METH_NOARGS, "The instruction set in use."},
+    {"forked", forked, METH_NOARGS, "Whether this is a forked child, which runs serially."},
+    {"compiler", compiler, METH_NOARGS, "The compiler that built this module."},
+    {"uses_direct_sum", uses_direct_sum, METH_VARARGS, "(taps, taps_rev): no transform needed?"},
+    {"fft_size", fft_size, METH_VARARGS, "The transform length for a sequence length."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "CPU kernels of seqconv.", -1, methods,
+                      nullptr,               nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -1,0 +1,39 @@
+"""Argument checks with one voice: which argument, what was wanted with sizes filled in, what came."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(function: str, name: str, value, *, dtypes=FLOATS, device: torch.device | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        wanted = ", ".join(_name(d) for d in dtypes)
+        raise TypeError(f"{function}: {name} must be {wanted}, got {_name(value.dtype)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{function}: {name} must be on u's device {device}, got {value.device}")
+
+
+def check_shape(function: str, name: str, value: Tensor, *patterns: tuple) -> None:
+    """Each pattern is a tuple of (axis name, size), size None meaning any; the shape must match one of them."""
+    for pattern in patterns:
+        if value.dim() == len(pattern) and all(
+            size is None or value.shape[i] == size for i, (_, size) in enumerate(pattern)
+        ):
+            return
+    wanted = " or ".join(
+        "(" + ", ".join(n if s is None else f"{n}={s}" for n, s in p) + ("," if len(p) == 1 else "") + ")" for p in patterns
+    )
+    raise ValueError(f"{function}: {name} must be {wanted}, got {tuple(value.shape)}")
+
+
+def check_choice(function: str, name: str, value, choices: tuple) -> None:
+    if value not in choices:
+        wanted = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"{function}: {name} must be one of {wanted}, got {value!r}")

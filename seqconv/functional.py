@@ -1,0 +1,178 @@
+"""The package's one operator, `fftconv`, and `explain`, which says how a call of it is carried out."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqconv import _autograd, _cpu, _ops, reference
+from seqconv._check import FLOATS, check_choice, check_shape, check_tensor
+
+ACTIVATIONS = (None, "gelu", "silu", "relu")
+MODES = ("causal", "circular")
+LAYOUTS = ("bhl", "blh")
+
+
+def fftconv(
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None = None,
+    *,
+    k_rev: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    activation: str | None = None,
+    mode: str = "causal",
+    layout: str = "bhl",
+) -> Tensor:
+    """Depthwise convolution along time with a kernel as long as the sequence, gates, skip and activation fused.
+
+        x = pre_gate * u
+        v[t] = sum_{s<=t} k[t-s] x[s] + sum_{s>t} k_rev[s-t-1] x[s] + skip * x[t]
+        y = post_gate * activation(v)
+
+    Args:
+        u: (batch, channels, length), or (batch, length, channels) with layout="blh". float32, float64, bfloat16 or
+            float16; any strides.
+        k: (channels, K), K >= 0; tap 0 multiplies the present. (heads, channels, K) applies several kernels to one
+            input; (batch, heads, channels, K) a kernel per sample. float32, or narrower, or u's dtype.
+            K may be shorter or longer than length; taps beyond it never matter.
+        skip: (channels,), or (heads, channels) where k has heads; dtypes as k.
+        k_rev: taps for the future, with k's leading axes and a length of its own; its tap 0 is lag -1, so that lag 0
+            belongs to k alone. Makes the convolution two-sided.
+        pre_gate: u's shape and dtype.
+        post_gate: y's shape and u's dtype. Under autocast gates of another dtype are cast to u's.
+        activation: None, "gelu" (exact, by erf), "silu" or "relu".
+        mode: "causal" as above; "circular" wraps the sequence: v[t] = sum_s k[(t-s) mod length] x[s] + skip x[t],
+            K <= length, no k_rev.
+        layout: "bhl", or "blh" for u and gates as (batch, length, channels); y the same.
+
+    Returns:
+        y in u's dtype: (batch, channels, length); with heads (batch, heads, channels, length). layout="blh": (batch,
+        length, channels); with heads (batch, length, heads, channels).
+        Computed in float64 if u is float64, else in float32, whatever autocast says.
+
+    Every tensor argument has a gradient, in its own dtype, and second derivatives; torch.func, forward-mode and
+    torch.compile work. Saves its inputs only. Deterministic.
+
+    Round-off: more than 32 taps go through an FFT, which mixes past and future in the last digits: changing a future
+    input by delta moves an output by the order of eps * delta * |k|_2 * sqrt(length), and a NaN spoils its own row of
+    (sample, channel). Up to 32 taps are summed directly and see no future at all.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; the message names it.
+
+    Example:
+        >>> u = torch.tensor([[[1.0, 2.0, 3.0]]])
+        >>> fftconv(u, torch.tensor([[1.0, 10.0]]))
+        tensor([[[ 1., 12., 23.]]])
+
+    Cost: O(batch channels length log length). Source: arXiv 2302.06646, section 3; modulo x^n - i, which needs no
+    zero padding. Twins: seqconv.reference.fftconv, seqconv.reference.fftconv_fft.
+    """
+    tensors = _validate(u, k, skip, k_rev, pre_gate, post_gate, activation, mode, layout)
+    y = _autograd.apply(*tensors, activation or "none", layout == "blh")
+    return y.movedim(-1, 1) if layout == "blh" else y
+
+
+def _validate(u, k, skip, k_rev, pre_gate, post_gate, activation, mode, layout):
+    """Checks everything, then rewrites blh as a view and circular as two-sided."""
+    check_tensor("fftconv", "u", u)
+    check_choice("fftconv", "activation", activation, ACTIVATIONS)
+    check_choice("fftconv", "mode", mode, MODES)
+    check_choice("fftconv", "layout", layout, LAYOUTS)
+    axes = [("batch", None), ("channels", None), ("length", None)]
+    check_shape("fftconv", "u", u, tuple(axes if layout == "bhl" else (axes[0], axes[2], axes[1])))
+    if layout == "blh":
+        u = u.movedim(1, -1)
+    batch, channels, length = u.shape
+
+    kernel_dtypes = FLOATS if u.dtype == torch.float64 else tuple(d for d in FLOATS if d != torch.float64)
+    check_tensor("fftconv", "k", k, dtypes=kernel_dtypes, device=u.device)
+    c, taps, heads = ("channels", channels), ("K", None), ("heads", None)
+    check_shape("fftconv", "k", k, (c, taps), (heads, c, taps), (("batch", batch), heads, c, taps))
+    has_heads = k.dim() > 2
+    heads = ("heads", k.shape[-3] if has_heads else None)
+    if skip is not None:
+        check_tensor("fftconv", "skip", skip, dtypes=kernel_dtypes, device=u.device)
+        check_shape("fftconv", "skip", skip, *([(c,), (heads, c)] if has_heads else [(c,)]))
+    if k_rev is not None:
+        check_tensor("fftconv", "k_rev", k_rev, dtypes=kernel_dtypes, device=u.device)
+        leading = [("batch", batch), heads, c][-(k.dim() - 1) :]
+        check_shape("fftconv", "k_rev", k_rev, (*leading, ("K_rev", None)))
+    pre_gate = _validate_gate("pre_gate", pre_gate, u, (), layout)
+    post_gate = _validate_gate("post_gate", post_gate, u, (heads,) if has_heads else (), layout)
+
+    if mode == "circular":
+        if k_rev is not None:
+            raise ValueError("fftconv: k_rev must be None in circular mode, got a tensor")
+        if k.shape[-1] > length:
+            raise ValueError(f"fftconv: k must have K <= length={length} in circular mode, got K={k.shape[-1]}")
+        # Tap j of a circular kernel is also lag j - length. In float32, so that its gradient is rounded once.
+        k = F.pad(k.to(torch.promote_types(k.dtype, torch.float32)), (0, length - k.shape[-1]))
+        k_rev = k[..., 1:].flip(-1)
+    return u, k, k_rev, skip, pre_gate, post_gate
+
+
+def _validate_gate(name, gate, u, heads, layout):
+    if gate is None:
+        return None
+    check_tensor("fftconv", name, gate, device=u.device)
+    if gate.dtype != u.dtype:
+        if not torch.is_autocast_enabled(u.device.type):
+            check_tensor("fftconv", name, gate, dtypes=(u.dtype,))
+        gate = gate.to(u.dtype)
+    b, c, t = ("batch", u.shape[0]), ("channels", u.shape[1]), ("length", u.shape[2])
+    check_shape("fftconv", name, gate, (b, *heads, c, t) if layout == "bhl" else (b, t, *heads, c))
+    return gate.movedim(1, -1) if layout == "blh" else gate
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a call of fftconv is carried out; str() says it in a line or two."""
+
+    backend: str  # "cpu" or "reference"
+    algorithm: str  # "direct sum", "right-angle fft" or "torch.fft"
+    fft_size: int | None  # None for the direct sum
+    isa: str | None  # instruction set of the CPU kernel
+    threads: int
+    fallback: str | None  # why no fused kernel is used; None if one is
+
+    def __str__(self) -> str:
+        size = "" if self.fft_size is None else f" of {self.fft_size} points"
+        where = self.backend if self.isa is None else f"{self.backend} ({self.isa}, {self.threads} threads)"
+        text = f"{where}: {self.algorithm}{size}"
+        return text if self.fallback is None else f"{text}\nfallback, slower with the same answer: {self.fallback}"
+
+
+def explain(
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None = None,
+    *,
+    k_rev: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    activation: str | None = None,
+    mode: str = "causal",
+    layout: str = "bhl",
+) -> Explanation:
+    """Which backend and plan `fftconv` takes for these arguments, and why not a faster one. Computes nothing.
+
+    Example:
+        >>> explain(torch.zeros(1, 4, 1000), torch.zeros(4, 1000)).fallback is None
+        True
+    """
+    u, k, k_rev, *_ = _validate(u, k, skip, k_rev, pre_gate, post_gate, activation, mode, layout)
+    reason = _ops.fallback_reason(u.device)
+    length = u.shape[-1]
+    taps = min(k.shape[-1], length)
+    taps_rev = 0 if k_rev is None else min(k_rev.shape[-1], max(length - 1, 0))
+    if reason is not None:
+        n = reference.fft_size(length, taps, taps_rev)
+        return Explanation("reference", "torch.fft", n, None, torch.get_num_threads(), reason)
+    direct = _cpu.uses_direct_sum(taps, taps_rev)
+    size = None if direct else _cpu.fft_size(length)
+    algorithm = "direct sum" if direct else "right-angle fft"
+    return Explanation("cpu", algorithm, size, _cpu.isa(), _cpu.threads(), None)

@@ -1,0 +1,218 @@
+"""The definition of every fast function of the package, in plain torch: slow, short, differentiable.
+
+`fftconv` is the O(L K) sum itself, `fftconv_fft` the usual torch.fft formulation (zero-padded rfft, product, irfft); both
+have the signature of `seqconv.fftconv` and take any real dtype. `backward` is the gradient of `fftconv_fft` in closed
+form. `s4d_kernel` is the Vandermonde sum of S4D. No argument is checked here.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def fftconv(
+    u,
+    k,
+    skip=None,
+    *,
+    k_rev=None,
+    pre_gate=None,
+    post_gate=None,
+    activation=None,
+    mode="causal",
+    layout="bhl",
+):
+    """The definition, term by term:
+
+    x = pre_gate * u
+    v[t] = sum_{s<=t} k[t-s] x[s] + sum_{s>t} k_rev[s-t-1] x[s] + skip * x[t]
+    y = post_gate * activation(v)
+
+    In circular mode v[t] = sum_s k[(t-s) mod length] x[s] + skip * x[t].
+    """
+
+    def convolve(x, k, k_rev):
+        length = x.shape[-1]
+        v = torch.zeros_like(x * k.sum(-1, keepdim=True))
+        for j in range(min(k.shape[-1], length)):
+            tap = k[..., j : j + 1]
+            if mode == "circular":
+                v = v + tap * x.roll(j, -1)
+            else:
+                v = v + F.pad(tap * x[..., : length - j], (j, 0))
+        for j in range(1, min(0 if k_rev is None else k_rev.shape[-1], length - 1) + 1):
+            v = v + F.pad(k_rev[..., j - 1 : j] * x[..., j:], (0, j))
+        return v
+
+    return _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, activation, layout)
+
+
+def fftconv_fft(
+    u,
+    k,
+    skip=None,
+    *,
+    k_rev=None,
+    pre_gate=None,
+    post_gate=None,
+    activation=None,
+    mode="causal",
+    layout="bhl",
+):
+    """The same through torch.fft: irfft(rfft(x, n) rfft(k, n))[:length], n large enough that nothing wraps."""
+
+    def convolve(x, k, k_rev):
+        length = x.shape[-1]
+        n = length if mode == "circular" else fft_size(length, *_reach(length, k, k_rev))
+        product = torch.fft.rfft(x, n) * _spectrum(k, k_rev, length, n)
+        return torch.fft.irfft(product, n)[..., :length]
+
+    if u.numel() == 0:
+        convolve = None
+    return _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, activation, layout)
+
+
+def _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, activation, layout):
+    compute = torch.promote_types(u.dtype, torch.float32)
+    if layout == "blh":
+        u, pre_gate, post_gate = (t if t is None else t.movedim(1, -1) for t in (u, pre_gate, post_gate))
+    x = u.to(compute)
+    if pre_gate is not None:
+        x = x * pre_gate.to(compute)
+    x = x.unsqueeze(1)  # (b 1 h l)
+    heads, per_head = (k.shape[-3], True) if k.dim() > 2 else (1, False)
+    k4 = _with_axes(k, 4).to(compute)  # (b c h k), leading axes may be 1
+    k4_rev = None if k_rev is None else _with_axes(k_rev, 4).to(compute)
+    if convolve is None:  # nothing to sum over
+        v = x.expand(-1, heads, -1, -1) * 1.0 + k4.sum() * 0
+    else:
+        v = convolve(x, k4, k4_rev)
+    if skip is not None:
+        v = v + skip.to(compute).unsqueeze(-1) * x
+    y = activate(v, activation)
+    if not per_head:
+        y = y.squeeze(1)
+    if post_gate is not None:
+        y = y * post_gate.to(compute)
+    y = y.to(u.dtype)
+    return y.movedim(-1, 1) if layout == "blh" else y
+
+
+def _with_axes(t: Tensor, axes: int) -> Tensor:
+    return t.reshape((1,) * (axes - t.dim()) + t.shape)
+
+
+def activate(v: Tensor, activation: str | None) -> Tensor:
+    if activation == "gelu":
+        return F.gelu(v)
+    if activation == "silu":
+        return F.silu(v)
+    return F.relu(v) if activation == "relu" else v
+
+
+def _slope(v: Tensor, activation: str | None) -> Tensor:
+    if activation == "gelu":
+        cdf = 0.5 * torch.erfc(v * -math.sqrt(0.5))
+        return cdf + v * torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)
+    if activation == "silu":
+        s = torch.sigmoid(v)
+        return s + v * s * (1 - s)
+    return (v > 0).to(v.dtype) if activation == "relu" else torch.ones_like(v)
+
+
+def _reach(length: int, k: Tensor, k_rev: Tensor | None) -> tuple[int, int]:
+    """How many taps of k and of k_rev can reach an output."""
+    return min(k.shape[-1], length), 0 if k_rev is None else min(k_rev.shape[-1], max(length - 1, 0))
+
+
+def fft_size(length: int, taps: int, taps_rev: int = 0) -> int:
+    """Smallest 2^a 3^b 5^c at which neither tail of the convolution reaches the first `length` outputs."""
+    n = length + max(taps, taps_rev)
+    while n > 1:
+        rest = n
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return n
+        n += 1
+    return 1
+
+
+def _spectrum(k: Tensor, k_rev: Tensor | None, length: int, n: int) -> Tensor:
+    """rfft of the kernel laid on a circle of n: lag j at j, lag -m at n - m. Taps that reach no output are cut."""
+    k = k[..., :length]
+    circle = F.pad(k, (0, n - k.shape[-1]))
+    if k_rev is not None:
+        k_rev = k_rev[..., : length - 1]
+        circle = circle + F.pad(k_rev.flip(-1), (n - k_rev.shape[-1], 0))
+    return torch.fft.rfft(circle)
+
+
+def backward(dy, u, k, k_rev, skip, pre_gate, post_gate, activation):
+    """Gradients of fftconv_fft(layout="bhl") with respect to u, k, k_rev, skip, pre_gate and post_gate.
+
+    Returns six tensors in the inputs' dtypes, None where the input is None. Conjugates are computed, never lazy:
+    inside an opaque operator torch.compile drops the lazy flag and the sign with it.
+    """
+    compute = torch.promote_types(u.dtype, torch.float32)
+    inputs = (u, k, k_rev, skip, pre_gate, post_gate)
+    wide = [None if t is None else t.to(compute) for t in (dy, *inputs)]
+    dy, wide_u, wide_k, wide_k_rev, wide_skip, pre, post = wide
+    length = u.shape[-1]
+    x = (wide_u if pre is None else wide_u * pre).unsqueeze(1)  # (b 1 h l)
+    k4 = _with_axes(wide_k, 4)
+    k4_rev = None if k_rev is None else _with_axes(wide_k_rev, 4)
+    taps, taps_rev = _reach(length, k, k_rev)
+    n = fft_size(length, taps, taps_rev)
+    x_f, k_f = torch.fft.rfft(x, n), _spectrum(k4, k4_rev, length, n)
+    skip4 = None if skip is None else _with_axes(wide_skip.unsqueeze(-1), 4)
+
+    v = torch.fft.irfft(x_f * k_f, n)[..., :length]
+    if skip4 is not None:
+        v = v + skip4 * x
+    dv = dy.reshape(v.shape)
+    dpost = None if post is None else (dv * activate(v, activation)).reshape(dy.shape)
+    if post is not None:
+        dv = dv * post.reshape(v.shape)
+    dv = dv * _slope(v, activation)
+
+    dv_f = torch.fft.rfft(dv, n)
+    dx = torch.fft.irfft((dv_f * k_f.conj_physical()).sum(1), n)[..., :length]
+    if skip4 is not None:
+        dx = dx + (skip4 * dv).sum(1)
+    per_sample = k.dim() == 4
+    dk_f = dv_f * x_f.conj_physical()
+    dk = torch.fft.irfft(dk_f if per_sample else dk_f.sum(0, keepdim=True), n)
+    grads = [
+        dx if pre is None else dx * pre,
+        F.pad(dk[..., :taps], (0, k.shape[-1] - taps)).reshape(k.shape),
+        None,
+        None,
+        None if pre is None else dx * wide_u,
+        dpost,
+    ]
+    if k_rev is not None:
+        tail = dk[..., n - taps_rev :].flip(-1)
+        grads[2] = F.pad(tail, (0, k_rev.shape[-1] - taps_rev)).reshape(k_rev.shape)
+    if skip is not None:
+        dskip = (dv * x).sum((0, 3))  # (c h)
+        grads[3] = dskip if skip.dim() == 2 else dskip.sum(0)
+    return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
+
+
+def s4d_kernel(log_dt, log_neg_real, imag, c, length):
+    """S4D's kernel by its definition, zero-order hold, B = 1 (arXiv 2206.11893, section 3.2):
+
+    K[head, h, t] = 2 Re sum_n c[head, h, n] (exp(dt A) - 1) / A exp(dt A t),   A = -exp(log_neg_real) + i imag
+
+    log_dt (channels,), log_neg_real and imag (channels, modes), c (heads, channels, modes, 2), all real; returns
+    (heads, channels, length) in c's dtype. Computed in float64; takes memory channels x modes x length.
+    """
+    a = torch.complex(-log_neg_real.double().exp(), imag.double())
+    dt_a = log_dt.double().exp().unsqueeze(-1) * a
+    weight = torch.view_as_complex(c.double().contiguous()) * torch.expm1(dt_a) / a
+    powers = torch.exp(dt_a.unsqueeze(-1) * torch.arange(length, device=c.device))  # (h n l)
+    return 2 * torch.einsum("chn,hnl->chl", weight, powers).real.to(c.dtype)

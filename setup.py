@@ -1,0 +1,77 @@
+"""Builds seqconv._C, or, where that is impossible, a pure Python package that does the same with torch.fft.
+
+Everything else is declared in pyproject.toml. Only what is being built on counts: no GPU, torch or CUDA is looked for.
+"""
+
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Distribution, Extension, setup
+from setuptools._distutils.ccompiler import new_compiler
+from setuptools._distutils.sysconfig import customize_compiler
+from setuptools.command.build_ext import build_ext
+
+COMPILE_ARGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+# The C API of free-threaded builds has no stable subset.
+STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+PROBE = """
+#include <Python.h>
+#include <pthread.h>
+#include <memory>
+typedef float Vector __attribute__((vector_size(32)));
+extern "C" float probe(const float* x) { Vector v = {}; auto p = std::make_unique<int>(1); return (v + x[*p])[0]; }
+"""
+
+
+def why_not_buildable() -> str | None:
+    """Compiles and links a few lines with everything the extension needs from the machine."""
+    command = build_ext(Distribution())
+    command.finalize_options()
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text(PROBE)
+            options = {"include_dirs": command.include_dirs, "extra_postargs": COMPILE_ARGS}
+            objects = compiler.compile([str(source)], output_dir=folder, **options)
+            compiler.link_shared_object(objects, str(Path(folder, "probe.so")), target_lang="c++")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def extensions() -> list[Extension]:
+    reason = why_not_buildable()
+    if reason is not None:
+        print(
+            "\nWARNING: seqconv is installed without its compiled CPU kernels: it will work, but slower, on torch.fft.\n"
+            "They need a C++17 compiler (g++ or clang) and the headers of this Python (Debian: g++ python3-dev).\n"
+            f"What failed: {reason}\n",
+            file=sys.stderr,
+        )
+        return []
+    csrc = Path("csrc")
+    headers = sorted(str(p) for p in csrc.rglob("*.h"))
+    sources = [str(csrc / "module.cpp"), *sorted(str(p) for p in (csrc / "cpu").glob("*.cpp"))]
+    return [
+        Extension(
+            "seqconv._C",
+            sources=sources,
+            depends=headers,
+            language="c++",
+            define_macros=[("Py_LIMITED_API", "0x030a0000")] if STABLE_ABI else [],
+            py_limited_api=STABLE_ABI,
+            extra_compile_args=COMPILE_ARGS,
+            extra_link_args=["-pthread"],
+        )
+    ]
+
+
+setup(
+    ext_modules=extensions(),
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_ABI else {},
+)
