@@ -2,5 +2,19 @@
 
 from seqconv._version import __version__
 from seqconv.functional import Explanation, explain, fftconv
+from seqconv.long_conv import LongConv, LongConvKernel
+from seqconv.optim import param_groups
+from seqconv.s4d import S4D, S4DKernel, s4d_kernel
 
-__all__ = ["Explanation", "__version__", "explain", "fftconv"]
+__all__ = [
+    "S4D",
+    "Explanation",
+    "LongConv",
+    "LongConvKernel",
+    "S4DKernel",
+    "__version__",
+    "explain",
+    "fftconv",
+    "param_groups",
+    "s4d_kernel",
+]

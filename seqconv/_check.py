@@ -37,3 +37,9 @@ def check_choice(function: str, name: str, value, choices: tuple) -> None:
     if value not in choices:
         wanted = ", ".join(repr(c) for c in choices)
         raise ValueError(f"{function}: {name} must be one of {wanted}, got {value!r}")
+
+
+def check_positive(function: str, **sizes: int) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{function}: {name} must be an integer >= 1, got {value!r}")

@@ -25,10 +25,12 @@ library.define(
 fwd = torch.ops.seqconv.fftconv_fwd.default
 bwd = torch.ops.seqconv.fftconv_bwd.default
 
+forced_reference = os.environ.get("SEQCONV_BACKEND") == "reference"
+
 
 def fallback_reason(device: torch.device) -> str | None:
     """Why a call on this device takes torch.fft instead of a fused kernel; None if it does not."""
-    if os.environ.get("SEQCONV_BACKEND") == "reference":
+    if forced_reference:
         return "SEQCONV_BACKEND=reference asks for it"
     if device.type == "cpu":
         return _cpu.missing or None

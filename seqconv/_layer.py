@@ -1,0 +1,64 @@
+"""What every layer shares: kernel generator -> fftconv -> GELU, dropout, linear and GLU."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from seqconv._check import FLOATS, check_shape, check_tensor
+from seqconv.functional import fftconv
+
+
+class KernelGenerator(nn.Module):
+    """A module whose call with a length gives a kernel (heads, channels, length).
+
+    `overrides` maps parameter names to the optimiser settings they ask for, which seqconv.param_groups collects. The
+    parameters stay float32 when a model is cast to a half precision: rounding them changes the kernel by tens of percent.
+    """
+
+    overrides: dict[str, dict[str, float]]
+
+    def _apply(self, fn, recurse=True):
+        def keep_precision(t: Tensor) -> Tensor:
+            out = fn(t)
+            return t.to(out.device) if out.dtype in (torch.bfloat16, torch.float16) else out
+
+        return super()._apply(keep_precision, recurse)
+
+
+class ConvLayer(nn.Module):
+    """(batch, length, d_model) -> the same: y = GLU(W dropout(gelu(k * x + skip x)) + b).
+
+    Parameters: the generator's; skip (heads, d_model) ~ N(0, 1); linear (2 d_model, heads d_model), torch's default. A
+    two-sided layer's generator makes 2 heads kernels, the second half for the future.
+    """
+
+    def __init__(self, d_model: int, kernel: KernelGenerator, *, heads: int, bidirectional: bool, dropout: float):
+        super().__init__()
+        self.d_model = d_model
+        self.heads = heads
+        self.bidirectional = bidirectional
+        self.kernel = kernel
+        self.skip = nn.Parameter(torch.randn(heads, d_model))
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(heads * d_model, 2 * d_model)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (batch, length, d_model); mask (batch, length) marks padding, by True or by -inf: it is read as zeros."""
+        name = type(self).__name__
+        check_tensor(name, "x", x)
+        check_shape(name, "x", x, (("batch", None), ("length", None), ("d_model", self.d_model)))
+        batch, length, _ = x.shape
+        if mask is not None:
+            check_tensor(name, "mask", mask, dtypes=(torch.bool, *FLOATS), device=x.device)
+            check_shape(name, "mask", mask, (("batch", batch), ("length", length)))
+            padding = mask if mask.dtype == torch.bool else mask < 0
+            x = x.masked_fill(padding.unsqueeze(-1), 0.0)
+        k, k_rev = self.kernel(length), None
+        if self.bidirectional:
+            k, k_rev = k[: self.heads], k[self.heads :]
+        y = fftconv(x, k, self.skip, k_rev=k_rev, activation="gelu", layout="blh")
+        return F.glu(self.linear(self.dropout(rearrange(y, "b l c h -> b l (c h)"))), dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.d_model}, heads={self.heads}, bidirectional={self.bidirectional}"

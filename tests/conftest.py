@@ -1,0 +1,21 @@
+import os
+
+import pytest
+import torch
+
+import seqconv
+
+
+def pytest_sessionstart(session):
+    explanation = seqconv.explain(torch.zeros(1, 1, 64), torch.zeros(1, 64))
+    if explanation.fallback and not os.environ.get("SEQCONV_ALLOW_FALLBACK"):
+        pytest.exit(f"the tests would only test torch.fft: {explanation.fallback}", returncode=3)
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """Every test starts from one seed, and torch fills uninitialised memory with NaN."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
