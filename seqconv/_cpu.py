@@ -38,6 +38,11 @@ if _C is not None and "SEQCONV_CPU_ISA" in os.environ and not _C.set_isa(os.envi
     raise ValueError(f"SEQCONV_CPU_ISA={os.environ['SEQCONV_CPU_ISA']} does not run on this processor or is unknown")
 
 
+def set_isa(name: str) -> bool:
+    """False if the processor cannot run it."""
+    return _C.set_isa(name)
+
+
 def isa() -> str:
     return _C.isa()
 

@@ -35,7 +35,7 @@ def fftconv(
 
     def convolve(x, k, k_rev):
         length = x.shape[-1]
-        v = torch.zeros_like(x * k.sum(-1, keepdim=True))
+        v = torch.zeros((x.shape[0], *k.shape[1:-1], length), dtype=x.dtype, device=x.device)
         for j in range(min(k.shape[-1], length)):
             tap = k[..., j : j + 1]
             if mode == "circular":
@@ -69,8 +69,6 @@ def fftconv_fft(
         product = torch.fft.rfft(x, n) * _spectrum(k, k_rev, length, n)
         return torch.fft.irfft(product, n)[..., :length]
 
-    if u.numel() == 0:
-        convolve = None
     return _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, activation, layout)
 
 
@@ -85,10 +83,7 @@ def _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, activation, layo
     heads, per_head = (k.shape[-3], True) if k.dim() > 2 else (1, False)
     k4 = _with_axes(k, 4).to(compute)  # (b c h k), leading axes may be 1
     k4_rev = None if k_rev is None else _with_axes(k_rev, 4).to(compute)
-    if convolve is None:  # nothing to sum over
-        v = x.expand(-1, heads, -1, -1) * 1.0 + k4.sum() * 0
-    else:
-        v = convolve(x, k4, k4_rev)
+    v = convolve(x, k4, k4_rev) if u.numel() else x.expand(-1, heads, -1, -1)
     if skip is not None:
         v = v + skip.to(compute).unsqueeze(-1) * x
     y = activate(v, activation)

@@ -1,0 +1,366 @@
+"""The operator against float64: every option, edge lengths, properties, strides and errors."""
+
+import pytest
+import torch
+from accuracy import EPS, assert_accurate
+from cases import FLOATS, Case, double, oracle
+
+import seqconv
+from seqconv import _cpu, fftconv, reference
+
+CASES = [
+    Case(length=1, taps=1, skip="h"),
+    Case(length=2, taps=2, skip="h", dtype=torch.float64),
+    Case(length=3, taps=3, taps_rev=2, batch=1, channels=1),
+    Case(length=63, taps=63, skip="h", activation="gelu"),
+    Case(length=64, taps=64, pre_gate=True, skip="h"),
+    Case(length=65, taps=65, post_gate=True, skip="h", activation="silu", channels=9),
+    Case(length=1000, taps=1000, taps_rev=999, skip="h", pre_gate=True, post_gate=True, activation="gelu"),
+    Case(length=1000, taps=1000, skip="h", pre_gate=True, post_gate=True, dtype=torch.bfloat16),
+    Case(length=1024, taps=1024, heads=3, skip="ch", activation="relu", channels=8),
+    Case(length=1021, taps=1021, heads=2, per_sample=True, skip="h", post_gate=True, batch=3, channels=5),
+    Case(length=4097, taps=4097, channels=17, batch=1, skip="h"),
+    Case(length=16384, taps=16384, channels=2, skip="h", taps_rev=16383),
+    Case(length=300, taps=1, skip="h"),
+    Case(length=300, taps=7, taps_rev=20, skip="ch", heads=2, activation="gelu"),  # direct sum
+    Case(length=300, taps=33, taps_rev=3, skip="h"),  # just not
+    Case(length=40, taps=90, taps_rev=70, skip="h"),  # taps beyond the input
+    Case(length=128, taps=0, skip="h", activation="gelu"),
+    Case(length=128, taps=0, taps_rev=127),
+    Case(length=127, taps=127, mode="circular", skip="h"),
+    Case(length=97, taps=20, mode="circular", heads=2, skip="ch", post_gate=True, activation="silu"),
+    Case(length=50, taps=3, mode="circular", per_sample=True, heads=1),
+    Case(length=200, taps=200, layout="blh", skip="h", pre_gate=True, post_gate=True, activation="gelu", channels=11),
+    Case(length=100, taps=100, layout="blh", heads=2, skip="ch", post_gate=True, taps_rev=99, dtype=torch.float16),
+    Case(length=257, taps=257, dtype=torch.float16, skip="h", pre_gate=True, activation="silu"),
+    Case(length=257, taps=257, dtype=torch.bfloat16, kernel_dtype=torch.bfloat16, skip="h", activation="gelu"),
+    Case(length=129, taps=129, dtype=torch.float64, kernel_dtype=torch.float32, skip="h", taps_rev=128),
+    Case(length=0, taps=5, skip="h"),
+    Case(batch=0, skip="h", heads=2),
+    Case(channels=0, skip="h", layout="blh"),
+    Case(length=0, taps=0, mode="circular"),
+]
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_accuracy(case, isa):
+    chosen = _cpu.isa()
+    if not _cpu.set_isa(isa):
+        pytest.skip(f"{isa} does not run on this processor")
+    try:
+        tensors = case.tensors()
+        y, grads, dy = case.with_gradients(fftconv, tensors)
+    finally:
+        _cpu.set_isa(chosen)
+    exact, definition = oracle(case)
+    y64, grads64, _ = exact.with_gradients(definition, double(tensors), dy.double())
+    y_fft, grads_fft, _ = case.with_gradients(reference.fftconv_fft, tensors, dy)
+    assert_accurate(y, y_fft, y64)
+    for name, grad in grads.items():
+        assert grad.dtype == tensors[name].dtype
+        assert_accurate(grad, grads_fft[name], grads64[name], factor=3.0, what=f"d{name}")
+
+
+@pytest.mark.parametrize("wanted", ["u", "k", "k_rev", "skip", "pre_gate", "post_gate"])
+def test_gradient_of_one_argument_alone(wanted):
+    case = Case(length=100, taps=90, taps_rev=80, heads=2, skip="h", pre_gate=True, post_gate=True, activation="gelu")
+    tensors = case.tensors()
+    _, grads, dy = case.with_gradients(fftconv, tensors)
+    leaf = tensors[wanted].requires_grad_()
+    (grad,) = torch.autograd.grad(case.run(fftconv, tensors), leaf, dy)
+    assert torch.equal(grad, grads[wanted])
+
+
+def test_gradients_without_gates_or_kernel_gradient():
+    """Each combination of wanted gradients takes its own branches; all must agree with the full set."""
+    for case in (Case(length=50, taps=50, skip="h"), Case(length=50, taps=5, skip="h", heads=2)):
+        tensors = case.tensors()
+        _, grads, dy = case.with_gradients(fftconv, tensors)
+        for name in ("u", "k", "skip"):
+            leaves = {n: t if n != name else t.clone().requires_grad_() for n, t in tensors.items()}
+            (grad,) = torch.autograd.grad(case.run(fftconv, leaves), leaves[name], dy)
+            assert torch.equal(grad, grads[name])
+
+
+# ---- properties ----
+
+
+def test_impulse_returns_the_kernel():
+    u = torch.zeros(1, 4, 500)
+    u[..., 0] = 1
+    k = torch.randn(4, 500)
+    torch.testing.assert_close(fftconv(u, k)[0], k, rtol=0, atol=3e-6)
+
+
+def test_linearity():
+    k, a, b = torch.randn(3, 300), torch.randn(2, 3, 300), torch.randn(2, 3, 300)
+    torch.testing.assert_close(fftconv(2 * a - 3 * b, k), 2 * fftconv(a, k) - 3 * fftconv(b, k), rtol=1e-4, atol=1e-4)
+
+
+def test_shift_equivariance():
+    u, k = torch.randn(1, 2, 400), torch.randn(2, 400)
+    late = torch.nn.functional.pad(u, (17, 0))[..., :400]
+    torch.testing.assert_close(fftconv(late, k)[..., 17:], fftconv(u, k)[..., :-17], rtol=1e-4, atol=1e-4)
+
+
+def test_delta_kernel_and_skip_add():
+    u, skip = torch.randn(2, 3, 77), torch.randn(3)
+    delta = torch.zeros(3, 77)
+    delta[:, 0] = 1
+    torch.testing.assert_close(fftconv(u, delta, skip), u * (1 + skip[:, None]), rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_taps_do_not_matter():
+    """Taps that no output can see may hold anything, and get no gradient."""
+    u, k, k_rev = torch.randn(1, 2, 50), torch.randn(2, 80), torch.randn(2, 80)
+    y = fftconv(u, k[:, :50], k_rev=k_rev[:, :49])
+    k[:, 50:], k_rev[:, 49:] = torch.nan, torch.inf
+    k.requires_grad_(), k_rev.requires_grad_()
+    again = fftconv(u, k, k_rev=k_rev)
+    assert torch.equal(y, again)
+    dk, dk_rev = torch.autograd.grad(again.sum(), (k, k_rev))
+    assert not dk[:, 50:].any() and not dk_rev[:, 49:].any() and torch.isfinite(dk).all()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e6])
+def test_the_future_moves_the_past_by_roundoff_only(size):
+    length, edit = 1024, 700
+    u, k = torch.randn(1, 2, length), torch.randn(2, length)
+    moved = u.clone()
+    moved[..., edit:] += size * torch.randn(1, 2, length - edit)
+    leak = (fftconv(moved, k) - fftconv(u, k))[..., :edit].abs().max()
+    bound = 2.0**-23 * (moved - u).norm(dim=-1).max() * k.norm(dim=-1).max()
+    assert leak <= bound
+
+
+def test_short_kernels_see_no_future_at_all():
+    u, k = torch.randn(2, 3, 500), torch.randn(3, 32)
+    moved = u.clone()
+    moved[..., 300:] = torch.nan
+    assert torch.equal(fftconv(moved, k)[..., :300], fftconv(u, k)[..., :300])
+
+
+@pytest.mark.parametrize("taps", [8, 200])
+@pytest.mark.parametrize("layout", ["bhl", "blh"])
+def test_rows_never_contaminate_each_other(taps, layout):
+    u, k, k_rev = torch.randn(3, 10, 200), torch.randn(10, taps), torch.randn(10, taps)
+    spoilt = u.clone()
+    spoilt[1, 4, 100] = torch.nan
+    spoilt[2, 9, 0] = torch.inf
+    turn = (lambda t: t) if layout == "bhl" else (lambda t: t.mT.contiguous())
+    clean = turn(fftconv(turn(u), k, k_rev=k_rev, activation="gelu", layout=layout))
+    y = turn(fftconv(turn(spoilt), k, k_rev=k_rev, activation="gelu", layout=layout))
+    rows = torch.ones(3, 10, dtype=torch.bool)
+    rows[1, 4] = rows[2, 9] = False
+    assert torch.equal(y[rows], clean[rows])
+    assert torch.isnan(y[1, 4]).any() and not torch.isfinite(y[2, 9]).all()
+
+
+def test_repeats_and_thread_counts_are_bit_equal():
+    case = Case(batch=5, channels=20, length=777, taps=777, heads=2, skip="h", post_gate=True, activation="gelu")
+    tensors = case.tensors()
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            dy = torch.ones_like(case.run(fftconv, tensors))
+            y, grads, _ = case.with_gradients(fftconv, tensors, dy)
+            results.append([y, *grads.values()])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_extremes_stay_finite():
+    for dtype, size in ((torch.float32, 1e30), (torch.bfloat16, 1e30), (torch.float16, 1e4)):
+        u = (size * torch.randn(1, 2, 300)).to(dtype)
+        k = torch.zeros(2, 300)
+        k[:, 5] = 1.0
+        y = fftconv(u, k, activation="gelu")
+        oracle = reference.fftconv(u.double(), k.double(), activation="gelu")
+        assert torch.isfinite(y).all()
+        assert (y.double() - oracle).norm() <= 4 * EPS[dtype] * oracle.norm()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu"])
+def test_activations_over_their_whole_range(activation):
+    """A delta kernel of weight one, so that v is u: every size from -1e30 to 1e30, and the derivative too."""
+    size = torch.logspace(-6, 30, 2000)
+    u = torch.cat([-size, size, torch.linspace(-15, 15, 4001), torch.zeros(1)]).reshape(1, 1, -1).requires_grad_()
+    y = fftconv(u, torch.ones(1, 1), activation=activation)
+    (grad,) = torch.autograd.grad(y.sum(), u)
+    exact = u.detach().double().requires_grad_()
+    y64 = reference.activate(exact, activation)
+    (grad64,) = torch.autograd.grad(y64.sum(), exact)
+    assert ((y.double() - y64).abs() <= 1e-6 * y64.abs() + 3e-7).all()
+    assert ((grad.double() - grad64).abs() <= 2e-6).all()
+    special = fftconv(torch.tensor([[[torch.inf, torch.nan]]]), torch.ones(1, 1), activation=activation)
+    assert special[0, 0, 0] == torch.inf and special[0, 0, 1].isnan()
+
+
+# ---- memory ----
+
+
+def strided_variants(t: torch.Tensor) -> dict[str, torch.Tensor]:
+    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 3), torch.nan)
+    wide[..., 1 : 2 * t.shape[-1] : 2] = t
+    last_first = t.movedim(-1, 0).contiguous().movedim(0, -1)
+    return {
+        "every other": wide[..., 1 : 2 * t.shape[-1] : 2],
+        "transposed": last_first,
+        "negated": torch._neg_view(-t),
+    }
+
+
+@pytest.mark.parametrize("variant", ["every other", "transposed", "negated"])
+def test_strides(variant):
+    case = Case(length=90, taps=80, taps_rev=30, heads=2, skip="ch", pre_gate=True, post_gate=True, activation="silu")
+    tensors = case.tensors()
+    strided = {n: strided_variants(t)[variant] for n, t in tensors.items()}
+    assert torch.equal(case.run(fftconv, strided), case.run(fftconv, tensors))
+    _, grads, dy = case.with_gradients(fftconv, tensors)
+    leaves = {n: t.requires_grad_() for n, t in strided.items()}
+    again = torch.autograd.grad(case.run(fftconv, leaves), list(leaves.values()), dy)
+    assert all(torch.equal(a, b) for a, b in zip(again, grads.values(), strict=True))
+
+
+def test_expanded_inputs_and_gradients():
+    row, k = torch.randn(1, 1, 60), torch.randn(1, 60)
+    u = row.expand(3, 5, 60).requires_grad_()
+    y = fftconv(u, k.expand(5, 60))
+    assert torch.equal(y, fftconv(u.contiguous(), k.repeat(5, 1)))
+    (expanded,) = torch.autograd.grad(y.sum(), u)  # dy has stride 0
+    assert torch.equal(expanded, torch.autograd.grad(fftconv(u, k.expand(5, 60)), u, torch.ones_like(y))[0])
+
+
+def test_blh_output_is_contiguous():
+    y = fftconv(torch.randn(2, 30, 4), torch.randn(3, 4, 30), layout="blh")
+    assert y.shape == (2, 30, 3, 4) and y.is_contiguous()
+
+
+def test_only_inputs_are_saved():
+    case = Case(length=100, taps=100, skip="h", pre_gate=True, post_gate=True, activation="gelu")
+    leaves = {n: None if t is None else t.requires_grad_() for n, t in case.tensors().items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()), lambda t: t):
+        case.run(fftconv, leaves)
+    assert set(saved) <= {t.data_ptr() for t in leaves.values() if t is not None} and saved
+
+
+def test_inputs_are_not_written():
+    case = Case(length=100, taps=100, taps_rev=9, heads=2, skip="h", pre_gate=True, post_gate=True, activation="gelu")
+    tensors = case.tensors()
+    copies = {n: t.clone() for n, t in tensors.items()}
+    leaves = [t.requires_grad_() for t in tensors.values()]
+    case.run(fftconv, tensors).square().sum().backward()
+    assert all(torch.equal(tensors[n], copies[n]) for n in copies) and all(t.grad is not None for t in leaves)
+
+
+# ---- contract ----
+
+
+U, K = torch.zeros(2, 4, 10), torch.zeros(4, 10)
+ERRORS = {
+    "u is no tensor": (lambda: fftconv([1.0], K), TypeError, "u must be a tensor, got list"),
+    "u is integer": (lambda: fftconv(U.int(), K), TypeError, "u must be float32, float64, bfloat16, float16, got int32"),
+    "u is complex": (lambda: fftconv(U.cfloat(), K), TypeError, "u must be .* got complex64"),
+    "u has two axes": (lambda: fftconv(U[0], K), ValueError, r"u must be \(batch, channels, length\), got \(4, 10\)"),
+    "k has other channels": (lambda: fftconv(U, K[:3]), ValueError, r"k must be \(channels=4, K\) or .* got \(3, 10\)"),
+    "k has another batch": (
+        lambda: fftconv(U, torch.zeros(3, 1, 4, 10)),
+        ValueError,
+        r"\(batch=2, heads, channels=4, K\), got \(3, 1, 4, 10\)",
+    ),
+    "k is float64": (lambda: fftconv(U, K.double()), TypeError, "k must be float32, bfloat16, float16, got float64"),
+    "k_rev without heads": (
+        lambda: fftconv(U, K[None], k_rev=K),
+        ValueError,
+        r"k_rev must be \(heads=1, channels=4, K_rev\), got \(4, 10\)",
+    ),
+    "skip per head without heads": (
+        lambda: fftconv(U, K, torch.zeros(1, 4)),
+        ValueError,
+        r"skip must be \(channels=4,\), got \(1, 4\)",
+    ),
+    "skip has other heads": (
+        lambda: fftconv(U, K.expand(3, 4, 10), torch.zeros(2, 4)),
+        ValueError,
+        r"skip must be \(channels=4,\) or \(heads=3, channels=4\), got \(2, 4\)",
+    ),
+    "pre_gate broadcasts": (
+        lambda: fftconv(U, K, pre_gate=U[:1]),
+        ValueError,
+        r"pre_gate must be \(batch=2, channels=4, length=10\), got \(1, 4, 10\)",
+    ),
+    "post_gate lacks heads": (
+        lambda: fftconv(U, K.expand(3, 4, 10), post_gate=U),
+        ValueError,
+        r"post_gate must be \(batch=2, heads=3, channels=4, length=10\), got \(2, 4, 10\)",
+    ),
+    "post_gate in blh": (
+        lambda: fftconv(U.mT, K, post_gate=U, layout="blh"),
+        ValueError,
+        r"post_gate must be \(batch=2, length=10, channels=4\), got \(2, 4, 10\)",
+    ),
+    "gate in another dtype": (
+        lambda: fftconv(U, K, pre_gate=U.bfloat16()),
+        TypeError,
+        "pre_gate must be float32, got bfloat16",
+    ),
+    "activation": (lambda: fftconv(U, K, activation="tanh"), ValueError, "activation must be one of None, 'gelu'"),
+    "mode": (lambda: fftconv(U, K, mode="same"), ValueError, "mode must be one of 'causal', 'circular', got 'same'"),
+    "layout": (lambda: fftconv(U, K, layout="lbh"), ValueError, "layout must be one of 'bhl', 'blh', got 'lbh'"),
+    "circular and long": (
+        lambda: fftconv(U, torch.zeros(4, 11), mode="circular"),
+        ValueError,
+        "k must have K <= length=10 in circular mode, got K=11",
+    ),
+    "circular and two-sided": (
+        lambda: fftconv(U, K, k_rev=K, mode="circular"),
+        ValueError,
+        "k_rev must be None in circular mode",
+    ),
+    "another device": (lambda: fftconv(U, K.to("meta")), ValueError, "k must be on u's device cpu, got meta"),
+    "unknown keyword": (lambda: fftconv(U, K, bias=K), TypeError, "bias"),
+    "positional option": (lambda: fftconv(U, K, None, K), TypeError, "positional"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_the_argument(name):
+    call, error, message = ERRORS[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_explain():
+    u = torch.zeros(1, 8, 1000)
+    plan = seqconv.explain(u, torch.zeros(8, 1000))
+    assert (plan.backend, plan.algorithm, plan.fallback) == ("cpu", "right-angle fft", None)
+    assert plan.fft_size >= 1000 and plan.isa == _cpu.isa() and "1000" not in str(plan.fallback)
+    assert seqconv.explain(u, torch.zeros(8, 32)).algorithm == "direct sum"
+    assert seqconv.explain(u, torch.zeros(8, 32), k_rev=torch.zeros(8, 1)).algorithm == "right-angle fft"
+    assert "meta" in seqconv.explain(u.to("meta"), torch.zeros(8, 32, device="meta")).fallback
+    with pytest.raises(ValueError, match="k must be"):
+        seqconv.explain(u, torch.zeros(7, 32))
+
+
+def test_fft_sizes():
+    for length in [*range(1, 5000), 16384, 65537, 10**6, 4194304]:
+        n = _cpu.fft_size(length)
+        rest = n
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        assert rest == 1 and length <= n <= max(1.3 * length, length + 1)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_meta_tensors_keep_shape_dtype_and_strides(dtype):
+    case = Case(length=20, taps=20, layout="blh", heads=2, dtype=dtype)
+    tensors = case.tensors()
+    y = case.run(fftconv, tensors)
+    meta = case.run(fftconv, {n: None if t is None else t.to("meta") for n, t in tensors.items()})
+    assert (meta.shape, meta.dtype, meta.stride()) == (y.shape, y.dtype, y.stride())

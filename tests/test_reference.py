@@ -1,0 +1,102 @@
+"""The reference against the definition written as loops, and its two forms against each other."""
+
+import itertools
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from cases import Case
+
+from seqconv import reference
+
+
+def loops(u, k, skip, k_rev, mode):
+    """v for one row, by the sentence that defines it."""
+    length = len(u)
+    v = [0.0] * length
+    for t, s in itertools.product(range(length), range(length)):
+        if mode == "circular":
+            v[t] += k[(t - s) % length] * u[s] if (t - s) % length < len(k) else 0.0
+        elif s <= t:
+            v[t] += k[t - s] * u[s] if t - s < len(k) else 0.0
+        elif s - t - 1 < len(k_rev):
+            v[t] += k_rev[s - t - 1] * u[s]
+    return [a + skip * b for a, b in zip(v, u, strict=True)]
+
+
+@pytest.mark.parametrize("function", [reference.fftconv, reference.fftconv_fft])
+@pytest.mark.parametrize("mode", ["causal", "two-sided", "circular"])
+@pytest.mark.parametrize(("length", "taps"), [(1, 1), (2, 1), (5, 5), (7, 3), (9, 0), (4, 6)])
+def test_definition(function, mode, length, taps):
+    if mode == "circular" and taps > length:
+        taps = length
+    u, k = torch.randn(1, 2, length, dtype=torch.float64), torch.randn(2, taps, dtype=torch.float64)
+    skip = torch.randn(2, dtype=torch.float64)
+    k_rev = torch.randn(2, taps, dtype=torch.float64) if mode == "two-sided" else None
+    y = function(u, k, skip, k_rev=k_rev, mode="circular" if mode == "circular" else "causal")
+    for h in range(2):
+        rev = [] if k_rev is None else k_rev[h].tolist()
+        wanted = loops(u[0, h].tolist(), k[h].tolist(), skip[h].item(), rev, mode)
+        torch.testing.assert_close(y[0, h], torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(length=40, taps=40, taps_rev=39, heads=2, skip="ch", pre_gate=True, post_gate=True, activation="gelu"),
+        Case(length=41, taps=20, heads=3, per_sample=True, skip="h", post_gate=True, activation="silu"),
+        Case(length=30, taps=50, taps_rev=60, skip="h", pre_gate=True, activation="relu"),
+        Case(length=30, taps=0, taps_rev=3, post_gate=True),
+        Case(length=1, taps=1, taps_rev=1, skip="h", activation="gelu"),
+    ],
+    ids=str,
+)
+def test_closed_form_gradient(case):
+    """reference.backward, which serves as the fallback, against autograd through the definition."""
+    tensors = {n: None if t is None else t.double() for n, t in case.tensors().items()}
+    _, grads, dy = case.with_gradients(reference.fftconv, tensors)
+    order = ("u", "k", "k_rev", "skip", "pre_gate", "post_gate")
+    closed = reference.backward(dy, *[tensors[n] for n in order], case.activation)
+    for name, value in zip(order, closed, strict=True):
+        assert (value is None) == (tensors[name] is None)
+        if value is not None:
+            torch.testing.assert_close(value, grads[name], rtol=1e-10, atol=1e-10)
+
+
+def test_blh_is_a_transposition():
+    u, k, gate = torch.randn(2, 3, 20), torch.randn(4, 3, 20), torch.randn(2, 4, 3, 20)
+    y = reference.fftconv(u, k, post_gate=gate)
+    turned = reference.fftconv(u.movedim(-1, 1), k, post_gate=gate.movedim(-1, 1), layout="blh")
+    assert torch.equal(turned, y.movedim(-1, 1))
+
+
+def test_s4d_kernel_of_the_published_vector():
+    """A = -1/2 + i pi n, N = 64, dt = 0.01, B = C = 1, zero-order hold."""
+    f64 = {"dtype": torch.float64}
+    log_dt, half = torch.tensor([0.01], **f64).log(), torch.full((1, 32), 0.5, **f64).log()
+    imag = torch.pi * torch.arange(32, **f64).unsqueeze(0)
+    c = torch.tensor([1.0, 0.0], **f64).expand(1, 1, 32, 2)
+    wanted = [0.605249, 0.426175, 0.167921, -0.040841, -0.118517, -0.072227, 0.022057, 0.080778]
+    k = reference.s4d_kernel(log_dt, half, imag, c, 8)
+    torch.testing.assert_close(k[0, 0], torch.tensor(wanted, **f64), rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("wrong", ["zeros", "one element", "shifted", "small bias everywhere"])
+def test_the_gate_rejects(wrong):
+    """assert_accurate itself: what it is there to catch."""
+    oracle = torch.randn(1, 1, 16384, dtype=torch.float64)
+    baseline = oracle.bfloat16()
+    bad = baseline.clone()
+    if wrong == "zeros":
+        bad.zero_()
+    elif wrong == "one element":
+        bad[0, 0, 777] += 1
+    elif wrong == "shifted":
+        bad = bad.roll(1, -1)
+    else:
+        bad = (oracle * 1.03).bfloat16()
+    assert_accurate(baseline, baseline, oracle)
+    with pytest.raises(AssertionError):
+        assert_accurate(bad, baseline, oracle)
+    with pytest.raises(AssertionError, match="must be zero"):
+        assert_accurate(bad + 1, baseline, torch.zeros_like(oracle))
