@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ try:
 except ImportError as error:
     _C = None
     missing = f"the compiled extension seqconv._C is not installed ({error})"
+    warnings.warn(f"seqconv: {missing}; fftconv takes torch.fft, slower: see python -m seqconv", stacklevel=2)
 else:
     missing = ""
 
@@ -36,6 +38,10 @@ def _lend_threads() -> bool:
 threaded = _C is not None and _lend_threads()
 if _C is not None and "SEQCONV_CPU_ISA" in os.environ and not _C.set_isa(os.environ["SEQCONV_CPU_ISA"]):
     raise ValueError(f"SEQCONV_CPU_ISA={os.environ['SEQCONV_CPU_ISA']} does not run on this processor or is unknown")
+
+
+def compiler() -> str:
+    return _C.compiler()
 
 
 def set_isa(name: str) -> bool:

@@ -45,8 +45,9 @@ def s4d_kernel(log_dt: Tensor, log_A_real: Tensor, A_imag: Tensor, C: Tensor, le
     c_re, c_im = C.double().unbind(-1)  # (c h n)
     w_re, w_im = c_re * b_re - c_im * b_im, c_re * b_im + c_im * b_re
 
-    fine = 64 if length < 1 << 15 else 512  # about sqrt(length), but the same for many lengths: one compiled graph
-    coarse = (length + fine - 1) // fine
+    # About sqrt(length); but traced graphs must serve every length, and a size of 1 would tie them to it.
+    fine = 64 if torch.compiler.is_compiling() or length < 1 << 15 else 512
+    coarse = length // fine + 2
     q = torch.arange(fine, dtype=torch.float64, device=C.device)
     p = torch.arange(coarse, dtype=torch.float64, device=C.device) * fine
     x, y = x.unsqueeze(-1), y.unsqueeze(-1)

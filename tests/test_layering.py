@@ -1,0 +1,79 @@
+"""Who may import whom, and what importing the package costs."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LAYER = {"_check", "_layer"}
+ALLOWED = {  # module of seqconv -> modules of seqconv it may import
+    "_version": set(),
+    "_check": set(),
+    "reference": set(),
+    "_cpu": {"_C"},
+    "_ops": {"_cpu", "reference"},
+    "_autograd": {"_ops", "reference"},
+    "functional": {"_autograd", "_check", "_cpu", "_ops", "reference"},
+    "_layer": {"_check", "functional"},
+    "s4d": LAYER,
+    "long_conv": LAYER,
+    "optim": {"_layer"},
+    "__init__": {"_version", "functional", "long_conv", "optim", "s4d"},
+    "__main__": {"_cpu", "_ops", "reference"},
+}
+OUTSIDE = {"torch", "einops"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            if node.module == "seqconv":
+                found |= {f"seqconv.{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module)
+    return found
+
+
+def test_imports_point_downward():
+    modules = {path.stem: imports(path) for path in (ROOT / "seqconv").glob("*.py")}
+    assert set(modules) == set(ALLOWED)
+    for module, found in modules.items():
+        inside = {name.split(".")[1] for name in found if name.startswith("seqconv.")}
+        assert inside <= ALLOWED[module], f"{module} imports {inside - ALLOWED[module]}"
+        outside = {name.split(".")[0] for name in found} - {"seqconv"} - set(sys.stdlib_module_names)
+        assert outside <= OUTSIDE, f"{module} imports {outside - OUTSIDE}"
+
+
+def test_includes():
+    """csrc knows no torch, no CUDA; the kernels know no Python."""
+    for path in (ROOT / "csrc").rglob("*.*"):
+        if path.suffix not in (".h", ".cpp"):
+            continue
+        found = re.findall(r'#include [<"](.+)[>"]', path.read_text())
+        assert not any(re.search("torch|ATen|c10|cuda", name) for name in found), path
+        if path.parent.name == "cpu":
+            assert not any("Python" in name or "/" in name for name in found), path
+
+
+def test_import_needs_torch_and_einops_only():
+    code = """
+import sys, torch, einops
+before = set(sys.modules)
+import seqconv
+print(*{m.split(".")[0] for m in set(sys.modules) - before})
+"""
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert set(result.stdout.split()) - set(sys.stdlib_module_names) == {"seqconv"}
+
+
+def test_every_exported_name_is_documented():
+    import seqconv
+
+    for name in seqconv.__all__:
+        assert name.startswith("__") or len(getattr(seqconv, name).__doc__) > 60, name

@@ -1,0 +1,297 @@
+"""Every layer: contract, causality, padding masks, casting, compile and export, initial statistics, learning."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from seqconv import S4D, LongConv, LongConvKernel, S4DKernel, param_groups, reference, s4d_kernel
+from seqconv.long_conv import squash
+
+D = 6
+LAYERS = {
+    "s4d": lambda **options: S4D(D, **options),
+    "long_conv": lambda **options: LongConv(D, l_max=80, **{"kernel_dropout": 0.0} | options),
+}
+OPTIONS = {"plain": {}, "two-sided": {"bidirectional": True}, "heads": {"heads": 3}}
+
+
+@pytest.fixture(params=LAYERS)
+def make(request):
+    return LAYERS[request.param]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", [(2, 80), (3, 1), (1, 57), (0, 10), (2, 0), (1, 131)])
+def test_shape(make, options, shape):
+    x = torch.randn(*shape, D, requires_grad=True)
+    layer = make(**options)
+    y = layer(x)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    y.sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in layer.parameters())
+    if x.numel() and shape[1] > 1:
+        assert all(p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_layer_is_its_formula(make, options):
+    layer = make(**options).double()
+    x = torch.randn(2, 70, D, dtype=torch.float64)
+    k = layer.kernel(70)
+    heads = options.get("heads", 1)
+    assert k.shape == (heads * (2 if layer.bidirectional else 1), D, 70)
+    k_rev = k[heads:] if layer.bidirectional else None
+    v = reference.fftconv(x, k[:heads], layer.skip, k_rev=k_rev, layout="blh")
+    first, gate = (F.gelu(v).flatten(2) @ layer.linear.weight.T + layer.linear.bias).chunk(2, -1)
+    torch.testing.assert_close(layer(x), first * torch.sigmoid(gate), rtol=1e-10, atol=1e-10)
+
+
+def test_causality(make):
+    """Also for inputs much shorter than the kernel there is: cut taps must not wrap to the future."""
+    layer, length = make(), 40
+    x = torch.randn(1, length, D)
+    moved = x.clone()
+    moved[:, 25:] += 10
+    change = (layer(moved) - layer(x)).abs().amax((0, 2))
+    assert change[:25].max() < 1e-4 and change[25:].min() > 1e-3
+    both = make(bidirectional=True)
+    assert (both(moved) - both(x))[:, :25].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_mask(make, side):
+    layer = make(bidirectional=True)
+    x, padding = torch.randn(2, 50, D), torch.zeros(2, 50, dtype=torch.bool)
+    padding[0, 30:] = True
+    if side == "left":
+        padding = padding.flip(1)
+    filled = x.masked_fill(padding.unsqueeze(-1), 0)
+    noisy = torch.where(padding.unsqueeze(-1), torch.tensor(torch.nan), x)
+    wanted = layer(filled)
+    assert torch.equal(layer(noisy, padding), wanted)
+    additive = torch.zeros(2, 50).masked_fill(padding, -torch.inf)
+    assert torch.equal(layer(noisy, mask=additive), wanted)
+    with pytest.raises(ValueError, match=r"mask must be \(batch=2, length=50\), got \(2, 49\)"):
+        layer(x, padding[:, 1:])
+    with pytest.raises(TypeError, match="mask must be bool.* got int64"):
+        layer(x, padding.long())
+
+
+def test_contract(make):
+    layer = make()
+    with pytest.raises(ValueError, match=rf"x must be \(batch, length, d_model={D}\), got \(2, 10, 5\)"):
+        layer(torch.zeros(2, 10, 5))
+    with pytest.raises(TypeError, match="x must be float32.* got int64"):
+        layer(torch.zeros(2, 10, D, dtype=torch.int64))
+    with pytest.raises(TypeError, match="unknown"):
+        make(unknown=1)
+    for value in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="heads must be an integer >= 1"):
+            make(heads=value)
+
+
+def test_state_dict_copies_and_pickles(make):
+    layer, other = make(), make()
+    x = torch.randn(2, 33, D)
+    other.load_state_dict(layer.state_dict())
+    for twin in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+    assert all(p.is_floating_point() and not p.is_complex() for p in layer.state_dict().values())
+
+
+def test_s4d_state_does_not_depend_on_the_length():
+    layer = S4D(D)
+    before = {n: t.shape for n, t in layer.state_dict().items()}
+    layer(torch.zeros(1, 1000, D))
+    assert {n: t.shape for n, t in layer.state_dict().items()} == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernel_parameters_stay_float32_in_half_precision(make, dtype):
+    layer = make().eval()
+    x = torch.randn(2, 60, D).to(dtype)
+    wanted = layer(x.float())
+    layer.to(dtype)
+    assert all(p.dtype == torch.float32 for p in layer.kernel.parameters())
+    assert layer.linear.weight.dtype == layer.skip.dtype == dtype
+    y = layer(x)
+    assert y.dtype == dtype
+    assert (y.float() - wanted).norm() < 2e-2 * wanted.norm()
+    layer.float()
+    assert layer.linear.weight.dtype == torch.float32
+
+
+def test_autocast_trains(make):
+    layer, x = make(), torch.randn(2, 60, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_compile_and_export(make):
+    torch._dynamo.reset()
+    layer = make(bidirectional=True)
+    x = torch.randn(2, 50, D)
+
+    def gradients(function):
+        layer.zero_grad()
+        function(x).square().sum().backward()
+        return [p.grad for p in layer.parameters()]
+
+    compiled = torch.compile(layer, fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(gradients(compiled), gradients(layer), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    shapes = {"x": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=79)}}
+    program = torch.export.export(layer.eval(), (x,), dynamic_shapes=shapes)
+    other = torch.randn(3, 77, D)
+    torch.testing.assert_close(program.module()(other), layer(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_learns_a_delayed_copy(make):
+    """Two layers, in seconds: y[t] = x[t - 20], which no pointwise map can do."""
+    delay, length = 20, 64
+    layers = [make(), make()]
+    model = nn.Sequential(nn.Linear(1, D), layers[0], layers[1], nn.Linear(D, 1))
+    optimizer = torch.optim.AdamW(param_groups(model, 2e-2))
+    for step in range(400):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-2 * 0.5 * (1 + math.cos(math.pi * step / 400))
+        x = torch.randn(16, length, 1)
+        loss = F.mse_loss(model(x)[:, delay:], x[:, :-delay])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5  # predicting nothing gives 1
+
+
+# ---- S4D ----
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 63, 64, 65, 1000, 32768])
+def test_s4d_kernel_against_the_definition(length):
+    kernel = S4DKernel(3, d_state=16, heads=2)
+    k = kernel(length)
+    names = ("log_dt", "log_A_real", "A_imag", "C")
+    parameters = [getattr(kernel, n).double() for n in names]
+    wanted = reference.s4d_kernel(*parameters, length)
+    assert k.shape == (2, 3, length) and k.dtype == torch.float32
+    if length:
+        assert (k - wanted).norm() < 5e-7 * wanted.norm()
+
+
+def test_s4d_kernel_with_long_phases_and_barely_damped_modes():
+    """Im A up to 1300, dt = 0.1 and 0.001, Re A = -1e-6 / dt, 65,536 steps: phases of millions of turns."""
+    for dt in (0.1, 1e-3):
+        log_dt = torch.tensor([dt]).log()
+        decay = torch.tensor([[0.5, 1e-5 / dt]]).log()
+        imag = torch.tensor([[1300.0, 1290.0]])
+        c = torch.ones(1, 1, 2, 2)
+        k = s4d_kernel(log_dt, decay, imag, c, 65536)
+        wanted = reference.s4d_kernel(log_dt.double(), decay.double(), imag.double(), c.double(), 65536)
+        assert (k - wanted).norm() < 5e-7 * wanted.norm()
+
+
+def test_s4d_kernel_gradients():
+    f64 = {"dtype": torch.float64, "requires_grad": True}
+    shapes = ((2,), (2, 3), (2, 3), (2, 2, 3, 2))
+    values = [torch.randn(s, **f64) for s in shapes]
+    assert torch.autograd.gradcheck(lambda *v: s4d_kernel(*v, 70), values)
+    ours = torch.autograd.grad(s4d_kernel(*values, 70).square().sum(), values)
+    theirs = torch.autograd.grad(reference.s4d_kernel(*values, 70).square().sum(), values)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dt", [1e-5, 1.0])
+def test_s4d_gradients_are_finite_at_extreme_steps(dt):
+    layer = S4D(D, dt_min=dt, dt_max=dt)
+    layer(1e3 * torch.randn(1, 300, D)).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+def test_s4d_initialisation():
+    kernel = S4DKernel(4000, d_state=8, heads=2, dt_min=1e-3, dt_max=1e-1)
+    log_dt = kernel.log_dt
+    low, high = math.log(1e-3), math.log(1e-1)
+    assert low <= log_dt.min() and log_dt.max() <= high
+    assert abs(log_dt.mean() - (low + high) / 2) < 0.1 and abs(log_dt.std() - (high - low) / 12**0.5) < 0.05
+    assert torch.allclose(kernel.log_A_real.exp(), torch.tensor(0.5))
+    assert torch.allclose(kernel.A_imag, math.pi * torch.arange(4.0).expand(4000, 4))
+    assert kernel.C.shape == (2, 4000, 4, 2) and abs(kernel.C.var() - 0.5) < 0.02 and abs(kernel.C.mean()) < 0.02
+    with pytest.raises(ValueError, match="d_state must be even"):
+        S4D(D, d_state=7)
+    with pytest.raises(ValueError, match="dt_min"):
+        S4D(D, dt_min=0.1, dt_max=0.01)
+
+
+# ---- LongConv ----
+
+
+def test_squash():
+    k = torch.tensor([-0.5, -0.1, 0.0, 0.1, 0.5], requires_grad=True)
+    y = squash(k, 0.2)
+    torch.testing.assert_close(y, torch.tensor([-0.3, 0.0, 0.0, 0.0, 0.3]))
+    assert torch.autograd.grad(y.sum(), k)[0].tolist() == [1, 0, 0, 0, 1]
+
+
+def test_long_conv_initialisation():
+    channels, taps = 8, 4000
+    kernel = LongConvKernel(channels, l_max=taps, heads=20).kernel
+    for i in range(channels):
+        rate = (channels // 2) ** (i / channels)
+        for j in (0, taps - 100):
+            decay = math.exp(-rate * (j + 50) / taps)
+            assert abs(kernel[:, i, j : j + 100].std() / (0.02 * decay) - 1) < 0.1
+    assert torch.isfinite(LongConvKernel(1, l_max=10).kernel).all()
+
+
+def test_long_conv_kernel_dropout_and_shorter_or_longer_inputs():
+    kernel = LongConvKernel(D, l_max=400, lam=0.0, kernel_dropout=0.25)
+    trained = kernel(400)
+    kernel.eval()
+    dropped = (trained == 0).float().mean()
+    assert abs(dropped - 0.25) < 0.05
+    torch.testing.assert_close(trained, torch.where(trained == 0, 0.0, kernel(400) / 0.75))
+    assert torch.equal(kernel(100), kernel(400)[..., :100])
+    assert kernel(900).shape[-1] == 400
+    with pytest.raises(ValueError, match="lam must be >= 0"):
+        LongConv(D, l_max=4, lam=-1.0)
+
+
+# ---- optimiser groups ----
+
+
+def test_param_groups():
+    model = nn.Sequential(nn.Linear(1, D), S4D(D), LongConv(D, l_max=9, kernel_lr=5e-4), nn.LayerNorm(D))
+    groups = param_groups(model, lr=1e-2, weight_decay=0.05)
+    everything = [p for g in groups for p in g["params"]]
+    assert len(everything) == len(set(everything)) == len(list(model.parameters()))
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        wanted = (1e-2, 0.05)
+        if name.endswith(("log_dt", "log_A_real", "A_imag")):
+            wanted = (1e-3, 0.0)
+        elif name.endswith("kernel.kernel"):
+            wanted = (5e-4, 0.0)
+        assert found[id(parameter)] == wanted, name
+    assert {g["lr"] for g in param_groups(model, lr=1e-4)} == {1e-4}  # never above the global one
+    torch.optim.AdamW(groups)
+
+
+def test_param_groups_survive_copies_sharing_and_freezing():
+    model = copy.deepcopy(nn.ModuleList([S4D(D)] * 2))
+    model[0].linear.requires_grad_(False)
+    groups = param_groups(model, lr=1e-2, weight_decay=0.1)
+    assert [len(g["params"]) for g in groups] == [2, 3]
+    with pytest.raises(ValueError, match="lr and weight_decay must be >= 0"):
+        param_groups(model, lr=-1)
