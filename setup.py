@@ -1,6 +1,7 @@
 """Builds seqconv._C, or, where that is impossible, a pure Python package that does the same with torch.fft.
 
-Everything else is declared in pyproject.toml. Only what is being built on counts: no GPU, torch or CUDA is looked for.
+Everything else is declared in pyproject.toml. Only what is being built on counts: no GPU, torch or
+CUDA is looked for.
 """
 
 import sys
@@ -22,7 +23,8 @@ PROBE = """
 #include <pthread.h>
 #include <memory>
 typedef float Vector __attribute__((vector_size(32)));
-extern "C" float probe(const float* x) { Vector v = {}; auto p = std::make_unique<int>(1); return (v + x[*p])[0]; }
+extern "C" float probe(const float* x) { Vector v = {}; auto p = std::make_unique<int>(1); return (v
++ x[*p])[0]; }
 """
 
 
@@ -48,7 +50,7 @@ def extensions() -> list[Extension]:
     reason = why_not_buildable()
     if reason is not None:
         print(
-            "\nWARNING: seqconv is installed without its compiled CPU kernels: it will work, but slower, on torch.fft.\n"
+            "\nWARNING: seqconv is installed without its compiled CPU kernels: it works, but slower, on torch.fft.\n"
             "They need a C++17 compiler (g++ or clang) and the headers of this Python (Debian: g++ python3-dev).\n"
             f"What failed: {reason}\n",
             file=sys.stderr,

@@ -2,8 +2,9 @@
 
 python -m bench.demo [--layer s4d | long_conv] [--resume]
 
-Writes metrics.csv, curve.png, kernels.png, versions.json and checkpoint.pt to the run folder. Ctrl-C leaves a checkpoint
-from which --resume continues to the very weights of an uninterrupted run.
+Writes metrics.csv, curve.png, kernels.png, versions.json and checkpoint.pt to the run folder.
+Ctrl-C leaves a checkpoint from which --resume continues to the very weights of an uninterrupted
+run.
 """
 
 import argparse
@@ -20,13 +21,13 @@ from pathlib import Path
 from statistics import median
 from unittest import mock
 
-import bench  # noqa: F401  sets OMP_WAIT_POLICY before torch is imported
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+import bench  # noqa: F401  sets OMP_WAIT_POLICY before torch is imported
 import seqconv
 from bench import mnist5k
 from bench.plots import plot_curve, plot_kernels
@@ -101,7 +102,10 @@ class Run:
         state = torch.load(path, weights_only=True)
         changed = [key for key in self.config if state["config"].get(key) != self.config[key]]
         if changed:
-            what = ", ".join(f"{key} was {state['config'].get(key)!r}, now {self.config[key]!r}" for key in changed)
+            what = ", ".join(
+                f"{key} was {state['config'].get(key)!r}, now {self.config[key]!r}"
+                for key in changed
+            )
             raise SystemExit(f"--resume: {path} belongs to another run: {what}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -136,7 +140,10 @@ def train_step(run: Run, x: Tensor, y: Tensor, total: int) -> None:
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     model.eval()
-    hits = sum((model(part).argmax(1) == truth).sum().item() for part, truth in zip(x.split(100), y.split(100), strict=True))
+    hits = sum(
+        (model(part).argmax(1) == truth).sum().item()
+        for part, truth in zip(x.split(100), y.split(100), strict=True)
+    )
     model.train()
     return hits / len(y)
 
@@ -172,12 +179,19 @@ def train(run: Run, data, out: Path, epochs: int, stop_after: int | None) -> boo
     )
     rate = math.nan
     with Progress(*columns, console=console) as progress, stop_on_interrupt() as interrupted:
-        shown = {"epoch": run.step // per_epoch + 1, "loss": run.loss, "accuracy": run.accuracy, "rate": rate}
+        shown = {
+            "epoch": run.step // per_epoch + 1,
+            "loss": run.loss,
+            "accuracy": run.accuracy,
+            "rate": rate,
+        }
         task = progress.add_task("", total=total, completed=run.step, **shown)
         run.model.train()
         while run.step < total:
             epoch, index = divmod(run.step, per_epoch)
-            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1000 * run.config["seed"] + epoch))
+            order = torch.randperm(
+                len(x), generator=torch.Generator().manual_seed(1000 * run.config["seed"] + epoch)
+            )
             for i in range(index, per_epoch):
                 start = time.perf_counter()
                 batch = order[i * BATCH : (i + 1) * BATCH]
@@ -185,13 +199,24 @@ def train(run: Run, data, out: Path, epochs: int, stop_after: int | None) -> boo
                 elapsed = time.perf_counter() - start
                 run.seconds += elapsed
                 rate = running(rate, BATCH / elapsed)
-                shown = {"epoch": epoch + 1, "loss": run.loss, "accuracy": run.accuracy, "rate": rate}
+                shown = {
+                    "epoch": epoch + 1,
+                    "loss": run.loss,
+                    "accuracy": run.accuracy,
+                    "rate": rate,
+                }
                 progress.update(task, completed=run.step, **shown)
                 if interrupted or run.step == stop_after:
                     break
             if run.step % per_epoch == 0:
                 held = accuracy(run.model, x_held, y_held)
-                row = {"epoch": epoch + 1, "step": run.step, "loss": run.loss, "accuracy": run.accuracy, "held_out": held}
+                row = {
+                    "epoch": epoch + 1,
+                    "step": run.step,
+                    "loss": run.loss,
+                    "accuracy": run.accuracy,
+                    "held_out": held,
+                }
                 run.rows.append(row | {"seconds": run.seconds, "sequences_per_second": rate})
                 write_metrics(run.rows, out / "metrics.csv")
                 console.print(
@@ -217,7 +242,9 @@ def write_metrics(rows: list[dict], path: Path) -> None:
 
 def versions(model: nn.Module) -> dict:
     u, k = torch.zeros(BATCH, LENGTH, WIDTH), torch.zeros(1, WIDTH, LENGTH)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     return {
         "seqconv": seqconv.__version__,
         "commit": commit.stdout.strip() or None,
@@ -245,9 +272,14 @@ def compare_step(run: Run, data, rounds: int) -> None:
 
     contenders = (seqconv.fftconv, reference.fftconv_fft)
     ours, theirs = (step(f)[1] for f in contenders)
-    worst = max(((a - b).norm() / b.norm().clamp_min(1e-12)).item() for a, b in zip(ours, theirs, strict=True))
+    worst = max(
+        ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+        for a, b in zip(ours, theirs, strict=True)
+    )
     if not worst < 1e-3:
-        raise SystemExit(f"gradients differ by {worst:.1e} (relative L2) between the two operators: no time is shown")
+        raise SystemExit(
+            f"gradients differ by {worst:.1e} (relative L2) between the two operators: no time is shown"
+        )
     times = [[step(f)[0] for f in contenders] for _ in range(rounds)]
     fast, slow = (1e3 * median(t[i] for t in times) for i in range(2))
     ratio = median(t[1] / t[0] for t in times)
@@ -259,13 +291,21 @@ def compare_step(run: Run, data, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.demo", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--layer", choices=sorted(LAYERS), default="s4d")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
-    parser.add_argument("--resume", action="store_true", help="continue from the run folder's checkpoint")
-    parser.add_argument("--stop-after", type=int, metavar="STEPS", help="stop there, as Ctrl-C would")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the run folder's checkpoint"
+    )
+    parser.add_argument(
+        "--stop-after", type=int, metavar="STEPS", help="stop there, as Ctrl-C would"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the timing at the end")
     args = parser.parse_args()
     if args.epochs < 1 or args.rounds < 1:
@@ -274,7 +314,9 @@ def main() -> None:
     run = Run({"layer": args.layer, "epochs": args.epochs, "seed": args.seed})
     facts = versions(run.model)
     if "fallback" in facts["operator"]:
-        raise SystemExit(f"The compiled CPU kernels are not in use, so this would show nothing: {facts['operator']}")
+        raise SystemExit(
+            f"The compiled CPU kernels are not in use, so this would show nothing: {facts['operator']}"
+        )
     data = mnist5k.load()
     checkpoint = args.out / "checkpoint.pt"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -284,18 +326,25 @@ def main() -> None:
         run.load(checkpoint)
     (args.out / "versions.json").write_text(json.dumps(facts, indent=2) + "\n")
     console.print(
-        f"{facts['parameters']} parameters, {len(data[0])} digits to learn, {len(data[2])} held out, {facts['operator']}"
+        f"{facts['parameters']} parameters, {len(data[0])} digits to learn, {len(data[2])} held out; "
+        f"{facts['operator']}"
     )
 
     if not train(run, data, args.out, args.epochs, args.stop_after):
-        console.print(f"Stopped at step {run.step}; the checkpoint is {checkpoint}. Continue with the same command and --resume.")
+        console.print(
+            f"Stopped at step {run.step}; the checkpoint is {checkpoint}. Continue with the same command and --resume."
+        )
         raise SystemExit(130)
     held = accuracy(run.model, *data[2:])
-    console.print(f"[bold]held-out accuracy {held:.1%}[/bold] (chance 10.0%) after {run.seconds:.0f} s of training")
+    console.print(
+        f"[bold]held-out accuracy {held:.1%}[/bold] (chance 10.0%) after {run.seconds:.0f} s of training"
+    )
     plot_curve(run.rows, args.out / "curve.png")
     plot_kernels(run.initial_kernels, kernels(run.model), args.layer, args.out / "kernels.png")
     compare_step(run, data, args.rounds)
-    console.print(f"Written to {args.out}: " + ", ".join(sorted(p.name for p in args.out.iterdir())))
+    console.print(
+        f"Written to {args.out}: " + ", ".join(sorted(p.name for p in args.out.iterdir()))
+    )
 
 
 if __name__ == "__main__":

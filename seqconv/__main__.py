@@ -1,6 +1,7 @@
 """python -m seqconv: what is installed, which backends work on this machine, and how to get the others.
 
-Exit code 0 if the fused kernels of this machine's best device work, 1 if a fallback would be used there.
+Exit code 0 if the fused kernels of this machine's best device work, 1 if a fallback would be used
+there.
 """
 
 import platform
@@ -46,15 +47,27 @@ def report() -> bool:
     print()
     cpu = check("cpu")
     if cpu is None:
-        line("cpu", f"fused kernels work: {_cpu.isa()}, {_cpu.threads()} threads, built by {_cpu.compiler()}")
+        line(
+            "cpu",
+            f"fused kernels work: {_cpu.isa()}, {_cpu.threads()} threads, built by {_cpu.compiler()}",
+        )
     else:
         line("cpu", f"torch.fft, slower with the same answers: {cpu}")
         if _cpu.missing:
-            line("", "to get the fused kernels: install a C++17 compiler and this Python's headers (Debian: apt install")
-            line("", "g++ python3-dev), then pip install --force-reinstall --no-deps --no-cache-dir seqconv")
+            line(
+                "",
+                "to get the fused kernels: install a C++17 compiler and this Python's headers (Debian: apt install",
+            )
+            line(
+                "",
+                "g++ python3-dev), then pip install --force-reinstall --no-deps --no-cache-dir seqconv",
+            )
     gpu = torch.cuda.is_available()
     if gpu:
-        line("cuda", f"{torch.cuda.get_device_name()}: torch.fft, slower with the same answers: {check('cuda')}")
+        line(
+            "cuda",
+            f"{torch.cuda.get_device_name()}: torch.fft, slower with the same answers: {check('cuda')}",
+        )
     else:
         line("cuda", "torch sees no CUDA device; tensors on one would take torch.fft")
     line("", "this version has no fused CUDA kernels: there is nothing to install for them")

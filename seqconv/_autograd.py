@@ -1,15 +1,20 @@
 """The gradient of the operators, and the choice of the road a call takes to them.
 
-Each single way of attaching a gradient is silently wrong somewhere, so there are four (`apply` chooses):
+Each single way of attaching a gradient is silently wrong somewhere, so there are four (`apply`
+chooses):
 
-1. torch.compile and export trace the raw operators, which have an Autograd kernel of their own (at the end);
-2. functorch transforms (grad, vmap, jacrev, jvp, ...) and forward-mode go through `_Linear`, an autograd.Function of the
+1. torch.compile and export trace the raw operators, which have an Autograd kernel of their own (at
+the end);
+2. functorch transforms (grad, vmap, jacrev, jvp, ...) and forward-mode go through `_Linear`, an
+autograd.Function of the
    new style, around which gates and activation are plain torch;
 3. without gradients the kernel is called directly;
-4. otherwise `_Fused`, an autograd.Function of the old style, which has a fraction of the overhead of 2.
+4. otherwise `_Fused`, an autograd.Function of the old style, which has a fraction of the overhead
+of 2.
 
-Every backward is itself differentiable. The core y = k * u + skip u is linear in u and in (k, k_rev, skip), hence its
-derivatives of every order are again such convolutions: `_Linear` and `_LinearBackward` are closed under differentiation.
+Every backward is itself differentiable. The core y = k * u + skip u is linear in u and in (k,
+k_rev, skip), hence its derivatives of every order are again such convolutions: `_Linear` and
+`_LinearBackward` are closed under differentiation.
 """
 
 import torch
@@ -26,7 +31,9 @@ def apply(u, k, k_rev, skip, pre_gate, post_gate, activation: str, channels_last
     args = (u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last)
     if torch.compiler.is_compiling():
         if forward_ad._current_level >= 0:
-            raise RuntimeError("fftconv: forward-mode differentiation does not work inside torch.compile")
+            raise RuntimeError(
+                "fftconv: forward-mode differentiation does not work inside torch.compile"
+            )
         return _ops.fwd(*args)
     if _transforms_active() or forward_ad._current_level >= 0:
         return _composed(*args)
@@ -37,7 +44,9 @@ def apply(u, k, k_rev, skip, pre_gate, post_gate, activation: str, channels_last
 
 
 def _needs_gradient(args) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in args)
+    return torch.is_grad_enabled() and any(
+        isinstance(t, torch.Tensor) and t.requires_grad for t in args
+    )
 
 
 class _Fused(Function):
@@ -136,7 +145,9 @@ class _LinearBackward(Function):
 
     @staticmethod
     def forward(dy, u, k, k_rev, skip, channels_last, wanted):
-        grads = _ops.bwd(dy, u, k, k_rev, skip, None, None, "none", channels_last, (*wanted, False, False))
+        grads = _ops.bwd(
+            dy, u, k, k_rev, skip, None, None, "none", channels_last, (*wanted, False, False)
+        )
         return grads[:4]
 
     @staticmethod
@@ -144,19 +155,28 @@ class _LinearBackward(Function):
         *tensors, ctx.channels_last, ctx.wanted = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.mark_non_differentiable(*[g for g, want in zip(output, ctx.wanted, strict=True) if not want])
+        ctx.mark_non_differentiable(
+            *[g for g, want in zip(output, ctx.wanted, strict=True) if not want]
+        )
 
     @staticmethod
     def backward(ctx, *grads):
         dy, u, *kernel = ctx.saved_tensors
         pairs = zip(grads, (u, *kernel), ctx.wanted, strict=True)
-        gu, *gkernel = [g if want else t if t is None else torch.zeros_like(t) for g, t, want in pairs]
+        gu, *gkernel = [
+            g if want else t if t is None else torch.zeros_like(t) for g, t, want in pairs
+        ]
         options, wanted = (ctx.channels_last,), tuple(ctx.needs_input_grad[1:5])
         ddy = None
         if ctx.needs_input_grad[0]:
             ddy = _Linear.apply(gu, *kernel, *options) + _Linear.apply(u, *gkernel, *options)
         rest = _LinearBackward.apply(dy, gu, *gkernel, *options, wanted)
-        return (ddy, *[g if want else None for g, want in zip(rest, wanted, strict=True)], None, None)
+        return (
+            ddy,
+            *[g if want else None for g, want in zip(rest, wanted, strict=True)],
+            None,
+            None,
+        )
 
     @staticmethod
     def jvp(ctx, dy_t, *tangents):
@@ -164,7 +184,9 @@ class _LinearBackward(Function):
         options = (ctx.channels_last, ctx.wanted)
         one = _LinearBackward.apply(dy_t, *tensors, *options)
         two = _LinearBackward.apply(dy, *tangents[:4], *options)
-        return tuple(a + b if want else None for a, b, want in zip(one, two, ctx.wanted, strict=True))
+        return tuple(
+            a + b if want else None for a, b, want in zip(one, two, ctx.wanted, strict=True)
+        )
 
     @staticmethod
     def vmap(info, in_dims, dy, u, k, k_rev, skip, channels_last, wanted):

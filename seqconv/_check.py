@@ -10,7 +10,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_tensor(function: str, name: str, value, *, dtypes=FLOATS, device: torch.device | None = None) -> None:
+def check_tensor(
+    function: str, name: str, value, *, dtypes=FLOATS, device: torch.device | None = None
+) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -28,7 +30,11 @@ def check_shape(function: str, name: str, value: Tensor, *patterns: tuple) -> No
         ):
             return
     wanted = " or ".join(
-        "(" + ", ".join(n if s is None else f"{n}={s}" for n, s in p) + ("," if len(p) == 1 else "") + ")" for p in patterns
+        "("
+        + ", ".join(n if s is None else f"{n}={s}" for n, s in p)
+        + ("," if len(p) == 1 else "")
+        + ")"
+        for p in patterns
     )
     raise ValueError(f"{function}: {name} must be {wanted}, got {tuple(value.shape)}")
 

@@ -14,7 +14,9 @@ try:
 except ImportError as error:
     _C = None
     missing = f"the compiled extension seqconv._C is not installed ({error})"
-    warnings.warn(f"seqconv: {missing}; fftconv takes torch.fft, slower: see python -m seqconv", stacklevel=2)
+    warnings.warn(
+        f"seqconv: {missing}; fftconv takes torch.fft, slower: see python -m seqconv", stacklevel=2
+    )
 else:
     missing = ""
 
@@ -25,7 +27,9 @@ _ABSENT = (0, 0, 0, 0, 0, 0)
 
 def _lend_threads() -> bool:
     """Hands torch's stable C function torch_parallel_for to the extension; without it, it runs serially."""
-    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
+    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(
+        sys.platform, "libtorch_cpu.so"
+    )
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
         function = ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value
@@ -36,8 +40,14 @@ def _lend_threads() -> bool:
 
 
 threaded = _C is not None and _lend_threads()
-if _C is not None and "SEQCONV_CPU_ISA" in os.environ and not _C.set_isa(os.environ["SEQCONV_CPU_ISA"]):
-    raise ValueError(f"SEQCONV_CPU_ISA={os.environ['SEQCONV_CPU_ISA']} does not run on this processor or is unknown")
+if (
+    _C is not None
+    and "SEQCONV_CPU_ISA" in os.environ
+    and not _C.set_isa(os.environ["SEQCONV_CPU_ISA"])
+):
+    raise ValueError(
+        f"SEQCONV_CPU_ISA={os.environ['SEQCONV_CPU_ISA']} does not run on this processor or is unknown"
+    )
 
 
 def compiler() -> str:

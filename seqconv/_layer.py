@@ -12,8 +12,9 @@ from seqconv.functional import fftconv
 class KernelGenerator(nn.Module):
     """A module whose call with a length gives a kernel (heads, channels, length).
 
-    `overrides` maps parameter names to the optimiser settings they ask for, which seqconv.param_groups collects. The
-    parameters stay float32 when a model is cast to a half precision: rounding them changes the kernel by tens of percent.
+    `overrides` maps parameter names to the optimiser settings they ask for, which
+    seqconv.param_groups collects. The parameters stay float32 when a model is cast to a half
+    precision: rounding them changes the kernel by tens of percent.
     """
 
     overrides: dict[str, dict[str, float]]
@@ -29,11 +30,20 @@ class KernelGenerator(nn.Module):
 class ConvLayer(nn.Module):
     """(batch, length, d_model) -> the same: y = GLU(W dropout(gelu(k * x + skip x)) + b).
 
-    Parameters: the generator's; skip (heads, d_model) ~ N(0, 1); linear (2 d_model, heads d_model), torch's default. A
-    two-sided layer's generator makes 2 heads kernels, the second half for the future.
+    Parameters: the generator's; skip (heads, d_model) ~ N(0, 1); linear (2 d_model, heads d_model),
+    torch's default. A two-sided layer's generator makes 2 heads kernels, the second half for the
+    future.
     """
 
-    def __init__(self, d_model: int, kernel: KernelGenerator, *, heads: int, bidirectional: bool, dropout: float):
+    def __init__(
+        self,
+        d_model: int,
+        kernel: KernelGenerator,
+        *,
+        heads: int,
+        bidirectional: bool,
+        dropout: float,
+    ):
         super().__init__()
         self.d_model = d_model
         self.heads = heads

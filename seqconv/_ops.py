@@ -1,9 +1,10 @@
 """The operators torch knows: seqconv::fftconv_fwd and seqconv::fftconv_bwd, their fakes and batching rules.
 
-Shapes, on every device: u, pre_gate (batch, channels, length); k, k_rev (channels, K), (heads, channels, K) or (batch,
-heads, channels, K); skip (channels,) or (heads, channels); post_gate, y (batch, channels, length), or (batch, heads,
-channels, length) where k has heads. `channels_last` lays y out in memory as (batch, length, ..., channels). Arguments
-arrive validated. No tensor is complex, and no gradient is defined here (see _autograd.py).
+Shapes, on every device: u, pre_gate (batch, channels, length); k, k_rev (channels, K), (heads,
+channels, K) or (batch, heads, channels, K); skip (channels,) or (heads, channels); post_gate, y
+(batch, channels, length), or (batch, heads, channels, length) where k has heads. `channels_last`
+lays y out in memory as (batch, length, ..., channels). Arguments arrive validated. No tensor is
+complex, and no gradient is defined here (see _autograd.py).
 """
 
 import os
@@ -77,14 +78,22 @@ def _bwd_cpu(dy, u, k, k_rev, skip, pre_gate, post_gate, activation, channels_la
     if fallback_reason(u.device):
         return _bwd_reference(dy, *inputs, activation, channels_last, wanted)
     grads = _empty_gradients(inputs, channels_last, wanted)
-    asked = [g if want and t is not None else None for g, t, want in zip(grads, inputs, wanted, strict=True)]
+    asked = [
+        g if want and t is not None else None
+        for g, t, want in zip(grads, inputs, wanted, strict=True)
+    ]
     _cpu.backward(asked, dy, *inputs, activation)
     return grads
 
 
 def _fwd_reference(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last):
     y = _empty_output(u, k, channels_last)
-    options = {"k_rev": k_rev, "pre_gate": pre_gate, "post_gate": post_gate, "activation": activation}
+    options = {
+        "k_rev": k_rev,
+        "pre_gate": pre_gate,
+        "post_gate": post_gate,
+        "activation": activation,
+    }
     return y.copy_(reference.fftconv_fft(u, k, skip, **options))
 
 
@@ -116,7 +125,8 @@ torch.library.register_fake("seqconv::fftconv_fwd", _fwd_fake, lib=library)
 torch.library.register_fake("seqconv::fftconv_bwd", _bwd_fake, lib=library)
 
 
-# Batching. Convolutions of different channels never meet, so any mapped axis folds into the channels.
+# Batching. Convolutions of different channels never meet, so any mapped axis folds into the
+# channels.
 
 
 def _leading(t: Tensor, dim: int | None, size: int) -> Tensor:
@@ -141,13 +151,17 @@ _CHANNEL_AXIS = (-2, -2, -2, -1, -2, -2)  # of u, k, k_rev, skip, pre_gate, post
 
 
 def _fold_all(tensors, in_dims, size):
-    return [_fold(t, d, size, axis) for t, d, axis in zip(tensors, in_dims, _CHANNEL_AXIS, strict=False)]
+    return [
+        _fold(t, d, size, axis) for t, d, axis in zip(tensors, in_dims, _CHANNEL_AXIS, strict=False)
+    ]
 
 
 def fwd_vmap(info, in_dims, call, *tensors):
     """call(u, k, k_rev, skip, pre_gate, post_gate) over one more axis; returns (y, axis) as torch's vmap rules do."""
     size = info.batch_size
-    if tensors[1].dim() == 4 or any(d is not None for i, d in enumerate(in_dims) if i not in _SIGNALS):
+    if tensors[1].dim() == 4 or any(
+        d is not None for i, d in enumerate(in_dims) if i not in _SIGNALS
+    ):
         return _unfold(call(*_fold_all(tensors, in_dims, size)), size, -2), 0
     # Only the signals are mapped: they fold into the batch, and the kernel is transformed once.
     folded = list(tensors)

@@ -33,32 +33,37 @@ def fftconv(
         y = post_gate * activation(v)
 
     Args:
-        u: (batch, channels, length), or (batch, length, channels) with layout="blh". float32, float64, bfloat16 or
+        u: (batch, channels, length), or (batch, length, channels) with layout="blh". float32,
+        float64, bfloat16 or
             float16; any strides.
-        k: (channels, K), K >= 0; tap 0 multiplies the present. (heads, channels, K) applies several kernels to one
-            input; (batch, heads, channels, K) a kernel per sample. float32, or narrower, or u's dtype.
-            K may be shorter or longer than length; taps beyond it never matter.
+        k: (channels, K), K >= 0; tap 0 multiplies the present. (heads, channels, K) applies several
+        kernels to one
+            input; (batch, heads, channels, K) a kernel per sample. float32, or narrower, or u's
+            dtype. K may be shorter or longer than length; taps beyond it never matter.
         skip: (channels,), or (heads, channels) where k has heads; dtypes as k.
-        k_rev: taps for the future, with k's leading axes and a length of its own; its tap 0 is lag -1, so that lag 0
+        k_rev: taps for the future, with k's leading axes and a length of its own; its tap 0 is lag
+        -1, so that lag 0
             belongs to k alone. Makes the convolution two-sided.
         pre_gate: u's shape and dtype.
         post_gate: y's shape and u's dtype. Under autocast gates of another dtype are cast to u's.
         activation: None, "gelu" (exact, by erf), "silu" or "relu".
-        mode: "causal" as above; "circular" wraps the sequence: v[t] = sum_s k[(t-s) mod length] x[s] + skip x[t],
+        mode: "causal" as above; "circular" wraps the sequence: v[t] = sum_s k[(t-s) mod length]
+        x[s] + skip x[t],
             K <= length, no k_rev.
         layout: "bhl", or "blh" for u and gates as (batch, length, channels); y the same.
 
     Returns:
-        y in u's dtype: (batch, channels, length); with heads (batch, heads, channels, length). layout="blh": (batch,
-        length, channels); with heads (batch, length, heads, channels).
+        y in u's dtype: (batch, channels, length); with heads (batch, heads, channels, length).
+        layout="blh": (batch, length, channels); with heads (batch, length, heads, channels).
         Computed in float64 if u is float64, else in float32, whatever autocast says.
 
-    Every tensor argument has a gradient, in its own dtype, and second derivatives; torch.func, forward-mode and
-    torch.compile work. Saves its inputs only. Deterministic.
+    Every tensor argument has a gradient, in its own dtype, and second derivatives; torch.func,
+    forward-mode and torch.compile work. Saves its inputs only. Deterministic.
 
-    Round-off: more than 32 taps go through an FFT, which mixes past and future in the last digits: changing a future
-    input by delta moves an output by the order of eps * delta * |k|_2 * sqrt(length), and a NaN spoils its own row of
-    (sample, channel). Up to 32 taps are summed directly and see no future at all.
+    Round-off: more than 32 taps go through an FFT, which mixes past and future in the last digits:
+    changing a future input by delta moves an output by the order of eps * delta * |k|_2 *
+    sqrt(length), and a NaN spoils its own row of (sample, channel). Up to 32 taps are summed
+    directly and see no future at all.
 
     Raises:
         ValueError, TypeError: an argument is not as above; the message names it.
@@ -68,8 +73,8 @@ def fftconv(
         >>> fftconv(u, torch.tensor([[1.0, 10.0]]))
         tensor([[[ 1., 12., 23.]]])
 
-    Cost: O(batch channels length log length). Source: arXiv 2302.06646, section 3; modulo x^n - i, which needs no
-    zero padding. Twins: seqconv.reference.fftconv, seqconv.reference.fftconv_fft.
+    Cost: O(batch channels length log length). Source: arXiv 2302.06646, section 3; modulo x^n - i,
+    which needs no zero padding. Twins: seqconv.reference.fftconv, seqconv.reference.fftconv_fft.
     """
     tensors = _validate(u, k, skip, k_rev, pre_gate, post_gate, activation, mode, layout)
     y = _autograd.apply(*tensors, activation or "none", layout == "blh")
@@ -88,7 +93,9 @@ def _validate(u, k, skip, k_rev, pre_gate, post_gate, activation, mode, layout):
         u = u.movedim(1, -1)
     batch, channels, length = u.shape
 
-    kernel_dtypes = FLOATS if u.dtype == torch.float64 else tuple(d for d in FLOATS if d != torch.float64)
+    kernel_dtypes = (
+        FLOATS if u.dtype == torch.float64 else tuple(d for d in FLOATS if d != torch.float64)
+    )
     check_tensor("fftconv", "k", k, dtypes=kernel_dtypes, device=u.device)
     c, taps, heads = ("channels", channels), ("K", None), ("heads", None)
     check_shape("fftconv", "k", k, (c, taps), (heads, c, taps), (("batch", batch), heads, c, taps))
@@ -108,8 +115,11 @@ def _validate(u, k, skip, k_rev, pre_gate, post_gate, activation, mode, layout):
         if k_rev is not None:
             raise ValueError("fftconv: k_rev must be None in circular mode, got a tensor")
         if k.shape[-1] > length:
-            raise ValueError(f"fftconv: k must have K <= length={length} in circular mode, got K={k.shape[-1]}")
-        # Tap j of a circular kernel is also lag j - length. In float32, so that its gradient is rounded once.
+            raise ValueError(
+                f"fftconv: k must have K <= length={length} in circular mode, got K={k.shape[-1]}"
+            )
+        # Tap j of a circular kernel is also lag j - length. In float32, so that its gradient is
+        # rounded once.
         k = F.pad(k.to(torch.promote_types(k.dtype, torch.float32)), (0, length - k.shape[-1]))
         k_rev = k[..., 1:].flip(-1)
     return u, k, k_rev, skip, pre_gate, post_gate
@@ -141,9 +151,17 @@ class Explanation:
 
     def __str__(self) -> str:
         size = "" if self.fft_size is None else f" of {self.fft_size} points"
-        where = self.backend if self.isa is None else f"{self.backend} ({self.isa}, {self.threads} threads)"
+        where = (
+            self.backend
+            if self.isa is None
+            else f"{self.backend} ({self.isa}, {self.threads} threads)"
+        )
         text = f"{where}: {self.algorithm}{size}"
-        return text if self.fallback is None else f"{text}\nfallback, slower with the same answer: {self.fallback}"
+        return (
+            text
+            if self.fallback is None
+            else f"{text}\nfallback, slower with the same answer: {self.fallback}"
+        )
 
 
 def explain(

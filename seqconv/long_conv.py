@@ -18,8 +18,9 @@ class LongConvKernel(KernelGenerator):
 
     k = dropout(squash(kernel[..., :length])).
 
-    Parameter: kernel (heads, d_model, l_max): 0.02 N(0, 1) exp(-(j / l_max) r_i) at tap j of channel i, with decay rates
-    r_i = floor(d_model / 2)^(i / d_model), geometric over the channels. Optimiser: min(lr, `lr` here), no weight decay.
+    Parameter: kernel (heads, d_model, l_max): 0.02 N(0, 1) exp(-(j / l_max) r_i) at tap j of
+    channel i, with decay rates r_i = floor(d_model / 2)^(i / d_model), geometric over the channels.
+    Optimiser: min(lr, `lr` here), no weight decay.
     """
 
     def __init__(
@@ -44,21 +45,23 @@ class LongConvKernel(KernelGenerator):
         self.overrides = {"kernel": {"lr": lr, "weight_decay": 0.0}}
 
     def forward(self, length: int) -> Tensor:
-        # Cut first: a tap beyond the input must not wrap around to the future, nor take part in anything else.
+        # Cut first: a tap beyond the input must not wrap around to the future, nor take part in
+        # anything else.
         return self.dropout(squash(self.kernel[..., :length], self.lam))
 
 
 class LongConv(ConvLayer):
     """Long convolution layer, (batch, length, d_model) -> the same.
 
-    y = GLU(W dropout(gelu(k * x + skip x)) + b), k from LongConvKernel. Inputs longer than l_max are convolved with the
-    l_max taps there are.
+    y = GLU(W dropout(gelu(k * x + skip x)) + b), k from LongConvKernel. Inputs longer than l_max
+    are convolved with the l_max taps there are.
 
     Args:
         d_model: channels.
         l_max: taps per kernel.
         heads: kernels per channel.
-        bidirectional: add kernels for the future, shifted by one so that lag 0 belongs to the past's.
+        bidirectional: add kernels for the future, shifted by one so that lag 0 belongs to the
+        past's.
         lam: threshold of the squash.
         kernel_dropout: of single taps, in training.
         dropout: after the activation.

@@ -8,9 +8,9 @@ from seqconv._layer import KernelGenerator
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict]:
     """Groups for torch.optim: every trainable parameter of the model exactly once.
 
-    The first group has lr and weight_decay; each distinct override of a layer's kernel generator (see its docstring) has
-    its own, with its learning rate capped at lr. Parameters are found by module, not by attributes on tensors, which
-    deepcopy and sharding lose.
+    The first group has lr and weight_decay; each distinct override of a layer's kernel generator
+    (see its docstring) has its own, with its learning rate capped at lr. Parameters are found by
+    module, not by attributes on tensors, which deepcopy and sharding lose.
 
     Example:
         >>> from seqconv import S4D
@@ -19,7 +19,9 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         [(4, 0.01, 0.05), (3, 0.001, 0.0)]
     """
     if lr < 0 or weight_decay < 0:
-        raise ValueError(f"param_groups: lr and weight_decay must be >= 0, got {lr} and {weight_decay}")
+        raise ValueError(
+            f"param_groups: lr and weight_decay must be >= 0, got {lr} and {weight_decay}"
+        )
     overrides = {}
     for module in model.modules():
         if isinstance(module, KernelGenerator):

@@ -1,8 +1,9 @@
 """The definition of every fast function of the package, in plain torch: slow, short, differentiable.
 
-`fftconv` is the O(L K) sum itself, `fftconv_fft` the usual torch.fft formulation (zero-padded rfft, product, irfft); both
-have the signature of `seqconv.fftconv` and take any real dtype. `backward` is the gradient of `fftconv_fft` in closed
-form. `s4d_kernel` is the Vandermonde sum of S4D. No argument is checked here.
+`fftconv` is the O(L K) sum itself, `fftconv_fft` the usual torch.fft formulation (zero-padded rfft,
+product, irfft); both have the signature of `seqconv.fftconv` and take any real dtype. `backward` is
+the gradient of `fftconv_fft` in closed form. `s4d_kernel` is the Vandermonde sum of S4D. No
+argument is checked here.
 """
 
 import math
@@ -75,7 +76,9 @@ def fftconv_fft(
 def _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, activation, layout):
     compute = torch.promote_types(u.dtype, torch.float32)
     if layout == "blh":
-        u, pre_gate, post_gate = (t if t is None else t.movedim(1, -1) for t in (u, pre_gate, post_gate))
+        u, pre_gate, post_gate = (
+            t if t is None else t.movedim(1, -1) for t in (u, pre_gate, post_gate)
+        )
     x = u.to(compute)
     if pre_gate is not None:
         x = x * pre_gate.to(compute)
@@ -119,7 +122,9 @@ def _slope(v: Tensor, activation: str | None) -> Tensor:
 
 def _reach(length: int, k: Tensor, k_rev: Tensor | None) -> tuple[int, int]:
     """How many taps of k and of k_rev can reach an output."""
-    return min(k.shape[-1], length), 0 if k_rev is None else min(k_rev.shape[-1], max(length - 1, 0))
+    return min(k.shape[-1], length), 0 if k_rev is None else min(
+        k_rev.shape[-1], max(length - 1, 0)
+    )
 
 
 def fft_size(length: int, taps: int, taps_rev: int = 0) -> int:
@@ -149,8 +154,9 @@ def _spectrum(k: Tensor, k_rev: Tensor | None, length: int, n: int) -> Tensor:
 def backward(dy, u, k, k_rev, skip, pre_gate, post_gate, activation):
     """Gradients of fftconv_fft(layout="bhl") with respect to u, k, k_rev, skip, pre_gate and post_gate.
 
-    Returns six tensors in the inputs' dtypes, None where the input is None. Conjugates are computed, never lazy:
-    inside an opaque operator torch.compile drops the lazy flag and the sign with it.
+    Returns six tensors in the inputs' dtypes, None where the input is None. Conjugates are
+    computed, never lazy: inside an opaque operator torch.compile drops the lazy flag and the sign
+    with it.
     """
     compute = torch.promote_types(u.dtype, torch.float32)
     inputs = (u, k, k_rev, skip, pre_gate, post_gate)
@@ -201,10 +207,12 @@ def backward(dy, u, k, k_rev, skip, pre_gate, post_gate, activation):
 def s4d_kernel(log_dt, log_neg_real, imag, c, length):
     """S4D's kernel by its definition, zero-order hold, B = 1 (arXiv 2206.11893, section 3.2):
 
-    K[head, h, t] = 2 Re sum_n c[head, h, n] (exp(dt A) - 1) / A exp(dt A t),   A = -exp(log_neg_real) + i imag
+    K[head, h, t] = 2 Re sum_n c[head, h, n] (exp(dt A) - 1) / A exp(dt A t),   A =
+    -exp(log_neg_real) + i imag
 
-    log_dt (channels,), log_neg_real and imag (channels, modes), c (heads, channels, modes, 2), all real; returns
-    (heads, channels, length) in c's dtype. Computed in float64; takes memory channels x modes x length.
+    log_dt (channels,), log_neg_real and imag (channels, modes), c (heads, channels, modes, 2), all
+    real; returns (heads, channels, length) in c's dtype. Computed in float64; takes memory channels
+    x modes x length.
     """
     a = torch.complex(-log_neg_real.double().exp(), imag.double())
     dt_a = log_dt.double().exp().unsqueeze(-1) * a

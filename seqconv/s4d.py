@@ -15,12 +15,15 @@ def _cis(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return size * y.cos(), size * y.sin()
 
 
-def s4d_kernel(log_dt: Tensor, log_A_real: Tensor, A_imag: Tensor, C: Tensor, length: int) -> Tensor:
+def s4d_kernel(
+    log_dt: Tensor, log_A_real: Tensor, A_imag: Tensor, C: Tensor, length: int
+) -> Tensor:
     """K[head, h, t] = 2 Re sum_n C (exp(dt A) - 1) / A exp(dt A t), A = -exp(log_A_real) + i A_imag, dt = exp(log_dt).
 
-    Zero-order hold with B = 1 (paper, section 3.2 and table 1). With t = Q p + q, q < Q, the sum over n is a product of a (p, n)
-    and an (n, q) matrix: memory channels x modes x (Q + length / Q), not channels x modes x length. Exponents are formed in
-    float64, where the phase dt Im(A) t keeps its digits, and rounded once.
+    Zero-order hold with B = 1 (paper, section 3.2 and table 1). With t = Q p + q, q < Q, the sum
+    over n is a product of a (p, n) and an (n, q) matrix: memory channels x modes x (Q + length /
+    Q), not channels x modes x length. Exponents are formed in float64, where the phase dt Im(A) t
+    keeps its digits, and rounded once.
 
     Args:
         log_dt: (channels,) logarithm of the step, in steps of the sequence.
@@ -45,7 +48,8 @@ def s4d_kernel(log_dt: Tensor, log_A_real: Tensor, A_imag: Tensor, C: Tensor, le
     c_re, c_im = C.double().unbind(-1)  # (c h n)
     w_re, w_im = c_re * b_re - c_im * b_im, c_re * b_im + c_im * b_re
 
-    # About sqrt(length); but traced graphs must serve every length, and a size of 1 would tie them to it.
+    # About sqrt(length); but traced graphs must serve every length, and a size of 1 would tie them
+    # to it.
     fine = 64 if torch.compiler.is_compiling() or length < 1 << 15 else 512
     coarse = length // fine + 2
     q = torch.arange(fine, dtype=torch.float64, device=C.device)
@@ -54,7 +58,9 @@ def s4d_kernel(log_dt: Tensor, log_A_real: Tensor, A_imag: Tensor, C: Tensor, le
     q_re, q_im = _cis(x * q, y * q)  # (h n q)
     p_re, p_im = _cis(x * p, y * p)  # (h n p)
     w_re, w_im = w_re.unsqueeze(-1), w_im.unsqueeze(-1)
-    left = torch.cat([w_re * p_re - w_im * p_im, -(w_re * p_im + w_im * p_re)], dim=-2)  # (c h 2n p)
+    left = torch.cat(
+        [w_re * p_re - w_im * p_im, -(w_re * p_im + w_im * p_re)], dim=-2
+    )  # (c h 2n p)
     right = torch.cat([q_re, q_im], dim=-2)  # (h 2n q)
     k = 2 * left.mT.to(C.dtype) @ right.to(C.dtype)  # (c h p q)
     return k.flatten(-2)[..., :length]
@@ -67,7 +73,8 @@ class S4DKernel(KernelGenerator):
         log_dt (d_model,): uniform in [log dt_min, log dt_max]; dt is in steps of the sequence.
         log_A_real (d_model, N): log(1/2). A_imag (d_model, N): pi n (S4D-Lin, paper eq. 9).
         C (heads, d_model, N, 2): complex standard normal.
-    Optimiser: log_dt, log_A_real and A_imag take min(lr, `lr` here) and no weight decay; C is trained like any weight.
+    Optimiser: log_dt, log_A_real and A_imag take min(lr, `lr` here) and no weight decay; C is
+    trained like any weight.
     """
 
     def __init__(
@@ -83,15 +90,25 @@ class S4DKernel(KernelGenerator):
         super().__init__()
         check_positive("S4DKernel", d_model=d_model, d_state=d_state, heads=heads)
         if d_state % 2:
-            raise ValueError(f"S4DKernel: d_state must be even (modes come in conjugate pairs), got {d_state}")
+            raise ValueError(
+                f"S4DKernel: d_state must be even (modes come in conjugate pairs), got {d_state}"
+            )
         if not 0 < dt_min <= dt_max:
-            raise ValueError(f"S4DKernel: 0 < dt_min <= dt_max wanted, got dt_min={dt_min}, dt_max={dt_max}")
+            raise ValueError(
+                f"S4DKernel: 0 < dt_min <= dt_max wanted, got dt_min={dt_min}, dt_max={dt_max}"
+            )
         modes = d_state // 2
-        self.log_dt = nn.Parameter(torch.empty(d_model).uniform_(math.log(dt_min), math.log(dt_max)))
+        self.log_dt = nn.Parameter(
+            torch.empty(d_model).uniform_(math.log(dt_min), math.log(dt_max))
+        )
         self.log_A_real = nn.Parameter(torch.full((d_model, modes), math.log(0.5)))
-        self.A_imag = nn.Parameter(math.pi * torch.arange(modes, dtype=torch.float32).repeat(d_model, 1))
+        self.A_imag = nn.Parameter(
+            math.pi * torch.arange(modes, dtype=torch.float32).repeat(d_model, 1)
+        )
         self.C = nn.Parameter(torch.randn(heads, d_model, modes, 2) * math.sqrt(0.5))
-        self.overrides = {name: {"lr": lr, "weight_decay": 0.0} for name in ("log_dt", "log_A_real", "A_imag")}
+        self.overrides = {
+            name: {"lr": lr, "weight_decay": 0.0} for name in ("log_dt", "log_A_real", "A_imag")
+        }
 
     def forward(self, length: int) -> Tensor:
         return s4d_kernel(self.log_dt, self.log_A_real, self.A_imag, self.C, length)
@@ -100,14 +117,15 @@ class S4DKernel(KernelGenerator):
 class S4D(ConvLayer):
     """Diagonal state space layer, (batch, length, d_model) -> the same.
 
-    y = GLU(W dropout(gelu(K * x + skip x)) + b), K from S4DKernel. The state_dict does not depend on the length.
+    y = GLU(W dropout(gelu(K * x + skip x)) + b), K from S4DKernel. The state_dict does not depend
+    on the length.
 
     Args:
         d_model: channels.
         d_state: real size N of each channel's state, even; N / 2 complex modes are stored.
         heads: kernels per channel.
-        bidirectional: add kernels for the future, shifted by one so that lag 0 belongs to the past's.
-        dt_min, dt_max: range of the initial steps.
+        bidirectional: add kernels for the future, shifted by one so that lag 0 belongs to the
+        past's. dt_min, dt_max: range of the initial steps.
         dropout: after the activation.
         kernel_lr: largest learning rate of dt and A, see S4DKernel.
 

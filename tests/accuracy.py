@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+EPS = {
+    torch.float64: 2.0**-52,
+    torch.float32: 2.0**-23,
+    torch.float16: 2.0**-10,
+    torch.bfloat16: 2.0**-7,
+}
 
 
 def rel_l2(value: Tensor, oracle: Tensor) -> float:
@@ -14,14 +19,19 @@ def max_over_rms(value: Tensor, oracle: Tensor) -> float:
     return ((value.double() - oracle).abs().max() / oracle.square().mean().sqrt()).item()
 
 
-def assert_accurate(fast: Tensor, baseline: Tensor, oracle: Tensor, factor: float = 2.0, what: str = "y") -> None:
+def assert_accurate(
+    fast: Tensor, baseline: Tensor, oracle: Tensor, factor: float = 2.0, what: str = "y"
+) -> None:
     """Both errors of `fast` are at most `factor` times those of `baseline` plus 2 units in the last place of its dtype.
 
-    oracle is float64, computed from the same rounded inputs; baseline is the torch.fft form at fast's precision. The
-    relative L2 error alone would forgive one wrong element, the largest alone a small bias everywhere.
+    oracle is float64, computed from the same rounded inputs; baseline is the torch.fft form at
+    fast's precision. The relative L2 error alone would forgive one wrong element, the largest alone
+    a small bias everywhere.
     """
     assert oracle.dtype == torch.float64
-    assert fast.shape == oracle.shape, f"{what}: shape {tuple(fast.shape)}, wanted {tuple(oracle.shape)}"
+    assert fast.shape == oracle.shape, (
+        f"{what}: shape {tuple(fast.shape)}, wanted {tuple(oracle.shape)}"
+    )
     assert fast.dtype == baseline.dtype, f"{what}: dtype {fast.dtype}, wanted {baseline.dtype}"
     if oracle.numel() == 0:
         return

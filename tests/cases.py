@@ -40,7 +40,9 @@ class Case:
     def tensors(self, scale: float = 1.0) -> dict[str, Tensor | None]:
         """The operator's tensor arguments by name, None where absent."""
         b, h, n = self.batch, self.channels, self.length
-        kernel_dtype = self.kernel_dtype or (torch.float64 if self.dtype == torch.float64 else torch.float32)
+        kernel_dtype = self.kernel_dtype or (
+            torch.float64 if self.dtype == torch.float64 else torch.float32
+        )
         heads = () if self.heads is None else (self.heads,)
         leading = ((b,) if self.per_sample else ()) + heads + (h,)
 
@@ -54,8 +56,12 @@ class Case:
         return {
             "u": signal(),
             "k": kernel(*leading, self.taps) / max(1, self.taps) ** 0.5,
-            "skip": kernel(*{"": (0,), "h": (h,), "ch": (*heads, h)}[self.skip]) if self.skip else None,
-            "k_rev": None if self.taps_rev is None else kernel(*leading, self.taps_rev) / max(1, self.taps_rev) ** 0.5,
+            "skip": kernel(*{"": (0,), "h": (h,), "ch": (*heads, h)}[self.skip])
+            if self.skip
+            else None,
+            "k_rev": None
+            if self.taps_rev is None
+            else kernel(*leading, self.taps_rev) / max(1, self.taps_rev) ** 0.5,
             "pre_gate": signal() if self.pre_gate else None,
             "post_gate": signal(*heads) if self.post_gate else None,
         }
@@ -67,9 +73,14 @@ class Case:
         tensors = dict(tensors)
         return function(tensors.pop("u"), tensors.pop("k"), **tensors, **self.options())
 
-    def with_gradients(self, function, tensors: dict, dy: Tensor | None = None) -> tuple[Tensor, dict, Tensor]:
+    def with_gradients(
+        self, function, tensors: dict, dy: Tensor | None = None
+    ) -> tuple[Tensor, dict, Tensor]:
         """y, the gradients by name, and the dy that was used."""
-        leaves = {n: None if t is None else t.detach().clone().requires_grad_() for n, t in tensors.items()}
+        leaves = {
+            n: None if t is None else t.detach().clone().requires_grad_()
+            for n, t in tensors.items()
+        }
         y = self.run(function, leaves)
         dy = torch.randn_like(y) if dy is None else dy.to(y.dtype)
         names = [n for n, t in leaves.items() if t is not None]

@@ -15,10 +15,27 @@ CASES = [
     Case(length=63, taps=63, skip="h", activation="gelu"),
     Case(length=64, taps=64, pre_gate=True, skip="h"),
     Case(length=65, taps=65, post_gate=True, skip="h", activation="silu", channels=9),
-    Case(length=1000, taps=1000, taps_rev=999, skip="h", pre_gate=True, post_gate=True, activation="gelu"),
+    Case(
+        length=1000,
+        taps=1000,
+        taps_rev=999,
+        skip="h",
+        pre_gate=True,
+        post_gate=True,
+        activation="gelu",
+    ),
     Case(length=1000, taps=1000, skip="h", pre_gate=True, post_gate=True, dtype=torch.bfloat16),
     Case(length=1024, taps=1024, heads=3, skip="ch", activation="relu", channels=8),
-    Case(length=1021, taps=1021, heads=2, per_sample=True, skip="h", post_gate=True, batch=3, channels=5),
+    Case(
+        length=1021,
+        taps=1021,
+        heads=2,
+        per_sample=True,
+        skip="h",
+        post_gate=True,
+        batch=3,
+        channels=5,
+    ),
     Case(length=4097, taps=4097, channels=17, batch=1, skip="h"),
     Case(length=16384, taps=16384, channels=2, skip="h", taps_rev=16383),
     Case(length=300, taps=1, skip="h"),
@@ -28,13 +45,47 @@ CASES = [
     Case(length=128, taps=0, skip="h", activation="gelu"),
     Case(length=128, taps=0, taps_rev=127),
     Case(length=127, taps=127, mode="circular", skip="h"),
-    Case(length=97, taps=20, mode="circular", heads=2, skip="ch", post_gate=True, activation="silu"),
+    Case(
+        length=97, taps=20, mode="circular", heads=2, skip="ch", post_gate=True, activation="silu"
+    ),
     Case(length=50, taps=3, mode="circular", per_sample=True, heads=1),
-    Case(length=200, taps=200, layout="blh", skip="h", pre_gate=True, post_gate=True, activation="gelu", channels=11),
-    Case(length=100, taps=100, layout="blh", heads=2, skip="ch", post_gate=True, taps_rev=99, dtype=torch.float16),
+    Case(
+        length=200,
+        taps=200,
+        layout="blh",
+        skip="h",
+        pre_gate=True,
+        post_gate=True,
+        activation="gelu",
+        channels=11,
+    ),
+    Case(
+        length=100,
+        taps=100,
+        layout="blh",
+        heads=2,
+        skip="ch",
+        post_gate=True,
+        taps_rev=99,
+        dtype=torch.float16,
+    ),
     Case(length=257, taps=257, dtype=torch.float16, skip="h", pre_gate=True, activation="silu"),
-    Case(length=257, taps=257, dtype=torch.bfloat16, kernel_dtype=torch.bfloat16, skip="h", activation="gelu"),
-    Case(length=129, taps=129, dtype=torch.float64, kernel_dtype=torch.float32, skip="h", taps_rev=128),
+    Case(
+        length=257,
+        taps=257,
+        dtype=torch.bfloat16,
+        kernel_dtype=torch.bfloat16,
+        skip="h",
+        activation="gelu",
+    ),
+    Case(
+        length=129,
+        taps=129,
+        dtype=torch.float64,
+        kernel_dtype=torch.float32,
+        skip="h",
+        taps_rev=128,
+    ),
     Case(length=0, taps=5, skip="h"),
     Case(batch=0, skip="h", heads=2),
     Case(channels=0, skip="h", layout="blh"),
@@ -64,7 +115,16 @@ def test_accuracy(case, isa):
 
 @pytest.mark.parametrize("wanted", ["u", "k", "k_rev", "skip", "pre_gate", "post_gate"])
 def test_gradient_of_one_argument_alone(wanted):
-    case = Case(length=100, taps=90, taps_rev=80, heads=2, skip="h", pre_gate=True, post_gate=True, activation="gelu")
+    case = Case(
+        length=100,
+        taps=90,
+        taps_rev=80,
+        heads=2,
+        skip="h",
+        pre_gate=True,
+        post_gate=True,
+        activation="gelu",
+    )
     tensors = case.tensors()
     _, grads, dy = case.with_gradients(fftconv, tensors)
     leaf = tensors[wanted].requires_grad_()
@@ -95,20 +155,26 @@ def test_impulse_returns_the_kernel():
 
 def test_linearity():
     k, a, b = torch.randn(3, 300), torch.randn(2, 3, 300), torch.randn(2, 3, 300)
-    torch.testing.assert_close(fftconv(2 * a - 3 * b, k), 2 * fftconv(a, k) - 3 * fftconv(b, k), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        fftconv(2 * a - 3 * b, k), 2 * fftconv(a, k) - 3 * fftconv(b, k), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_shift_equivariance():
     u, k = torch.randn(1, 2, 400), torch.randn(2, 400)
     late = torch.nn.functional.pad(u, (17, 0))[..., :400]
-    torch.testing.assert_close(fftconv(late, k)[..., 17:], fftconv(u, k)[..., :-17], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        fftconv(late, k)[..., 17:], fftconv(u, k)[..., :-17], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_delta_kernel_and_skip_add():
     u, skip = torch.randn(2, 3, 77), torch.randn(3)
     delta = torch.zeros(3, 77)
     delta[:, 0] = 1
-    torch.testing.assert_close(fftconv(u, delta, skip), u * (1 + skip[:, None]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        fftconv(u, delta, skip), u * (1 + skip[:, None]), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_unknown_taps_do_not_matter():
@@ -158,7 +224,16 @@ def test_rows_never_contaminate_each_other(taps, layout):
 
 
 def test_repeats_and_thread_counts_are_bit_equal():
-    case = Case(batch=5, channels=20, length=777, taps=777, heads=2, skip="h", post_gate=True, activation="gelu")
+    case = Case(
+        batch=5,
+        channels=20,
+        length=777,
+        taps=777,
+        heads=2,
+        skip="h",
+        post_gate=True,
+        activation="gelu",
+    )
     tensors = case.tensors()
     results, before = [], torch.get_num_threads()
     try:
@@ -188,7 +263,11 @@ def test_extremes_stay_finite():
 def test_activations_over_their_whole_range(activation):
     """A delta kernel of weight one, so that v is u: every size from -1e30 to 1e30, and the derivative too."""
     size = torch.logspace(-6, 30, 2000)
-    u = torch.cat([-size, size, torch.linspace(-15, 15, 4001), torch.zeros(1)]).reshape(1, 1, -1).requires_grad_()
+    u = (
+        torch.cat([-size, size, torch.linspace(-15, 15, 4001), torch.zeros(1)])
+        .reshape(1, 1, -1)
+        .requires_grad_()
+    )
     y = fftconv(u, torch.ones(1, 1), activation=activation)
     (grad,) = torch.autograd.grad(y.sum(), u)
     exact = u.detach().double().requires_grad_()
@@ -196,7 +275,9 @@ def test_activations_over_their_whole_range(activation):
     (grad64,) = torch.autograd.grad(y64.sum(), exact)
     assert ((y.double() - y64).abs() <= 1e-6 * y64.abs() + 3e-7).all()
     assert ((grad.double() - grad64).abs() <= 2e-6).all()
-    special = fftconv(torch.tensor([[[torch.inf, torch.nan]]]), torch.ones(1, 1), activation=activation)
+    special = fftconv(
+        torch.tensor([[[torch.inf, torch.nan]]]), torch.ones(1, 1), activation=activation
+    )
     assert special[0, 0, 0] == torch.inf and special[0, 0, 1].isnan()
 
 
@@ -216,7 +297,16 @@ def strided_variants(t: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("variant", ["every other", "transposed", "negated"])
 def test_strides(variant):
-    case = Case(length=90, taps=80, taps_rev=30, heads=2, skip="ch", pre_gate=True, post_gate=True, activation="silu")
+    case = Case(
+        length=90,
+        taps=80,
+        taps_rev=30,
+        heads=2,
+        skip="ch",
+        pre_gate=True,
+        post_gate=True,
+        activation="silu",
+    )
     tensors = case.tensors()
     strided = {n: strided_variants(t)[variant] for n, t in tensors.items()}
     assert torch.equal(case.run(fftconv, strided), case.run(fftconv, tensors))
@@ -232,7 +322,9 @@ def test_expanded_inputs_and_gradients():
     y = fftconv(u, k.expand(5, 60))
     assert torch.equal(y, fftconv(u.contiguous(), k.repeat(5, 1)))
     (expanded,) = torch.autograd.grad(y.sum(), u)  # dy has stride 0
-    assert torch.equal(expanded, torch.autograd.grad(fftconv(u, k.expand(5, 60)), u, torch.ones_like(y))[0])
+    assert torch.equal(
+        expanded, torch.autograd.grad(fftconv(u, k.expand(5, 60)), u, torch.ones_like(y))[0]
+    )
 
 
 def test_blh_output_is_contiguous():
@@ -244,18 +336,31 @@ def test_only_inputs_are_saved():
     case = Case(length=100, taps=100, skip="h", pre_gate=True, post_gate=True, activation="gelu")
     leaves = {n: None if t is None else t.requires_grad_() for n, t in case.tensors().items()}
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.data_ptr()), lambda t: t
+    ):
         case.run(fftconv, leaves)
     assert set(saved) <= {t.data_ptr() for t in leaves.values() if t is not None} and saved
 
 
 def test_inputs_are_not_written():
-    case = Case(length=100, taps=100, taps_rev=9, heads=2, skip="h", pre_gate=True, post_gate=True, activation="gelu")
+    case = Case(
+        length=100,
+        taps=100,
+        taps_rev=9,
+        heads=2,
+        skip="h",
+        pre_gate=True,
+        post_gate=True,
+        activation="gelu",
+    )
     tensors = case.tensors()
     copies = {n: t.clone() for n, t in tensors.items()}
     leaves = [t.requires_grad_() for t in tensors.values()]
     case.run(fftconv, tensors).square().sum().backward()
-    assert all(torch.equal(tensors[n], copies[n]) for n in copies) and all(t.grad is not None for t in leaves)
+    assert all(torch.equal(tensors[n], copies[n]) for n in copies) and all(
+        t.grad is not None for t in leaves
+    )
 
 
 # ---- contract ----
@@ -264,16 +369,32 @@ def test_inputs_are_not_written():
 U, K = torch.zeros(2, 4, 10), torch.zeros(4, 10)
 ERRORS = {
     "u is no tensor": (lambda: fftconv([1.0], K), TypeError, "u must be a tensor, got list"),
-    "u is integer": (lambda: fftconv(U.int(), K), TypeError, "u must be float32, float64, bfloat16, float16, got int32"),
+    "u is integer": (
+        lambda: fftconv(U.int(), K),
+        TypeError,
+        "u must be float32, float64, bfloat16, float16, got int32",
+    ),
     "u is complex": (lambda: fftconv(U.cfloat(), K), TypeError, "u must be .* got complex64"),
-    "u has two axes": (lambda: fftconv(U[0], K), ValueError, r"u must be \(batch, channels, length\), got \(4, 10\)"),
-    "k has other channels": (lambda: fftconv(U, K[:3]), ValueError, r"k must be \(channels=4, K\) or .* got \(3, 10\)"),
+    "u has two axes": (
+        lambda: fftconv(U[0], K),
+        ValueError,
+        r"u must be \(batch, channels, length\), got \(4, 10\)",
+    ),
+    "k has other channels": (
+        lambda: fftconv(U, K[:3]),
+        ValueError,
+        r"k must be \(channels=4, K\) or .* got \(3, 10\)",
+    ),
     "k has another batch": (
         lambda: fftconv(U, torch.zeros(3, 1, 4, 10)),
         ValueError,
         r"\(batch=2, heads, channels=4, K\), got \(3, 1, 4, 10\)",
     ),
-    "k is float64": (lambda: fftconv(U, K.double()), TypeError, "k must be float32, bfloat16, float16, got float64"),
+    "k is float64": (
+        lambda: fftconv(U, K.double()),
+        TypeError,
+        "k must be float32, bfloat16, float16, got float64",
+    ),
     "k_rev without heads": (
         lambda: fftconv(U, K[None], k_rev=K),
         ValueError,
@@ -309,9 +430,21 @@ ERRORS = {
         TypeError,
         "pre_gate must be float32, got bfloat16",
     ),
-    "activation": (lambda: fftconv(U, K, activation="tanh"), ValueError, "activation must be one of None, 'gelu'"),
-    "mode": (lambda: fftconv(U, K, mode="same"), ValueError, "mode must be one of 'causal', 'circular', got 'same'"),
-    "layout": (lambda: fftconv(U, K, layout="lbh"), ValueError, "layout must be one of 'bhl', 'blh', got 'lbh'"),
+    "activation": (
+        lambda: fftconv(U, K, activation="tanh"),
+        ValueError,
+        "activation must be one of None, 'gelu'",
+    ),
+    "mode": (
+        lambda: fftconv(U, K, mode="same"),
+        ValueError,
+        "mode must be one of 'causal', 'circular', got 'same'",
+    ),
+    "layout": (
+        lambda: fftconv(U, K, layout="lbh"),
+        ValueError,
+        "layout must be one of 'bhl', 'blh', got 'lbh'",
+    ),
     "circular and long": (
         lambda: fftconv(U, torch.zeros(4, 11), mode="circular"),
         ValueError,
@@ -322,7 +455,11 @@ ERRORS = {
         ValueError,
         "k_rev must be None in circular mode",
     ),
-    "another device": (lambda: fftconv(U, K.to("meta")), ValueError, "k must be on u's device cpu, got meta"),
+    "another device": (
+        lambda: fftconv(U, K.to("meta")),
+        ValueError,
+        "k must be on u's device cpu, got meta",
+    ),
     "unknown keyword": (lambda: fftconv(U, K, bias=K), TypeError, "bias"),
     "positional option": (lambda: fftconv(U, K, None, K), TypeError, "positional"),
 }
@@ -341,7 +478,10 @@ def test_explain():
     assert (plan.backend, plan.algorithm, plan.fallback) == ("cpu", "right-angle fft", None)
     assert plan.fft_size >= 1000 and plan.isa == _cpu.isa() and "1000" not in str(plan.fallback)
     assert seqconv.explain(u, torch.zeros(8, 32)).algorithm == "direct sum"
-    assert seqconv.explain(u, torch.zeros(8, 32), k_rev=torch.zeros(8, 1)).algorithm == "right-angle fft"
+    assert (
+        seqconv.explain(u, torch.zeros(8, 32), k_rev=torch.zeros(8, 1)).algorithm
+        == "right-angle fft"
+    )
     assert "meta" in seqconv.explain(u.to("meta"), torch.zeros(8, 32, device="meta")).fallback
     with pytest.raises(ValueError, match="k must be"):
         seqconv.explain(u, torch.zeros(7, 32))

@@ -46,7 +46,9 @@ def test_imports_point_downward():
     for module, found in modules.items():
         inside = {name.split(".")[1] for name in found if name.startswith("seqconv.")}
         assert inside <= ALLOWED[module], f"{module} imports {inside - ALLOWED[module]}"
-        outside = {name.split(".")[0] for name in found} - {"seqconv"} - set(sys.stdlib_module_names)
+        outside = (
+            {name.split(".")[0] for name in found} - {"seqconv"} - set(sys.stdlib_module_names)
+        )
         assert outside <= OUTSIDE, f"{module} imports {outside - OUTSIDE}"
 
 
@@ -68,7 +70,9 @@ before = set(sys.modules)
 import seqconv
 print(*{m.split(".")[0] for m in set(sys.modules) - before})
 """
-    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
     assert set(result.stdout.split()) - set(sys.stdlib_module_names) == {"seqconv"}
 
 

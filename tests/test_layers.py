@@ -78,15 +78,17 @@ def test_mask(make, side):
     assert torch.equal(layer(noisy, mask=additive), wanted)
     with pytest.raises(ValueError, match=r"mask must be \(batch=2, length=50\), got \(2, 49\)"):
         layer(x, padding[:, 1:])
-    with pytest.raises(TypeError, match="mask must be bool.* got int64"):
+    with pytest.raises(TypeError, match=r"mask must be bool.* got int64"):
         layer(x, padding.long())
 
 
 def test_contract(make):
     layer = make()
-    with pytest.raises(ValueError, match=rf"x must be \(batch, length, d_model={D}\), got \(2, 10, 5\)"):
+    with pytest.raises(
+        ValueError, match=rf"x must be \(batch, length, d_model={D}\), got \(2, 10, 5\)"
+    ):
         layer(torch.zeros(2, 10, 5))
-    with pytest.raises(TypeError, match="x must be float32.* got int64"):
+    with pytest.raises(TypeError, match=r"x must be float32.* got int64"):
         layer(torch.zeros(2, 10, D, dtype=torch.int64))
     with pytest.raises(TypeError, match="unknown"):
         make(unknown=1)
@@ -132,10 +134,14 @@ def test_autocast_trains(make):
         y = layer(x)
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
-    assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in layer.parameters())
+    assert all(
+        p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in layer.parameters()
+    )
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 def test_compile_and_export(make):
     torch._dynamo.reset()
     layer = make(bidirectional=True)
@@ -197,7 +203,9 @@ def test_s4d_kernel_with_long_phases_and_barely_damped_modes():
         imag = torch.tensor([[1300.0, 1290.0]])
         c = torch.ones(1, 1, 2, 2)
         k = s4d_kernel(log_dt, decay, imag, c, 65536)
-        wanted = reference.s4d_kernel(log_dt.double(), decay.double(), imag.double(), c.double(), 65536)
+        wanted = reference.s4d_kernel(
+            log_dt.double(), decay.double(), imag.double(), c.double(), 65536
+        )
         assert (k - wanted).norm() < 5e-7 * wanted.norm()
 
 
@@ -224,10 +232,17 @@ def test_s4d_initialisation():
     log_dt = kernel.log_dt
     low, high = math.log(1e-3), math.log(1e-1)
     assert low <= log_dt.min() and log_dt.max() <= high
-    assert abs(log_dt.mean() - (low + high) / 2) < 0.1 and abs(log_dt.std() - (high - low) / 12**0.5) < 0.05
+    assert (
+        abs(log_dt.mean() - (low + high) / 2) < 0.1
+        and abs(log_dt.std() - (high - low) / 12**0.5) < 0.05
+    )
     assert torch.allclose(kernel.log_A_real.exp(), torch.tensor(0.5))
     assert torch.allclose(kernel.A_imag, math.pi * torch.arange(4.0).expand(4000, 4))
-    assert kernel.C.shape == (2, 4000, 4, 2) and abs(kernel.C.var() - 0.5) < 0.02 and abs(kernel.C.mean()) < 0.02
+    assert (
+        kernel.C.shape == (2, 4000, 4, 2)
+        and abs(kernel.C.var() - 0.5) < 0.02
+        and abs(kernel.C.mean()) < 0.02
+    )
     with pytest.raises(ValueError, match="d_state must be even"):
         S4D(D, d_state=7)
     with pytest.raises(ValueError, match="dt_min"):
@@ -272,7 +287,9 @@ def test_long_conv_kernel_dropout_and_shorter_or_longer_inputs():
 
 
 def test_param_groups():
-    model = nn.Sequential(nn.Linear(1, D), S4D(D), LongConv(D, l_max=9, kernel_lr=5e-4), nn.LayerNorm(D))
+    model = nn.Sequential(
+        nn.Linear(1, D), S4D(D), LongConv(D, l_max=9, kernel_lr=5e-4), nn.LayerNorm(D)
+    )
     groups = param_groups(model, lr=1e-2, weight_decay=0.05)
     everything = [p for g in groups for p in g["params"]]
     assert len(everything) == len(set(everything)) == len(list(model.parameters()))

@@ -31,4 +31,6 @@ def test_the_suite_passes_without_a_mutation():
 @pytest.mark.parametrize("mutation", [*mutations.FORWARD, *mutations.BACKWARD])
 def test_mutation_is_caught(mutation):
     result = run_suite(mutation)
-    assert result.returncode == 1 and "AssertionError" in result.stdout, result.stdout[-3000:] + result.stderr[-2000:]
+    assert result.returncode == 1 and "AssertionError" in result.stdout, (
+        result.stdout[-3000:] + result.stderr[-2000:]
+    )

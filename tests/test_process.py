@@ -13,7 +13,11 @@ from seqconv import fftconv, reference
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=os.environ | environment
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | environment,
     )
 
 
@@ -22,10 +26,8 @@ FORK = """
 import os, torch, seqconv
 def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.flatten(0, 1), b.flatten(0, 1)))
-u, k, dy = torch.randn(8, 32, 500, requires_grad=True), torch.randn(32, 500), torch.randn(8, 32, 500)
-wanted = seqconv.fftconv(u, k)
-(grad,) = torch.autograd.grad(wanted, u, dy)
-child = os.fork()
+u, k, dy = torch.randn(8, 32, 500, requires_grad=True), torch.randn(32, 500), torch.randn(8, 32,
+500) wanted = seqconv.fftconv(u, k) (grad,) = torch.autograd.grad(wanted, u, dy) child = os.fork()
 if child == 0:
     y = seqconv.fftconv(u, k)
     (again,) = torch.autograd.grad(y, u, dy)
@@ -42,7 +44,9 @@ def test_a_forked_child_of_a_threaded_process_works():
 
 
 def test_calls_from_many_threads():
-    problems = [(torch.randn(3, 9, n), torch.randn(9, n)) for n in (100, 101, 777, 1000, 2048, 3001)]
+    problems = [
+        (torch.randn(3, 9, n), torch.randn(9, n)) for n in (100, 101, 777, 1000, 2048, 3001)
+    ]
     wanted = [fftconv(u, k) for u, k in problems]
     wrong = []
 
@@ -83,7 +87,9 @@ def test_report():
 
 def test_report_with_a_forced_fallback():
     environment = os.environ | {"SEQCONV_BACKEND": "reference"}
-    result = subprocess.run([sys.executable, "-m", "seqconv"], capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-m", "seqconv"], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 1 and "SEQCONV_BACKEND=reference asks for it" in result.stdout
 
 
@@ -108,12 +114,22 @@ print(repr(y.sum().item()), repr(torch.autograd.grad(y.square().sum(), u)[0].sum
 def test_unknown_isa_is_refused_and_portable_works():
     result = python("import seqconv", SEQCONV_CPU_ISA="sse9")
     assert result.returncode != 0 and "SEQCONV_CPU_ISA=sse9" in result.stderr
-    code = "import torch, seqconv; print(seqconv.explain(torch.zeros(1, 1, 50), torch.zeros(1, 50)))"
+    code = (
+        "import torch, seqconv; print(seqconv.explain(torch.zeros(1, 1, 50), torch.zeros(1, 50)))"
+    )
     assert "cpu (portable" in python(code, SEQCONV_CPU_ISA="portable").stdout
 
 
 def test_the_suite_refuses_to_test_the_fallback():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", os.path.dirname(__file__) + "/test_fftconv.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        os.path.dirname(__file__) + "/test_fftconv.py",
+    ]
     environment = os.environ | {"SEQCONV_BACKEND": "reference"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 3 and "only test torch.fft" in result.stdout + result.stderr
@@ -124,7 +140,13 @@ def test_out_of_memory_is_an_exception():
     from seqconv import _cpu
 
     huge = 1 << 46
-    u, k, y = (torch.zeros(1).expand(1, 1, huge), torch.zeros(1).expand(1, huge), torch.zeros(1).expand(1, 1, huge))
+    u, k, y = (
+        torch.zeros(1).expand(1, 1, huge),
+        torch.zeros(1).expand(1, huge),
+        torch.zeros(1).expand(1, 1, huge),
+    )
     with pytest.raises(MemoryError):
         _cpu.forward(y, u, k, None, None, None, None, "none")
-    assert torch.equal(reference.fftconv(torch.ones(1, 1, 1), torch.ones(1, 1)), torch.ones(1, 1, 1))
+    assert torch.equal(
+        reference.fftconv(torch.ones(1, 1, 1), torch.ones(1, 1)), torch.ones(1, 1, 1)
+    )

@@ -36,7 +36,9 @@ def problems(draw) -> Case:
     )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(problems())
 def test_any_problem(case):
     torch.manual_seed(0)

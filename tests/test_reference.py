@@ -37,14 +37,33 @@ def test_definition(function, mode, length, taps):
     for h in range(2):
         rev = [] if k_rev is None else k_rev[h].tolist()
         wanted = loops(u[0, h].tolist(), k[h].tolist(), skip[h].item(), rev, mode)
-        torch.testing.assert_close(y[0, h], torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            y[0, h], torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Case(length=40, taps=40, taps_rev=39, heads=2, skip="ch", pre_gate=True, post_gate=True, activation="gelu"),
-        Case(length=41, taps=20, heads=3, per_sample=True, skip="h", post_gate=True, activation="silu"),
+        Case(
+            length=40,
+            taps=40,
+            taps_rev=39,
+            heads=2,
+            skip="ch",
+            pre_gate=True,
+            post_gate=True,
+            activation="gelu",
+        ),
+        Case(
+            length=41,
+            taps=20,
+            heads=3,
+            per_sample=True,
+            skip="h",
+            post_gate=True,
+            activation="silu",
+        ),
         Case(length=30, taps=50, taps_rev=60, skip="h", pre_gate=True, activation="relu"),
         Case(length=30, taps=0, taps_rev=3, post_gate=True),
         Case(length=1, taps=1, taps_rev=1, skip="h", activation="gelu"),

@@ -1,7 +1,7 @@
 """Gradients of every order, torch.func, forward-mode, torch.compile, export, opcheck and autocast.
 
-Each of these is known to be silently wrong for some way of attaching a gradient to an operator, so every test compares
-values with the reference; where a combination is not supported, it must raise.
+Each of these is known to be silently wrong for some way of attaching a gradient to an operator, so
+every test compares values with the reference; where a combination is not supported, it must raise.
 """
 
 import pytest
@@ -13,7 +13,9 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from seqconv import _ops, fftconv, reference
 
 FULL = {"heads": 2, "skip": "ch", "pre_gate": True, "post_gate": True, "batch": 2, "channels": 2}
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 
 
 @pytest.fixture(params=["kernels", "reference"])
@@ -97,14 +99,25 @@ def loss(function):
 
 def arguments():
     f64 = {"dtype": torch.float64}
-    return torch.randn(2, 3, 36, **f64), torch.randn(3, 36, **f64), torch.randn(3, **f64), torch.randn(3, 4, **f64)
+    return (
+        torch.randn(2, 3, 36, **f64),
+        torch.randn(3, 36, **f64),
+        torch.randn(3, **f64),
+        torch.randn(3, 4, **f64),
+    )
 
 
 @pytest.mark.parametrize("argnum", range(4))
-@pytest.mark.parametrize("transform", [grad, jacrev, jacfwd, hessian, lambda f, i: jacrev(jacrev(f, i), i)])
+@pytest.mark.parametrize(
+    "transform", [grad, jacrev, jacfwd, hessian, lambda f, i: jacrev(jacrev(f, i), i)]
+)
 def test_func_transforms(transform, argnum, backend):
     args = arguments()
-    close(transform(loss(fftconv), argnum)(*args), transform(loss(reference.fftconv_fft), argnum)(*args), 1e-8)
+    close(
+        transform(loss(fftconv), argnum)(*args),
+        transform(loss(reference.fftconv_fft), argnum)(*args),
+        1e-8,
+    )
 
 
 def test_jvp_and_dual_numbers(backend):
@@ -129,7 +142,11 @@ def test_vmap(mapped):
 
     y = vmap(call, tuple(dims.values()))(*stacked.values())
     for i in range(3):
-        close(y[i], call(*[a if dims[n] is None else a.select(1, i) for n, a in stacked.items()]), 1e-12)
+        close(
+            y[i],
+            call(*[a if dims[n] is None else a.select(1, i) for n, a in stacked.items()]),
+            1e-12,
+        )
 
 
 def test_vmap_over_per_sample_kernels():
@@ -179,7 +196,9 @@ def test_compile_forward_and_gradients(backend):
 
     compiled = torch.compile(loss(fftconv), fullgraph=True)
     close(compiled(*args), loss(reference.fftconv_fft)(*args))
-    for ours, theirs in zip(gradients(compiled), gradients(loss(reference.fftconv_fft)), strict=True):
+    for ours, theirs in zip(
+        gradients(compiled), gradients(loss(reference.fftconv_fft)), strict=True
+    ):
         close(ours, theirs)
 
 
@@ -267,7 +286,9 @@ def test_opcheck(case, needs_grad, backend):
     inputs = [t if t is None else t.requires_grad_(needs_grad) for t in (tensors[n] for n in order)]
     options = (case.activation or "none", case.layout == "blh")
     tolerance = {"rtol": 5e-2, "atol": 5e-2} if case.dtype == torch.bfloat16 else {}
-    torch.use_deterministic_algorithms(False)  # opcheck's own machinery has operations without such a form
+    torch.use_deterministic_algorithms(
+        False
+    )  # opcheck's own machinery has operations without such a form
     torch.library.opcheck(_ops.fwd, (*inputs, *options), **tolerance)
     dy = torch.randn_like(_ops.fwd(*inputs, *options)).requires_grad_(needs_grad)
     for wanted in ([True] * 6, [True, False, False, True, False, True]):
@@ -278,7 +299,15 @@ def test_opcheck(case, needs_grad, backend):
 
 
 def test_autocast_changes_no_dtype_and_takes_mixed_gates():
-    case = Case(length=50, taps=50, skip="h", pre_gate=True, post_gate=True, activation="gelu", dtype=torch.bfloat16)
+    case = Case(
+        length=50,
+        taps=50,
+        skip="h",
+        pre_gate=True,
+        post_gate=True,
+        activation="gelu",
+        dtype=torch.bfloat16,
+    )
     tensors = case.tensors()
     y = case.run(fftconv, tensors)
     tensors["pre_gate"] = tensors["pre_gate"].float().requires_grad_()

@@ -1,6 +1,6 @@
-// The right-angle transform (see plan.h) on vectors of channels, in place. forward() leaves the values in the
-// order in which the nodes split, inverse() takes them in that order: nothing ever reorders them.
-// Included inside an instruction set's namespace, after simd.h.
+// The right-angle transform (see plan.h) on vectors of channels, in place. forward() leaves the
+// values in the order in which the nodes split, inverse() takes them in that order: nothing ever
+// reorders them. Included inside an instruction set's namespace, after simd.h.
 
 template <class T>
 struct Complex {
@@ -103,7 +103,8 @@ void join(Complex<T>* x, int64_t m, const T* twiddles) {
 }
 
 template <bool kForward, class T>
-SEQCONV_INLINE void pass(const Transform<T>& plan, int stage, int64_t node, Complex<T>* x, int64_t m) {
+SEQCONV_INLINE void pass(const Transform<T>& plan, int stage, int64_t node, Complex<T>* x,
+                         int64_t m) {
   const int radix = plan.stage[stage].radix;
   const T* w = plan.twiddles + plan.stage[stage].twiddle + 2 * (radix - 1) * node;
   switch (radix) {
@@ -120,7 +121,8 @@ SEQCONV_INLINE void pass(const Transform<T>& plan, int stage, int64_t node, Comp
 
 // Depth first: a node that fits in cache is finished before its neighbour starts.
 template <bool kForward, class T>
-void transform(const Transform<T>& plan, Complex<T>* x, int64_t m, int stage = 0, int64_t node = 0) {
+void transform(const Transform<T>& plan, Complex<T>* x, int64_t m, int stage = 0,
+               int64_t node = 0) {
   if (stage == plan.stages) return;
   const int radix = plan.stage[stage].radix;
   if (kForward) pass<true>(plan, stage, node, x, m);

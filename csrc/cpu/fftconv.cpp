@@ -15,7 +15,8 @@
 namespace seqconv {
 namespace {
 
-constexpr int64_t kSerialWork = 1 << 14;  // below this many points, waking a thread costs more than it saves
+constexpr int64_t kSerialWork =
+    1 << 14;  // below this many points, waking a thread costs more than it saves
 
 ParallelFor parallel_for = nullptr;
 std::atomic<bool> in_forked_child{false};
@@ -94,13 +95,13 @@ Status run(const Problem& p, bool backward) {
   const Transform<T>& transform = direct ? none : plan->transform;
   const Kernel<T>& kernel = kernel_of<T>(kernels());
   const int64_t groups = (p.channels + kernel.lanes - 1) / kernel.lanes;
-  // Few channels: split the batch as well. Each part transforms the kernel again, so not too finely. The
-  // gradient of the kernel sums over the batch in one fixed order and is never split.
+  // Few channels: split the batch as well. Each part transforms the kernel again, so not too
+  // finely. The gradient of the kernel sums over the batch in one fixed order and is never split.
   int64_t parts = 1;
   if (!backward) parts = std::min(p.batch, std::max<int64_t>(1, 16 / groups));
   const int64_t step = (p.batch + parts - 1) / parts;
-  Job<T> job{p,      kernel, transform, backward,
-             groups, step,   kernel.scratch_bytes(p, transform.n, backward)};
+  Job<T> job{
+      p, kernel, transform, backward, groups, step, kernel.scratch_bytes(p, transform.n, backward)};
   const int64_t units = groups * ((p.batch + step - 1) / step);
   const bool serial = !parallel_for || forked() || units == 1 ||
                       p.batch * p.heads * p.channels * p.length < kSerialWork;

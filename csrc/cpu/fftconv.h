@@ -23,11 +23,12 @@ struct Tensor {
 
 struct Problem {
   int64_t batch, heads, channels, length;
-  int64_t taps, taps_rev;  // of k and k_rev, cut to what can reach an output: <= length, <= length - 1
+  int64_t taps,
+      taps_rev;  // of k and k_rev, cut to what can reach an output: <= length, <= length - 1
   bool kernel_per_sample, skip_per_head, compute_double;
   Activation activation;
   Tensor u, k, k_rev, skip, pre_gate, post_gate;
-  Tensor y;                                                // forward only
+  Tensor y;                                                 // forward only
   Tensor dy, du, dk, dk_rev, dskip, dpre_gate, dpost_gate;  // backward only; null where not wanted
 };
 
@@ -43,7 +44,8 @@ Status backward(const Problem& problem);
 
 void set_parallel_for(ParallelFor function);
 
-// In a forked child thread pools hang, OpenMP's for one: there everything runs on the calling thread.
+// In a forked child thread pools hang, OpenMP's for one: there everything runs on the calling
+// thread.
 bool forked();
 
 // The instruction set in use: the best that runs here, or what set_isa() chose.

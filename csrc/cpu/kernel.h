@@ -1,5 +1,6 @@
-// What an instruction set's translation unit provides. A unit of work is a few neighbouring channels (one
-// per vector lane) and a range of samples; units write to disjoint memory and need no synchronisation.
+// What an instruction set's translation unit provides. A unit of work is a few neighbouring
+// channels (one per vector lane) and a range of samples; units write to disjoint memory and need no
+// synchronisation.
 //
 // kernel_*.cpp are compiled for instruction sets that the machine may not have. They must not
 // instantiate anything from the standard library: the linker could pick such a copy for everybody.

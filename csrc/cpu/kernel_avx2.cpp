@@ -1,4 +1,5 @@
-// AVX2 and FMA. Compiled for that target whatever the compiler's flags, run only where the processor has both.
+// AVX2 and FMA. Compiled for that target whatever the compiler's flags, run only where the
+// processor has both.
 #if defined(__x86_64__)
 #include <math.h>
 

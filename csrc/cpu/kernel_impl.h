@@ -1,4 +1,5 @@
-// One unit of work of the convolution and of its gradient. Included inside an instruction set's namespace.
+// One unit of work of the convolution and of its gradient. Included inside an instruction set's
+// namespace.
 
 // Bump allocator over the caller's scratch; with base null it only counts.
 struct Scratch {
@@ -20,7 +21,7 @@ struct Workspace {
   Unit unit{};
   bool direct, gated;
   Vec<T>*x, *v, *gate, *dy, *dx;  // rows
-  Vec<T>*taps, *taps_rev;          // of every head
+  Vec<T>*taps, *taps_rev;         // of every head
   double* sums;  // lanes of dot products; per head: d skip, then direct gradients of every tap
   int64_t dots;
   Complex<T>*spectrum, *work, *kernel, *dx_spectrum, *dk_spectrum;
@@ -76,7 +77,8 @@ struct Workspace {
     transform<true>(plan, out, plan.n);
   }
 
-  // kernel <- spectrum of (k[t] - i k_rev[n-t-1]) / n for every head; or just the taps for a direct sum.
+  // kernel <- spectrum of (k[t] - i k_rev[n-t-1]) / n for every head; or just the taps for a direct
+  // sum.
   void load_kernel(int64_t b) {
     const T scale = T(1) / static_cast<T>(plan.n);
     for (int64_t c = 0; c < p.heads; ++c) {
@@ -99,14 +101,16 @@ struct Workspace {
     return value;
   }
 
-  // v = k * x + skip x, from x and, unless direct, its spectrum; `in_place` may overwrite the spectrum.
+  // v = k * x + skip x, from x and, unless direct, its spectrum; `in_place` may overwrite the
+  // spectrum.
   void convolve(int64_t c, bool in_place) {
     if (direct) {
       const Vec<T>*k = taps + c * p.taps, *k_rev = taps_rev + c * p.taps_rev;
       for (int64_t t = 0; t < p.length; ++t) {
         Vec<T> sum = {};
         for (int64_t j = 0; j < p.taps && j <= t; ++j) sum += k[j] * x[t - j];
-        for (int64_t m = 1; m <= p.taps_rev && t + m < p.length; ++m) sum += k_rev[m - 1] * x[t + m];
+        for (int64_t m = 1; m <= p.taps_rev && t + m < p.length; ++m)
+          sum += k_rev[m - 1] * x[t + m];
         v[t] = sum;
       }
     } else {
@@ -147,7 +151,8 @@ void forward_unit(const Problem& p, const Transform<T>& plan, const Unit& unit, 
   }
 }
 
-// sums[lane] += sum_t a[t] b[t]: short runs in T, then double, so that long rows do not lose digits.
+// sums[lane] += sum_t a[t] b[t]: short runs in T, then double, so that long rows do not lose
+// digits.
 template <class T>
 void add_dot(const Vec<T>* a, const Vec<T>* b, int64_t n, double* sums) {
   constexpr int64_t kRun = 64;
@@ -222,8 +227,7 @@ void backward_row(Workspace<T>& w, int64_t b, int64_t c, bool want_dx, bool want
   }
   if (want_dx) {
     const Complex<T>* q = w.kernel + c * n;
-    for (int64_t f = 0; f < n; ++f)
-      w.dx_spectrum[f] = w.dx_spectrum[f] + w.work[f] * conj(q[f]);
+    for (int64_t f = 0; f < n; ++f) w.dx_spectrum[f] = w.dx_spectrum[f] + w.work[f] * conj(q[f]);
   }
 }
 
@@ -236,7 +240,8 @@ void store_kernel_gradient(Workspace<T>& w, int64_t b) {
     if (w.direct) {
       const double* sums = w.head_sums(c) + kLanes<T>;
       for (int64_t j = 0; j < p.taps; ++j, sums += kLanes<T>) w.taps[j] = from_sums<T>(sums);
-      for (int64_t m = 0; m < p.taps_rev; ++m, sums += kLanes<T>) w.taps_rev[m] = from_sums<T>(sums);
+      for (int64_t m = 0; m < p.taps_rev; ++m, sums += kLanes<T>)
+        w.taps_rev[m] = from_sums<T>(sums);
     } else {
       Complex<T>* dk = w.dk_spectrum + c * n;
       transform<false>(w.plan, dk, n);

@@ -126,7 +126,8 @@ std::shared_ptr<const Plan<T>> get_plan(int64_t n) {
   Cache<T>& c = cache<T>();
   try {
     std::lock_guard<std::mutex> lock(c.mutex);
-    auto hit = std::find_if(c.plans.begin(), c.plans.end(), [n](auto& p) { return p->transform.n == n; });
+    auto hit =
+        std::find_if(c.plans.begin(), c.plans.end(), [n](auto& p) { return p->transform.n == n; });
     if (hit != c.plans.end()) {
       c.plans.splice(c.plans.begin(), c.plans, hit);
     } else {

@@ -1,8 +1,8 @@
 // Transform lengths and twiddles of the right-angle convolution.
 //
-// The transform evaluates a polynomial at the roots of x^n = i by splitting x^m - e^{i a} into R factors
-// x^{m/R} - e^{i (a + 2 pi j) / R}, stage by stage, the root node being x^n - i (a = pi / 2).
-// A product of two such transforms is the product modulo x^n - i, whose real part is the causal
+// The transform evaluates a polynomial at the roots of x^n = i by splitting x^m - e^{i a} into R
+// factors x^{m/R} - e^{i (a + 2 pi j) / R}, stage by stage, the root node being x^n - i (a = pi /
+// 2). A product of two such transforms is the product modulo x^n - i, whose real part is the causal
 // convolution for every length <= n: no zero padding to 2n, no bit reversal.
 #pragma once
 #include <cstdint>

@@ -1,8 +1,8 @@
 // Vectors of neighbouring channels, loading and storing them from any dtype and stride, and the
 // activations on them. Included inside an instruction set's namespace (see kernel_*.cpp).
 //
-// GCC and Clang vector extensions: + - * / and ?: work lane by lane and compile to whatever the target has.
-// No include here: kernel_*.cpp includes all it needs before switching the target.
+// GCC and Clang vector extensions: + - * / and ?: work lane by lane and compile to whatever the
+// target has. No include here: kernel_*.cpp includes all it needs before switching the target.
 
 #define SEQCONV_INLINE static inline __attribute__((always_inline))
 
@@ -92,7 +92,8 @@ inline Float16 narrow<Float16>(float x) {
   const uint32_t sign = as_bits(x) >> 16 & 0x8000u;
   const uint32_t magnitude = as_bits(x) & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
-  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to infinity
+  if (magnitude >= 0x477ff000u)
+    return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to infinity
   if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 puts the rounding where it belongs
     const uint32_t shifted = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
     return {static_cast<uint16_t>(sign | shifted)};
@@ -112,7 +113,8 @@ inline Float16 narrow<Float16>(double x) {
 
 // ---- rows ----
 
-// A row of one sample and head: lane l is channel (channel + l). Lanes beyond the last channel read zero.
+// A row of one sample and head: lane l is channel (channel + l). Lanes beyond the last channel read
+// zero.
 struct Row {
   const Tensor* tensor;
   int64_t batch, head;
@@ -149,7 +151,8 @@ void load(const Row& row, const Unit& unit, int64_t n, Vec<T>* out, int64_t step
     const int64_t across = t.stride[2], along = t.stride[3];
     if (unit.channels < kLanes<T>)
       for (int64_t i = 0; i < n; ++i) out[i * step] = Vec<T>{};
-    // Time innermost keeps one read stream per channel; eight steps at a time keep the writes in cache.
+    // Time innermost keeps one read stream per channel; eight steps at a time keep the writes in
+    // cache.
     constexpr int64_t kBlock = 64;
     for (int64_t i0 = 0; i0 < n; i0 += kBlock) {
       const int64_t end = i0 + kBlock < n ? i0 + kBlock : n;
@@ -201,12 +204,13 @@ SEQCONV_INLINE Vec<float> exp_of(Vec<float> x) {
   return x > 88.0f ? splat(__builtin_inff()) : p;
 }
 
-constexpr float kErfc[10] = {2.820869264e-01f, 2.823478961e-01f,  2.434860648e-01f,  2.001805763e-01f,
-                             -1.737233758e-02f, 2.573629220e-01f, -4.585286083e-01f, 2.605507075e-01f,
-                             -4.790700084e-02f, -2.207192189e-03f};
+constexpr float kErfc[10] = {
+    2.820869264e-01f, 2.823478961e-01f,  2.434860648e-01f, 2.001805763e-01f,  -1.737233758e-02f,
+    2.573629220e-01f, -4.585286083e-01f, 2.605507075e-01f, -4.790700084e-02f, -2.207192189e-03f};
 
-// Standard normal distribution function and density. erfc(z) exp(z^2) (1 + z / 2) is close to a polynomial in
-// t = 1 / (1 + z / 2); this one, fitted for z < 18, has a relative error of 6e-8. Beyond, exp underflows.
+// Standard normal distribution function and density. erfc(z) exp(z^2) (1 + z / 2) is close to a
+// polynomial in t = 1 / (1 + z / 2); this one, fitted for z < 18, has a relative error of 6e-8.
+// Beyond, exp underflows.
 SEQCONV_INLINE void normal(Vec<float> v, Vec<float>& cdf, Vec<float>& density) {
   const Vec<float> size = v < 0.0f ? -v : v;
   const Vec<float> t = 1.0f / (1.0f + size * 0.353553390593273762f);
