@@ -27,7 +27,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-import bench  # noqa: F401  sets OMP_WAIT_POLICY before torch is imported
 import seqconv
 from bench import mnist5k
 from bench.plots import plot_curve, plot_kernels

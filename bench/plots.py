@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 from torch import Tensor
 
 
@@ -39,24 +40,22 @@ def plot_curve(rows: list[dict], path: Path) -> None:
 
 
 def plot_kernels(
-    before: list[Tensor], after: list[Tensor], name: str, path: Path, shown: int = 6
+    before: list[Tensor], after: list[Tensor], name: str, path: Path, shown: int = 5
 ) -> None:
-    """The first channels' kernels of every layer, at initialisation and after training."""
+    """The first channels' kernels of every layer, one above the other, at initialisation and after
+    training; each channel on its own scale, the same in both columns."""
     figure, axes = plt.subplots(
-        len(after), 2, figsize=(10, 2.6 * len(after)), layout="constrained", squeeze=False
+        len(after), 2, figsize=(11, 3.2 * len(after)), layout="constrained", squeeze=False
     )
     for row, pair in enumerate(zip(before, after, strict=True)):
-        limit = max(1.05 * k[:shown].abs().max().item() for k in pair)
-        for axis, k, when in zip(
-            axes[row], pair, ("at initialisation", "after training"), strict=True
-        ):
-            axis.plot(k[:shown].T, linewidth=0.8)
-            axis.set(
-                title=f"{name}, layer {row + 1}, {when}",
-                ylim=(-limit, limit),
-                xlim=(0, k.shape[-1]),
-            )
-            axis.grid(alpha=0.3)
+        size = torch.stack([k[:shown].abs().amax(1) for k in pair]).amax(0).clamp_min(1e-12)
+        for axis, k, when in zip(axes[row], pair, ("initialised", "trained"), strict=True):
+            for channel in range(min(shown, len(k))):
+                axis.plot(0.5 * k[channel] / size[channel] - channel, linewidth=0.8)
+                axis.axhline(-channel, color="black", linewidth=0.3)
+            axis.set(title=f"{name}, layer {row + 1}, {when}", xlim=(0, k.shape[-1]))
+            axis.set_yticks(range(1 - min(shown, len(k)), 1))
+            axis.set_yticklabels([f"channel {-int(t)}" for t in axis.get_yticks()])
             if row == len(after) - 1:
                 axis.set_xlabel("lag (pixels)")
     figure.savefig(path, dpi=120)

@@ -34,22 +34,19 @@ def fftconv(
 
     Args:
         u: (batch, channels, length), or (batch, length, channels) with layout="blh". float32,
-        float64, bfloat16 or
-            float16; any strides.
+            float64, bfloat16 or float16; any strides.
         k: (channels, K), K >= 0; tap 0 multiplies the present. (heads, channels, K) applies several
-        kernels to one
-            input; (batch, heads, channels, K) a kernel per sample. float32, or narrower, or u's
-            dtype. K may be shorter or longer than length; taps beyond it never matter.
+            kernels to one input; (batch, heads, channels, K) a kernel per sample. float32, or
+            narrower, or u's dtype. K may be shorter or longer than length; taps beyond it never
+            matter.
         skip: (channels,), or (heads, channels) where k has heads; dtypes as k.
         k_rev: taps for the future, with k's leading axes and a length of its own; its tap 0 is lag
-        -1, so that lag 0
-            belongs to k alone. Makes the convolution two-sided.
+            -1, so that lag 0 belongs to k alone. Makes the convolution two-sided.
         pre_gate: u's shape and dtype.
         post_gate: y's shape and u's dtype. Under autocast gates of another dtype are cast to u's.
         activation: None, "gelu" (exact, by erf), "silu" or "relu".
-        mode: "causal" as above; "circular" wraps the sequence: v[t] = sum_s k[(t-s) mod length]
-        x[s] + skip x[t],
-            K <= length, no k_rev.
+        mode: "causal" as above; "circular" wraps the sequence: K <= length, no k_rev, and
+            v[t] = sum_s k[(t-s) mod length] x[s] + skip * x[t].
         layout: "bhl", or "blh" for u and gates as (batch, length, channels); y the same.
 
     Returns:
@@ -151,17 +148,13 @@ class Explanation:
 
     def __str__(self) -> str:
         size = "" if self.fft_size is None else f" of {self.fft_size} points"
-        where = (
-            self.backend
-            if self.isa is None
-            else f"{self.backend} ({self.isa}, {self.threads} threads)"
-        )
+        where = self.backend
+        if self.isa is not None:
+            where += f" ({self.isa}, {self.threads} threads)"
         text = f"{where}: {self.algorithm}{size}"
-        return (
-            text
-            if self.fallback is None
-            else f"{text}\nfallback, slower with the same answer: {self.fallback}"
-        )
+        if self.fallback is not None:
+            text += f"\nfallback, slower with the same answer: {self.fallback}"
+        return text
 
 
 def explain(
