@@ -14,9 +14,8 @@ try:
 except ImportError as error:
     _C = None
     missing = f"the compiled extension seqconv._C is not installed ({error})"
-    warnings.warn(
-        f"seqconv: {missing}; fftconv takes torch.fft, slower: see python -m seqconv", stacklevel=2
-    )
+    text = f"seqconv: {missing}; fftconv takes torch.fft, slower: see python -m seqconv"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
 else:
     missing = ""
 
