@@ -106,7 +106,7 @@ PyObject* forked(PyObject*, PyObject*) { return PyBool_FromLong(seqconv::forked(
 
 PyObject* compiler(PyObject*, PyObject*) {
 #if defined(__clang__)
-  return PyUnicode_FromString("clang " __VERSION__);
+  return PyUnicode_FromString(__VERSION__);
 #else
   return PyUnicode_FromString("g++ " __VERSION__);
 #endif

@@ -26,8 +26,10 @@ FORK = """
 import os, torch, seqconv
 def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.flatten(0, 1), b.flatten(0, 1)))
-u, k, dy = torch.randn(8, 32, 500, requires_grad=True), torch.randn(32, 500), torch.randn(8, 32,
-500) wanted = seqconv.fftconv(u, k) (grad,) = torch.autograd.grad(wanted, u, dy) child = os.fork()
+u, k, dy = torch.randn(8, 32, 500).requires_grad_(), torch.randn(32, 500), torch.randn(8, 32, 500)
+wanted = seqconv.fftconv(u, k)
+(grad,) = torch.autograd.grad(wanted, u, dy)
+child = os.fork()
 if child == 0:
     y = seqconv.fftconv(u, k)
     (again,) = torch.autograd.grad(y, u, dy)
