@@ -15,6 +15,8 @@ def check_tensor(
 ) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{function}: {name} must be a dense tensor, got {value.layout}")
     if value.dtype not in dtypes:
         wanted = ", ".join(_name(d) for d in dtypes)
         raise TypeError(f"{function}: {name} must be {wanted}, got {_name(value.dtype)}")
@@ -47,5 +49,5 @@ def check_choice(function: str, name: str, value, choices: tuple) -> None:
 
 def check_positive(function: str, **sizes: int) -> None:
     for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{function}: {name} must be an integer >= 1, got {value!r}")

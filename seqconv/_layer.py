@@ -54,9 +54,13 @@ class ConvLayer(nn.Module):
         self.linear = nn.Linear(heads * d_model, 2 * d_model)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (batch, length, d_model); mask (batch, length) marks padding, by True or by -inf: it is read as zeros."""
+        """x (batch, length, d_model), in the layer's dtype unless under autocast. mask (batch, length)
+        marks padding, by True or by -inf (0 elsewhere), as in torch's attention: it is read as zeros.
+        """
         name = type(self).__name__
         check_tensor(name, "x", x)
+        if not torch.is_autocast_enabled(x.device.type):
+            check_tensor(name, "x", x, dtypes=(self.linear.weight.dtype,))
         check_shape(name, "x", x, (("batch", None), ("length", None), ("d_model", self.d_model)))
         batch, length, _ = x.shape
         if mask is not None:

@@ -35,7 +35,7 @@ class LongConvKernel(KernelGenerator):
     ):
         super().__init__()
         check_positive("LongConvKernel", d_model=d_model, l_max=l_max, heads=heads)
-        if lam < 0:
+        if not lam >= 0:
             raise ValueError(f"LongConvKernel: lam must be >= 0, got {lam}")
         rate = float(d_model // 2) ** (torch.arange(d_model) / d_model)  # (h)
         decay = torch.exp(-rate.unsqueeze(-1) * torch.arange(l_max) / l_max)  # (h l)

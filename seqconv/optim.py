@@ -18,7 +18,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         >>> [(len(g["params"]), g["lr"], g["weight_decay"]) for g in groups]
         [(4, 0.01, 0.05), (3, 0.001, 0.0)]
     """
-    if lr < 0 or weight_decay < 0:
+    if not (lr >= 0 and weight_decay >= 0):
         raise ValueError(
             f"param_groups: lr and weight_decay must be >= 0, got {lr} and {weight_decay}"
         )

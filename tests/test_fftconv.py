@@ -375,6 +375,7 @@ ERRORS = {
         "u must be float32, float64, bfloat16, float16, got int32",
     ),
     "u is complex": (lambda: fftconv(U.cfloat(), K), TypeError, "u must be .* got complex64"),
+    "u is sparse": (lambda: fftconv(U.to_sparse(), K), TypeError, "u must be a dense tensor"),
     "u has two axes": (
         lambda: fftconv(U[0], K),
         ValueError,

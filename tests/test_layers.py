@@ -88,11 +88,12 @@ def test_contract(make):
         ValueError, match=rf"x must be \(batch, length, d_model={D}\), got \(2, 10, 5\)"
     ):
         layer(torch.zeros(2, 10, 5))
-    with pytest.raises(TypeError, match=r"x must be float32.* got int64"):
-        layer(torch.zeros(2, 10, D, dtype=torch.int64))
+    for dtype in (torch.int64, torch.bfloat16, torch.float64):
+        with pytest.raises(TypeError, match=r"x must be float32.* got (int64|bfloat16|float64)"):
+            layer(torch.zeros(2, 10, D, dtype=dtype))
     with pytest.raises(TypeError, match="unknown"):
         make(unknown=1)
-    for value in (0, -1, 1.5):
+    for value in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="heads must be an integer >= 1"):
             make(heads=value)
 
@@ -281,6 +282,8 @@ def test_long_conv_kernel_dropout_and_shorter_or_longer_inputs():
     assert kernel(900).shape[-1] == 400
     with pytest.raises(ValueError, match="lam must be >= 0"):
         LongConv(D, l_max=4, lam=-1.0)
+    with pytest.raises(ValueError, match="lam must be >= 0, got nan"):
+        LongConv(D, l_max=4, lam=math.nan)
 
 
 # ---- optimiser groups ----
