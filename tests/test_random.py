@@ -47,6 +47,11 @@ def test_any_problem(case):
     exact, definition = oracle(case)
     y64, grads64, _ = exact.with_gradients(definition, double(tensors), dy.double())
     y_fft, grads_fft, _ = case.with_gradients(reference.fftconv_fft, tensors, dy)
-    assert_accurate(y, y_fft, y64)
+    # Norms over a handful of numbers, each of which may be a small difference of large ones.
+    ulps = 2.0 if y.numel() >= 64 else 16.0
+    assert_accurate(y, y_fft, y64, ulps=ulps)
     for name, grad in grads.items():
-        assert_accurate(grad, grads_fft[name], grads64[name], factor=3.0, what=f"d{name}")
+        ulps = 2.0 if grad.numel() >= 64 else 16.0
+        assert_accurate(
+            grad, grads_fft[name], grads64[name], factor=3.0, ulps=ulps, what=f"d{name}"
+        )

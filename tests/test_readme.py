@@ -1,0 +1,49 @@
+"""The README's Python runs as printed, its commands exist, and its numbers of parameters are right."""
+
+import re
+from pathlib import Path
+
+import torch
+
+import seqconv
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_snippets_run_in_order():
+    channels, length = 256, 300
+    u = torch.randn(2, channels, length)
+    padding = torch.zeros(2, length, dtype=torch.bool)
+    names = {
+        "x": torch.randn(2, length, channels),
+        "padding": padding,
+        "model": seqconv.S4D(8),
+        "u": u,
+        "k": torch.randn(channels, length),
+        "skip": torch.randn(channels),
+        "k_rev": torch.randn(channels, 100),
+        "pre": torch.randn_like(u),
+        "post": torch.randn_like(u),
+    }
+    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(snippets) >= 5
+    for snippet in snippets:
+        exec(snippet, names)
+    assert names["y"].shape == u.shape
+    logits = names["Classifier"](3, 32, 10)(torch.randn(2, length, 3))
+    assert logits.shape == (2, 10)
+
+
+def test_commands_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"make ([a-z]+)", README + (ROOT / "CONTRIBUTING.md").read_text()))
+    assert {"demo", "test", "lint"} <= named <= targets
+
+
+def test_parameter_counts():
+    from bench.demo import LAYERS, Classifier
+
+    for layer in LAYERS:
+        count = sum(p.numel() for p in Classifier(layer).parameters())
+        assert f"| {count:,} |" in README, f"{layer} has {count:,} parameters"
