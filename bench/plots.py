@@ -32,7 +32,7 @@ def plot_curve(rows: list[dict], path: Path) -> None:
     )
     right.axhline(0.1, color="black", linestyle=":", linewidth=1, label="chance")
     right.set(xlabel="seconds of training", ylabel="accuracy", ylim=(0, 1))
-    right.legend(loc="lower right", frameon=False)
+    right.legend(loc="center right", frameon=False)
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
