@@ -12,6 +12,7 @@ import csv
 import json
 import math
 import os
+import pickle
 import platform
 import signal
 import subprocess
@@ -98,7 +99,10 @@ class Run:
         os.replace(temporary, path)
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
+        try:
+            state = torch.load(path, weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise SystemExit(f"--resume: {path} cannot be read: {error!r}") from None
         changed = [key for key in self.config if state["config"].get(key) != self.config[key]]
         if changed:
             what = ", ".join(
@@ -163,7 +167,7 @@ def stop_on_interrupt():
         signal.signal(signal.SIGINT, previous)
 
 
-def train(run: Run, data, out: Path, epochs: int, stop_after: int | None) -> bool:
+def train(run: Run, data, out: Path, epochs: int, stop_after: float) -> bool:
     """Runs to the end of the schedule; False if stopped before, by Ctrl-C or after `stop_after` steps."""
     x, y, x_held, y_held = data
     per_epoch = len(x) // BATCH
@@ -205,7 +209,7 @@ def train(run: Run, data, out: Path, epochs: int, stop_after: int | None) -> boo
                     "rate": rate,
                 }
                 progress.update(task, completed=run.step, **shown)
-                if interrupted or run.step == stop_after:
+                if interrupted or run.step >= stop_after:
                     break
             if run.step % per_epoch == 0:
                 held = accuracy(run.model, x_held, y_held)
@@ -222,7 +226,7 @@ def train(run: Run, data, out: Path, epochs: int, stop_after: int | None) -> boo
                     f"epoch {epoch + 1}/{epochs}  loss {run.loss:.3f}  accuracy {run.accuracy:.1%}  "
                     f"held-out {held:.1%}  {rate:.0f} sequences/s  {run.seconds:.0f} s"
                 )
-            stopped = run.step < total and (interrupted or run.step == stop_after)
+            stopped = run.step < total and (interrupted or run.step >= stop_after)
             if stopped or run.step % per_epoch == 0:
                 run.save(out / "checkpoint.pt")
             if stopped:
@@ -241,12 +245,15 @@ def write_metrics(rows: list[dict], path: Path) -> None:
 
 def versions(model: nn.Module) -> dict:
     u, k = torch.zeros(BATCH, LENGTH, WIDTH), torch.zeros(1, WIDTH, LENGTH)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        folder = Path(__file__).parent
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip()
+    except OSError:  # there is no git
+        commit = ""
     return {
         "seqconv": seqconv.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.processor() or platform.machine(),
@@ -303,12 +310,16 @@ def main() -> None:
         "--resume", action="store_true", help="continue from the run folder's checkpoint"
     )
     parser.add_argument(
-        "--stop-after", type=int, metavar="STEPS", help="stop there, as Ctrl-C would"
+        "--stop-after",
+        type=int,
+        default=math.inf,
+        metavar="STEPS",
+        help="stop there, as Ctrl-C would",
     )
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the timing at the end")
     args = parser.parse_args()
-    if args.epochs < 1 or args.rounds < 1:
-        parser.error("--epochs and --rounds must be >= 1")
+    if min(args.epochs, args.rounds, args.stop_after) < 1:
+        parser.error("--epochs, --rounds and --stop-after must be >= 1")
 
     run = Run({"layer": args.layer, "epochs": args.epochs, "seed": args.seed})
     facts = versions(run.model)

@@ -17,8 +17,12 @@ k_rev, skip), hence its derivatives of every order are again such convolutions: 
 `_LinearBackward` are closed under differentiation.
 """
 
+from types import SimpleNamespace
+
 import torch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function, forward_ad
+from torch.utils._pytree import tree_map_only
 
 from seqconv import _ops
 from seqconv.reference import activate
@@ -109,6 +113,32 @@ def _composed(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last)
     return (y if gate is None else y * gate).to(u.dtype)
 
 
+def _nestable(rule):
+    """A jvp rule whose result can be differentiated forward once more.
+
+    torch calls the rules with forward-mode off at every level, so that an outer jvp would take the
+    tangent for a constant. Here the rule runs one level down, with forward-mode on.
+    """
+
+    def jvp(ctx, *tangents):
+        if not _transforms_active():
+            return rule(ctx, *tangents)
+        interpreter = retrieve_current_functorch_interpreter()
+        level, functorch = interpreter.level(), torch._C._functorch
+
+        def lower(values):
+            return tree_map_only(
+                torch.Tensor, lambda t: functorch._unwrap_for_grad(t, level), values
+            )
+
+        low = SimpleNamespace(saved_tensors=lower(tuple(ctx.saved_tensors)), options=ctx.options)
+        with forward_ad._set_fwd_grad_enabled(True), interpreter.lower():
+            out = rule(low, *lower(tangents))
+        return tree_map_only(torch.Tensor, lambda t: functorch._wrap_for_grad(t, level), out)
+
+    return staticmethod(jvp)
+
+
 class _Linear(Function):
     """y = k * u (+ k_rev) + skip u."""
 
@@ -118,21 +148,22 @@ class _Linear(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.channels_last = inputs
+        *tensors, channels_last = inputs
+        ctx.options = (channels_last,)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx, dy):
         wanted = tuple(ctx.needs_input_grad[:4])
-        grads = _LinearBackward.apply(dy, *ctx.saved_tensors, ctx.channels_last, wanted)
+        grads = _LinearBackward.apply(dy, *ctx.saved_tensors, *ctx.options, wanted)
         return (*[g if want else None for g, want in zip(grads, wanted, strict=True)], None)
 
-    @staticmethod
+    @_nestable
     def jvp(ctx, du, dk, dk_rev, dskip, _):
         u, k, k_rev, skip = ctx.saved_tensors
-        y = _Linear.apply(du, k, k_rev, skip, ctx.channels_last)
-        return y + _Linear.apply(u, dk, dk_rev, dskip, ctx.channels_last)
+        y = _Linear.apply(du, k, k_rev, skip, *ctx.options)
+        return y + _Linear.apply(u, dk, dk_rev, dskip, *ctx.options)
 
     @staticmethod
     def vmap(info, in_dims, u, k, k_rev, skip, channels_last):
@@ -152,21 +183,23 @@ class _LinearBackward(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.channels_last, ctx.wanted = inputs
+        *tensors, channels_last, wanted = inputs
+        ctx.options = (channels_last, wanted)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.mark_non_differentiable(
-            *[g for g, want in zip(output, ctx.wanted, strict=True) if not want]
+            *[g for g, want in zip(output, wanted, strict=True) if not want]
         )
 
     @staticmethod
     def backward(ctx, *grads):
         dy, u, *kernel = ctx.saved_tensors
-        pairs = zip(grads, (u, *kernel), ctx.wanted, strict=True)
+        channels_last, given = ctx.options
+        pairs = zip(grads, (u, *kernel), given, strict=True)
         gu, *gkernel = [
             g if want else t if t is None else torch.zeros_like(t) for g, t, want in pairs
         ]
-        options, wanted = (ctx.channels_last,), tuple(ctx.needs_input_grad[1:5])
+        options, wanted = (channels_last,), tuple(ctx.needs_input_grad[1:5])
         ddy = None
         if ctx.needs_input_grad[0]:
             ddy = _Linear.apply(gu, *kernel, *options) + _Linear.apply(u, *gkernel, *options)
@@ -178,15 +211,13 @@ class _LinearBackward(Function):
             None,
         )
 
-    @staticmethod
+    @_nestable
     def jvp(ctx, dy_t, *tangents):
         dy, *tensors = ctx.saved_tensors
-        options = (ctx.channels_last, ctx.wanted)
-        one = _LinearBackward.apply(dy_t, *tensors, *options)
-        two = _LinearBackward.apply(dy, *tangents[:4], *options)
-        return tuple(
-            a + b if want else None for a, b, want in zip(one, two, ctx.wanted, strict=True)
-        )
+        wanted = ctx.options[1]
+        one = _LinearBackward.apply(dy_t, *tensors, *ctx.options)
+        two = _LinearBackward.apply(dy, *tangents[:4], *ctx.options)
+        return tuple(a + b if want else None for a, b, want in zip(one, two, wanted, strict=True))
 
     @staticmethod
     def vmap(info, in_dims, dy, u, k, k_rev, skip, channels_last, wanted):

@@ -11,20 +11,27 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def check_tensor(
-    function: str, name: str, value, *, dtypes=FLOATS, device: torch.device | None = None
+    function: str,
+    name: str,
+    value,
+    *,
+    dtypes=FLOATS,
+    device: torch.device | None = None,
+    why: str = "",
 ) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
+    if value.layout != torch.strided or value.is_nested:
         raise TypeError(f"{function}: {name} must be a dense tensor, got {value.layout}")
     if value.dtype not in dtypes:
         wanted = ", ".join(_name(d) for d in dtypes)
-        raise TypeError(f"{function}: {name} must be {wanted}, got {_name(value.dtype)}")
+        wanted = f"one of {wanted}" if len(dtypes) > 1 else wanted
+        raise TypeError(f"{function}: {name} must be {wanted}{why}, got {_name(value.dtype)}")
     if device is not None and value.device != device:
         raise ValueError(f"{function}: {name} must be on u's device {device}, got {value.device}")
 
 
-def check_shape(function: str, name: str, value: Tensor, *patterns: tuple) -> None:
+def check_shape(function: str, name: str, value: Tensor, *patterns: tuple, why: str = "") -> None:
     """Each pattern is a tuple of (axis name, size), size None meaning any; the shape must match one of them."""
     for pattern in patterns:
         if value.dim() == len(pattern) and all(
@@ -38,7 +45,7 @@ def check_shape(function: str, name: str, value: Tensor, *patterns: tuple) -> No
         + ")"
         for p in patterns
     )
-    raise ValueError(f"{function}: {name} must be {wanted}, got {tuple(value.shape)}")
+    raise ValueError(f"{function}: {name} must be {wanted}{why}, got {tuple(value.shape)}")
 
 
 def check_choice(function: str, name: str, value, choices: tuple) -> None:
@@ -51,3 +58,8 @@ def check_positive(function: str, **sizes: int) -> None:
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{function}: {name} must be an integer >= 1, got {value!r}")
+
+
+def check_length(function: str, length) -> None:
+    if not isinstance(length, (int, torch.SymInt)) or length < 0:
+        raise ValueError(f"{function}: length must be an integer >= 0, got {length!r}")

@@ -41,7 +41,7 @@ def _lend_threads() -> bool:
 threaded = _C is not None and _lend_threads()
 if (
     _C is not None
-    and "SEQCONV_CPU_ISA" in os.environ
+    and os.environ.get("SEQCONV_CPU_ISA")
     and not _C.set_isa(os.environ["SEQCONV_CPU_ISA"])
 ):
     raise ValueError(

@@ -42,7 +42,12 @@ def _empty(like: Tensor, shape, channels_last: bool) -> Tensor:
     """(batch, ..., channels, length); channels_last puts the channels innermost in memory."""
     if not channels_last:
         return like.new_empty(shape)
-    return like.new_empty((shape[0], shape[-1], *shape[1:-1])).movedim(1, -1)
+    strides, step = [1], 1
+    for size in (*shape[-2:0:-1], shape[-1]):  # of channels, any heads, length; then batch
+        step = step * max(size, 1)
+        strides.append(step)
+    channels_and_heads, length, batch = strides[:-2], strides[-2], strides[-1]
+    return like.new_empty_strided(shape, (batch, *reversed(channels_and_heads), length))
 
 
 def _empty_output(u: Tensor, k: Tensor, channels_last: bool) -> Tensor:
@@ -156,9 +161,15 @@ def _fold_all(tensors, in_dims, size):
     ]
 
 
+def _map_size(info) -> int:
+    if info.batch_size == 0:
+        raise ValueError("fftconv: vmap over an axis of size 0")
+    return info.batch_size
+
+
 def fwd_vmap(info, in_dims, call, *tensors):
     """call(u, k, k_rev, skip, pre_gate, post_gate) over one more axis; returns (y, axis) as torch's vmap rules do."""
-    size = info.batch_size
+    size = _map_size(info)
     if tensors[1].dim() == 4 or any(
         d is not None for i, d in enumerate(in_dims) if i not in _SIGNALS
     ):
@@ -174,7 +185,7 @@ def fwd_vmap(info, in_dims, call, *tensors):
 
 def bwd_vmap(info, in_dims, call, wanted, dy, *tensors):
     """The same for call(dy, u, k, ...), whose outputs are gradients or, where not wanted, empty."""
-    size = info.batch_size
+    size = _map_size(info)
     folded = _fold_all(tensors, in_dims[1:], size)
     grads = call(_fold(dy, in_dims[0], size, -2), *folded)
     out = [

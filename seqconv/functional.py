@@ -36,9 +36,9 @@ def fftconv(
         u: (batch, channels, length), or (batch, length, channels) with layout="blh". float32,
             float64, bfloat16 or float16; any strides.
         k: (channels, K), K >= 0; tap 0 multiplies the present. (heads, channels, K) applies several
-            kernels to one input; (batch, heads, channels, K) a kernel per sample. float32, or
-            narrower, or u's dtype. K may be shorter or longer than length; taps beyond it never
-            matter.
+            kernels to one input; (batch, heads, channels, K) a kernel per sample, four axes even
+            for one head. float32, or narrower, or u's dtype. K may be shorter or longer than
+            length; taps beyond it never matter.
         skip: (channels,), or (heads, channels) where k has heads; dtypes as k.
         k_rev: taps for the future, with k's leading axes and a length of its own; its tap 0 is lag
             -1, so that lag 0 belongs to k alone. Makes the convolution two-sided.
@@ -93,9 +93,12 @@ def _validate(u, k, skip, k_rev, pre_gate, post_gate, activation, mode, layout):
     kernel_dtypes = (
         FLOATS if u.dtype == torch.float64 else tuple(d for d in FLOATS if d != torch.float64)
     )
-    check_tensor("fftconv", "k", k, dtypes=kernel_dtypes, device=u.device)
+    why = "" if u.dtype == torch.float64 else " (no wider than float32 unless u is float64)"
+    check_tensor("fftconv", "k", k, dtypes=kernel_dtypes, device=u.device, why=why)
     c, taps, heads = ("channels", channels), ("K", None), ("heads", None)
-    check_shape("fftconv", "k", k, (c, taps), (heads, c, taps), (("batch", batch), heads, c, taps))
+    given = f" for u as (batch, channels, length)={tuple(u.shape)} in layout {layout!r}"
+    per_sample = (("batch", batch), heads, c, taps)
+    check_shape("fftconv", "k", k, (c, taps), (heads, c, taps), per_sample, why=given)
     has_heads = k.dim() > 2
     heads = ("heads", k.shape[-3] if has_heads else None)
     if skip is not None:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv._check import check_positive
+from seqconv._check import check_length, check_positive
 from seqconv._layer import ConvLayer, KernelGenerator
 
 
@@ -45,6 +45,7 @@ class LongConvKernel(KernelGenerator):
         self.overrides = {"kernel": {"lr": lr, "weight_decay": 0.0}}
 
     def forward(self, length: int) -> Tensor:
+        check_length("LongConvKernel", length)
         # Cut first: a tap beyond the input must not wrap around to the future, nor take part in
         # anything else.
         return self.dropout(squash(self.kernel[..., :length], self.lam))
@@ -59,13 +60,16 @@ class LongConv(ConvLayer):
     Args:
         d_model: channels.
         l_max: taps per kernel.
-        heads: kernels per channel.
-        bidirectional: add kernels for the future, shifted by one so that lag 0 belongs to the
-        past's.
-        lam: threshold of the squash.
+        heads: kernels per channel; the linear map takes heads * d_model inputs.
+        bidirectional: add as many kernels for the future, shifted by one so that lag 0 belongs to
+            the past's.
+        lam: threshold of the squash, which zeroes the taps below it.
         kernel_dropout: of single taps, in training.
         dropout: after the activation.
-        kernel_lr: largest learning rate of the taps.
+        kernel_lr: learning rate that param_groups gives to the taps, or its own lr if that is
+            smaller.
+
+    The taps stay float32 under .to(bfloat16) and .half().
 
     Source: arXiv 2302.06646, section 3. Example:
         >>> layer = LongConv(8, l_max=100)

@@ -12,12 +12,18 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     (see its docstring) has its own, with its learning rate capped at lr. Parameters are found by
     module, not by attributes on tensors, which deepcopy and sharding lose.
 
+    The groups carry their own lr and weight_decay, so the optimiser's arguments of those names do not
+    apply. A scheduler that sets learning rates outright needs one per group, for OneCycleLR
+    max_lr=[g["lr"] for g in groups].
+
     Example:
         >>> from seqconv import S4D
         >>> groups = param_groups(S4D(8), lr=1e-2, weight_decay=0.05)
         >>> [(len(g["params"]), g["lr"], g["weight_decay"]) for g in groups]
         [(4, 0.01, 0.05), (3, 0.001, 0.0)]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups: model must be a module, got {type(model).__name__}")
     if not (lr >= 0 and weight_decay >= 0):
         raise ValueError(
             f"param_groups: lr and weight_decay must be >= 0, got {lr} and {weight_decay}"
@@ -25,8 +31,11 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     overrides = {}
     for module in model.modules():
         if isinstance(module, KernelGenerator):
-            for name, override in module.overrides.items():
-                overrides[id(getattr(module, name))] = override
+            for name, parameter in module.named_parameters():
+                # A parametrized tensor's own parameters are called parametrizations.<name>.original.
+                name = name.removeprefix("parametrizations.").split(".")[0]
+                if name in module.overrides:
+                    overrides[id(parameter)] = module.overrides[name]
     groups = {(lr, weight_decay): []}
     for parameter in model.parameters():
         if parameter.requires_grad:

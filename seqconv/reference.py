@@ -86,7 +86,7 @@ def _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, activation, layo
     heads, per_head = (k.shape[-3], True) if k.dim() > 2 else (1, False)
     k4 = _with_axes(k, 4).to(compute)  # (b c h k), leading axes may be 1
     k4_rev = None if k_rev is None else _with_axes(k_rev, 4).to(compute)
-    v = convolve(x, k4, k4_rev) if u.numel() else x.expand(-1, heads, -1, -1)
+    v = convolve(x, k4, k4_rev) if u.numel() and heads else x.expand(-1, heads, -1, -1)
     if skip is not None:
         v = v + skip.to(compute).unsqueeze(-1) * x
     y = activate(v, activation)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from seqconv._check import check_positive
+from seqconv._check import check_length, check_positive
 from seqconv._layer import ConvLayer, KernelGenerator
 
 
@@ -62,7 +62,11 @@ def s4d_kernel(
         [w_re * p_re - w_im * p_im, -(w_re * p_im + w_im * p_re)], dim=-2
     )  # (c h 2n p)
     right = torch.cat([q_re, q_im], dim=-2)  # (h 2n q)
-    k = 2 * left.mT.to(C.dtype) @ right.to(C.dtype)  # (c h p q)
+    if torch.is_autocast_enabled(C.device.type):
+        with torch.autocast(C.device.type, enabled=False):
+            k = 2 * left.mT.to(C.dtype) @ right.to(C.dtype)  # (c h p q)
+    else:
+        k = 2 * left.mT.to(C.dtype) @ right.to(C.dtype)
     return k.flatten(-2)[..., :length]
 
 
@@ -111,6 +115,7 @@ class S4DKernel(KernelGenerator):
         }
 
     def forward(self, length: int) -> Tensor:
+        check_length("S4DKernel", length)
         return s4d_kernel(self.log_dt, self.log_A_real, self.A_imag, self.C, length)
 
 
@@ -123,11 +128,15 @@ class S4D(ConvLayer):
     Args:
         d_model: channels.
         d_state: real size N of each channel's state, even; N / 2 complex modes are stored.
-        heads: kernels per channel.
-        bidirectional: add kernels for the future, shifted by one so that lag 0 belongs to the
-        past's. dt_min, dt_max: range of the initial steps.
+        heads: kernels per channel; the linear map takes heads * d_model inputs.
+        bidirectional: add as many kernels for the future, shifted by one so that lag 0 belongs to
+            the past's.
+        dt_min, dt_max: range of the initial steps, in steps of the sequence.
         dropout: after the activation.
-        kernel_lr: largest learning rate of dt and A, see S4DKernel.
+        kernel_lr: learning rate that param_groups gives to dt and A, or its own lr if that is
+            smaller; C is trained like any weight.
+
+    dt, A and C stay float32 under .to(bfloat16) and .half().
 
     Source: arXiv 2206.11893. Example:
         >>> layer = S4D(8)

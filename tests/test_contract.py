@@ -13,7 +13,7 @@ ERRORS = {
     "u is integer": (
         lambda: fftconv(U.int(), K),
         TypeError,
-        "u must be float32, float64, bfloat16, float16, got int32",
+        "u must be one of float32, float64, bfloat16, float16, got int32",
     ),
     "u is complex": (lambda: fftconv(U.cfloat(), K), TypeError, "u must be .* got complex64"),
     "u is sparse": (lambda: fftconv(U.to_sparse(), K), TypeError, "u must be a dense tensor"),
@@ -30,12 +30,12 @@ ERRORS = {
     "k has another batch": (
         lambda: fftconv(U, torch.zeros(3, 1, 4, 10)),
         ValueError,
-        r"\(batch=2, heads, channels=4, K\), got \(3, 1, 4, 10\)",
+        r"\(batch=2, heads, channels=4, K\) for u .*, got \(3, 1, 4, 10\)",
     ),
     "k is float64": (
         lambda: fftconv(U, K.double()),
         TypeError,
-        "k must be float32, bfloat16, float16, got float64",
+        "k must be one of float32, bfloat16, float16 .no wider than float32 unless u is float64., got",
     ),
     "k_rev without heads": (
         lambda: fftconv(U, K[None], k_rev=K),

@@ -331,6 +331,23 @@ def test_blh_output_is_contiguous():
     assert y.shape == (2, 30, 3, 4) and y.is_contiguous()
 
 
+@pytest.mark.parametrize("heads", [(), (2,)])
+def test_blh_output_takes_in_place_operations(heads):
+    u = torch.randn(2, 9, 3, requires_grad=True)
+    fftconv(u, torch.randn(*heads, 3, 4), layout="blh").relu_().sum().backward()
+    assert torch.isfinite(u.grad).all()
+
+
+def test_float16_subnormals_survive_flushing():
+    u = torch.full((1, 1, 4), 3e-5, dtype=torch.float16)
+    torch.set_flush_denormal(True)
+    try:
+        y = fftconv(u, torch.ones(1, 1))
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(y, u)
+
+
 def test_only_inputs_are_saved():
     case = Case(length=100, taps=100, skip="h", pre_gate=True, post_gate=True, activation="gelu")
     leaves = {n: None if t is None else t.requires_grad_() for n, t in case.tensors().items()}

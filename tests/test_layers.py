@@ -78,7 +78,9 @@ def test_mask(make, side):
     assert torch.equal(layer(noisy, mask=additive), wanted)
     with pytest.raises(ValueError, match=r"mask must be \(batch=2, length=50\), got \(2, 49\)"):
         layer(x, padding[:, 1:])
-    with pytest.raises(TypeError, match=r"mask must be bool.* got int64"):
+    with pytest.raises(ValueError, match=r"bool \(True is padding\) or float with 0 and -inf only"):
+        layer(x, (~padding).float())
+    with pytest.raises(TypeError, match=r"mask must be one of bool.* got int64"):
         layer(x, padding.long())
 
 
@@ -89,13 +91,19 @@ def test_contract(make):
     ):
         layer(torch.zeros(2, 10, 5))
     for dtype in (torch.int64, torch.bfloat16, torch.float64):
-        with pytest.raises(TypeError, match=r"x must be float32.* got (int64|bfloat16|float64)"):
+        with pytest.raises(TypeError, match=r"x must be .*float32.* got (int64|bfloat16|float64)"):
             layer(torch.zeros(2, 10, D, dtype=dtype))
     with pytest.raises(TypeError, match="unknown"):
         make(unknown=1)
     for value in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="heads must be an integer >= 1"):
             make(heads=value)
+
+
+@pytest.mark.parametrize("length", [-1, 10.0, "8"])
+def test_generators_check_the_length(make, length):
+    with pytest.raises(ValueError, match="length must be an integer >= 0"):
+        make().kernel(length)
 
 
 def test_state_dict_copies_and_pickles(make):
@@ -127,12 +135,17 @@ def test_kernel_parameters_stay_float32_in_half_precision(make, dtype):
     assert (y.float() - wanted).norm() < 2e-2 * wanted.norm()
     layer.float()
     assert layer.linear.weight.dtype == torch.float32
+    twice = make().double().to(dtype)
+    assert twice(x).dtype == dtype and all(
+        p.dtype == torch.float32 for p in twice.kernel.parameters()
+    )
 
 
 def test_autocast_trains(make):
     layer, x = make(), torch.randn(2, 60, D)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
+        assert layer.kernel(50).dtype == torch.float32
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
     assert all(
@@ -308,6 +321,12 @@ def test_param_groups():
     torch.optim.AdamW(groups)
 
 
+def test_param_groups_see_through_parametrization():
+    layer = LongConv(D, l_max=9)
+    nn.utils.parametrize.register_parametrization(layer.kernel, "kernel", nn.Identity())
+    assert [len(g["params"]) for g in param_groups(layer, lr=1e-2, weight_decay=0.1)] == [3, 1]
+
+
 def test_param_groups_survive_copies_sharing_and_freezing():
     model = copy.deepcopy(nn.ModuleList([S4D(D)] * 2))
     model[0].linear.requires_grad_(False)
@@ -315,3 +334,5 @@ def test_param_groups_survive_copies_sharing_and_freezing():
     assert [len(g["params"]) for g in groups] == [2, 3]
     with pytest.raises(ValueError, match="lr and weight_decay must be >= 0"):
         param_groups(model, lr=-1)
+    with pytest.raises(TypeError, match="model must be a module, got generator"):
+        param_groups(model.parameters(), lr=1e-2)

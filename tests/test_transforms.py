@@ -9,6 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from cases import Case
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._pytree import tree_leaves
 
 from seqconv import _ops, fftconv, reference
 
@@ -120,6 +121,30 @@ def test_func_transforms(transform, argnum, backend):
     )
 
 
+NESTED = {
+    "jacfwd of jacfwd": lambda f: jacfwd(jacfwd(f, 0), 1),
+    "jacfwd of jacfwd of jacfwd": lambda f: jacfwd(jacfwd(jacfwd(f, 0), 1), 2),
+    "grad of jvp of jvp": lambda f: grad(lambda *a: push(lambda *b: push(f, *b), *a), (0, 1)),
+    "jvp of jvp of grad": lambda f: lambda *a: push(lambda *b: push(grad(f, (0, 1)), *b), *a),
+    "jvp of grad of jvp": lambda f: lambda *a: push(grad(lambda *b: push(f, *b), (0, 1)), *a),
+}
+
+
+def push(f, *args):
+    return jvp(f, args, args)[1]
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_forward_mode(name, backend):
+    """A jvp rule that torch runs with forward-mode off loses every mixed term without a word."""
+    u, k, skip, k_rev = arguments()
+    u, k = u[..., :5], k[..., :5]
+    ours = NESTED[name](loss(fftconv))(u, k, skip, k_rev)
+    theirs = NESTED[name](loss(reference.fftconv_fft))(u, k, skip, k_rev)
+    for a, b in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
+        assert (a - b).norm() <= 1e-9 * b.norm()
+
+
 def test_jvp_and_dual_numbers(backend):
     args = arguments()
     tangents = tuple(torch.randn_like(a) for a in args)
@@ -147,6 +172,11 @@ def test_vmap(mapped):
             call(*[a if dims[n] is None else a.select(1, i) for n, a in stacked.items()]),
             1e-12,
         )
+
+
+def test_vmap_over_nothing_is_refused():
+    with pytest.raises(ValueError, match="vmap over an axis of size 0"):
+        vmap(lambda u: fftconv(u, torch.ones(3, 5)))(torch.zeros(0, 2, 3, 7))
 
 
 def test_vmap_over_per_sample_kernels():

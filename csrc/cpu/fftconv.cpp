@@ -108,12 +108,13 @@ Status run(const Problem& p, bool backward) {
   if (serial) {
     job.run(0, units);
   } else {
-    parallel_for(
+    const int32_t failed = parallel_for(
         0, units, 1,
         [](int64_t begin, int64_t end, void* context) {
           static_cast<Job<T>*>(context)->run(begin, end);
         },
         &job);
+    if (failed) job.run(0, units);
   }
   return job.out_of_memory.load() ? Status::kOutOfMemory : Status::kOk;
 }

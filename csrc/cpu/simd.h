@@ -13,7 +13,7 @@ struct VectorOf;
 template <>
 struct VectorOf<float> {
   typedef float Type __attribute__((vector_size(kVectorBytes), may_alias));
-  typedef int32_t Int __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef uint32_t Int __attribute__((vector_size(kVectorBytes), may_alias));
 };
 template <>
 struct VectorOf<double> {
@@ -56,7 +56,9 @@ SEQCONV_INLINE float widen(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = x.bits & 0x7fffu;
   if (rest >= 0x7c00u) return as_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // inf, nan
-  // Multiplying by 2^112 rebiases the exponent and normalises subnormals in one exact step.
+  if (rest < 0x400u)  // subnormal; by integers, in case the processor flushes them to zero
+    return as_float(sign | as_bits(static_cast<float>(rest) * 0x1p-24f));
+  // Multiplying by 2^112 rebiases the exponent.
   return as_float(sign | as_bits(as_float(rest << 13) * 0x1p112f));
 }
 
@@ -198,7 +200,7 @@ SEQCONV_INLINE Vec<float> exp_of(Vec<float> x) {
   const Vec<float> r = x - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts
   Vec<float> p = splat(1.0f / 5040);
   for (int i = 6; i >= 0; --i) p = p * r + kTaylor[i];
-  const Int power = (reinterpret_cast<const Int&>(shifted) << 23) + (127 << 23);
+  const Int power = (reinterpret_cast<const Int&>(shifted) << 23) + (127u << 23);
   p *= reinterpret_cast<const Vec<float>&>(power);
   p = x < -87.0f ? Vec<float>{} : p;
   return x > 88.0f ? splat(__builtin_inff()) : p;
