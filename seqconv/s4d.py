@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv._check import check_length, check_positive
@@ -67,7 +68,10 @@ def s4d_kernel(
             k = 2 * left.mT.to(C.dtype) @ right.to(C.dtype)  # (c h p q)
     else:
         k = 2 * left.mT.to(C.dtype) @ right.to(C.dtype)
-    return k.flatten(-2)[..., :length]
+    k = k.flatten(-2)
+    return F.pad(
+        k, (0, length - k.shape[-1])
+    )  # a slice here would tie exported graphs to their length
 
 
 class S4DKernel(KernelGenerator):
