@@ -153,8 +153,8 @@ void load(const Row& row, const Unit& unit, int64_t n, Vec<T>* out, int64_t step
     const int64_t across = t.stride[2], along = t.stride[3];
     if (unit.channels < kLanes<T>)
       for (int64_t i = 0; i < n; ++i) out[i * step] = Vec<T>{};
-    // Time innermost keeps one read stream per channel; eight steps at a time keep the writes in
-    // cache.
+    // Time innermost keeps one read stream per channel; a block of steps at a time keeps the writes
+    // in cache.
     constexpr int64_t kBlock = 64;
     for (int64_t i0 = 0; i0 < n; i0 += kBlock) {
       const int64_t end = i0 + kBlock < n ? i0 + kBlock : n;
