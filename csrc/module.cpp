@@ -16,7 +16,7 @@ namespace {
 using seqconv::Problem;
 using seqconv::Tensor;
 
-constexpr Py_ssize_t kSizes = 9;      // batch .. activation, see read_problem
+constexpr Py_ssize_t kSizes = 10;     // batch .. threads, see read_problem
 constexpr Py_ssize_t kPerTensor = 6;  // address, dtype, four strides
 constexpr Py_ssize_t kForwardArgs = kSizes + 7 * kPerTensor;
 constexpr Py_ssize_t kBackwardArgs = kSizes + 13 * kPerTensor;
@@ -57,6 +57,7 @@ bool read_problem(PyObject* const* args, Py_ssize_t count, bool backward, Proble
   p->skip_per_head = flags & 2;
   p->compute_double = read.next();
   p->activation = static_cast<seqconv::Activation>(read.next());
+  p->threads = static_cast<int>(read.next());
   for (Tensor* t : {&p->u, &p->k, &p->k_rev, &p->skip, &p->pre_gate, &p->post_gate})
     *t = read.tensor();
   if (!backward) {
@@ -112,16 +113,12 @@ PyObject* compiler(PyObject*, PyObject*) {
 #endif
 }
 
-PyObject* uses_direct_sum(PyObject*, PyObject* args) {
-  long long taps, taps_rev;
-  if (!PyArg_ParseTuple(args, "LL", &taps, &taps_rev)) return nullptr;
-  return PyBool_FromLong(seqconv::uses_direct_sum(taps, taps_rev));
-}
-
-PyObject* fft_size(PyObject*, PyObject* args) {
-  long long length;
-  if (!PyArg_ParseTuple(args, "L", &length)) return nullptr;
-  return PyLong_FromLongLong(seqconv::fft_size(length));
+PyObject* method(PyObject*, PyObject* args) {
+  long long length, taps, taps_rev;
+  int compute_double;
+  if (!PyArg_ParseTuple(args, "LLLi", &length, &taps, &taps_rev, &compute_double)) return nullptr;
+  const seqconv::Method m = seqconv::method(length, taps, taps_rev, compute_double);
+  return Py_BuildValue("LL", static_cast<long long>(m.n), static_cast<long long>(m.blocks));
 }
 
 PyCFunction fastcall(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
@@ -136,8 +133,8 @@ PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set in use."},
     {"forked", forked, METH_NOARGS, "Whether this is a forked child, which runs serially."},
     {"compiler", compiler, METH_NOARGS, "The compiler that built this module."},
-    {"uses_direct_sum", uses_direct_sum, METH_VARARGS, "(taps, taps_rev): no transform needed?"},
-    {"fft_size", fft_size, METH_VARARGS, "The transform length for a sequence length."},
+    {"method", method, METH_VARARGS,
+     "(length, taps, taps_rev, double): points of a transform, or 0 for a direct sum, and blocks."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT,

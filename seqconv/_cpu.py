@@ -62,12 +62,9 @@ def isa() -> str:
     return _C.isa()
 
 
-def uses_direct_sum(taps: int, taps_rev: int) -> bool:
-    return _C.uses_direct_sum(taps, taps_rev)
-
-
-def fft_size(length: int) -> int:
-    return _C.fft_size(length)
+def method(length: int, taps: int, taps_rev: int, double: bool) -> tuple[int, int]:
+    """Points of one transform (0: a direct sum) and how many of them cover a row."""
+    return _C.method(length, taps, taps_rev, double)
 
 
 def threads() -> int:
@@ -113,6 +110,7 @@ def _problem(u, k, k_rev, skip, pre_gate, post_gate, activation):
         flags,
         u.dtype == torch.float64,
         ACTIVATIONS[activation],
+        threads(),
         *_pack_as(u, _SIGNAL),
         *_pack_as(k, _KERNEL),
         *_pack_as(k_rev, _KERNEL),

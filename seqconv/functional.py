@@ -144,13 +144,16 @@ class Explanation:
 
     backend: str  # "cpu" or "reference"
     algorithm: str  # "direct sum", "right-angle fft" or "torch.fft"
-    fft_size: int | None  # None for the direct sum
+    fft_size: int | None  # points of one transform; None for the direct sum
+    blocks: int  # transforms per row: more than one where the kernel is much shorter than the row
     isa: str | None  # instruction set of the CPU kernel
     threads: int
     fallback: str | None  # why no fused kernel is used; None if one is
 
     def __str__(self) -> str:
         size = "" if self.fft_size is None else f" of {self.fft_size} points"
+        if self.blocks > 1:
+            size += f" in {self.blocks} blocks"
         where = self.backend
         if self.isa is not None:
             where += f" ({self.isa}, {self.threads} threads)"
@@ -185,8 +188,7 @@ def explain(
     taps_rev = 0 if k_rev is None else min(k_rev.shape[-1], max(length - 1, 0))
     if reason is not None:
         n = reference.fft_size(length, taps, taps_rev)
-        return Explanation("reference", "torch.fft", n, None, torch.get_num_threads(), reason)
-    direct = _cpu.uses_direct_sum(taps, taps_rev)
-    size = None if direct else _cpu.fft_size(length)
-    algorithm = "direct sum" if direct else "right-angle fft"
-    return Explanation("cpu", algorithm, size, _cpu.isa(), _cpu.threads(), None)
+        return Explanation("reference", "torch.fft", n, 1, None, torch.get_num_threads(), reason)
+    size, blocks = _cpu.method(max(length, 1), taps, taps_rev, u.dtype == torch.float64)
+    algorithm = "direct sum" if size == 0 else "right-angle fft"
+    return Explanation("cpu", algorithm, size or None, blocks, _cpu.isa(), _cpu.threads(), None)

@@ -129,16 +129,6 @@ def test_explain():
         seqconv.explain(u, torch.zeros(7, 32))
 
 
-def test_fft_sizes():
-    for length in [*range(1, 5000), 16384, 65537, 10**6, 4194304]:
-        n = _cpu.fft_size(length)
-        rest = n
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        assert rest == 1 and length <= n <= max(1.3 * length, length + 1)
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_meta_tensors_keep_shape_dtype_and_strides(dtype):
     case = Case(length=20, taps=20, layout="blh", heads=2, dtype=dtype)

@@ -92,7 +92,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("isa", ["portable", "neon", "avx2", "avx512"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_accuracy(case, isa):
     chosen = _cpu.isa()

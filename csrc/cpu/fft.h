@@ -1,11 +1,25 @@
-// The right-angle transform (see plan.h) on vectors of channels, in place. forward() leaves the
-// values in the order in which the nodes split, inverse() takes them in that order: nothing ever
-// reorders them. Included inside an instruction set's namespace, after simd.h.
+// The right-angle transform (see plan.h) of one row: butterflies and passes. A spectrum is left in
+// the order in which the nodes split, and the inverse takes it in that order: nothing is ever
+// reordered. Included inside an instruction set's namespace, after simd.h.
 
 template <class T>
 struct Complex {
   Vec<T> re, im;
 };
+
+template <class T>
+constexpr int64_t kStep = 2 * kLanes<T>;  // scalars of a complex vector in memory
+
+template <class T>
+SEQCONV_INLINE Complex<T> load(const T* from) {
+  return {*reinterpret_cast<const Vec<T>*>(from),
+          *reinterpret_cast<const Vec<T>*>(from + kLanes<T>)};
+}
+template <class T>
+SEQCONV_INLINE void store(T* to, Complex<T> x) {
+  *reinterpret_cast<Vec<T>*>(to) = x.re;
+  *reinterpret_cast<Vec<T>*>(to + kLanes<T>) = x.im;
+}
 
 template <class T>
 SEQCONV_INLINE Complex<T> operator+(Complex<T> a, Complex<T> b) {
@@ -23,29 +37,48 @@ template <class T>
 SEQCONV_INLINE Complex<T> operator*(T s, Complex<T> a) {
   return {s * a.re, s * a.im};
 }
+// a conj(b)
 template <class T>
-SEQCONV_INLINE Complex<T> conj(Complex<T> a) {
-  return {a.re, -a.im};
+SEQCONV_INLINE Complex<T> times_conj(Complex<T> a, Complex<T> b) {
+  return {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
 }
 template <class T>
 SEQCONV_INLINE Complex<T> times_i(Complex<T> a) {
   return {-a.im, a.re};
 }
 
+// cos and sin of 2 pi e / R for odd R.
+template <int R>
+struct Roots;
+template <>
+struct Roots<3> {
+  static constexpr double cos[] = {1, -0.5, -0.5};
+  static constexpr double sin[] = {0, 0.866025403784438646763723, -0.866025403784438646763723};
+};
+template <>
+struct Roots<5> {
+  static constexpr double c1 = 0.309016994374947424102293, c2 = -0.809016994374947424102293;
+  static constexpr double s1 = 0.951056516295153572116439, s2 = 0.587785252292473129168706;
+  static constexpr double cos[] = {1, c1, c2, c2, c1}, sin[] = {0, s1, s2, -s2, -s1};
+};
+template <>
+struct Roots<7> {
+  static constexpr double c1 = 0.623489801858733530525005, c2 = -0.222520933956314404288903,
+                          c3 = -0.900968867902419126236102;
+  static constexpr double s1 = 0.781831482468029808708445, s2 = 0.974927912181823607018132,
+                          s3 = 0.433883739117558120475768;
+  static constexpr double cos[] = {1, c1, c2, c3, c3, c2, c1},
+                          sin[] = {0, s1, s2, s3, -s3, -s2, -s1};
+};
+
 // a[j] <- sum_r a[r] exp(2 pi i j r / R)
 template <int R, class T>
 SEQCONV_INLINE void dft(Complex<T>* a) {
-  if constexpr (R == 2) {
+  if constexpr (R == 1) {
+  } else if constexpr (R == 2) {
     const Complex<T> d = a[0] - a[1];
     a[0] = a[0] + a[1];
     a[1] = d;
-  } else if constexpr (R == 3) {
-    const Complex<T> s = a[1] + a[2];
-    const Complex<T> d = T(0.866025403784438646763723170753) * times_i(a[1] - a[2]);
-    const Complex<T> m = a[0] - T(0.5) * s;
-    a[0] = a[0] + s;
-    a[1] = m + d;
-    a[2] = m - d;
   } else if constexpr (R == 4) {
     const Complex<T> s0 = a[0] + a[2], d0 = a[0] - a[2];
     const Complex<T> s1 = a[1] + a[3], d1 = times_i(a[1] - a[3]);
@@ -53,81 +86,314 @@ SEQCONV_INLINE void dft(Complex<T>* a) {
     a[1] = d0 + d1;
     a[2] = s0 - s1;
     a[3] = d0 - d1;
+  } else if constexpr (R == 8) {
+    Complex<T> even[4] = {a[0], a[2], a[4], a[6]}, odd[4] = {a[1], a[3], a[5], a[7]};
+    dft<4>(even);
+    dft<4>(odd);
+    constexpr T h = T(0.707106781186547524400844);
+    odd[1] = h * (odd[1] + times_i(odd[1]));
+    odd[2] = times_i(odd[2]);
+    odd[3] = h * (times_i(odd[3]) - odd[3]);
+    SEQCONV_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      a[j] = even[j] + odd[j];
+      a[j + 4] = even[j] - odd[j];
+    }
   } else {
-    static_assert(R == 5);
-    constexpr T c1 = T(0.309016994374947424102293417183), c2 = T(-0.809016994374947424102293417183);
-    constexpr T s1 = T(0.951056516295153572116439333379), s2 = T(0.587785252292473129168705954639);
-    const Complex<T> p = a[1] + a[4], q = a[2] + a[3];
-    const Complex<T> d = times_i(a[1] - a[4]), e = times_i(a[2] - a[3]);
-    const Complex<T> m1 = a[0] + (c1 * p + c2 * q), m2 = a[0] + (c2 * p + c1 * q);
-    const Complex<T> n1 = s1 * d + s2 * e, n2 = s2 * d - s1 * e;
-    a[0] = a[0] + (p + q);
-    a[1] = m1 + n1;
-    a[2] = m2 + n2;
-    a[3] = m2 - n2;
-    a[4] = m1 - n1;
+    static_assert(R % 2 == 1);
+    constexpr int h = (R - 1) / 2;
+    Complex<T> s[h], d[h], sum = a[0];
+    SEQCONV_UNROLL
+    for (int r = 0; r < h; ++r) {
+      s[r] = a[r + 1] + a[R - 1 - r];
+      d[r] = times_i(a[r + 1] - a[R - 1 - r]);
+      sum = sum + s[r];
+    }
+    SEQCONV_UNROLL
+    for (int j = 1; j <= h; ++j) {
+      Complex<T> even = a[0], odd = {};
+      SEQCONV_UNROLL
+      for (int r = 0; r < h; ++r) {
+        even = even + T(Roots<R>::cos[j * (r + 1) % R]) * s[r];
+        odd = odd + T(Roots<R>::sin[j * (r + 1) % R]) * d[r];
+      }
+      a[j] = even + odd;
+      a[R - j] = even - odd;
+    }
+    a[0] = sum;
   }
 }
 
-template <int R, class T>
+template <int R, bool kCompact, class T>
 SEQCONV_INLINE void load_twiddles(const T* from, Complex<T>* w) {
-  for (int r = 1; r < R; ++r) w[r] = {splat(from[2 * r - 2]), splat(from[2 * r - 1])};
-}
-
-// Splits the node of size m at x into R nodes of size m / R.
-template <int R, class T>
-void split(Complex<T>* x, int64_t m, const T* twiddles) {
-  const int64_t q = m / R;
-  Complex<T> w[R], a[R];
-  load_twiddles<R>(twiddles, w);
-  for (int64_t i = 0; i < q; ++i) {
-    a[0] = x[i];
-    for (int r = 1; r < R; ++r) a[r] = x[i + r * q] * w[r];
-    dft<R>(a);
-    for (int r = 0; r < R; ++r) x[i + r * q] = a[r];
+  w[1] = load<T>(from);
+  if constexpr (kCompact) {
+    static_assert(R == 4);
+    const Vec<T> twice = w[1].re + w[1].re;
+    w[2] = {twice * w[1].re - T(1), twice * w[1].im};
+    w[3] = w[1] * w[2];
+  } else {
+    SEQCONV_UNROLL
+    for (int r = 2; r < R; ++r) w[r] = load<T>(from + (r - 1) * kStep<T>);
   }
 }
 
-// Undoes split, up to a factor R.
+// a <- the R factors' residues of the node whose R segments a holds.
 template <int R, class T>
-void join(Complex<T>* x, int64_t m, const T* twiddles) {
-  const int64_t q = m / R;
-  Complex<T> w[R], a[R];
-  load_twiddles<R>(twiddles, w);
-  for (int64_t i = 0; i < q; ++i) {
-    for (int r = 0; r < R; ++r) a[r ? R - r : 0] = x[i + r * q];  // reversed roots: the inverse DFT
-    dft<R>(a);
-    x[i] = a[0];
-    for (int r = 1; r < R; ++r) x[i + r * q] = a[r] * conj(w[r]);
+SEQCONV_INLINE void split_node(Complex<T>* a, const Complex<T>* w) {
+  SEQCONV_UNROLL
+  for (int r = 1; r < R; ++r) a[r] = a[r] * w[r];
+  dft<R>(a);
+}
+// Undoes it, up to a factor R.
+template <int R, class T>
+SEQCONV_INLINE void join_node(Complex<T>* a, const Complex<T>* w) {
+  Complex<T> b[R];
+  SEQCONV_UNROLL
+  for (int r = 0; r < R; ++r) b[r] = a[r ? R - r : 0];  // reversed roots: the inverse DFT
+  dft<R>(b);
+  a[0] = b[0];
+  SEQCONV_UNROLL
+  for (int r = 1; r < R; ++r) a[r] = times_conj(b[r], w[r]);
+}
+
+// One stage of `nodes` nodes of m vectors each; positions [begin, end) of their segments.
+template <int R, bool kCompact, bool kForward, class T>
+void run_stage(T* data, int64_t nodes, int64_t m, const T* twiddles, int64_t begin, int64_t end) {
+  const int64_t apart = m / R * kStep<T>;
+  for (int64_t node = 0; node < nodes; ++node) {
+    Complex<T> w[R];
+    load_twiddles<R, kCompact, T>(twiddles, w);
+    for (int64_t i = begin; i < end; ++i) {
+      T* x = data + i * kStep<T>;
+      Complex<T> a[R];
+      SEQCONV_UNROLL
+      for (int r = 0; r < R; ++r) a[r] = load<T>(x + r * apart);
+      if constexpr (kForward)
+        split_node<R, T>(a, w);
+      else
+        join_node<R, T>(a, w);
+      SEQCONV_UNROLL
+      for (int r = 0; r < R; ++r) store<T>(x + r * apart, a[r]);
+    }
+    data += m * kStep<T>;
+    twiddles += (kCompact ? 1 : R - 1) * kStep<T>;
   }
 }
 
+// Stage `stage` of `nodes` nodes from node `first` on, the first of which starts at data.
 template <bool kForward, class T>
-SEQCONV_INLINE void pass(const Transform<T>& plan, int stage, int64_t node, Complex<T>* x,
-                         int64_t m) {
+void pass(const Transform<T>& plan, int stage, int64_t first, int64_t nodes, T* data, int64_t m,
+          int64_t begin, int64_t end) {
   const int radix = plan.stage[stage].radix;
-  const T* w = plan.twiddles + plan.stage[stage].twiddle + 2 * (radix - 1) * node;
+  const bool compact = plan.compact && radix == 4;
+  const T* w =
+      plan.twiddles + plan.stage[stage].twiddle + first * (compact ? 1 : radix - 1) * kStep<T>;
   switch (radix) {
     case 2:
-      return kForward ? split<2>(x, m, w) : join<2>(x, m, w);
+      return run_stage<2, false, kForward, T>(data, nodes, m, w, begin, end);
     case 3:
-      return kForward ? split<3>(x, m, w) : join<3>(x, m, w);
+      return run_stage<3, false, kForward, T>(data, nodes, m, w, begin, end);
     case 4:
-      return kForward ? split<4>(x, m, w) : join<4>(x, m, w);
+      if (compact) return run_stage<4, true, kForward, T>(data, nodes, m, w, begin, end);
+      return run_stage<4, false, kForward, T>(data, nodes, m, w, begin, end);
+    case 5:
+      return run_stage<5, false, kForward, T>(data, nodes, m, w, begin, end);
+    case 7:
+      return run_stage<7, false, kForward, T>(data, nodes, m, w, begin, end);
     default:
-      return kForward ? split<5>(x, m, w) : join<5>(x, m, w);
+      return run_stage<8, false, kForward, T>(data, nodes, m, w, begin, end);
   }
 }
 
-// Depth first: a node that fits in cache is finished before its neighbour starts.
-template <bool kForward, class T>
-void transform(const Transform<T>& plan, Complex<T>* x, int64_t m, int stage = 0,
-               int64_t node = 0) {
-  if (stage == plan.stages) return;
+// The last split, of nodes of four positions: those of four nodes in a row are transposed, so that
+// the lanes of a quad are the nodes.
+template <bool kCompact, class T>
+void middle_forward(T* data, int64_t groups, const T* twiddles, const char* const* ahead) {
+  constexpr int64_t kRow = 4 * kLanes<T> * sizeof(T);  // bytes of a row that a group stands for
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t line = 0; line < kRow; line += 64) {
+      if (ahead[0]) __builtin_prefetch(ahead[0] + g * kRow + line, 0, 2);
+      if (ahead[1]) __builtin_prefetch(ahead[1] + g * kRow + line, 0, 2);
+      if (ahead[2]) __builtin_prefetch(ahead[2] + g * kRow + line, 1, 2);
+    }
+    Complex<T> w[4], a[4];
+    SEQCONV_UNROLL
+    for (int r = 0; r < 4; ++r) a[r] = load<T>(data + r * kStep<T>);
+    transpose<T>(a[0].re, a[1].re, a[2].re, a[3].re);
+    transpose<T>(a[0].im, a[1].im, a[2].im, a[3].im);
+    load_twiddles<4, kCompact, T>(twiddles, w);
+    split_node<4, T>(a, w);
+    SEQCONV_UNROLL
+    for (int r = 0; r < 4; ++r) store<T>(data + r * kStep<T>, a[r]);
+    data += 4 * kStep<T>;
+    twiddles += (kCompact ? 1 : 3) * kStep<T>;
+  }
+}
+
+enum class Factor { kOne, kPlain, kConjugate };
+
+// data <- inverse of source * factor.
+template <Factor kFactor, bool kCompact, class T>
+void middle_inverse(const T* source, const T* factor, T* data, int64_t groups, const T* twiddles) {
+  for (int64_t g = 0; g < groups; ++g) {
+    Complex<T> w[4], a[4];
+    SEQCONV_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      a[r] = load<T>(source + r * kStep<T>);
+      if constexpr (kFactor == Factor::kPlain) a[r] = a[r] * load<T>(factor + r * kStep<T>);
+      if constexpr (kFactor == Factor::kConjugate)
+        a[r] = times_conj(a[r], load<T>(factor + r * kStep<T>));
+    }
+    load_twiddles<4, kCompact, T>(twiddles, w);
+    join_node<4, T>(a, w);
+    transpose<T>(a[0].re, a[1].re, a[2].re, a[3].re);
+    transpose<T>(a[0].im, a[1].im, a[2].im, a[3].im);
+    SEQCONV_UNROLL
+    for (int r = 0; r < 4; ++r) store<T>(data + r * kStep<T>, a[r]);
+    source += 4 * kStep<T>;
+    factor += 4 * kStep<T>;
+    data += 4 * kStep<T>;
+    twiddles += (kCompact ? 1 : 3) * kStep<T>;
+  }
+}
+
+// to += a conj(b)
+template <class T>
+void accumulate(const T* a, const T* b, T* to, int64_t vectors) {
+  for (int64_t i = 0; i < vectors * kStep<T>; i += kStep<T>)
+    store<T>(to + i, load<T>(to + i) + times_conj(load<T>(a + i), load<T>(b + i)));
+}
+
+// What becomes of the children that the first pass left in data. All pointers are to spectra.
+template <class T>
+struct Task {
+  T* data;
+  bool split = true, join = true;  // forward and inverse
+  // Between the two, where not null:
+  const T* x = nullptr;       // dk += data conj(x)
+  T* dk = nullptr;            //
+  const T* other = nullptr;   // sum += data conj(other)
+  T* sum = nullptr;           //
+  const T* source = nullptr;  // the inverse's input in place of data
+  const T* factor = nullptr;  // multiplies it, conjugated on demand
+  bool conjugate = false;
+  const char* ahead[3] = {};  // rows soon read, read and written: fetched meanwhile
+};
+
+template <bool kCompact, class T>
+void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t groups) {
+  const int64_t from = at * kStep<T>, vectors = 4 * groups;
+  T* data = task.data + from;
+  const T* w = plan.twiddles + plan.middle + at / 4 * (kCompact ? 1 : 3) * kStep<T>;
+  if (task.split) {
+    const char* ahead[3];
+    const int64_t row = at * kLanes<T> * static_cast<int64_t>(sizeof(T));
+    for (int i = 0; i < 3; ++i) ahead[i] = task.ahead[i] ? task.ahead[i] + row : nullptr;
+    middle_forward<kCompact, T>(data, groups, w, ahead);
+  }
+  if (task.dk) accumulate<T>(data, task.x + from, task.dk + from, vectors);
+  if (task.sum) accumulate<T>(data, task.other + from, task.sum + from, vectors);
+  if (!task.join) return;
+  const T* source = task.source ? task.source + from : data;
+  const T* factor = task.factor ? task.factor + from : source;
+  if (!task.factor)
+    middle_inverse<Factor::kOne, kCompact, T>(source, factor, data, groups, w);
+  else if (task.conjugate)
+    middle_inverse<Factor::kConjugate, kCompact, T>(source, factor, data, groups, w);
+  else
+    middle_inverse<Factor::kPlain, kCompact, T>(source, factor, data, groups, w);
+}
+
+constexpr int64_t kCacheBytes = 16 << 10;  // of data that stay in the first-level cache
+
+// Everything between the first and the last pass, of `nodes` nodes of m vectors at stage `stage`,
+// from node `first` on, at vector `at`. Depth first: nodes that fit in cache are finished before
+// their neighbours start.
+template <class T>
+void run_nodes(const Transform<T>& plan, const Task<T>& task, int stage, int64_t first,
+               int64_t nodes, int64_t at, int64_t m) {
+  T* data = task.data + at * kStep<T>;
+  if (nodes * m * kStep<T> * static_cast<int64_t>(sizeof(T)) <= kCacheBytes || m % 4) {
+    int64_t count = nodes, index = first, size = m;
+    int s = stage;
+    for (; s < plan.stages; ++s) {
+      const int radix = plan.stage[s].radix;
+      if (task.split) pass<true>(plan, s, index, count, data, size, 0, size / radix);
+      count *= radix;
+      index *= radix;
+      size /= radix;
+    }
+    const int64_t groups = (count + 3) / 4;
+    if (plan.compact)
+      middle<true, T>(plan, task, at, groups);
+    else
+      middle<false, T>(plan, task, at, groups);
+    while (task.join && s-- > stage) {
+      const int radix = plan.stage[s].radix;
+      count /= radix;
+      index /= radix;
+      size *= radix;
+      pass<false>(plan, s, index, count, data, size, 0, size / radix);
+    }
+    return;
+  }
+  if (nodes > 1) {
+    for (int64_t j = 0; j < nodes; ++j) run_nodes(plan, task, stage, first + j, 1, at + j * m, m);
+    return;
+  }
   const int radix = plan.stage[stage].radix;
-  if (kForward) pass<true>(plan, stage, node, x, m);
-  if (m > radix)
-    for (int r = 0; r < radix; ++r)
-      transform<kForward>(plan, x + r * (m / radix), m / radix, stage + 1, node * radix + r);
-  if (!kForward) pass<false>(plan, stage, node, x, m);
+  if (task.split) pass<true>(plan, stage, first, 1, data, m, 0, m / radix);
+  run_nodes(plan, task, stage + 1, first * radix, radix, at, m / radix);
+  if (task.join) pass<false>(plan, stage, first, 1, data, m, 0, m / radix);
+}
+
+// op(begin, end) over ranges of [0, n).
+template <class Op>
+void spread(const Team& team, int64_t n, const Op& op) {
+  if (!team.parallel_for || n < 2) return op(0, n);
+  const auto run = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<const Op*>(context))(begin, end);
+  };
+  if (team.parallel_for(0, n, 1, run, const_cast<void*>(static_cast<const void*>(&op)))) op(0, n);
+}
+
+constexpr int64_t kTeamTasks = 32;
+
+template <class T>
+void run_task(const Transform<T>& plan, const Task<T>& task, const Team& team) {
+  if (!team.parallel_for) return run_nodes<T>(plan, task, 0, 0, plan.radix, 0, plan.vectors);
+  // Stage by stage, each cut across its positions, until there are nodes enough to share out.
+  int64_t nodes = plan.radix, m = plan.vectors;
+  int top = 0;
+  const auto wide = [&](bool forward) {
+    const int radix = plan.stage[top].radix;
+    const int64_t pieces = (kTeamTasks + nodes - 1) / nodes, length = m / radix;
+    spread(team, nodes * pieces, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t node = i / pieces, piece = i % pieces;
+        const int64_t from = piece * length / pieces, to = (piece + 1) * length / pieces;
+        T* data = task.data + node * m * kStep<T>;
+        if (forward)
+          pass<true>(plan, top, node, 1, data, m, from, to);
+        else
+          pass<false>(plan, top, node, 1, data, m, from, to);
+      }
+    });
+  };
+  while (nodes < kTeamTasks && top < plan.stages && m / plan.stage[top].radix % 4 == 0) {
+    if (task.split) wide(true);
+    const int radix = plan.stage[top++].radix;
+    nodes *= radix;
+    m /= radix;
+  }
+  spread(team, nodes, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) run_nodes<T>(plan, task, top, j, 1, j * m, m);
+  });
+  while (task.join && top > 0) {
+    const int radix = plan.stage[--top].radix;
+    nodes /= radix;
+    m *= radix;
+    wide(false);
+  }
 }

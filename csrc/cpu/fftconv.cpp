@@ -15,9 +15,6 @@
 namespace seqconv {
 namespace {
 
-constexpr int64_t kSerialWork =
-    1 << 14;  // below this many points, waking a thread costs more than it saves
-
 ParallelFor parallel_for = nullptr;
 std::atomic<bool> in_forked_child{false};
 [[maybe_unused]] const int fork_flag =
@@ -28,6 +25,9 @@ const IsaKernels* const kIsas[] = {
     &kPortable,
 #if defined(__x86_64__)
     &kAvx2,
+    &kAvx512,
+#elif defined(__aarch64__)
+    &kNeon,
 #endif
 };
 
@@ -44,83 +44,157 @@ const IsaKernels& kernels() {
 }
 
 template <class T>
-const Kernel<T>& kernel_of(const IsaKernels& kernels) {
+const Kernel<T>& kernel_for(int64_t length) {
+  const IsaKernels* isa = &kernels();
+  if (isa->shorter && length < kShort) isa = isa->shorter;
   if constexpr (sizeof(T) == 4)
-    return kernels.f32;
+    return isa->f32;
   else
-    return kernels.f64;
+    return isa->f64;
 }
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
+using Memory = std::unique_ptr<char, Free>;
+
+Memory allocate(size_t bytes) {
+  return Memory(static_cast<char*>(std::aligned_alloc(64, (bytes / 64 + 1) * 64)));
+}
+
+constexpr int64_t kSerialWork = 1 << 14;  // points: below, waking threads costs more than it saves
+constexpr int64_t kTeamPoints = 1 << 15;  // transforms from here on are worth sharing
+constexpr int64_t kParts = 4;  // of the batch, where there are too few channels to share out
+constexpr int64_t kFewChannels = 8;
+constexpr int64_t kAdjacent = 8;          // channels transposed together, memory permitting
+constexpr int64_t kScratchPerPoint = 16;  // in scalars: the bound on a unit's scratch
 
 template <class T>
-struct Job {
-  const Problem& problem;
-  const Kernel<T>& kernel;
-  const Transform<T>& transform;
-  bool backward;
-  int64_t groups, batch_step;  // units: channel groups x batch ranges
-  size_t scratch_bytes;
-  std::atomic<bool> out_of_memory{false};
+class Run {
+ public:
+  Run(const Problem& problem, bool is_backward)
+      : p_(problem),
+        backward_(is_backward),
+        kernel_(kernel_for<T>(p_.length)),
+        method_(choose_method(p_.length, p_.taps, p_.taps_rev, kernel_.quads)) {}
 
-  void run(int64_t begin, int64_t end) {
-    const size_t size = (std::max<size_t>(scratch_bytes, 1) + 63) / 64 * 64;
-    std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, size));
-    if (!scratch) {
-      out_of_memory.store(true);
-      return;
+  Status run() {
+    if (!method_.direct) {
+      plan_ = get_plan<T>(method_.n, kernel_.quads);
+      if (!plan_) return Status::kOutOfMemory;
     }
-    for (int64_t i = begin; i < end; ++i) {
-      Unit unit;
-      unit.channel = i % groups * kernel.lanes;
-      unit.channels = std::min<int64_t>(kernel.lanes, problem.channels - unit.channel);
-      unit.batch = i / groups * batch_step;
-      unit.batch_end = std::min(problem.batch, unit.batch + batch_step);
-      (backward ? kernel.backward : kernel.forward)(problem, transform, unit, scratch.get());
+    const int64_t points = p_.batch * p_.heads * p_.channels * p_.length;
+    threads_ = !parallel_for || forked() || points < kSerialWork ? 1 : p_.threads;
+    choose_group();
+    const bool sums = backward_ && (p_.dk || p_.dk_rev || p_.dskip);
+    // Sums over the batch are cut by shape alone, so that they do not depend on the threads.
+    const int64_t parts =
+        sums && p_.channels < kFewChannels && method_.n < kTeamPoints ? kParts : 1;
+    if (parts > 1 && p_.batch > 1) {
+      run_in_parts(std::min(p_.batch, parts));
+    } else {
+      const int64_t groups = (p_.channels + group_ - 1) / group_;
+      const bool even = groups >= 4 * threads_ || (groups >= threads_ && groups % threads_ == 0);
+      const bool team = threads_ > 1 && !even && !method_.direct && method_.n >= kTeamPoints;
+      int64_t split = 1;
+      if (threads_ > 1 && !even && !team && !sums)
+        split = std::min(p_.batch, (4 * threads_ + groups - 1) / groups);
+      run_units(groups, split, team);
+    }
+    return failed_.load() ? Status::kOutOfMemory : Status::kOk;
+  }
+
+ private:
+  const Problem& p_;
+  const bool backward_;
+  const Kernel<T>& kernel_;
+  const Method method_;
+  std::shared_ptr<const Plan<T>> plan_;
+  int threads_ = 1;
+  int64_t group_ = 1;
+  std::atomic<bool> failed_{false};
+
+  const Transform<T>& transform() const {
+    static const Transform<T> none{};
+    return method_.direct ? none : plan_->transform;
+  }
+
+  size_t scratch_bytes() const {
+    return kernel_.scratch_bytes(p_, method_, transform(), group_, backward_);
+  }
+
+  // Where time is not innermost in memory, neighbouring channels are read together.
+  void choose_group() {
+    const Tensor& t = backward_ ? p_.dy : p_.y;
+    const auto apart = [&](const Tensor& x) { return x && x.stride[3] != 1 && p_.length > 1; };
+    if (!apart(p_.u) && !apart(t)) return;
+    const size_t spectrum = static_cast<size_t>(p_.heads) * 2 * static_cast<size_t>(method_.n);
+    for (group_ = std::min(kAdjacent, p_.channels); group_ > 1; group_ /= 2) {
+      const size_t kernels = static_cast<size_t>(group_) * spectrum * sizeof(T);
+      if (scratch_bytes() <=
+          kernels + static_cast<size_t>(kScratchPerPoint * p_.length) * sizeof(T) + 4096)
+        break;
+    }
+  }
+
+  template <class Op>
+  void for_each(int64_t units, bool parallel, const Op& op) {
+    const auto range = [&](int64_t begin, int64_t end) {
+      const Memory scratch = allocate(scratch_bytes());
+      if (!scratch) return failed_.store(true);
+      for (int64_t i = begin; i < end; ++i) op(i, scratch.get());
+    };
+    if (threads_ == 1 || units == 1 || !parallel) return range(0, units);
+    const auto run = [](int64_t begin, int64_t end, void* context) {
+      (*static_cast<const decltype(range)*>(context))(begin, end);
+    };
+    if (parallel_for(0, units, 1, run, const_cast<void*>(static_cast<const void*>(&range))))
+      range(0, units);
+  }
+
+  void run_units(int64_t groups, int64_t split, bool team) {
+    const int64_t step = (p_.batch + split - 1) / split;
+    split = (p_.batch + step - 1) / step;
+    for_each(groups * split, !team, [&](int64_t i, char* scratch) {
+      Unit unit{};
+      unit.channel = i % groups * group_;
+      unit.channels = std::min(group_, p_.channels - unit.channel);
+      unit.batch = i / groups * step;
+      unit.batch_end = std::min(p_.batch, unit.batch + step);
+      if (team) unit.team.parallel_for = parallel_for;
+      (backward_ ? kernel_.backward : kernel_.forward)(p_, method_, transform(), unit, scratch);
+    });
+  }
+
+  void run_in_parts(int64_t parts) {
+    group_ = 1;
+    const int64_t step = (p_.batch + parts - 1) / parts;
+    parts = (p_.batch + step - 1) / step;
+    const size_t bytes = kernel_.partial_bytes(p_, method_, transform());
+    const Memory partial = allocate(bytes * static_cast<size_t>(parts));
+    if (!partial) return failed_.store(true);
+    for (int64_t channel = 0; channel < p_.channels; ++channel) {
+      const auto part = [&](int64_t i) {
+        Unit unit{};
+        unit.channel = channel;
+        unit.channels = 1;
+        unit.batch = i * step;
+        unit.batch_end = std::min(p_.batch, unit.batch + step);
+        unit.partial = partial.get() + static_cast<size_t>(i) * bytes;
+        return unit;
+      };
+      for_each(parts, true, [&](int64_t i, char* scratch) {
+        kernel_.backward(p_, method_, transform(), part(i), scratch);
+      });
+      for_each(1, false, [&](int64_t, char* scratch) {
+        kernel_.reduce(p_, method_, transform(), part(0), scratch, parts);
+      });
     }
   }
 };
 
-template <class T>
-Status run(const Problem& p, bool backward) {
-  const bool direct = uses_direct_sum(p.taps, p.taps_rev);
-  std::shared_ptr<const Plan<T>> plan;
-  Transform<T> none;
-  if (!direct) {
-    plan = get_plan<T>(fft_size(p.length));
-    if (!plan) return Status::kOutOfMemory;
-  }
-  const Transform<T>& transform = direct ? none : plan->transform;
-  const Kernel<T>& kernel = kernel_of<T>(kernels());
-  const int64_t groups = (p.channels + kernel.lanes - 1) / kernel.lanes;
-  // Few channels: split the batch as well. Each part transforms the kernel again, so not too
-  // finely. The gradient of the kernel sums over the batch in one fixed order and is never split.
-  int64_t parts = 1;
-  if (!backward) parts = std::min(p.batch, std::max<int64_t>(1, 16 / groups));
-  const int64_t step = (p.batch + parts - 1) / parts;
-  Job<T> job{
-      p, kernel, transform, backward, groups, step, kernel.scratch_bytes(p, transform.n, backward)};
-  const int64_t units = groups * ((p.batch + step - 1) / step);
-  const bool serial = !parallel_for || forked() || units == 1 ||
-                      p.batch * p.heads * p.channels * p.length < kSerialWork;
-  if (serial) {
-    job.run(0, units);
-  } else {
-    const int32_t failed = parallel_for(
-        0, units, 1,
-        [](int64_t begin, int64_t end, void* context) {
-          static_cast<Job<T>*>(context)->run(begin, end);
-        },
-        &job);
-    if (failed) job.run(0, units);
-  }
-  return job.out_of_memory.load() ? Status::kOutOfMemory : Status::kOk;
-}
-
 Status run_in_precision(const Problem& p, bool backward) {
-  return p.compute_double ? run<double>(p, backward) : run<float>(p, backward);
+  return p.compute_double ? Run<double>(p, backward).run() : Run<float>(p, backward).run();
 }
 
 }  // namespace
@@ -144,8 +218,10 @@ bool set_isa(const char* name) {
   return false;
 }
 
-bool uses_direct_sum(int64_t taps, int64_t taps_rev) { return taps + taps_rev <= kDirectTaps; }
-
-int64_t fft_size(int64_t length) { return choose_fft_size(length); }
+Method method(int64_t length, int64_t taps, int64_t taps_rev, bool compute_double) {
+  const int quads =
+      compute_double ? kernel_for<double>(length).quads : kernel_for<float>(length).quads;
+  return choose_method(length, taps, taps_rev, quads);
+}
 
 }  // namespace seqconv

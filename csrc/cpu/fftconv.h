@@ -27,6 +27,7 @@ struct Problem {
       taps_rev;  // of k and k_rev, cut to what can reach an output: <= length, <= length - 1
   bool kernel_per_sample, skip_per_head, compute_double;
   Activation activation;
+  int threads;  // how many parallel_for has; results do not depend on it
   Tensor u, k, k_rev, skip, pre_gate, post_gate;
   Tensor y;                                                 // forward only
   Tensor dy, du, dk, dk_rev, dskip, dpre_gate, dpost_gate;  // backward only; null where not wanted
@@ -52,8 +53,12 @@ bool forked();
 const char* isa();
 bool set_isa(const char* name);  // false if unknown or not runnable here
 
-// A call of this many taps is a direct sum if true, else a transform of fft_size(length).
-bool uses_direct_sum(int64_t taps, int64_t taps_rev);
-int64_t fft_size(int64_t length);
+// How calls of these sizes are carried out: `blocks` transforms of n points each, or, with n = 0, a
+// direct sum.
+struct Method {
+  bool direct;
+  int64_t n, blocks;
+};
+Method method(int64_t length, int64_t taps, int64_t taps_rev, bool compute_double);
 
 }  // namespace seqconv

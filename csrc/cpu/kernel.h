@@ -1,6 +1,4 @@
-// What an instruction set's translation unit provides. A unit of work is a few neighbouring
-// channels (one per vector lane) and a range of samples; units write to disjoint memory and need no
-// synchronisation.
+// What an instruction set's translation unit provides, and what it is given.
 //
 // kernel_*.cpp are compiled for instruction sets that the machine may not have. They must not
 // instantiate anything from the standard library: the linker could pick such a copy for everybody.
@@ -12,33 +10,56 @@
 
 namespace seqconv {
 
-constexpr int kMaxStages = 64;
+constexpr int kMaxStages = 32;
 constexpr int kDirectTaps = 32;  // up to here the direct sum is at least as fast as the transform
 
 struct Stage {
-  int radix;        // 2, 3, 4 or 5
-  int64_t twiddle;  // index of this stage's first twiddle; node j owns (radix - 1) complex numbers
+  int radix;
+  int64_t twiddle;  // index of the stage's first twiddle, see Transform
 };
 
+// The right-angle transform of n points. A vector holds the same four neighbouring positions of
+// `quads` branches: the factors into which the first pass splits x^n - i, quads at a time in the
+// lanes, then `radix` at a time in memory. `quads * radix` segments of the row meet in that pass.
 template <class T>
 struct Transform {
-  int64_t n = 1;
+  int64_t n = 0;
+  int quads = 1, radix = 1;
+  int64_t vectors = 0;   // complex vectors of one child of the first pass: n / (4 quads radix)
+  int64_t spectrum = 0;  // scalars of a spectrum, complex vectors rounded up to whole groups of 4
   int stages = 0;
   Stage stage[kMaxStages];
-  const T* twiddles = nullptr;  // w, w^2, ... of each node, interleaved real and imaginary
+  bool compact = false;         // radix 4 nodes keep w only; w^2 and w^3 are computed
+  const T* twiddles = nullptr;  // per node w, w^2, ...: one complex vector each
+  int64_t middle = 0;  // index of the last four positions' twiddles, per group of four nodes
+  // Coefficients of the first and last pass: the segments' weights w, and w times a constant.
+  const T *plain, *times_i, *times_minus_i, *scaled, *scaled_times_minus_i;
+};
+
+// Runs function over ranges of [0, n), on several threads if there is a pool to borrow.
+struct Team {
+  ParallelFor parallel_for = nullptr;
 };
 
 struct Unit {
-  int64_t channel, channels;  // first channel and how many, <= lanes
+  int64_t channel, channels;  // handled together: more than one where they are adjacent in memory
   int64_t batch, batch_end;
+  Team team;      // for the inside of a row, where there are fewer units than threads
+  char* partial;  // where sums over the batch go, to be reduced later; null: finish them here
 };
 
 template <class T>
 struct Kernel {
-  int lanes;
-  size_t (*scratch_bytes)(const Problem&, int64_t n, bool backward);
-  void (*forward)(const Problem&, const Transform<T>&, const Unit&, void* scratch);
-  void (*backward)(const Problem&, const Transform<T>&, const Unit&, void* scratch);
+  int quads;
+  // Of a unit of `channels`, and of its sums over the batch.
+  size_t (*scratch_bytes)(const Problem&, const Method&, const Transform<T>&, int64_t channels,
+                          bool backward);
+  size_t (*partial_bytes)(const Problem&, const Method&, const Transform<T>&);
+  void (*forward)(const Problem&, const Method&, const Transform<T>&, const Unit&, char* scratch);
+  void (*backward)(const Problem&, const Method&, const Transform<T>&, const Unit&, char* scratch);
+  // Sums `parts` partial results of one channel, in their order, and stores the gradients.
+  void (*reduce)(const Problem&, const Method&, const Transform<T>&, const Unit&, char* scratch,
+                 int64_t parts);
 };
 
 struct IsaKernels {
@@ -46,11 +67,15 @@ struct IsaKernels {
   bool (*runnable)();
   Kernel<float> f32;
   Kernel<double> f64;
+  const IsaKernels* shorter = nullptr;  // for rows of fewer points than kShort, if not this one
 };
+constexpr int64_t kShort = 65;
 
 extern const IsaKernels kPortable;
 #if defined(__x86_64__)
-extern const IsaKernels kAvx2;
+extern const IsaKernels kAvx2, kAvx512;
+#elif defined(__aarch64__)
+extern const IsaKernels kNeon;
 #endif
 
 }  // namespace seqconv

@@ -12,13 +12,16 @@
 #pragma GCC target("avx2,fma")
 #endif
 
+#define SEQCONV_VECTOR_BYTES 32
 namespace seqconv {
 namespace avx2 {
 #include "simd.h"
 //
 #include "fft.h"
 //
-#include "kernel_impl.h"
+#include "rows.h"
+//
+#include "conv.h"
 }  // namespace avx2
 }  // namespace seqconv
 

@@ -1,15 +1,18 @@
-// Whatever the compiler's default target has: SSE2 on x86-64, NEON on arm64.
+// Whatever the compiler's default target has; SSE2 on x86-64.
 #include <math.h>
 
 #include "kernel.h"
 
+#define SEQCONV_VECTOR_BYTES 16
 namespace seqconv {
 namespace portable {
 #include "simd.h"
 //
 #include "fft.h"
 //
-#include "kernel_impl.h"
+#include "rows.h"
+//
+#include "conv.h"
 }  // namespace portable
 
 const IsaKernels kPortable = {"portable", [] { return true; }, portable::kKernel<float>,

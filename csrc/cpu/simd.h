@@ -1,35 +1,184 @@
-// Vectors of neighbouring channels, loading and storing them from any dtype and stride, and the
-// activations on them. Included inside an instruction set's namespace (see kernel_*.cpp).
+// Vectors, their shuffles, conversions between dtypes, and the activations. Included inside an
+// instruction set's namespace (see kernel_*.cpp), which defines SEQCONV_VECTOR_BYTES.
 //
 // GCC and Clang vector extensions: + - * / and ?: work lane by lane and compile to whatever the
 // target has. No include here: kernel_*.cpp includes all it needs before switching the target.
 
 #define SEQCONV_INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define SEQCONV_UNROLL _Pragma("unroll")
+#else
+#define SEQCONV_UNROLL _Pragma("GCC unroll 16")
+#endif
 
-constexpr int kVectorBytes = 32;
+// At least four lanes: shuffles work on quads of four, the same in every quad.
+template <class T>
+constexpr int kLanes =
+    SEQCONV_VECTOR_BYTES / sizeof(T) < 4 ? 4 : SEQCONV_VECTOR_BYTES / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int kQuads = kLanes<T> / 4;
 
 template <class T>
-struct VectorOf;
+struct IntOf;
 template <>
-struct VectorOf<float> {
-  typedef float Type __attribute__((vector_size(kVectorBytes), may_alias));
-  typedef uint32_t Int __attribute__((vector_size(kVectorBytes), may_alias));
+struct IntOf<float> {
+  using Type = int32_t;
 };
 template <>
-struct VectorOf<double> {
-  typedef double Type __attribute__((vector_size(kVectorBytes), may_alias));
+struct IntOf<double> {
+  using Type = int64_t;
+};
+
+template <class T>
+struct VectorOf {
+  typedef T Type __attribute__((vector_size(kLanes<T> * sizeof(T)), may_alias));
+  typedef typename IntOf<T>::Type Int
+      __attribute__((vector_size(kLanes<T> * sizeof(T)), may_alias));
+  typedef T Unaligned
+      __attribute__((vector_size(kLanes<T> * sizeof(T)), may_alias, aligned(sizeof(T))));
+  typedef T Quad __attribute__((vector_size(4 * sizeof(T)), may_alias, aligned(sizeof(T))));
 };
 template <class T>
 using Vec = typename VectorOf<T>::Type;
 template <class T>
-constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+using Quad = typename VectorOf<T>::Quad;  // unaligned
 
 template <class T>
 SEQCONV_INLINE Vec<T> splat(T value) {
   return Vec<T>{} + value;
 }
 
-// ---- scalars of the four dtypes ----
+// ---- shuffles ----
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeIndices<0, I...> {
+  using Type = Indices<I...>;
+};
+
+// Lane l of the result is lane P::at(l, W) of a and b side by side.
+template <class P, class T, int... I>
+SEQCONV_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, Indices<I...>) {
+  constexpr int w = kLanes<T>;
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, P::at(I, w)...);
+#else
+  return __builtin_shuffle(a, b, typename VectorOf<T>::Int{P::at(I, w)...});
+#endif
+}
+template <class P, class T>
+SEQCONV_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+  return shuffle<P, T>(a, b, typename MakeIndices<kLanes<T>>::Type{});
+}
+
+// Two steps of a 4x4 transpose inside every quad, for four-byte lanes: interleave the low or the
+// high halves of two quads, then join halves.
+template <int kHigh>
+struct Interleave {
+  static constexpr int at(int l, int w) { return l / 4 * 4 + 2 * kHigh + l % 4 / 2 + l % 2 * w; }
+};
+template <int kHigh>
+struct JoinHalves {
+  static constexpr int at(int l, int w) { return l / 4 * 4 + 2 * kHigh + l % 2 + l % 4 / 2 * w; }
+};
+// The first step for eight-byte lanes, of which a 128-bit register holds a pair: even or odd lanes.
+template <int kOdd>
+struct EveryOther {
+  static constexpr int at(int l, int w) { return l / 4 * 4 + l % 4 / 2 * 2 + kOdd + l % 2 * w; }
+};
+// The even (odd) quads of a, then those of b.
+template <int kOdd>
+struct EveryOtherQuad {
+  static constexpr int at(int l, int w) {
+    return l < w / 2 ? l / 4 * 8 + 4 * kOdd + l % 4 : at(l - w / 2, w) + w;
+  }
+};
+
+// Transposes the 4x4 matrices that quad j of a, b, c, d are the rows of.
+template <class T>
+SEQCONV_INLINE void transpose(Vec<T>& a, Vec<T>& b, Vec<T>& c, Vec<T>& d) {
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> p = shuffle<Interleave<0>, T>(a, b), q = shuffle<Interleave<1>, T>(a, b);
+    const Vec<T> r = shuffle<Interleave<0>, T>(c, d), s = shuffle<Interleave<1>, T>(c, d);
+    a = shuffle<JoinHalves<0>, T>(p, r);
+    b = shuffle<JoinHalves<1>, T>(p, r);
+    c = shuffle<JoinHalves<0>, T>(q, s);
+    d = shuffle<JoinHalves<1>, T>(q, s);
+  } else {
+    const Vec<T> p = shuffle<EveryOther<0>, T>(a, b), q = shuffle<EveryOther<1>, T>(a, b);
+    const Vec<T> r = shuffle<EveryOther<0>, T>(c, d), s = shuffle<EveryOther<1>, T>(c, d);
+    a = shuffle<JoinHalves<0>, T>(p, r);
+    b = shuffle<JoinHalves<0>, T>(q, s);
+    c = shuffle<JoinHalves<1>, T>(p, r);
+    d = shuffle<JoinHalves<1>, T>(q, s);
+  }
+}
+
+// Four values, in every quad.
+template <class T>
+SEQCONV_INLINE Vec<T> repeat(const T* from) {
+#if SEQCONV_VECTOR_BYTES == 64
+  // Compilers do not see a single broadcast in the shuffle.
+  if constexpr (sizeof(T) == 4)
+    return reinterpret_cast<Vec<T>>(_mm512_broadcast_f32x4(_mm_loadu_ps(from)));
+  else
+    return reinterpret_cast<Vec<T>>(_mm512_broadcast_f64x4(_mm256_loadu_pd(from)));
+#else
+  const Quad<T> x = *reinterpret_cast<const Quad<T>*>(from);
+  if constexpr (kQuads<T> == 1)
+    return reinterpret_cast<const Vec<T>&>(x);
+  else
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(x, x, 0, 1, 2, 3, 0, 1, 2, 3);
+#else
+    return Vec<T>{x[0], x[1], x[2], x[3], x[0], x[1], x[2], x[3]};
+#endif
+#endif
+}
+
+template <int kQuad, class T>
+SEQCONV_INLINE Quad<T> quad_of(Vec<T> x) {
+  if constexpr (kLanes<T> == 4) {
+    return reinterpret_cast<const Quad<T>&>(x);
+  } else {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(x, x, 4 * kQuad, 4 * kQuad + 1, 4 * kQuad + 2, 4 * kQuad + 3);
+#else
+    return Quad<T>{x[4 * kQuad], x[4 * kQuad + 1], x[4 * kQuad + 2], x[4 * kQuad + 3]};
+#endif
+  }
+}
+
+// The sum of neighbouring quads: those of a, then those of b.
+template <class T>
+SEQCONV_INLINE Vec<T> add_quads(Vec<T> a, Vec<T> b) {
+  return shuffle<EveryOtherQuad<0>, T>(a, b) + shuffle<EveryOtherQuad<1>, T>(a, b);
+}
+
+// to[s][at .. at + 4) = the sum of the quads of e[s], s < kQuads.
+template <class T>
+SEQCONV_INLINE void store_quad_sums(const Vec<T>* e, T* const* to, int64_t at) {
+  const auto put = [at](T* p, Quad<T> value) { *reinterpret_cast<Quad<T>*>(p + at) = value; };
+  if constexpr (kQuads<T> == 1) {
+    put(to[0], quad_of<0, T>(e[0]));
+  } else if constexpr (kQuads<T> == 2) {
+    const Vec<T> sum = add_quads<T>(e[0], e[1]);
+    put(to[0], quad_of<0, T>(sum));
+    put(to[1], quad_of<1, T>(sum));
+  } else {
+    static_assert(kQuads<T> == 4);
+    const Vec<T> sum = add_quads<T>(add_quads<T>(e[0], e[1]), add_quads<T>(e[2], e[3]));
+    put(to[0], quad_of<0, T>(sum));
+    put(to[1], quad_of<1, T>(sum));
+    put(to[2], quad_of<2, T>(sum));
+    put(to[3], quad_of<3, T>(sum));
+  }
+}
+
+// ---- the four dtypes ----
 
 struct BFloat16 {
   uint16_t bits;
@@ -49,142 +198,65 @@ SEQCONV_INLINE uint32_t as_bits(float value) {
   return bits;
 }
 
+// Without branches, so that loops over them become vector code.
 SEQCONV_INLINE float widen(float x) { return x; }
 SEQCONV_INLINE double widen(double x) { return x; }
 SEQCONV_INLINE float widen(BFloat16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
 SEQCONV_INLINE float widen(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = x.bits & 0x7fffu;
-  if (rest >= 0x7c00u) return as_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // inf, nan
-  if (rest < 0x400u)  // subnormal; by integers, in case the processor flushes them to zero
-    return as_float(sign | as_bits(static_cast<float>(rest) * 0x1p-24f));
-  // Multiplying by 2^112 rebiases the exponent.
-  return as_float(sign | as_bits(as_float(rest << 13) * 0x1p112f));
+  const uint32_t normal = (rest << 13) + (112u << 23);  // rebiases the exponent
+  const uint32_t special = (rest << 13) + (224u << 23);
+  // By an integer conversion, in case the processor flushes subnormals to zero.
+  const uint32_t subnormal = as_bits(static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-24f);
+  const uint32_t finite = rest < 0x400u ? subnormal : normal;
+  return as_float(sign | (rest >= 0x7c00u ? special : finite));
 }
 
-template <class S>
-S narrow(double x);
-template <class S>
-S narrow(float x);
-template <>
-inline float narrow<float>(float x) {
-  return x;
+// Round to nearest, ties to even.
+SEQCONV_INLINE void narrow(float x, float& out) { out = x; }
+SEQCONV_INLINE void narrow(float x, double& out) { out = static_cast<double>(x); }
+SEQCONV_INLINE void narrow(double x, double& out) { out = x; }
+SEQCONV_INLINE void narrow(double x, float& out) { out = static_cast<float>(x); }
+SEQCONV_INLINE void narrow(float x, BFloat16& out) {
+  const uint32_t bits = as_bits(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  out.bits = static_cast<uint16_t>(magnitude > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
 }
-template <>
-inline double narrow<double>(float x) {
-  return x;
-}
-template <>
-inline float narrow<float>(double x) {
-  return static_cast<float>(x);
-}
-template <>
-inline double narrow<double>(double x) {
-  return x;
-}
-// Round to nearest, ties to even, in both.
-template <>
-inline BFloat16 narrow<BFloat16>(float x) {
-  const uint32_t bits = as_bits(x);
-  if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
-  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
-}
-template <>
-inline Float16 narrow<Float16>(float x) {
+SEQCONV_INLINE void narrow(float x, Float16& out) {
   const uint32_t sign = as_bits(x) >> 16 & 0x8000u;
   const uint32_t magnitude = as_bits(x) & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
-  if (magnitude >= 0x477ff000u)
-    return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to infinity
-  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 puts the rounding where it belongs
-    const uint32_t shifted = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
-    return {static_cast<uint16_t>(sign | shifted)};
-  }
-  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23);
-  return {static_cast<uint16_t>(sign | rounded >> 13)};
+  const uint32_t normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+  // Subnormal: adding 0.5 puts the rounding where it belongs.
+  const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
+  uint32_t rest = magnitude < 0x38800000u ? subnormal : normal;
+  rest = magnitude >= 0x477ff000u ? 0x7c00u : rest;  // rounds to infinity
+  out.bits = static_cast<uint16_t>(sign | (magnitude > 0x7f800000u ? 0x7e00u : rest));
 }
 // A problem computed in double has no narrower output than the gradient of a narrow kernel.
-template <>
-inline BFloat16 narrow<BFloat16>(double x) {
-  return narrow<BFloat16>(static_cast<float>(x));
+template <class S>
+SEQCONV_INLINE void narrow(double x, S& out) {
+  narrow(static_cast<float>(x), out);
 }
-template <>
-inline Float16 narrow<Float16>(double x) {
-  return narrow<Float16>(static_cast<float>(x));
-}
-
-// ---- rows ----
-
-// A row of one sample and head: lane l is channel (channel + l). Lanes beyond the last channel read
-// zero.
-struct Row {
-  const Tensor* tensor;
-  int64_t batch, head;
-};
 
 template <class S>
-SEQCONV_INLINE S* row_start(const Tensor& t, int64_t batch, int64_t head, int64_t channel) {
-  return reinterpret_cast<S*>(t.data) + batch * t.stride[0] + head * t.stride[1] +
-         channel * t.stride[2];
-}
+struct Tag {
+  using Type = S;
+};
 
-// Calls op(S{}) with the scalar type of dtype.
+// Calls op(Tag<S>{}) with the scalar type S of dtype.
 template <class Op>
 SEQCONV_INLINE void dispatch(Dtype dtype, const Op& op) {
   switch (dtype) {
     case Dtype::kFloat32:
-      return op(float{});
+      return op(Tag<float>{});
     case Dtype::kFloat64:
-      return op(double{});
+      return op(Tag<double>{});
     case Dtype::kBFloat16:
-      return op(BFloat16{});
+      return op(Tag<BFloat16>{});
     case Dtype::kFloat16:
-      return op(Float16{});
+      return op(Tag<Float16>{});
   }
-}
-
-// out[i * step] = row[i] for i < n, in lanes.
-template <class T>
-void load(const Row& row, const Unit& unit, int64_t n, Vec<T>* out, int64_t step = 1) {
-  const Tensor& t = *row.tensor;
-  dispatch(t.dtype, [&](auto tag) {
-    using S = decltype(tag);
-    const S* base = row_start<S>(t, row.batch, row.head, unit.channel);
-    const int64_t across = t.stride[2], along = t.stride[3];
-    if (unit.channels < kLanes<T>)
-      for (int64_t i = 0; i < n; ++i) out[i * step] = Vec<T>{};
-    // Time innermost keeps one read stream per channel; a block of steps at a time keeps the writes
-    // in cache.
-    constexpr int64_t kBlock = 64;
-    for (int64_t i0 = 0; i0 < n; i0 += kBlock) {
-      const int64_t end = i0 + kBlock < n ? i0 + kBlock : n;
-      for (int64_t lane = 0; lane < unit.channels; ++lane) {
-        const S* from = base + lane * across;
-        T* to = reinterpret_cast<T*>(out) + lane;
-        for (int64_t i = i0; i < end; ++i)
-          to[i * step * kLanes<T>] = static_cast<T>(widen(from[i * along]));
-      }
-    }
-  });
-}
-
-template <class T>
-void store(const Row& row, const Unit& unit, int64_t n, const Vec<T>* in, int64_t step = 1) {
-  const Tensor& t = *row.tensor;
-  dispatch(t.dtype, [&](auto tag) {
-    using S = decltype(tag);
-    S* base = row_start<S>(t, row.batch, row.head, unit.channel);
-    const int64_t across = t.stride[2], along = t.stride[3];
-    constexpr int64_t kBlock = 64;
-    for (int64_t i0 = 0; i0 < n; i0 += kBlock) {
-      const int64_t end = i0 + kBlock < n ? i0 + kBlock : n;
-      for (int64_t lane = 0; lane < unit.channels; ++lane) {
-        S* to = base + lane * across;
-        const T* from = reinterpret_cast<const T*>(in) + lane;
-        for (int64_t i = i0; i < end; ++i) to[i * along] = narrow<S>(from[i * step * kLanes<T>]);
-      }
-    }
-  });
 }
 
 // ---- activations ----
@@ -193,7 +265,7 @@ constexpr float kTaylor[7] = {1.0f, 1.0f, 1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 
 
 // |x - n ln 2| <= ln(2) / 2 and a Taylor polynomial whose tail is below 2^-25. NaN stays NaN.
 SEQCONV_INLINE Vec<float> exp_of(Vec<float> x) {
-  using Int = VectorOf<float>::Int;
+  typedef uint32_t Int __attribute__((vector_size(sizeof(Vec<float>)), may_alias));
   const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec<float> shifted = x * 1.44269504088896341f + magic;
   const Vec<float> n = shifted - magic;

@@ -1,0 +1,334 @@
+"""Everything that computes a long convolution here, behind one signature.
+
+A contender is a function (u, k, skip, k_rev, pre_gate, post_gate) -> y of tensors that `make` has
+prepared, or None where it does not do the case. What cannot be imported is left out, with a word.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import seqconv
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call to measure."""
+
+    mode: str = "causal"  # or two_sided, gated, heads
+    dtype: str = "float32"
+    layout: str = "bhl"
+    batch: int = 8
+    channels: int = 1
+    length: int = 1024
+    taps: int = 0  # 0: as many as the length
+    op: str = "forward"  # or forward+backward
+
+    @property
+    def kernel_taps(self) -> int:
+        return self.taps or self.length
+
+    @property
+    def heads(self) -> int:
+        return 4 if self.mode == "heads" else 1
+
+    @property
+    def elements(self) -> int:
+        return self.batch * self.channels * self.length
+
+    def __str__(self) -> str:
+        words = [self.mode] if self.mode != "causal" else []
+        words += [self.dtype] if self.dtype != "float32" else []
+        words += [self.layout] if self.layout != "bhl" else []
+        words += [f"K={self.taps}"] if self.taps else []
+        shape = f"B={self.batch} H={self.channels} L={self.length}"
+        return " ".join([shape, *words, "f+b" if self.op != "forward" else "forward"])
+
+    def tensors(self, device: str) -> tuple[list[Tensor | None], Tensor]:
+        """(u, k, skip, k_rev, pre_gate, post_gate) and the gradient of y, seeded."""
+        generator = torch.Generator().manual_seed(0)
+        dtype = DTYPES[self.dtype]
+
+        def normal(*shape, scale=1.0, rows=False):
+            x = (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+            if rows and self.layout == "blh":
+                return x.transpose(1, 2).contiguous()
+            return x
+
+        b, h, n, taps = self.batch, self.channels, self.length, self.kernel_taps
+        scale = taps**-0.5
+        heads = (self.heads,) if self.heads > 1 else ()
+        gated = self.mode == "gated"
+        u = normal(b, h, n, rows=True)
+        k = normal(*heads, h, taps, scale=scale)
+        skip = normal(h)
+        k_rev = normal(h, taps, scale=scale) if self.mode == "two_sided" else None
+        pre, post = (normal(b, h, n, rows=True) if gated else None for _ in range(2))
+        dy = normal(b, *heads, h, n) if heads else normal(b, h, n, rows=True)
+        return [u, k, skip, k_rev, pre, post], dy
+
+    def flops(self) -> float:
+        """Counted: complex transforms of 5 n log2 n of the row, once there and once back per head,
+        and of the kernel; a product of 6, once again for the gradients."""
+        import math
+
+        n, taps = self.length, self.kernel_taps
+        # A short kernel is convolved block by block.
+        transform = 5 * n * math.log2(max(2, min(n, taps)))
+        rows, kernels = self.batch * self.channels, self.heads * self.channels
+        forward = rows * ((1 + self.heads) * transform + 8 * self.heads * n) + kernels * transform
+        if self.op == "forward":
+            return forward
+        backward = rows * ((2 + self.heads) * transform + 16 * self.heads * n)
+        return forward + backward + 2 * kernels * transform
+
+    def bytes(self) -> int:
+        """That must be read or written at least once."""
+        size = DTYPES[self.dtype].itemsize
+        row = self.elements
+        signals = row * (1 + self.heads + (2 if self.mode == "gated" else 0))
+        kernels = self.heads * self.channels * self.kernel_taps
+        kernels *= 2 if self.mode == "two_sided" else 1
+        if self.op == "forward":
+            return size * (signals + kernels)
+        # Again the inputs and dy, and a gradient of each input.
+        backward = signals + row * (1 + (2 if self.mode == "gated" else 0)) + 2 * kernels
+        return size * (signals + kernels + backward)
+
+
+def fft(u, k, skip, k_rev, pre_gate, post_gate, layout="bhl") -> Tensor:
+    """The formulation of the S4 and Hyena code: transforms of 2 L points, a product, a crop."""
+    dtype = u.dtype
+    if layout == "blh":
+        u, pre_gate, post_gate = (
+            None if t is None else t.transpose(1, 2) for t in (u, pre_gate, post_gate)
+        )
+    if dtype in (torch.bfloat16, torch.float16):
+        u, k, skip, k_rev, pre_gate, post_gate = (
+            None if t is None else t.float() for t in (u, k, skip, k_rev, pre_gate, post_gate)
+        )
+    length = u.shape[-1]
+    x = u if pre_gate is None else u * pre_gate
+    if k_rev is not None:
+        k = F.pad(k, (0, 2 * length - k.shape[-1])) + F.pad(
+            k_rev.flip(-1), (2 * length - k_rev.shape[-1], 0)
+        )
+    k_f = torch.fft.rfft(k, n=2 * length)
+    u_f = torch.fft.rfft(x, n=2 * length)
+    if k.dim() == 3:
+        u_f, x = u_f.unsqueeze(1), x.unsqueeze(1)
+    y = torch.fft.irfft(u_f * k_f, n=2 * length)[..., :length] + x * skip[:, None]
+    if post_gate is not None:
+        y = y * post_gate
+    y = y.to(dtype)
+    return y.transpose(1, 2) if layout == "blh" else y
+
+
+_compiled = None
+
+
+def _torch_compile(case: Case, device: str) -> Callable | None:
+    if case.mode != "causal" or case.layout != "bhl":
+        return None
+    global _compiled
+    _compiled = _compiled or torch.compile(fft, dynamic=False)
+    return _compiled
+
+
+def _seqconv(case: Case, device: str) -> Callable:
+    def run(u, k, skip, k_rev, pre_gate, post_gate):
+        gates = {"pre_gate": pre_gate, "post_gate": post_gate}
+        return seqconv.fftconv(u, k, skip, k_rev=k_rev, layout=case.layout, **gates)
+
+    return run
+
+
+def _torch_fft(case: Case, device: str) -> Callable:
+    return lambda *tensors: fft(*tensors, layout=case.layout)
+
+
+def _conv1d(case: Case, device: str) -> Callable | None:
+    if case.mode != "causal" or case.layout != "bhl" or case.kernel_taps > 1024:
+        return None
+
+    def run(u, k, skip, *_):
+        taps = k.shape[-1]
+        padded = F.pad(u, (taps - 1, 0))
+        return F.conv1d(padded, k.flip(-1)[:, None], groups=len(k)) + skip[:, None] * u
+
+    return run
+
+
+def _numpy_case(case: Case, device: str) -> bool:
+    plain = case.mode == "causal" and case.layout == "bhl" and case.op == "forward"
+    return plain and device == "cpu" and case.dtype in ("float32", "float64")
+
+
+def _as_numpy(function) -> Callable:
+    def run(u, k, skip, *_):
+        u, k, skip = u.numpy(), k.numpy(), skip.numpy()
+        return torch.from_numpy(function(u, k) + u * skip[:, None])
+
+    return run
+
+
+def _scipy_oaconvolve(case: Case, device: str) -> Callable | None:
+    if not _numpy_case(case, device) or torch.get_num_threads() > 1:
+        return None
+    from scipy.signal import oaconvolve
+
+    length = case.length
+    return _as_numpy(lambda u, k: oaconvolve(u, k[None], axes=-1)[..., :length])
+
+
+def _scipy_fft(case: Case, device: str) -> Callable | None:
+    if not _numpy_case(case, device):
+        return None
+    from scipy import fft as sp
+
+    length, workers = case.length, torch.get_num_threads()
+    n = sp.next_fast_len(length + case.kernel_taps - 1, real=True)
+
+    def run(u, k):
+        product = sp.rfft(u, n, workers=workers) * sp.rfft(k, n, workers=workers)
+        return sp.irfft(product, n, workers=workers)[..., :length]
+
+    return _as_numpy(run)
+
+
+def _ducc0(case: Case, device: str) -> Callable | None:
+    if not _numpy_case(case, device):
+        return None
+    import ducc0
+    import numpy as np
+
+    length, threads = case.length, torch.get_num_threads()
+    n = ducc0.fft.good_size(length + case.kernel_taps - 1, True)
+
+    def spectrum(x):
+        padded = np.zeros((*x.shape[:-1], n), x.dtype)
+        padded[..., : x.shape[-1]] = x
+        return ducc0.fft.r2c(padded, axes=(-1,), nthreads=threads)
+
+    def run(u, k):
+        product = spectrum(u)
+        product *= spectrum(k)
+        y = ducc0.fft.c2r(product, axes=(-1,), lastsize=n, inorm=2, nthreads=threads)
+        return y[..., :length]
+
+    return _as_numpy(run)
+
+
+def _pyfftw(case: Case, device: str) -> Callable | None:
+    if not _numpy_case(case, device):
+        return None
+    import pyfftw
+
+    length, n, threads = case.length, 2 * case.length, torch.get_num_threads()
+    real, half = u_dtype = ("float32", "complex64")
+    if case.dtype == "float64":
+        real, half = u_dtype = ("float64", "complex128")
+    del u_dtype
+    rows = (case.batch * case.channels, n)
+    x, x_f = (
+        pyfftw.empty_aligned(rows, real),
+        pyfftw.empty_aligned((rows[0], length + 1), half),
+    )
+    h, h_f = (
+        pyfftw.empty_aligned((case.channels, n), real),
+        pyfftw.empty_aligned((case.channels, length + 1), half),
+    )
+    options = {"axes": (1,), "threads": threads, "planning_timelimit": 5}
+    measure = ("FFTW_MEASURE", "FFTW_DESTROY_INPUT")
+    to_x = pyfftw.FFTW(x, x_f, flags=measure, **options)
+    to_h = pyfftw.FFTW(h, h_f, flags=measure, **options)
+    back = pyfftw.FFTW(x_f, x, direction="FFTW_BACKWARD", flags=measure, **options)
+
+    def run(u, k):
+        x[:, length:] = 0
+        x[:, :length] = u.reshape(len(x), length)
+        h[:, k.shape[-1] :] = 0
+        h[:, : k.shape[-1]] = k
+        to_x()
+        to_h()
+        x_f.reshape(case.batch, case.channels, -1)[...] *= h_f
+        back()
+        return x[:, :length].reshape(u.shape)
+
+    return _as_numpy(run)
+
+
+def _flashfftconv(case: Case, device: str) -> Callable | None:
+    if device == "cpu" or case.mode not in ("causal", "gated") or case.layout != "bhl":
+        return None
+    if case.dtype not in ("bfloat16", "float16") or case.length & (case.length - 1):
+        return None
+    from flashfftconv import FlashFFTConv
+
+    conv = FlashFFTConv(2 * case.length, dtype=DTYPES[case.dtype]).to(device)
+
+    def run(u, k, skip, k_rev, pre_gate, post_gate):
+        y = conv(u, k.float(), *(() if pre_gate is None else (pre_gate, post_gate)))
+        x = u if pre_gate is None else u * pre_gate
+        return y + (x * skip[:, None] if post_gate is None else x * skip[:, None] * post_gate)
+
+    return run
+
+
+def _subquadratic_ops(case: Case, device: str) -> Callable | None:
+    if device == "cpu" or case.mode != "causal" or case.layout != "bhl":
+        return None
+    from subquadratic_ops_torch.fft_causal_conv1d import fft_causal_conv1d
+
+    return lambda u, k, skip, *_: fft_causal_conv1d(u, k) + u * skip[:, None]
+
+
+def _nvsubquadratic(case: Case, device: str) -> Callable | None:
+    if case.mode != "causal" or case.layout != "bhl":
+        return None
+    from nvsubquadratic.ops.fftconv import fftconv1d_bhl
+
+    return lambda u, k, skip, *_: fftconv1d_bhl(u, k[None], skip)
+
+
+# name -> (package that must be there, maker)
+CONTENDERS: dict[str, tuple[str, Callable[[Case, str], Callable | None]]] = {
+    "seqconv": ("seqconv", _seqconv),
+    "torch.fft": ("torch", _torch_fft),
+    "torch.compile": ("torch", _torch_compile),
+    "conv1d": ("torch", _conv1d),
+    "scipy.fft": ("scipy", _scipy_fft),
+    "oaconvolve": ("scipy", _scipy_oaconvolve),
+    "ducc0": ("ducc0", _ducc0),
+    "pyfftw": ("pyfftw", _pyfftw),
+    "flashfftconv": ("flashfftconv", _flashfftconv),
+    "subquadratic_ops": ("subquadratic_ops_torch", _subquadratic_ops),
+    "nvsubquadratic": ("nvsubquadratic", _nvsubquadratic),
+}
+BASELINE = "torch.fft"
+FAST = ("scipy.fft", "oaconvolve", "ducc0", "pyfftw")  # what else is fast on a CPU
+
+
+def missing() -> list[str]:
+    """Contenders whose package is not installed."""
+    return [
+        n for n, (package, _) in CONTENDERS.items() if importlib.util.find_spec(package) is None
+    ]
+
+
+def make(name: str, case: Case, device: str) -> Callable[[list], Tensor] | None:
+    """The contender's function on `case.tensors(device)[0]`, or None if it does not do the case."""
+    function = CONTENDERS[name][1](case, device)
+    return None if function is None else (lambda tensors: function(*tensors))

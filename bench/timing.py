@@ -1,0 +1,121 @@
+"""Interleaved timing, floors and peak memory: what every microbenchmark here shares."""
+
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 51
+FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    low, high = ordered[:half] or ordered, ordered[-half:] or ordered
+    return median(low), median(ordered), median(high)
+
+
+class Clock:
+    """Seconds of one call: the wall clock on a CPU, events behind a flushed cache on a GPU."""
+
+    def __init__(self, device: str):
+        self.cuda = device.startswith("cuda")
+        if self.cuda:
+            self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def __call__(self, function: Callable[[], object]) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+        self.flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]], budget: float, clock: Clock
+) -> dict[str, list[float]]:
+    """Seconds per call of every function, in rounds A B C A B C ..., after one round of warm-up.
+
+    Rounds go on until `budget` seconds are spent, but there are at least MIN_ROUNDS and at most
+    MAX_ROUNDS of them. Element i of every list comes from the same round.
+    """
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for done in range(MAX_ROUNDS):
+            if done >= MIN_ROUNDS and time.perf_counter() - start > budget:
+                break
+            for name, function in functions.items():
+                seconds[name].append(clock(function))
+    finally:
+        gc.enable()
+    return seconds
+
+
+def ratios(baseline: list[float], other: list[float]) -> tuple[float, float, float]:
+    """Quartiles of baseline / other, round by round."""
+    return quartiles([a / b for a, b in zip(baseline, other, strict=True)])
+
+
+def seconds_per_byte(device: str, clock: Clock, size: int) -> float:
+    """Of a copy: `size` bytes read and as many written, both counted."""
+    source = torch.ones(max(size, 4096), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = interleaved({"copy": lambda: target.copy_(source)}, 0.1, clock)
+    return median(times["copy"]) / (2 * source.numel())
+
+
+def flops_per_second(device: str, dtype: torch.dtype, clock: Clock) -> float:
+    """Of a matrix product, the nearest thing to a machine's peak that any program reaches."""
+    n = 1024 if device == "cpu" else 8192
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    out = torch.empty_like(a)
+    times = interleaved({"mm": lambda: torch.mm(a, a, out=out)}, 0.3, clock)
+    return 2 * n**3 / min(times["mm"])
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def peak_bytes(function: Callable[[], object], device: str) -> int | None:
+    """Memory that one call needs beyond what was there, its results included; None if this system cannot say.
+
+    On a CPU, the growth of the resident set: true only where freed memory goes back to the system,
+    as it does with MALLOC_MMAP_THRESHOLD_ set low.
+    """
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        function()
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _status("VmRSS")
+        result = function()
+        peak = _status("VmHWM")
+        del result
+    except OSError:
+        return None
+    return max(0, peak - before)

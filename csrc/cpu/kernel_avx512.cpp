@@ -1,0 +1,48 @@
+// AVX-512 (F, DQ, BW, VL). Compiled for that target whatever the compiler's flags, run only where
+// the processor has them.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+
+#include "kernel.h"
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+#endif
+
+#define SEQCONV_VECTOR_BYTES 64
+namespace seqconv {
+namespace avx512 {
+#include "simd.h"
+//
+#include "fft.h"
+//
+#include "rows.h"
+//
+#include "conv.h"
+}  // namespace avx512
+}  // namespace seqconv
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace seqconv {
+
+const IsaKernels kAvx512 = {"avx512",
+                            [] {
+                              return __builtin_cpu_supports("avx512f") &&
+                                     __builtin_cpu_supports("avx512dq") &&
+                                     __builtin_cpu_supports("avx512bw") &&
+                                     __builtin_cpu_supports("avx512vl") && kAvx2.runnable();
+                            },
+                            avx512::kKernel<float>, avx512::kKernel<double>, &kAvx2};
+
+}  // namespace seqconv
+#endif

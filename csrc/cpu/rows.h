@@ -1,0 +1,271 @@
+// Rows of tensors as the transform reads and writes them: any dtype, any stride, products with
+// gates, zeros outside. Where memory already holds what is wanted nothing is copied. Included
+// inside an instruction set's namespace, after simd.h.
+
+// One row: time t at base + t * stride elements.
+struct Series {
+  char* base = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  int64_t stride = 0;
+  explicit operator bool() const { return base != nullptr; }
+};
+
+template <class T>
+constexpr Dtype kDtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
+
+template <class T>
+SEQCONV_INLINE T* contiguous(const Series& s) {
+  return s.base && s.dtype == kDtype<T> && s.stride == 1 ? reinterpret_cast<T*>(s.base) : nullptr;
+}
+
+// out[i] = s[t + i], or out[i] *= s[t + i], for i < n.
+template <bool kMultiply, class T>
+void read(const Series& s, int64_t t, int64_t n, T* out) {
+  dispatch(s.dtype, [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    const S* from = reinterpret_cast<const S*>(s.base) + t * s.stride;
+    const auto put = [out](int64_t i, S x) {
+      const T value = static_cast<T>(widen(x));
+      out[i] = kMultiply ? out[i] * value : value;
+    };
+    if (s.stride == 1)
+      for (int64_t i = 0; i < n; ++i) put(i, from[i]);
+    else
+      for (int64_t i = 0; i < n; ++i) put(i, from[i * s.stride]);
+  });
+}
+
+template <class T>
+void write(const Series& s, int64_t t, int64_t n, const T* in) {
+  dispatch(s.dtype, [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    S* to = reinterpret_cast<S*>(s.base) + t * s.stride;
+    if (s.stride == 1)
+      for (int64_t i = 0; i < n; ++i) narrow(in[i], to[i]);
+    else
+      for (int64_t i = 0; i < n; ++i) narrow(in[i], to[i * s.stride]);
+  });
+}
+
+constexpr int64_t kChunk = 64;      // positions converted at a time
+constexpr int64_t kCrowded = 8192;  // points of a transform whose ends are far apart
+
+// The real sequence row * gate (if any), zero outside [0, length), read at t + shift.
+template <class T>
+struct Source {
+  Series row, gate;
+  int64_t length = 0, shift = 0;
+
+  Source at(int64_t more) const { return {row, gate, length, shift + more}; }
+
+  // Where [t, t + n) lies in memory as it is; null if nowhere.
+  const T* find(int64_t t, int64_t n) const {
+    t += shift;
+    const T* start = gate ? nullptr : contiguous<T>(row);
+    return start && t >= 0 && t + n <= length ? start + t : nullptr;
+  }
+  void fill(int64_t t, int64_t n, T* out) const {
+    t += shift;
+    const int64_t low = t < 0 ? (-t < n ? -t : n) : 0;
+    const int64_t end = t + n > length ? (length > t ? length - t : 0) : n;
+    const int64_t high = end > low ? end : low;
+    for (int64_t i = 0; i < low; ++i) out[i] = 0;
+    if (high > low) {
+      read<false>(row, t + low, high - low, out + low);
+      if (gate) read<true>(gate, t + low, high - low, out + low);
+    }
+    for (int64_t i = high; i < n; ++i) out[i] = 0;
+  }
+  const T* window(int64_t t, int64_t n, T* staging) const {
+    if (const T* found = find(t, n)) return found;
+    fill(t, n, staging);
+    return staging;
+  }
+};
+
+// Takes the values at [0, length) of a sequence offered at t + shift. Without a function they go to
+// `row`; with one they go to it, which may change them. They come in pieces of at most kChunk.
+template <class T>
+struct Sink {
+  Series row;
+  int64_t length = 0, shift = 0;
+  void (*function)(const void* context, int64_t t, int64_t n, T* values) = nullptr;
+  const void* context = nullptr;
+
+  Sink at(int64_t more) const { return {row, length, shift + more, function, context}; }
+
+  T* find(int64_t t, int64_t n) const {
+    t += shift;
+    T* start = function ? nullptr : contiguous<T>(row);
+    return start && t >= 0 && t + n <= length ? start + t : nullptr;
+  }
+  void take(int64_t t, int64_t n, T* values) const {
+    t += shift;
+    const int64_t low = t < 0 ? -t : 0, high = t + n > length ? length - t : n;
+    if (low >= high) return;
+    if (function)
+      function(context, t + low, high - low, values + low);
+    else
+      write(row, t + low, high - low, values + low);
+  }
+};
+
+// The first pass: children [begin, end) vectors of every child of the root, of the sequence re, or
+// re + (the constant folded into `turned`) im.
+template <int R, bool kComplex, class T>
+void first_pass(const Transform<T>& plan, const Source<T>& re, const T* plain, const Source<T>& im,
+                const T* turned, T* data, int64_t begin, int64_t end) {
+  constexpr int kSegments = R * kQuads<T>;
+  const int64_t apart = 4 * plan.vectors;  // positions from segment to segment
+  alignas(64) T staging[kComplex ? 2 : 1][kSegments][kChunk];
+  const T* whole_re = re.find(0, plan.n);
+  const T* whole_im = kComplex ? im.find(0, plan.n) : whole_re;
+  while (begin < end) {
+    const T *x[kSegments], *y[kSegments];
+    int64_t stop = end;
+    if (whole_re && whole_im) {
+      for (int g = 0; g < kSegments; ++g) {
+        x[g] = whole_re + g * apart + 4 * begin;
+        if (kComplex) y[g] = whole_im + g * apart + 4 * begin;
+      }
+    } else {
+      if (stop > begin + kChunk / 4) stop = begin + kChunk / 4;
+      for (int g = 0; g < kSegments; ++g) {
+        const int64_t t = g * apart + 4 * begin, n = 4 * (stop - begin);
+        x[g] = re.window(t, n, staging[0][g]);
+        if (kComplex) y[g] = im.window(t, n, staging[kComplex][g]);
+      }
+    }
+    for (int64_t i = 0; i < stop - begin; ++i) {
+      Complex<T> a[R];
+      SEQCONV_UNROLL
+      for (int r = 0; r < R; ++r) {
+        SEQCONV_UNROLL
+        for (int s = 0; s < kQuads<T>; ++s) {
+          const int64_t at = (r * kQuads<T> + s) * kStep<T>;
+          const Vec<T> value = repeat<T>(x[r + s * R] + 4 * i);
+          const Complex<T> c = load<T>(plain + at);
+          if (s == 0)
+            a[r] = {value * c.re, value * c.im};
+          else
+            a[r] = {a[r].re + value * c.re, a[r].im + value * c.im};
+          if constexpr (kComplex) {
+            const Vec<T> other = repeat<T>(y[r + s * R] + 4 * i);
+            const Complex<T> d = load<T>(turned + at);
+            a[r] = {a[r].re + other * d.re, a[r].im + other * d.im};
+          }
+        }
+      }
+      dft<R>(a);
+      T* to = data + (begin + i) * kStep<T>;
+      SEQCONV_UNROLL
+      for (int r = 0; r < R; ++r) store<T>(to + r * plan.vectors * kStep<T>, a[r]);
+    }
+    begin = stop;
+  }
+}
+
+// The last pass: real parts of the inverse times the constant folded into `weights`.
+template <int R, class T>
+void last_pass(const Transform<T>& plan, const T* data, const T* weights, const Sink<T>& sink,
+               int64_t begin, int64_t end) {
+  constexpr int kSegments = R * kQuads<T>;
+  const int64_t apart = 4 * plan.vectors;
+  alignas(64) T staging[kSegments][kChunk];
+  // So many streams a power of two apart would evict each other's lines half written.
+  const bool crowded = kSegments > 8 && plan.n >= kCrowded;
+  T* whole = crowded ? nullptr : sink.find(0, plan.n);
+  bool staged[kSegments];
+  while (begin < end) {
+    T* y[kSegments];
+    int64_t stop = end;
+    if (whole) {
+      for (int g = 0; g < kSegments; ++g) y[g] = whole + g * apart + 4 * begin;
+    } else {
+      if (stop > begin + kChunk / 4) stop = begin + kChunk / 4;
+      for (int g = 0; g < kSegments; ++g) {
+        y[g] = crowded ? nullptr : sink.find(g * apart + 4 * begin, 4 * (stop - begin));
+        staged[g] = !y[g];
+        if (staged[g]) y[g] = staging[g];
+      }
+    }
+    for (int64_t i = 0; i < stop - begin; ++i) {
+      const T* from = data + (begin + i) * kStep<T>;
+      Complex<T> a[R];
+      SEQCONV_UNROLL
+      for (int r = 0; r < R; ++r)
+        a[r ? R - r : 0] = load<T>(from + r * plan.vectors * kStep<T>);  // as in join_node
+      dft<R>(a);
+      SEQCONV_UNROLL
+      for (int r = 0; r < R; ++r) {
+        Vec<T> e[kQuads<T>];
+        T* to[kQuads<T>];
+        SEQCONV_UNROLL
+        for (int s = 0; s < kQuads<T>; ++s) {
+          const Complex<T> c = load<T>(weights + (r * kQuads<T> + s) * kStep<T>);
+          e[s] = a[r].re * c.re + a[r].im * c.im;
+          to[s] = y[r + s * R];
+        }
+        store_quad_sums<T>(e, to, 4 * i);
+      }
+    }
+    for (int g = 0; g < kSegments && !whole; ++g)
+      if (staged[g]) sink.take(g * apart + 4 * begin, 4 * (stop - begin), staging[g]);
+    begin = stop;
+  }
+}
+
+template <class T, class Op>
+SEQCONV_INLINE void with_radix(const Transform<T>& plan, const Op& op) {
+  switch (plan.radix) {
+    case 2:
+      return op(Indices<2>{});
+    case 3:
+      return op(Indices<3>{});
+    case 4:
+      return op(Indices<4>{});
+    case 5:
+      return op(Indices<5>{});
+    case 7:
+      return op(Indices<7>{});
+    default:
+      return op(Indices<8>{});
+  }
+}
+template <int R>
+SEQCONV_INLINE constexpr int radix_of(Indices<R>) {
+  return R;
+}
+
+// data <- first pass of re * plain (+ im * turned).
+template <class T>
+void enter(const Transform<T>& plan, const Team& team, T* data, const Source<T>& re, const T* plain,
+           const Source<T>* im = nullptr, const T* turned = nullptr) {
+  // Transposing works on whole groups of four nodes.
+  for (int64_t i = plan.radix * plan.vectors * kStep<T>; i < plan.spectrum; ++i) data[i] = 0;
+  with_radix(plan, [&](auto radix) {
+    constexpr int R = radix_of(decltype(radix){});
+    const int64_t piece = team.parallel_for ? kChunk : plan.vectors;
+    spread(team, (plan.vectors + piece - 1) / piece, [&](int64_t begin, int64_t end) {
+      end = end * piece < plan.vectors ? end * piece : plan.vectors;
+      if (im)
+        first_pass<R, true, T>(plan, re, plain, *im, turned, data, begin * piece, end);
+      else
+        first_pass<R, false, T>(plan, re, plain, re, plain, data, begin * piece, end);
+    });
+  });
+}
+
+// sink <- last pass of data.
+template <class T>
+void leave(const Transform<T>& plan, const Team& team, const T* data, const T* weights,
+           const Sink<T>& sink) {
+  with_radix(plan, [&](auto radix) {
+    constexpr int R = radix_of(decltype(radix){});
+    const int64_t piece = team.parallel_for ? kChunk : plan.vectors;
+    spread(team, (plan.vectors + piece - 1) / piece, [&](int64_t begin, int64_t end) {
+      end = end * piece < plan.vectors ? end * piece : plan.vectors;
+      last_pass<R, T>(plan, data, weights, sink, begin * piece, end);
+    });
+  });
+}
