@@ -4,8 +4,8 @@ A contender is a function (u, k, skip, k_rev, pre_gate, post_gate) -> y of tenso
 prepared, or None where it does not do the case. What cannot be imported is left out, with a word.
 """
 
-import importlib
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -82,8 +82,6 @@ class Case:
     def flops(self) -> float:
         """Counted: complex transforms of 5 n log2 n of the row, once there and once back per head,
         and of the kernel; a product of 6, once again for the gradients."""
-        import math
-
         n, taps = self.length, self.kernel_taps
         # A short kernel is convolved block by block.
         transform = 5 * n * math.log2(max(2, min(n, taps)))
@@ -225,7 +223,7 @@ def _ducc0(case: Case, device: str) -> Callable | None:
     def run(u, k):
         product = spectrum(u)
         product *= spectrum(k)
-        y = ducc0.fft.c2r(product, axes=(-1,), lastsize=n, inorm=2, nthreads=threads)
+        y = ducc0.fft.c2r(product, axes=(-1,), lastsize=n, forward=False, inorm=2, nthreads=threads)
         return y[..., :length]
 
     return _as_numpy(run)
@@ -237,10 +235,7 @@ def _pyfftw(case: Case, device: str) -> Callable | None:
     import pyfftw
 
     length, n, threads = case.length, 2 * case.length, torch.get_num_threads()
-    real, half = u_dtype = ("float32", "complex64")
-    if case.dtype == "float64":
-        real, half = u_dtype = ("float64", "complex128")
-    del u_dtype
+    real, half = case.dtype, "complex128" if case.dtype == "float64" else "complex64"
     rows = (case.batch * case.channels, n)
     x, x_f = (
         pyfftw.empty_aligned(rows, real),

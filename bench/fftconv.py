@@ -1,0 +1,645 @@
+"""Measures seqconv.fftconv beside everything else that computes a long convolution here.
+
+python -m bench.fftconv            a sample, under 4 minutes
+python -m bench.fftconv --full     every requirement, under an hour; goes on where it was stopped
+python -m bench.fftconv --table    the README's table and picture, from the results on disk
+
+Every number is the median of interleaved rounds in one process; nothing is timed whose result
+differs from float64's. Ratios are medians of the rounds' own ratios to the torch.fft formulation.
+Two settings of the C allocator are measured, since large temporaries cost torch.fft dearly under
+the default one: "tuned" never gives memory back and is the stricter comparison.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bench import report
+from bench.contenders import BASELINE, CONTENDERS, FAST, Case, make, missing
+from bench.timing import (
+    Clock,
+    flops_per_second,
+    interleaved,
+    peak_bytes,
+    quartiles,
+    ratios,
+    seconds_per_byte,
+)
+from seqconv import _cpu, reference
+
+POWERS = (256, 1024, 4096, 16384, 65536, 262144, 1048576)
+ODD = (1000, 5000, 14113, 65537, 100000)
+SHORT = (64, 256, 1024, 4096)
+BOTH = ("forward", "forward+backward")
+THRESHOLD = str(8 << 30)
+ALLOCATORS = {
+    "default": {},
+    "tuned": {"MALLOC_MMAP_THRESHOLD_": THRESHOLD, "MALLOC_TRIM_THRESHOLD_": THRESHOLD},
+    # Every larger block is given back at once, so that the resident set says what is in use.
+    "returning": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+}
+# What the speed-up over torch.fft must be at POWERS, one thread, float32; three quarters with two.
+REQUIRED = {
+    ("tuned", "forward"): (5.0, 5.0, 5.0, 4.6, 4.6, 4.8, 5.0),
+    ("tuned", "forward+backward"): (6.4, 6.3, 6.0, 5.6, 5.5, 5.3, 5.3),
+    ("default", "forward"): (10, 9, 9, 8, 8, 8, 8),
+    ("default", "forward+backward"): (16, 15, 15, 14, 12, 11, 10),
+}
+console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=160)  # a log, not a screen
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+# ---- one measurement, in a worker ----
+
+
+def call(case: Case, function, tensors, dy):
+    """The contender's results: y, or y and the gradients of every input."""
+    if case.op == "forward":
+        with torch.no_grad():
+            return [function(tensors)]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    y = function(leaves)
+    return [y, *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)]
+
+
+def oracle(case: Case, tensors, dy):
+    """The same in float64."""
+
+    def definition(leaves):
+        u, k, skip, k_rev, pre_gate, post_gate = leaves
+        gates = {"pre_gate": pre_gate, "post_gate": post_gate}
+        return reference.fftconv_fft(u, k, skip, k_rev=k_rev, layout=case.layout, **gates)
+
+    return call(case, definition, [None if t is None else t.double() for t in tensors], dy.double())
+
+
+def errors(case: Case, results, exact) -> tuple[float, float]:
+    """The worst relative L2 error of the results, and the worst element over the root mean square."""
+    l2 = peak = 0.0
+    for i, (value, wanted) in enumerate(zip(results, exact, strict=True)):
+        difference = (value.double() - wanted).abs()
+        scale = wanted.square().mean().sqrt().item()
+        if i == 3:  # the gradient of skip, a sum of both signs: beside what random signs leave
+            scale = max(scale, (case.batch * case.length) ** 0.5)
+        l2 = max(l2, difference.square().mean().sqrt().item() / scale)
+        peak = max(peak, difference.max().item() / scale)
+    return l2, peak
+
+
+def tolerance(case: Case, baseline: tuple[float, float]) -> tuple[float, float]:
+    """Of seqconv: relative L2 3e-7 up to 65,536 steps and 4.5e-7 beyond in float32; elsewhere, and for
+    the largest element, twice the error of torch.fft at the same dtype."""
+    l2 = {"float32": 3e-7 if case.length <= 65536 else 4.5e-7}.get(case.dtype, 2 * baseline[0])
+    return l2, 2 * baseline[1]
+
+
+def measure(case: Case, names, budget: float, device: str, clock: Clock, peak_flops: float):
+    """Rows of results of one case, one per contender, a red gate without times."""
+    tensors, dy = case.tensors(device)
+    exact = oracle(case, tensors, dy)
+    functions, found = {}, {}
+    for name in dict.fromkeys((BASELINE, *names)):
+        try:
+            function = make(name, case, device)
+        except ImportError:
+            continue
+        if function is None:
+            continue
+        run = lambda function=function: call(case, function, tensors, dy)  # noqa: E731
+        found[name] = errors(case, run(), exact)
+        functions[name] = run
+    allowed = tolerance(case, found[BASELINE])
+    green = {}
+    for name, error in found.items():
+        limits = allowed if name == "seqconv" else [1e3 * x for x in allowed]
+        green[name] = all(e <= limit for e, limit in zip(error, limits, strict=True))
+    del exact
+    times = interleaved({n: f for n, f in functions.items() if green[n]}, budget, clock)
+    floor_copy = seconds_per_byte(device, clock, min(case.bytes() // 2, 1 << 27)) * case.bytes()
+    for name, error in found.items():
+        if name not in names:
+            continue
+        row = {"contender": name, "error_l2": error[0], "error_max": error[1], "gate": green[name]}
+        row |= (
+            {"tolerance_l2": allowed[0], "tolerance_max": allowed[1]} if name == "seqconv" else {}
+        )
+        row |= {"median": None}
+        if green[name]:
+            low, mid, high = quartiles(times[name])
+            row |= {"q1": low, "median": mid, "q3": high, "rounds": len(times[name])}
+            if BASELINE in times:
+                low, mid, high = ratios(times[BASELINE], times[name])
+                row |= {"ratio_q1": low, "ratio": mid, "ratio_q3": high}
+        yield row | {"floor_copy": floor_copy, "floor_flops": case.flops() / peak_flops}
+
+
+def memory(case: Case, names, device: str):
+    """Rows with the peak memory of one call of every contender."""
+    tensors, dy = case.tensors(device)
+    for name in names:
+        function = make(name, case, device)
+        if function is not None:
+            peak = peak_bytes(lambda f=function: call(case, f, tensors, dy), device)
+            yield {"contender": name, "median": None, "gate": True, "peak_bytes": peak}
+
+
+def worker() -> None:
+    """Takes a job per line, answers with rows and then an empty line."""
+    settings = json.loads(sys.stdin.readline())
+    device = settings["device"]
+    torch.set_num_threads(settings["threads"])
+    clock = Clock(device)
+    peak_flops: dict[str, float] = {}
+    for line in sys.stdin:
+        job = json.loads(line)
+        case = Case(**job["case"])
+        dtype = torch.float64 if case.dtype == "float64" else torch.float32
+        if case.dtype not in peak_flops and job["allocator"] != "returning":
+            peak_flops[case.dtype] = flops_per_second(device, dtype, clock)
+        if job["allocator"] == "returning":
+            rows = memory(case, job["names"], device)
+        else:
+            rows = measure(case, job["names"], job["budget"], device, clock, peak_flops[case.dtype])
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        print(flush=True)
+
+
+# ---- what to measure ----
+
+
+def heads_for(batch: int, length: int, elements: int) -> int:
+    return max(1, elements // (batch * length))
+
+
+def jobs_of(args) -> list[dict]:
+    """Jobs in the order of their processes, so that each process is started once."""
+    jobs: list[dict] = []
+
+    def add(allocator, threads, case, names, tag, budget=None):
+        budget = budget or args.budget
+        job = {"allocator": allocator, "threads": threads, "case": case, "tag": tag}
+        jobs.append(job | {"names": list(names), "budget": budget})
+
+    pair = ("seqconv", BASELINE)
+    if not args.full:
+        for allocator in args.allocators:
+            for threads in args.threads:
+                for dtype in args.dtypes:
+                    for mode in args.modes:
+                        for batch in args.batch:
+                            for length in args.lengths:
+                                for op in args.ops:
+                                    channels = heads_for(batch, length, args.elements)
+                                    case = Case(mode, dtype, args.layout, batch, channels, length)
+                                    case = replace(case, taps=args.taps, op=op)
+                                    add(allocator, threads, case, args.contenders, "sample")
+        for length in args.lengths:
+            case = Case(channels=heads_for(8, length, args.elements), length=length)
+            add("returning", args.threads[0], case, pair, "sample")
+        return jobs
+
+    def sized(length, batch=8, elements=1 << 22, **more):
+        return Case(batch=batch, channels=heads_for(batch, length, elements), length=length, **more)
+
+    everything = tuple(n for n in CONTENDERS if n not in ("conv1d", "torch.compile"))
+    for allocator in ("tuned", "default"):
+        for threads in (1, 2):
+            for run in range(3 if threads == 1 else 1):
+                for batch in (8, 1):
+                    for length in POWERS:
+                        for op in BOTH:
+                            full = run == 0 and op == "forward" and threads == 1
+                            names = everything if full and allocator == "tuned" else pair
+                            add(allocator, threads, sized(length, batch, op=op), names, "speed")
+    one = ("tuned", 1)
+    for length in (1024, 65536):
+        add(*one, sized(length, elements=1 << 20), ("seqconv", "torch.compile"), "compiled")
+    for length in POWERS:
+        for op in BOTH:
+            for mode in ("two_sided", "gated", "heads"):
+                elements = 1 << 20 if mode == "heads" else 1 << 22
+                case = sized(length, elements=elements, mode=mode, op=op)
+                add(*one, case, pair, "modes")
+            add(*one, sized(length, layout="blh", op=op), pair, "layout")
+            add(*one, sized(length, dtype="float64", elements=1 << 21, op=op), pair, "dtypes")
+            for dtype in ("bfloat16", "float16"):
+                add(*one, sized(length, dtype=dtype, op=op), pair, "dtypes")
+    for length in ODD:
+        for op in BOTH:
+            add(*one, sized(length, op=op), pair, "odd lengths")
+    for taps in (*SHORT, 0):
+        names = ("seqconv", BASELINE, "oaconvolve", "conv1d")
+        add(*one, sized(262144, taps=taps), names[: 4 if 0 < taps <= 256 else 3], "short kernels")
+    add(*one, Case(batch=1, channels=1, length=64), pair, "one row")
+    for threads in (1, 2):
+        for case in (
+            Case(channels=64, length=4096),
+            Case(channels=64, length=4096, op=BOTH[1]),
+            Case(batch=1, channels=1, length=65536),
+            Case(batch=1, channels=1, length=1048576),
+            Case(channels=1, length=4096, op=BOTH[1]),
+            Case(channels=1, length=262144, op=BOTH[1]),
+        ):
+            add("tuned", threads, case, pair, "threads", 2.0)
+    for threads in (1, 2):
+        for op in BOTH:
+            for length in (4096, 65536, 1048576):
+                for layout in ("bhl", "blh"):
+                    case = sized(length, layout=layout, op=op)
+                    add("returning", threads, case, pair, "memory")
+    return jobs
+
+
+def key_of(job_or_row: dict) -> tuple:
+    case = job_or_row.get("case")
+    case = asdict(case) if isinstance(case, Case) else {f: job_or_row[f] for f in asdict(Case())}
+    return (job_or_row["allocator"], job_or_row["threads"], job_or_row["tag"], *case.values())
+
+
+def run_jobs(jobs: list[dict], args, path: Path | None, done: list[dict]) -> list[dict]:
+    """Rows of all jobs, those of `done` not measured again."""
+    have: dict[tuple, int] = {}
+    for row in done:
+        if row["contender"] == "seqconv":
+            have[key_of(row)] = have.get(key_of(row), 0) + 1
+    common = {
+        "device": report.device_name(args.device),
+        "isa": _cpu.isa() if args.device == "cpu" else None,
+        "versions": report.versions(),
+        "commit": report.commit(),
+    }
+    rows, process, settings = list(done), None, None
+    deadline = time.monotonic() + args.time_budget if args.time_budget else None
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("measuring", total=len(jobs))
+        for job in jobs:
+            key = key_of(job)
+            if have.get(key, 0) > 0:
+                have[key] -= 1
+                progress.advance(task)
+                continue
+            if deadline and time.monotonic() > deadline:
+                progress.stop()
+                console.print("Time is up; what is left was not measured.")
+                break
+            wanted = (job["allocator"], job["threads"])
+            if wanted != settings:
+                stop(process)
+                process, settings = start(*wanted, args.device), wanted
+            case = job["case"]
+            threads = plural(job["threads"], "thread")
+            progress.update(task, description=f"{case}, {job['allocator']}, {threads}")
+            message = {**job, "case": asdict(case)}
+            print(json.dumps(message), file=process.stdin, flush=True)
+            answers = []
+            while line := process.stdout.readline().strip():
+                answers.append(json.loads(line))
+            if not answers:
+                raise SystemExit(f"the worker died on {case}")
+            for answer in answers:
+                row = {"tag": job["tag"], "allocator": job["allocator"], "threads": job["threads"]}
+                row |= asdict(case) | answer | common | {"when": time.strftime("%Y-%m-%d %H:%M")}
+                rows.append(row)
+                if path:
+                    report.append(path, row)
+            progress.advance(task)
+        progress.update(task, description="measured")
+    stop(process)
+    return rows
+
+
+def start(allocator: str, threads: int, device: str) -> subprocess.Popen:
+    environment = {**os.environ, **ALLOCATORS[allocator], "OMP_NUM_THREADS": str(threads)}
+    environment["MKL_NUM_THREADS"] = str(threads)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.fftconv", "--worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=report.ROOT,
+    )
+    print(json.dumps({"threads": threads, "device": device}), file=process.stdin, flush=True)
+    return process
+
+
+def stop(process) -> None:
+    if process is not None:
+        process.stdin.close()
+        process.wait()
+
+
+# ---- what it says ----
+
+
+def show(rows: list[dict]) -> None:
+    """Every measurement, a line each."""
+    for tag in dict.fromkeys(row["tag"] for row in rows):
+        timed = [r for r in rows if r["tag"] == tag and r["allocator"] != "returning"]
+        if not timed:
+            continue
+        table = Table(title=tag, title_justify="left")
+        for name in ("case", "setting", "contender", "ns/element", "quartiles", "faster"):
+            left = name in ("case", "setting", "contender")
+            table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        for name in ("error", "copy floor", "flop floor"):
+            table.add_column(name, justify="right")
+        for row in timed:
+            case = Case(**{f: row[f] for f in asdict(Case())})
+            setting = f"{row['allocator']}, {row['threads']}"
+            if not row["gate"]:
+                wrong = f"{row['error_l2']:.1e}"
+                table.add_row(str(case), setting, row["contender"], "[red]WRONG[/]", "", "", wrong)
+                continue
+            unit = 1e9 / case.elements
+            table.add_row(
+                str(case),
+                setting,
+                row["contender"],
+                f"{row['median'] * unit:.2f}",
+                f"{row['q1'] * unit:.2f}-{row['q3'] * unit:.2f}",
+                f"{row['ratio']:.2f}x" if "ratio" in row else "",
+                f"{row['error_l2']:.1e}",
+                f"{row['floor_copy'] * unit:.2f}",
+                f"{row['floor_flops'] * unit:.2f}",
+            )
+        console.print(table)
+    spent = [r for r in rows if r["allocator"] == "returning"]
+    if spent:
+        table = Table(title="peak memory of one call, results included", title_justify="left")
+        for name in ("case", "threads", "contender", "MiB", "of the inputs' size"):
+            table.add_column(name)
+        for row in spent:
+            case = Case(**{f: row[f] for f in asdict(Case())})
+            peak = row["peak_bytes"]
+            text = (
+                ("unknown", "")
+                if peak is None
+                else (f"{peak / 2**20:.1f}", f"{peak / case.elements / 4:.2f}")
+            )
+            table.add_row(str(case), str(row["threads"]), row["contender"], *text)
+        console.print(table)
+
+
+class Find:
+    """Medians over the runs of what was measured."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def __call__(self, value: str, contender: str = "seqconv", **wanted) -> float | None:
+        full = asdict(Case()) | {"threads": 1, "allocator": "tuned"} | wanted
+        full.pop("channels", None)
+        full["contender"] = contender
+        found = [
+            r[value]
+            for r in self.rows
+            if all(r.get(k) == v for k, v in full.items() if v is not None)
+        ]
+        found = [x for x in found if x is not None]
+        return median(found) if found else None
+
+
+def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
+    """(what, wanted, measured, met) of every requirement that the rows can decide."""
+    find = Find([r for r in rows if r["gate"]])
+    lines: list[tuple[str, str, str, bool]] = []
+
+    def compare(what, value, limit, at_least=True, unit="x"):
+        if value is not None:
+            met = value >= limit if at_least else value <= limit
+            sign = ">=" if at_least else "<="
+            lines.append((what, f"{sign} {limit:.3g}{unit}", f"{value:.3g}{unit}", met))
+
+    def ratio_of(a, b):
+        return None if a is None or b is None else a / b
+
+    def per(find_args):
+        row = [r for r in find.rows if all(r.get(k) == v for k, v in find_args.items())]
+        values = [
+            r["median"] / (r["batch"] * r["channels"] * r["length"]) for r in row if r["median"]
+        ]
+        return median(values) if values else None
+
+    def time_of(contender="seqconv", tag=None, **wanted):
+        full = (
+            asdict(Case()) | {"threads": 1, "allocator": "tuned", "contender": contender} | wanted
+        )
+        if "channels" not in wanted:
+            full.pop("channels")
+        if tag:
+            full["tag"] = tag
+        return per(full)
+
+    red = [r for r in rows if r["contender"] == "seqconv" and not r["gate"]]
+    lines.append(("every result of seqconv is right", "0 red", f"{len(red)} red", not red))
+    for (allocator, op), limits in REQUIRED.items():
+        for threads, share in ((1, 1.0), (2, 0.75)):
+            for batch in (8, 1):
+                for length, limit in zip(POWERS, limits, strict=True):
+                    name = f"{allocator}, {op}, B={batch}, L={report.length_name(length)}, {plural(threads, 'thread')}"
+                    wanted = {"allocator": allocator, "op": op, "threads": threads}
+                    value = find("ratio", batch=batch, length=length, tag="speed", **wanted)
+                    compare(name, value, limit * share)
+    for batch in (8, 1):
+        for length in POWERS:
+            others = [time_of(name, batch=batch, length=length) for name in FAST]
+            fastest = min((x for x in others if x), default=None)
+            mine = time_of(batch=batch, length=length, tag="speed")
+            name = f"against the fastest other, B={batch}, L={report.length_name(length)}"
+            compare(name, ratio_of(fastest, mine), 3)
+    for op in BOTH:
+        for length, limit in zip(POWERS, REQUIRED["tuned", op], strict=True):
+            at = {"length": length, "op": op}
+            causal = time_of(tag="speed", **at)
+            label = f"{op}, L={report.length_name(length)}"
+            two = ratio_of(time_of(mode="two_sided", **at), causal)
+            compare(f"two-sided beside causal, {label}", two, 1.15, False)
+            for mode in ("gated", "heads"):
+                compare(f"{mode}, {label}", find("ratio", mode=mode, **at), limit)
+            blh = ratio_of(find("ratio", layout="blh", **at), find("ratio", tag="speed", **at))
+            compare(f"blh ratio over bhl ratio, {label}", blh, 0.6)
+            for dtype in ("bfloat16", "float16"):
+                half = ratio_of(time_of(dtype=dtype, **at), causal)
+                compare(f"{dtype} beside float32, {label}", half, 1.25, False)
+            compare(f"float64, {label}", find("ratio", dtype="float64", **at), 4)
+    for op in BOTH:
+        for length in ODD:
+            below = max(n for n in POWERS if n <= length) if length >= POWERS[0] else None
+            above = min((n for n in POWERS if n >= length), default=None)
+            low, high = (time_of(length=n, op=op, tag="speed") for n in (below, above))
+            if low and high:
+                share = math.log(length / below) / math.log(above / below)
+                between = low * (high / low) ** share
+                name = f"beside its neighbours, {op}, L={length}"
+                compare(name, ratio_of(time_of(length=length, op=op), between), 1.35, False)
+    whole = time_of(length=262144, tag="short kernels")
+    for taps in SHORT:
+        mine = time_of(length=262144, taps=taps, tag="short kernels")
+        compare(f"K={taps} beside K=L at L=256K", ratio_of(mine, whole), 1.0, False)
+        other = time_of("oaconvolve", length=262144, taps=taps)
+        compare(f"K={taps} at L=256K against oaconvolve", ratio_of(other, mine), 4)
+    compare("one row of 64", find("ratio", batch=1, length=64), 1.0)
+    for wanted, limit in (
+        ({"channels": 64, "length": 4096}, 1.8),
+        ({"channels": 64, "length": 4096, "op": BOTH[1]}, 1.8),
+        ({"batch": 1, "channels": 1, "length": 65536}, 1.5),
+        ({"batch": 1, "channels": 1, "length": 1048576}, 1.5),
+        ({"channels": 1, "length": 4096, "op": BOTH[1]}, 1.5),
+        ({"channels": 1, "length": 262144, "op": BOTH[1]}, 1.5),
+    ):
+        one, two = (time_of(tag="threads", threads=n, **wanted) for n in (1, 2))
+        shape = f"B={wanted.get('batch', 8)}, H={wanted['channels']}, L={wanted['length']}"
+        compare(
+            f"2 threads over 1, {wanted.get('op', 'forward')}, {shape}", ratio_of(one, two), limit
+        )
+    for row in rows:
+        if row["allocator"] == "returning" and row["contender"] == "seqconv" and row["peak_bytes"]:
+            case = Case(**{f: row[f] for f in asdict(Case())})
+            results = case.elements * (1 if case.op == "forward" else 2)
+            results += case.channels * (case.length + 1) * (case.op != "forward")
+            # One spectrum of the kernel per thread, at up to a quarter of padding.
+            scratch = row["threads"] * (64 + 10) * case.length
+            rest = row["peak_bytes"] - 4 * results
+            name = f"memory beyond the results, {case}, {plural(row['threads'], 'thread')}"
+            compare(name, rest / 2**20, (scratch + (1 << 20)) / 2**20, False, " MiB")
+    return lines
+
+
+def show_requirements(rows: list[dict]) -> None:
+    table = Table(title="requirements", title_justify="left")
+    for name in ("what", "wanted", "measured", ""):
+        table.add_column(name)
+    lines = requirements(rows)
+    for what, wanted, value, met in lines:
+        table.add_row(what, wanted, value, "[green]met[/]" if met else "[red]not met[/]")
+    console.print(table)
+    console.print(f"{sum(line[3] for line in lines)} of {len(lines)} met")
+
+
+def readme_table(rows: list[dict]) -> str:
+    """Speed-ups over torch.fft at every length, and what they were measured on."""
+    find = Find([r for r in rows if r["gate"] and r["tag"] == "speed"])
+    first = next(r for r in rows if r["tag"] == "speed")
+    header = ["", *[report.length_name(n) for n in POWERS]]
+    lines = []
+
+    def line(name, text, **wanted):
+        cells = [find(text, length=n, **wanted) for n in POWERS]
+        if any(cells):
+            lines.append([name, *["-" if c is None else f"{c:.1f}x" for c in cells]])
+
+    for threads in (1, 2):
+        for batch in (8, 1):
+            for op in BOTH:
+                for allocator in ("tuned", "default"):
+                    name = ", ".join(
+                        [op, plural(batch, "sample"), plural(threads, "thread"), allocator]
+                    )
+                    wanted = {"batch": batch, "op": op, "threads": threads}
+                    line(name, "ratio", allocator=allocator, **wanted)
+    cells = [find("median", length=n) for n in POWERS]
+    elements = [8 * heads_for(8, n, 1 << 22) * n for n in POWERS]
+    absolute = [f"{c * 1e9 / e:.2f}" if c else "-" for c, e in zip(cells, elements, strict=True)]
+    lines.append(["ns per element, forward, 8 samples, 1 thread, tuned allocator", *absolute])
+    lines_met = requirements(rows)
+    met = sum(x[3] for x in lines_met)
+    used = first["versions"]
+    return "\n\n".join(
+        [
+            report.markdown(header, lines),
+            f"{first['device']} ({first['isa']} kernels), torch {used['torch']}, commit {first['commit']}; "
+            f"{met} of the harness's {len(lines_met)} requirements are met there.",
+        ]
+    )
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.fftconv", description=__doc__.split("\n\n")[0]
+    )
+    numbers = {"type": int, "nargs": "+"}
+    parser.add_argument("--full", action="store_true", help="everything; resumes from --json")
+    parser.add_argument("--lengths", **numbers, default=[256, 4096, 65536])
+    parser.add_argument("--batch", **numbers, default=[8])
+    parser.add_argument("--threads", **numbers, default=[1])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"])
+    parser.add_argument(
+        "--modes", nargs="+", default=["causal"], choices=["causal", "two_sided", "gated", "heads"]
+    )
+    parser.add_argument("--layout", default="bhl", choices=["bhl", "blh"])
+    parser.add_argument("--ops", nargs="+", default=list(BOTH), choices=BOTH)
+    parser.add_argument("--taps", type=int, default=0, help="0: as many as the length")
+    parser.add_argument("--elements", type=int, default=1 << 22, help="batch x channels x length")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        default=["seqconv", BASELINE, "scipy.fft", "ducc0", "pyfftw"],
+        choices=list(CONTENDERS),
+    )
+    parser.add_argument("--allocators", nargs="+", default=["tuned", "default"], choices=ALLOCATORS)
+    parser.add_argument("--budget", type=float, default=1.5, help="seconds per case")
+    parser.add_argument("--time-budget", type=float, help="seconds in all; stops after")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="file to append a line per measurement to")
+    parser.add_argument("--plot", type=Path, help="picture to draw")
+    parser.add_argument("--table", action="store_true", help="rewrite the README from --json")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
+    if args.worker:
+        return worker()
+    if args.table:
+        rows = report.read([args.json] if args.json else sorted(report.RESULTS.glob("*.jsonl")))
+        if not rows:
+            raise SystemExit("no results: run make bench first")
+        report.replace_between(report.ROOT / "README.md", "bench", readme_table(rows))
+        report.plot(rows, args.plot or report.RESULTS / "fftconv.png")
+        return None
+    reason = _cpu.missing
+    if args.device == "cpu" and reason:
+        raise SystemExit(f"seqconv would take its fallback: {reason}")
+    for name in missing():
+        console.print(f"{name}: not installed, skipped")
+    args.contenders = [n for n in args.contenders if n not in missing()]
+    done = report.read([args.json]) if args.full and args.json and args.json.exists() else []
+    console.print(
+        f"{report.device_name(args.device)}; threads {args.threads if not args.full else [1, 2]}"
+    )
+    rows = run_jobs(jobs_of(args), args, args.json, done)
+    show(rows)
+    show_requirements(rows)
+    if args.plot:
+        report.plot(rows, args.plot)
+    return None
+
+
+if __name__ == "__main__":
+    main()

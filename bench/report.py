@@ -1,0 +1,162 @@
+"""What was measured on what: JSON lines, the machine, the README's table, the picture."""
+
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+PACKAGES = ("seqconv", "torch", "numpy", "scipy", "ducc0", "pyfftw")
+
+
+def device_name(device: str) -> str:
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(re.findall(r"^([\w ]+?)\s*: (.+)$", text, re.MULTILINE))
+    name = fields.get("model name", platform.machine())
+    family, model = fields.get("cpu family"), fields.get("model")
+    return f"{name}, family {family} model {model}" if family else name
+
+
+def commit() -> str:
+    def git(*words):
+        result = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return result.stdout.strip() if result.returncode == 0 else ""
+
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (
+        "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    )
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def append(path: Path, row: dict) -> None:
+    """One line, whole or not at all as far as a reader is concerned."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read(paths: Iterable[Path]) -> list[dict]:
+    """Every measurement; a last line cut short by a crash is dropped."""
+    rows = []
+    for path in paths:
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+def length_name(length: int) -> str:
+    if length >= 1 << 20 and length % (1 << 20) == 0:
+        return f"{length >> 20}M"
+    return f"{length >> 10}K" if length >= 1024 and length % 1024 == 0 else str(length)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
+    return "\n".join(lines)
+
+
+def replace_between(path: Path, name: str, text: str) -> None:
+    """Rewrites what stands between <!-- name --> and <!-- end of name -->."""
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    whole = path.read_text()
+    if whole.count(start) != 1 or whole.count(end) != 1:
+        raise ValueError(f"{path.name}: one {start} and one {end} wanted")
+    head, rest = whole.split(start)
+    path.write_text(f"{head}{start}\n{text.strip()}\n{end}{rest.split(end)[1]}")
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Time per element with its floors, and speed-up over torch.fft, against length: causal
+    float32 on one thread with the tuned allocator, 8 samples."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def curve(value, **wanted):
+        wanted = {"mode": "causal", "dtype": "float32", "layout": "bhl", "taps": 0} | wanted
+        points: dict[int, list[float]] = {}
+        for row in rows:
+            if all(row.get(key) == x for key, x in wanted.items()) and row["median"]:
+                points.setdefault(row["length"], []).append(value(row))
+        lengths = sorted(points)
+        return lengths, [median(points[n]) for n in lengths]
+
+    def per_element(row):
+        return row["median"] * 1e9 / (row["batch"] * row["channels"] * row["length"])
+
+    first = next(row for row in rows if row["contender"] == "seqconv")
+    base = {"batch": 8, "threads": 1, "allocator": "tuned"}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    colors = plt.get_cmap("tab10").colors
+    forward = base | {"op": "forward"}
+    others = [n for n in dict.fromkeys(r["contender"] for r in rows) if n != "seqconv"]
+    lengths, _ = curve(per_element, contender="seqconv", **forward)
+    for i, name in enumerate(["seqconv", *others]):
+        x, y = curve(per_element, contender=name, **forward)
+        strong = name in ("seqconv", "torch.fft")
+        if x:
+            style = {"linewidth": 2.4, "marker": "o"} if strong else {"linewidth": 1, "marker": "."}
+            left.plot(x, y, color=colors[i % 10], label=name, alpha=1 if strong else 0.75, **style)
+    for key, name, line in (
+        ("floor_copy", "floor: the bytes, copied", ":"),
+        ("floor_flops", "floor: the flops, at a matrix product's rate", "--"),
+    ):
+        x, y = curve(
+            lambda r, key=key: r[key] * 1e9 / (r["batch"] * r["channels"] * r["length"]),
+            contender="seqconv",
+            **forward,
+        )
+        left.plot(x, y, line, color="black", linewidth=1, label=name)
+    left.set(ylabel="ns per element", title="Causal convolution, forward", ylim=(0.1, None))
+    left.set_yscale("log")
+    left.legend(fontsize=8, frameon=False, ncols=2)
+    styles = {"forward": ("tab:blue", "o"), "forward+backward": ("tab:red", "s")}
+    for op, (color, marker) in styles.items():
+        for allocator, line in (("tuned", "-"), ("default", "--")):
+            x, y = curve(
+                lambda r: r["ratio"],
+                contender="seqconv",
+                op=op,
+                **(base | {"allocator": allocator}),
+            )
+            if x:
+                label = f"{op}, {allocator} allocator"
+                right.plot(x, y, line, color=color, marker=marker, label=label)
+    right.axhline(1, color="black", linewidth=1)
+    right.set(ylabel="times faster than torch.fft", title="Speed-up of seqconv", ylim=(0, None))
+    right.legend(fontsize=8, frameon=False)
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [length_name(n) for n in lengths], minor=False)
+        axis.set_xlabel("sequence length")
+        axis.grid(alpha=0.3)
+    figure.suptitle(
+        f"{first['device']} ({first['isa']}), float32, 8 samples, 1 thread", fontsize=10
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
