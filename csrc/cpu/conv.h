@@ -54,6 +54,7 @@ struct Work {
   Unit unit{};
   Team team;
   int64_t group;         // channels that the memory is for
+  int64_t pitch;         // of a panel's rows: not a power of two, or they would share cache sets
   int64_t width, reach;  // of the combined kernel kk
   int64_t dot_count;
   bool gated, blocked;
@@ -67,6 +68,7 @@ struct Work {
   Work(const Problem& problem, const Method& m, const Transform<T>& transform, int64_t channels,
        bool backward, Scratch& scratch)
       : p(problem), method(m), plan(transform), group(channels) {
+    pitch = (p.length + 31) / 16 * 16;
     reach = p.taps_rev;
     width = reach + (p.taps ? p.taps : 1);
     dot_count = method.direct ? 1 + width : 1;
@@ -84,7 +86,7 @@ struct Work {
     const auto view = [&](const Tensor& t, int64_t heads, T* shared = nullptr) {
       View<T> v{&t};
       if (t && group > 1 && t.stride[3] != 1)
-        v.panel = shared ? shared : scratch.take<T>(heads * group * p.length);
+        v.panel = shared ? shared : scratch.take<T>(heads * group * pitch);
       return v;
     };
     // A row that is consumed before the result appears lends it its place.
@@ -115,32 +117,45 @@ struct Work {
   }
   Series row(const View<T>& v, int64_t b, int64_t c, int64_t g) const {
     if (!v.panel) return row(*v.tensor, b, c, g);
-    return {reinterpret_cast<char*>(v.panel + (c * group + g) * p.length), kDtype<T>, 1};
+    return {reinterpret_cast<char*>(v.panel + (c * group + g) * pitch), kDtype<T>, 1};
   }
 
-  // Copies sample b of a view into its panel, or back out.
+  // Copies sample b of a view into its panel, or back out, 4x4 elements at a time where it can.
   template <bool kIn>
   void move(const View<T>& v, int64_t b, int64_t heads) const {
     if (!v.panel) return;
     const Tensor& t = *v.tensor;
+    const int64_t across = t.stride[2], along = t.stride[3];
     dispatch(t.dtype, [&](auto tag) {
       using S = typename decltype(tag)::Type;
       for (int64_t c = 0; c < heads; ++c) {
-        S* out = reinterpret_cast<S*>(row(t, b, c, 0).base);
-        T* in = v.panel + c * group * p.length;
-        const int64_t across = t.stride[2], along = t.stride[3];
-        constexpr int64_t kTile = 16;
-        for (int64_t i = 0; i < p.length; i += kTile) {
-          const int64_t end = i + kTile < p.length ? i + kTile : p.length;
-          for (int64_t g = 0; g < unit.channels; ++g)
-            for (int64_t t0 = i; t0 < end; ++t0) {
-              S& outside = out[g * across + t0 * along];
-              T& inside = in[g * p.length + t0];
-              if constexpr (kIn)
-                inside = static_cast<T>(widen(outside));
-              else
-                narrow(inside, outside);
-            }
+        S* outside = reinterpret_cast<S*>(row(t, b, c, 0).base);
+        T* inside = v.panel + c * group * pitch;
+        int64_t done = 0;
+        if constexpr (sizeof(S) == sizeof(T)) {
+          if (across == 1) {
+            done = unit.channels / 4 * 4;
+            for (int64_t i = 0; i + 4 <= p.length; i += 4)
+              for (int64_t g = 0; g < done; g += 4) {
+                T* there = reinterpret_cast<T*>(outside) + i * along + g;
+                T* here = inside + g * pitch + i;
+                if constexpr (kIn)
+                  transpose_block<T>(there, along, here, pitch);
+                else
+                  transpose_block<T>(here, pitch, there, along);
+              }
+          }
+        }
+        // What is left: channels beyond those, times beyond a multiple of four.
+        for (int64_t i = 0; i < p.length; ++i) {
+          for (int64_t g = i < p.length / 4 * 4 ? done : 0; g < unit.channels; ++g) {
+            S& there = outside[g * across + i * along];
+            T& here = inside[g * pitch + i];
+            if constexpr (kIn)
+              here = static_cast<T>(widen(there));
+            else
+              narrow(here, there);
+          }
         }
       }
     });
@@ -476,14 +491,14 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
   const Transform<T>& plan = w.plan;
   const Source<T> in = w.input(b, g);
   const bool direct = w.method.direct;
-  Task<T> forward{w.x};
-  forward.join = false;
-  const auto transform_input = [&](int64_t j) {
-    enter(plan, w.team, w.x, in.at(j * plan.n), plan.plain);
-    run_task(plan, forward, w.team);
-  };
-  const bool need_x = !direct && (wanted.dk || (w.gated && !w.blocked));
-  if (need_x && !w.blocked) transform_input(0);
+  // The spectrum of the input is made together with the first gradient's, unless v needs it before.
+  const bool early = w.gated && !direct && !w.blocked;
+  if (early) {
+    enter(plan, w.team, w.x, in, plan.plain);
+    Task<T> task{w.x};
+    task.join = false;
+    run_task(plan, task, w.team);
+  }
 
   // The gradient of v, per head, is dy, or made from v and kept.
   const auto gradient = [&](int64_t c) -> Source<T> {
@@ -499,7 +514,7 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
       epilogue.dpost_gate = w.row(w.dpost, b, c, g);
       epilogue.dv = w.dv + c * p.length;
       const Sink<T> sink{{}, p.length, 0, Epilogue<T>::backward, &epilogue};
-      convolve<T>(w, g, c, in, need_x && !w.blocked ? w.x : nullptr, sink);
+      convolve<T>(w, g, c, in, early ? w.x : nullptr, sink);
     }
     if (direct && (wanted.dk || wanted.dskip))
       direct_dots(w, in, gradient(c), w.dots(g, c) + 1);
@@ -532,7 +547,8 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
   }
   if (!wanted.dx && !wanted.dk) return;
   for (int64_t j = 0; j < w.method.blocks; ++j) {
-    if (wanted.dk && w.blocked) transform_input(j);
+    const bool with_x = wanted.dk && !early;
+    if (with_x) enter(plan, w.team, w.x, in.at(j * plan.n), plan.plain);
     const bool single = p.heads == 1;
     for (int64_t i = 0; !single && i < plan.spectrum; ++i) w.sum[i] = 0;
     for (int64_t c = 0; c < p.heads; ++c) {
@@ -540,6 +556,7 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
       Task<T> task{w.a};
       if (wanted.dk) {
         task.x = w.x;
+        task.split_x = with_x && c == 0;
         task.dk = w.dk(g, c);
       }
       task.join = single && wanted.dx;

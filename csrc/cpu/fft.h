@@ -271,7 +271,8 @@ struct Task {
   T* data;
   bool split = true, join = true;  // forward and inverse
   // Between the two, where not null:
-  const T* x = nullptr;       // dk += data conj(x)
+  T* x = nullptr;             // dk += data conj(x)
+  bool split_x = false;       // x is still to be split, like data
   T* dk = nullptr;            //
   const T* other = nullptr;   // sum += data conj(other)
   T* sum = nullptr;           //
@@ -291,6 +292,8 @@ void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t g
     const int64_t row = at * kLanes<T> * static_cast<int64_t>(sizeof(T));
     for (int i = 0; i < 3; ++i) ahead[i] = task.ahead[i] ? task.ahead[i] + row : nullptr;
     middle_forward<kCompact, T>(data, groups, w, ahead);
+    const char* const none[3] = {};
+    if (task.split_x) middle_forward<kCompact, T>(task.x + from, groups, w, none);
   }
   if (task.dk) accumulate<T>(data, task.x + from, task.dk + from, vectors);
   if (task.sum) accumulate<T>(data, task.other + from, task.sum + from, vectors);
@@ -320,6 +323,8 @@ void run_nodes(const Transform<T>& plan, const Task<T>& task, int stage, int64_t
     for (; s < plan.stages; ++s) {
       const int radix = plan.stage[s].radix;
       if (task.split) pass<true>(plan, s, index, count, data, size, 0, size / radix);
+      if (task.split_x)
+        pass<true>(plan, s, index, count, task.x + at * kStep<T>, size, 0, size / radix);
       count *= radix;
       index *= radix;
       size /= radix;
@@ -344,6 +349,7 @@ void run_nodes(const Transform<T>& plan, const Task<T>& task, int stage, int64_t
   }
   const int radix = plan.stage[stage].radix;
   if (task.split) pass<true>(plan, stage, first, 1, data, m, 0, m / radix);
+  if (task.split_x) pass<true>(plan, stage, first, 1, task.x + at * kStep<T>, m, 0, m / radix);
   run_nodes(plan, task, stage + 1, first * radix, radix, at, m / radix);
   if (task.join) pass<false>(plan, stage, first, 1, data, m, 0, m / radix);
 }
@@ -366,14 +372,14 @@ void run_task(const Transform<T>& plan, const Task<T>& task, const Team& team) {
   // Stage by stage, each cut across its positions, until there are nodes enough to share out.
   int64_t nodes = plan.radix, m = plan.vectors;
   int top = 0;
-  const auto wide = [&](bool forward) {
+  const auto wide = [&](bool forward, T* spectrum) {
     const int radix = plan.stage[top].radix;
     const int64_t pieces = (kTeamTasks + nodes - 1) / nodes, length = m / radix;
     spread(team, nodes * pieces, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t node = i / pieces, piece = i % pieces;
         const int64_t from = piece * length / pieces, to = (piece + 1) * length / pieces;
-        T* data = task.data + node * m * kStep<T>;
+        T* data = spectrum + node * m * kStep<T>;
         if (forward)
           pass<true>(plan, top, node, 1, data, m, from, to);
         else
@@ -382,7 +388,8 @@ void run_task(const Transform<T>& plan, const Task<T>& task, const Team& team) {
     });
   };
   while (nodes < kTeamTasks && top < plan.stages && m / plan.stage[top].radix % 4 == 0) {
-    if (task.split) wide(true);
+    if (task.split) wide(true, task.data);
+    if (task.split_x) wide(true, task.x);
     const int radix = plan.stage[top++].radix;
     nodes *= radix;
     m /= radix;
@@ -394,6 +401,6 @@ void run_task(const Transform<T>& plan, const Task<T>& task, const Team& team) {
     const int radix = plan.stage[--top].radix;
     nodes /= radix;
     m *= radix;
-    wide(false);
+    wide(false, task.data);
   }
 }

@@ -66,8 +66,9 @@ constexpr int64_t kSerialWork = 1 << 14;  // points: below, waking threads costs
 constexpr int64_t kTeamPoints = 1 << 15;  // transforms from here on are worth sharing
 constexpr int64_t kParts = 4;  // of the batch, where there are too few channels to share out
 constexpr int64_t kFewChannels = 8;
-constexpr int64_t kAdjacent = 8;          // channels transposed together, memory permitting
-constexpr int64_t kScratchPerPoint = 16;  // in scalars: the bound on a unit's scratch
+constexpr int64_t kAdjacent = 16;  // channels transposed together, memory permitting: a cache line
+constexpr int64_t kScratchPerPoint = 16;  // in scalars: the bound on a unit's scratch, or
+constexpr int64_t kScratchBytes = 1 << 20;  // these, for short rows
 
 template <class T>
 class Run {
@@ -129,11 +130,11 @@ class Run {
     const auto apart = [&](const Tensor& x) { return x && x.stride[3] != 1 && p_.length > 1; };
     if (!apart(p_.u) && !apart(t)) return;
     const size_t spectrum = static_cast<size_t>(p_.heads) * 2 * static_cast<size_t>(method_.n);
-    for (group_ = std::min(kAdjacent, p_.channels); group_ > 1; group_ /= 2) {
+    for (group_ = std::min(kAdjacent, p_.channels); group_ > 1;
+         group_ -= group_ > 4 ? group_ / 2 : 1) {
       const size_t kernels = static_cast<size_t>(group_) * spectrum * sizeof(T);
-      if (scratch_bytes() <=
-          kernels + static_cast<size_t>(kScratchPerPoint * p_.length) * sizeof(T) + 4096)
-        break;
+      const size_t bound = static_cast<size_t>(kScratchPerPoint * p_.length) * sizeof(T) + 4096;
+      if (scratch_bytes() <= kernels + std::max<size_t>(bound, kScratchBytes)) break;
     }
   }
 

@@ -1,17 +1,19 @@
 // AVX2 and FMA. Compiled for that target whatever the compiler's flags, run only where the
 // processor has both.
 #if defined(__x86_64__)
+#include <immintrin.h>
 #include <math.h>
 
 #include "kernel.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
+#define SEQCONV_F16C 1  // every processor with AVX2 has it
 #define SEQCONV_VECTOR_BYTES 32
 namespace seqconv {
 namespace avx2 {

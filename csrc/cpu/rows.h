@@ -18,6 +18,15 @@ SEQCONV_INLINE T* contiguous(const Series& s) {
   return s.base && s.dtype == kDtype<T> && s.stride == 1 ? reinterpret_cast<T*>(s.base) : nullptr;
 }
 
+template <class S>
+struct IsHalf {
+  static constexpr bool value = false;
+};
+template <>
+struct IsHalf<Float16> {
+  static constexpr bool value = true;
+};
+
 // out[i] = s[t + i], or out[i] *= s[t + i], for i < n.
 template <bool kMultiply, class T>
 void read(const Series& s, int64_t t, int64_t n, T* out) {
@@ -28,10 +37,20 @@ void read(const Series& s, int64_t t, int64_t n, T* out) {
       const T value = static_cast<T>(widen(x));
       out[i] = kMultiply ? out[i] * value : value;
     };
-    if (s.stride == 1)
-      for (int64_t i = 0; i < n; ++i) put(i, from[i]);
-    else
+    if (s.stride == 1) {
+      int64_t i = 0;
+#if SEQCONV_F16C
+      if constexpr (IsHalf<S>::value && sizeof(T) == 4)
+        for (; i + 8 <= n; i += 8) {
+          const __m256 x =
+              _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+          _mm256_storeu_ps(out + i, kMultiply ? _mm256_loadu_ps(out + i) * x : x);
+        }
+#endif
+      for (; i < n; ++i) put(i, from[i]);
+    } else {
       for (int64_t i = 0; i < n; ++i) put(i, from[i * s.stride]);
+    }
   });
 }
 
@@ -40,10 +59,18 @@ void write(const Series& s, int64_t t, int64_t n, const T* in) {
   dispatch(s.dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
     S* to = reinterpret_cast<S*>(s.base) + t * s.stride;
-    if (s.stride == 1)
-      for (int64_t i = 0; i < n; ++i) narrow(in[i], to[i]);
-    else
+    if (s.stride == 1) {
+      int64_t i = 0;
+#if SEQCONV_F16C
+      if constexpr (IsHalf<S>::value && sizeof(T) == 4)
+        for (; i + 8 <= n; i += 8)
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                           _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+      for (; i < n; ++i) narrow(in[i], to[i]);
+    } else {
       for (int64_t i = 0; i < n; ++i) narrow(in[i], to[i * s.stride]);
+    }
   });
 }
 

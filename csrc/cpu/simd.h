@@ -117,6 +117,19 @@ SEQCONV_INLINE void transpose(Vec<T>& a, Vec<T>& b, Vec<T>& c, Vec<T>& d) {
   }
 }
 
+// to[j][i] = from[i][j] for i, j < 4, rows `from_row` and `to_row` apart.
+template <class T>
+SEQCONV_INLINE void transpose_block(const T* from, int64_t from_row, T* to, int64_t to_row) {
+  T block[4][4];
+  SEQCONV_UNROLL
+  for (int i = 0; i < 4; ++i)
+    reinterpret_cast<Quad<T>&>(block[i]) = *reinterpret_cast<const Quad<T>*>(from + i * from_row);
+  SEQCONV_UNROLL
+  for (int j = 0; j < 4; ++j)
+    *reinterpret_cast<Quad<T>*>(to + j * to_row) =
+        Quad<T>{block[0][j], block[1][j], block[2][j], block[3][j]};
+}
+
 // Four values, in every quad.
 template <class T>
 SEQCONV_INLINE Vec<T> repeat(const T* from) {
