@@ -6,13 +6,29 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py pyproject.toml .ci/constraints.txt
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test build lint format bench clean
+.PHONY: demo test sanitize neon build lint format bench bench-table clean
 
 demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--resume
 	$(BIN)/python -m bench.demo $(ARGS)
 
 test: .venv/ready  ## the whole suite; ARGS="-m 'not slow'" for the quick part
 	$(BIN)/python -m pytest $(ARGS)
+
+# A copy of the checkout with an instrumented extension: the installed one stays as it is.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
+sanitize: .venv/ready  ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	git ls-files -z csrc seqconv tests setup.py pyproject.toml README.md | xargs -0 cp --parents -t build/sanitize
+	cd build/sanitize && CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" ../../$(BIN)/python setup.py -q build_ext --inplace
+	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 ../../$(BIN)/python -m pytest -q -m "not slow" \
+	  tests/test_fftconv.py tests/test_random.py tests/test_plan.py tests/test_kernels.py $(ARGS)
+
+neon:  ## the kernels for arm64, cross-compiled (Debian: g++-aarch64-linux-gnu) and run in qemu-user
+	mkdir -p build
+	aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Wno-psabi -Icsrc -static -pthread \
+	  tests/standalone.cpp csrc/cpu/*.cpp -o build/standalone-arm64
+	qemu-aarch64 build/standalone-arm64
 
 build: .venv/ready  ## wheel and sdist in dist/
 	$(BIN)/python -m build --outdir dist .
@@ -27,8 +43,11 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-bench: .venv/ready  ## one training step against the torch.fft formulation
-	$(BIN)/python -m bench.demo --epochs 1 --stop-after 250 --out runs/bench
+bench: .venv/ready  ## every microbenchmark, under an hour; goes on where it was stopped
+	$(BIN)/python -m bench.fftconv --full --json bench/results/fftconv.jsonl --plot bench/results/fftconv.png
+
+bench-table: .venv/ready  ## the README's table and picture, from bench/results
+	$(BIN)/python -m bench.fftconv --table
 
 clean:
 	rm -rf .venv build dist *.egg-info seqconv/*.so runs

@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 51
+WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 3, 5, 51
 FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
 
 
@@ -45,13 +45,15 @@ class Clock:
 def interleaved(
     functions: dict[str, Callable[[], object]], budget: float, clock: Clock
 ) -> dict[str, list[float]]:
-    """Seconds per call of every function, in rounds A B C A B C ..., after one round of warm-up.
+    """Seconds per call of every function, in rounds A B C A B C ..., after WARM_UP more of them: the C
+    library's heap takes a few before it stops growing.
 
     Rounds go on until `budget` seconds are spent, but there are at least MIN_ROUNDS and at most
     MAX_ROUNDS of them. Element i of every list comes from the same round.
     """
-    for function in functions.values():
-        function()
+    for _ in range(WARM_UP):
+        for function in functions.values():
+            function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     gc.collect()
     gc.disable()

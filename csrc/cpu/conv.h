@@ -295,13 +295,6 @@ double dot(const T* a, const T* b, int64_t n) {
   return sum;
 }
 
-// Hands a chunk to a sink, which takes kChunk values at a time.
-template <class T>
-void take_chunk(const Sink<T>& sink, int64_t t, int64_t n, T* values) {
-  for (int64_t i = 0; i < n; i += kChunk)
-    sink.take(t + i, n - i < kChunk ? n - i : kChunk, values + i);
-}
-
 constexpr int64_t kDirectWindow = kDirectChunk + kDirectTaps;
 
 template <class T>
@@ -312,7 +305,7 @@ void direct_forward(const Work<T>& w, const T* kk, const Source<T>& in, const Si
     const T* x = in.window(t + w.reach + 1 - w.width, kDirectChunk + w.width - 1, window);
     T* direct = sink.find(t, kDirectChunk);
     direct_chunk<false, T>(kk, w.width, x, direct ? direct : staging, false);
-    if (!direct) take_chunk(sink, t, n, staging);
+    if (!direct) sink.take_all(t, n, staging);
   }
 }
 
@@ -541,7 +534,7 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
         const T* dv = gradient(c).window(t - w.reach, kDirectChunk + w.width - 1, window);
         direct_chunk<true, T>(w.kernel(g, c), w.width, dv, staging, c > 0);
       }
-      take_chunk(dx, t, p.length - t < kDirectChunk ? p.length - t : kDirectChunk, staging);
+      dx.take_all(t, p.length - t < kDirectChunk ? p.length - t : kDirectChunk, staging);
     }
     return;
   }

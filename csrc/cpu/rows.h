@@ -18,14 +18,33 @@ SEQCONV_INLINE T* contiguous(const Series& s) {
   return s.base && s.dtype == kDtype<T> && s.stride == 1 ? reinterpret_cast<T*>(s.base) : nullptr;
 }
 
-template <class S>
-struct IsHalf {
-  static constexpr bool value = false;
-};
-template <>
-struct IsHalf<Float16> {
-  static constexpr bool value = true;
-};
+// As many conversions as there are instructions for, from the start; how many those were.
+template <bool kMultiply, class S, class T>
+SEQCONV_INLINE int64_t widen_many(const S*, int64_t, T*) {
+  return 0;
+}
+template <class S, class T>
+SEQCONV_INLINE int64_t narrow_many(const T*, int64_t, S*) {
+  return 0;
+}
+#if SEQCONV_F16C
+template <bool kMultiply>
+SEQCONV_INLINE int64_t widen_many(const Float16* from, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    _mm256_storeu_ps(out + i, kMultiply ? _mm256_loadu_ps(out + i) * x : x);
+  }
+  return i;
+}
+SEQCONV_INLINE int64_t narrow_many(const float* from, int64_t n, Float16* to) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  return i;
+}
+#endif
 
 // out[i] = s[t + i], or out[i] *= s[t + i], for i < n.
 template <bool kMultiply, class T>
@@ -38,15 +57,7 @@ void read(const Series& s, int64_t t, int64_t n, T* out) {
       out[i] = kMultiply ? out[i] * value : value;
     };
     if (s.stride == 1) {
-      int64_t i = 0;
-#if SEQCONV_F16C
-      if constexpr (IsHalf<S>::value && sizeof(T) == 4)
-        for (; i + 8 <= n; i += 8) {
-          const __m256 x =
-              _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-          _mm256_storeu_ps(out + i, kMultiply ? _mm256_loadu_ps(out + i) * x : x);
-        }
-#endif
+      int64_t i = widen_many<kMultiply>(from, n, out);
       for (; i < n; ++i) put(i, from[i]);
     } else {
       for (int64_t i = 0; i < n; ++i) put(i, from[i * s.stride]);
@@ -60,13 +71,7 @@ void write(const Series& s, int64_t t, int64_t n, const T* in) {
     using S = typename decltype(tag)::Type;
     S* to = reinterpret_cast<S*>(s.base) + t * s.stride;
     if (s.stride == 1) {
-      int64_t i = 0;
-#if SEQCONV_F16C
-      if constexpr (IsHalf<S>::value && sizeof(T) == 4)
-        for (; i + 8 <= n; i += 8)
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-                           _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
+      int64_t i = narrow_many(in, n, to);
       for (; i < n; ++i) narrow(in[i], to[i]);
     } else {
       for (int64_t i = 0; i < n; ++i) narrow(in[i], to[i * s.stride]);
@@ -75,6 +80,7 @@ void write(const Series& s, int64_t t, int64_t n, const T* in) {
 }
 
 constexpr int64_t kChunk = 64;      // positions converted at a time
+constexpr int64_t kSmall = 2048;     // points of a transform whose row is copied whole, if at all
 constexpr int64_t kCrowded = 8192;  // points of a transform whose ends are far apart
 
 // The real sequence row * gate (if any), zero outside [0, length), read at t + shift.
@@ -135,6 +141,11 @@ struct Sink {
     else
       write(row, t + low, high - low, values + low);
   }
+  // The same for any number of values.
+  void take_all(int64_t t, int64_t n, T* values) const {
+    const int64_t most = function ? kChunk : n;
+    for (int64_t i = 0; i < n; i += most) take(t + i, n - i < most ? n - i : most, values + i);
+  }
 };
 
 // The first pass: children [begin, end) vectors of every child of the root, of the sequence re, or
@@ -147,6 +158,20 @@ void first_pass(const Transform<T>& plan, const Source<T>& re, const T* plain, c
   alignas(64) T staging[kComplex ? 2 : 1][kSegments][kChunk];
   const T* whole_re = re.find(0, plan.n);
   const T* whole_im = kComplex ? im.find(0, plan.n) : whole_re;
+  // A short row is cheaper to copy at once than segment by segment.
+  alignas(64) T spare[kComplex ? 2 : 1][kSmall];
+  if (plan.n <= kSmall && end - begin == plan.vectors) {
+    if (!whole_re) {
+      re.fill(0, plan.n, spare[0]);
+      whole_re = spare[0];
+    }
+    if (!kComplex) {
+      whole_im = whole_re;
+    } else if (!whole_im) {
+      im.fill(0, plan.n, spare[kComplex]);
+      whole_im = spare[kComplex];
+    }
+  }
   while (begin < end) {
     const T *x[kSegments], *y[kSegments];
     int64_t stop = end;
@@ -202,6 +227,9 @@ void last_pass(const Transform<T>& plan, const T* data, const T* weights, const 
   // So many streams a power of two apart would evict each other's lines half written.
   const bool crowded = kSegments > 8 && plan.n >= kCrowded;
   T* whole = crowded ? nullptr : sink.find(0, plan.n);
+  alignas(64) T spare[kSmall];
+  const bool spared = !whole && plan.n <= kSmall && end - begin == plan.vectors;
+  if (spared) whole = spare;
   bool staged[kSegments];
   while (begin < end) {
     T* y[kSegments];
@@ -240,6 +268,7 @@ void last_pass(const Transform<T>& plan, const T* data, const T* weights, const 
       if (staged[g]) sink.take(g * apart + 4 * begin, 4 * (stop - begin), staging[g]);
     begin = stop;
   }
+  if (spared) sink.take_all(0, plan.n, spare);
 }
 
 template <class T, class Op>

@@ -1,0 +1,154 @@
+"""The ways the CPU kernels go: long rows, blocks, shared rows, panels of channels, parts of the batch, every radix."""
+
+import pytest
+import torch
+from accuracy import assert_accurate, rel_l2
+from cases import Case, double, fftconv, oracle
+
+from seqconv import _cpu, reference
+
+WAYS = {
+    # Blocks: a kernel much shorter than the row.
+    "blocks": Case(length=3000, taps=100, skip="h"),
+    "blocks, two-sided": Case(length=3001, taps=90, taps_rev=61, skip="h", channels=2),
+    "blocks, reversed only": Case(length=2000, taps=0, taps_rev=70, channels=2),
+    "blocks, everything": Case(
+        length=2050,
+        taps=64,
+        taps_rev=40,
+        heads=2,
+        skip="ch",
+        pre_gate=True,
+        post_gate=True,
+        activation="gelu",
+        channels=2,
+    ),
+    "blocks, per sample": Case(length=1500, taps=50, heads=2, per_sample=True, skip="h", batch=3),
+    "blocks, blh": Case(length=1999, taps=80, taps_rev=9, layout="blh", channels=21, skip="h"),
+    "blocks, half": Case(length=1500, taps=77, dtype=torch.float16, skip="h", post_gate=True),
+    # Rows long enough to be shared among threads, then to have compact tables, then radix eight.
+    "shared": Case(length=40_000, taps=40_000, taps_rev=1000, channels=1, skip="h"),
+    "shared, gated": Case(
+        length=33_333,
+        taps=33_333,
+        heads=2,
+        pre_gate=True,
+        post_gate=True,
+        activation="silu",
+        skip="h",
+        channels=1,
+        batch=1,
+    ),
+    "shared, blh": Case(length=33_000, taps=33_000, layout="blh", channels=3, skip="h", batch=1),
+    "compact": Case(length=300_000, taps=300_000, channels=1, skip="h"),
+    "large": Case(length=530_000, taps=530_000, channels=2, skip="h", batch=1),
+    "large, bfloat16": Case(
+        length=524_288, taps=524_288, channels=1, skip="h", batch=1, dtype=torch.bfloat16
+    ),
+    # Few channels: the batch in parts, whose sums are added afterwards.
+    "parts": Case(batch=11, length=500, taps=500, channels=2, skip="h", taps_rev=20),
+    "parts, direct": Case(batch=9, length=500, taps=7, heads=2, channels=1, skip="ch"),
+    "parts, per sample": Case(
+        batch=6, length=300, taps=300, heads=2, per_sample=True, channels=1, skip="h"
+    ),
+    # Panels of neighbouring channels, whole groups of four and rests.
+    "panels": Case(layout="blh", channels=16, length=257, taps=257, skip="h", taps_rev=3),
+    "panels, rest": Case(layout="blh", channels=7, length=130, taps=130, heads=2, skip="ch"),
+    "panels, gates": Case(
+        layout="blh",
+        channels=18,
+        length=1001,
+        taps=1001,
+        pre_gate=True,
+        post_gate=True,
+        activation="gelu",
+        skip="h",
+    ),
+    "panels, double": Case(
+        layout="blh", channels=19, length=100, taps=100, dtype=torch.float64, post_gate=True
+    ),
+    "panels, half": Case(layout="blh", channels=9, length=999, taps=999, dtype=torch.bfloat16),
+    # float64 long enough for every stage.
+    "double": Case(length=70_000, taps=70_000, channels=1, dtype=torch.float64, taps_rev=5),
+}
+
+
+@pytest.fixture(params=["portable", "neon", "avx2", "avx512"])
+def isa(request):
+    chosen = _cpu.isa()
+    if not _cpu.set_isa(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    _cpu.set_isa(chosen)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_is_accurate(way, isa):
+    case = WAYS[way]
+    tensors = case.tensors()
+    y, grads, dy = case.with_gradients(fftconv, tensors)
+    exact, definition = oracle(case)
+    y64, grads64, _ = exact.with_gradients(definition, double(tensors), dy.double())
+    y_fft, grads_fft, _ = case.with_gradients(reference.fftconv_fft, tensors, dy)
+    assert_accurate(y, y_fft, y64)
+    for name, grad in grads.items():
+        assert_accurate(grad, grads_fft[name], grads64[name], what=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_number_of_threads_changes_no_bit(way):
+    case, before = WAYS[way], torch.get_num_threads()
+    tensors, results = case.tensors(), []
+    dy = torch.randn_like(case.run(fftconv, tensors))
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            y, grads, _ = case.with_gradients(fftconv, tensors, dy)
+            results.append([y, *grads.values()])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# Transform lengths that together contain every radix in the first pass and in a stage.
+RADIX_LENGTHS = (
+    48,
+    56,
+    80,
+    96,
+    112,
+    160,
+    192,
+    224,
+    320,
+    400,
+    448,
+    480,
+    560,
+    1000,
+    1120,
+    1792,
+    2000,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_radix(isa, dtype):
+    for length in RADIX_LENGTHS:
+        case = Case(length=length, taps=length, taps_rev=length - 1, channels=1, dtype=dtype)
+        tensors = case.tensors()
+        exact, definition = oracle(case)
+        wanted = exact.run(definition, double(tensors))
+        assert rel_l2(case.run(fftconv, tensors), wanted) < (
+            4e-7 if dtype == torch.float32 else 1e-14
+        )
+
+
+@pytest.mark.parametrize("length", [256, 4096, 65_536, 1 << 20])
+def test_error_stays_below_the_bound(isa, length):
+    """Relative L2 error 3e-7 up to 65,536 steps, 4.5e-7 beyond."""
+    case = Case(length=length, taps=length, channels=1, batch=1, skip="h")
+    tensors = case.tensors()
+    wanted = reference.fftconv_fft(*(tensors[n].double() for n in ("u", "k", "skip")))
+    assert rel_l2(case.run(fftconv, tensors), wanted) <= (3e-7 if length <= 65_536 else 4.5e-7)
