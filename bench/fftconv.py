@@ -335,6 +335,7 @@ def run_jobs(jobs: list[dict], args, path: Path | None, done: list[dict]) -> lis
 def start(allocator: str, threads: int, device: str) -> subprocess.Popen:
     environment = {**os.environ, **ALLOCATORS[allocator], "OMP_NUM_THREADS": str(threads)}
     environment["MKL_NUM_THREADS"] = str(threads)
+    environment["GOMP_SPINCOUNT"] = "300000"  # what waiting threads do where nothing is set
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.fftconv", "--worker"],
         stdin=subprocess.PIPE,

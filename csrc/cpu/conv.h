@@ -46,13 +46,15 @@ struct View {
   T* panel = nullptr;  // transposed copy, (heads, channels, length), of one sample of the unit
 };
 
+constexpr int64_t kDotPieces = 32;
+
 template <class T>
 struct Work {
   const Problem& p;
   const Method& method;
   const Transform<T>& plan;
-  Unit unit{};
-  Team team;
+  const Unit& unit;
+  Team& team;
   int64_t group;         // channels that the memory is for
   int64_t pitch;         // of a panel's rows: not a power of two, or they would share cache sets
   int64_t width, reach;  // of the combined kernel kk
@@ -62,12 +64,13 @@ struct Work {
   T* kernels;      // spectra per channel and head, or, of a direct sum, kk
   T* kk;           // a combined kernel's taps, where it is transformed
   T* dv;           // rows of the gradient of v, per head
+  double* pieces;  // of one long dot product
   Sums<T> sums;
   View<T> u, pre, post, y, dy, du, dpre, dpost;
 
-  Work(const Problem& problem, const Method& m, const Transform<T>& transform, int64_t channels,
+  Work(const Problem& problem, const Method& m, const Transform<T>& transform, const Unit& of,
        bool backward, Scratch& scratch)
-      : p(problem), method(m), plan(transform), group(channels) {
+      : p(problem), method(m), plan(transform), unit(of), team(*of.team), group(of.channels) {
     pitch = (p.length + 31) / 16 * 16;
     reach = p.taps_rev;
     width = reach + (p.taps ? p.taps : 1);
@@ -81,6 +84,7 @@ struct Work {
     kernels = scratch.take<T>(group * p.heads * (method.direct ? width : spectrum));
     kk = scratch.take<T>(method.direct || blocked ? width : 0);
     dv = scratch.take<T>(backward && gated ? p.heads * p.length : 0);
+    pieces = scratch.take<double>(backward ? kDotPieces : 0);
     if (backward) sums = Sums<T>(p, plan, dot_count, group, scratch);
     // Rows whose neighbours in memory are other channels are transposed a few at a time.
     const auto view = [&](const Tensor& t, int64_t heads, T* shared = nullptr) {
@@ -120,42 +124,50 @@ struct Work {
     return {reinterpret_cast<char*>(v.panel + (c * group + g) * pitch), kDtype<T>, 1};
   }
 
-  // Copies sample b of a view into its panel, or back out, 4x4 elements at a time where it can.
+  // Copies sample b of a view into its panel, or back out.
   template <bool kIn>
-  void move(const View<T>& v, int64_t b, int64_t heads) const {
+  void move(const View<T>& v, int64_t b, int64_t heads) {
     if (!v.panel) return;
+    constexpr int64_t kPiece = 1024;
+    spread(team, (p.length + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end) {
+      end = end * kPiece < p.length ? end * kPiece : p.length;
+      for (int64_t c = 0; c < heads; ++c) move_times<kIn>(v, b, c, begin * kPiece, end);
+    });
+  }
+
+  // Times [begin, end), 4x4 elements at a time where it can.
+  template <bool kIn>
+  void move_times(const View<T>& v, int64_t b, int64_t c, int64_t begin, int64_t end) const {
     const Tensor& t = *v.tensor;
     const int64_t across = t.stride[2], along = t.stride[3];
     dispatch(t.dtype, [&](auto tag) {
       using S = typename decltype(tag)::Type;
-      for (int64_t c = 0; c < heads; ++c) {
-        S* outside = reinterpret_cast<S*>(row(t, b, c, 0).base);
-        T* inside = v.panel + c * group * pitch;
-        int64_t done = 0;
-        if constexpr (sizeof(S) == sizeof(T)) {
-          if (across == 1) {
-            done = unit.channels / 4 * 4;
-            for (int64_t i = 0; i + 4 <= p.length; i += 4)
-              for (int64_t g = 0; g < done; g += 4) {
-                T* there = reinterpret_cast<T*>(outside) + i * along + g;
-                T* here = inside + g * pitch + i;
-                if constexpr (kIn)
-                  transpose_block<T>(there, along, here, pitch);
-                else
-                  transpose_block<T>(here, pitch, there, along);
-              }
-          }
+      S* outside = reinterpret_cast<S*>(row(t, b, c, 0).base);
+      T* inside = v.panel + c * group * pitch;
+      int64_t done = 0;  // channels done four by four
+      const int64_t fours = begin + (end - begin) / 4 * 4;
+      if constexpr (sizeof(S) == sizeof(T)) {
+        if (across == 1) {
+          done = unit.channels / 4 * 4;
+          for (int64_t i = begin; i < fours; i += 4)
+            for (int64_t g = 0; g < done; g += 4) {
+              T* there = reinterpret_cast<T*>(outside) + i * along + g;
+              T* here = inside + g * pitch + i;
+              if constexpr (kIn)
+                transpose_block<T>(there, along, here, pitch);
+              else
+                transpose_block<T>(here, pitch, there, along);
+            }
         }
-        // What is left: channels beyond those, times beyond a multiple of four.
-        for (int64_t i = 0; i < p.length; ++i) {
-          for (int64_t g = i < p.length / 4 * 4 ? done : 0; g < unit.channels; ++g) {
-            S& there = outside[g * across + i * along];
-            T& here = inside[g * pitch + i];
-            if constexpr (kIn)
-              here = static_cast<T>(widen(there));
-            else
-              narrow(here, there);
-          }
+      }
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t g = i < fours ? done : 0; g < unit.channels; ++g) {
+          S& there = outside[g * across + i * along];
+          T& here = inside[g * pitch + i];
+          if constexpr (kIn)
+            here = static_cast<T>(widen(there));
+          else
+            narrow(here, there);
         }
       }
     });
@@ -165,10 +177,12 @@ struct Work {
     return {row(u, b, 0, g), row(pre, b, 0, g), p.length};
   }
 
-  void clear_kernel_sums() {
-    for (int64_t i = 0; i < group * p.heads * plan.spectrum; ++i) sums.dk[i] = 0;
-    for (int64_t i = 0; i < group * p.heads; ++i)
-      for (int64_t j = 1; j < dot_count; ++j) sums.dots[i * dot_count + j] = 0;
+  void clear_kernel_sums(bool skip_too) {
+    clear(team, sums.dk, group * p.heads * plan.spectrum);
+    once(team, [&] {
+      for (int64_t i = 0; i < group * p.heads; ++i)
+        for (int64_t j = skip_too ? 0 : 1; j < dot_count; ++j) sums.dots[i * dot_count + j] = 0;
+    });
   }
 
   // d skip is also the gradient of tap 0, which a direct sum has at hand.
@@ -209,9 +223,11 @@ struct Work {
         T* to = kernel(g, c);
         if (method.direct || blocked) {
           T* taps = method.direct ? to : kk;
-          taps[reach] = 0;
-          move_taps<true>(p.k, p.k_rev, b, c, g, taps);
-          taps[reach] += skip(c, g);
+          once(team, [&] {
+            taps[reach] = 0;
+            move_taps<true>(p.k, p.k_rev, b, c, g, taps);
+            taps[reach] += skip(c, g);
+          });
           if (method.direct) continue;
           const Source<T> all{{reinterpret_cast<char*>(kk), kDtype<T>, 1}, {}, width};
           enter(plan, team, to, all, plan.scaled);
@@ -224,8 +240,10 @@ struct Work {
                 plan.scaled_times_minus_i);
           // Tap 0 meets every factor with weight 1.
           const T value = skip(c, g) / static_cast<T>(plan.n);
-          for (int r = 0; r < plan.radix; ++r)
-            for (int q = 0; q < kQuads<T>; ++q) to[r * plan.vectors * kStep<T> + 4 * q] += value;
+          once(team, [&] {
+            for (int r = 0; r < plan.radix; ++r)
+              for (int q = 0; q < kQuads<T>; ++q) to[r * plan.vectors * kStep<T> + 4 * q] += value;
+          });
         }
         Task<T> task{to};
         task.join = false;
@@ -403,9 +421,7 @@ template <class T>
 void forward_unit(const Problem& p, const Method& method, const Transform<T>& plan,
                   const Unit& unit, char* memory) {
   Scratch scratch{memory};
-  Work<T> w(p, method, plan, unit.channels, false, scratch);
-  w.unit = unit;
-  w.team = unit.team;
+  Work<T> w(p, method, plan, unit, false, scratch);
   if (!p.kernel_per_sample) w.load_kernels(0);
   for (int64_t b = unit.batch; b < unit.batch_end; ++b) {
     if (p.kernel_per_sample) w.load_kernels(b);
@@ -443,17 +459,20 @@ void forward_unit(const Problem& p, const Method& method, const Transform<T>& pl
 
 // ---- backward ----
 
-// sum_t a[t] b[t]; short runs in T, then double, in an order that depends on the length only.
+// *sum += sum_t a[t] b[t]; short runs in T, then double, in an order that depends on the length
+// only.
 template <class T>
-double dot_rows(const Work<T>& w, const Source<T>& a, const Source<T>& b) {
-  constexpr int64_t kPieces = 32, kRun = 512;
+void add_dot(const Work<T>& w, const Source<T>& a, const Source<T>& b, double* sum) {
+  constexpr int64_t kRun = 512;
   const int64_t length = w.p.length;
-  const int64_t piece = length < kPieces * kRun ? length : (length + kPieces - 1) / kPieces;
-  double partial[kPieces] = {};
-  spread(w.team, (length + piece - 1) / piece, [&](int64_t begin, int64_t end) {
+  const int64_t piece =
+      length < kDotPieces * kRun ? length : (length + kDotPieces - 1) / kDotPieces;
+  const int64_t count = (length + piece - 1) / piece;
+  spread(w.team, count, [&](int64_t begin, int64_t end) {
     alignas(64) T staging[2][kChunk];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t stop = (i + 1) * piece < length ? (i + 1) * piece : length;
+      w.pieces[i] = 0;
       for (int64_t t = i * piece, n; t < stop; t += n) {
         n = stop - t < kRun ? stop - t : kRun;
         const T *p = a.find(t, n), *q = b.find(t, n);
@@ -462,13 +481,15 @@ double dot_rows(const Work<T>& w, const Source<T>& a, const Source<T>& b) {
           p = a.window(t, n, staging[0]);
           q = b.window(t, n, staging[1]);
         }
-        partial[i] += dot(p, q, n);
+        w.pieces[i] += dot(p, q, n);
       }
     }
   });
-  double sum = 0;
-  for (double value : partial) sum += value;
-  return sum;
+  once(w.team, [&] {
+    double total = 0;
+    for (int64_t i = 0; i < count; ++i) total += w.pieces[i];
+    *sum += total;
+  });
 }
 
 struct Wanted {
@@ -512,7 +533,7 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
     if (direct && (wanted.dk || wanted.dskip))
       direct_dots(w, in, gradient(c), w.dots(g, c) + 1);
     else if (wanted.dskip)
-      *w.dots(g, c) += dot_rows(w, in, gradient(c));
+      add_dot(w, in, gradient(c), w.dots(g, c));
   }
 
   Epilogue<T> epilogue{};
@@ -543,7 +564,7 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
     const bool with_x = wanted.dk && !early;
     if (with_x) enter(plan, w.team, w.x, in.at(j * plan.n), plan.plain);
     const bool single = p.heads == 1;
-    for (int64_t i = 0; !single && i < plan.spectrum; ++i) w.sum[i] = 0;
+    if (!single) clear(w.team, w.sum, plan.spectrum);
     for (int64_t c = 0; c < p.heads; ++c) {
       w.enter_gradient(w.a, gradient(c), j);
       Task<T> task{w.a};
@@ -602,7 +623,7 @@ void store_kernel_gradients(Work<T>& w, int64_t b, int64_t g) {
         continue;
       }
     }
-    w.template move_taps<false>(p.dk, p.dk_rev, b, c, g, w.kk);
+    once(w.team, [&] { w.template move_taps<false>(p.dk, p.dk_rev, b, c, g, w.kk); });
   }
 }
 
@@ -616,7 +637,8 @@ void store_sums(Work<T>& w, const Wanted& wanted, int64_t g) {
     const double value = *w.dots(g, c);
     total = p.skip_per_head ? value : total + value;
     const T rounded = static_cast<T>(total);
-    if (p.skip_per_head || c + 1 == p.heads) write(w.row(p.dskip, 0, c, g), 0, 1, &rounded);
+    if (p.skip_per_head || c + 1 == p.heads)
+      once(w.team, [&] { write(w.row(p.dskip, 0, c, g), 0, 1, &rounded); });
   }
 }
 
@@ -624,16 +646,13 @@ template <class T>
 void backward_unit(const Problem& p, const Method& method, const Transform<T>& plan,
                    const Unit& unit, char* memory) {
   Scratch scratch{memory};
-  Work<T> w(p, method, plan, unit.channels, true, scratch);
-  w.unit = unit;
-  w.team = unit.team;
+  Work<T> w(p, method, plan, unit, true, scratch);
   const Wanted wanted(p);
   if (unit.partial) {
     Scratch partial{unit.partial};
     w.sums = Sums<T>(p, plan, w.dot_count, 1, partial);
   }
-  for (int64_t i = 0; i < w.group * p.heads; ++i) w.sums.dots[i * w.dot_count] = 0;
-  w.clear_kernel_sums();
+  w.clear_kernel_sums(true);
   if (!p.kernel_per_sample) w.load_kernels(0);
   for (int64_t b = unit.batch; b < unit.batch_end; ++b) {
     if (p.kernel_per_sample) w.load_kernels(b);
@@ -647,7 +666,7 @@ void backward_unit(const Problem& p, const Method& method, const Transform<T>& p
     }
     if (p.kernel_per_sample) {
       w.move_skip_sums();
-      w.clear_kernel_sums();
+      w.clear_kernel_sums(false);
     }
     w.template move<false>(w.du, b, 1);
     w.template move<false>(w.dpre, b, 1);
@@ -661,7 +680,9 @@ void backward_unit(const Problem& p, const Method& method, const Transform<T>& p
 template <class T>
 size_t partial_bytes(const Problem& p, const Method& method, const Transform<T>& plan) {
   Scratch none{nullptr}, partial{nullptr};
-  const Work<T> w(p, method, plan, 1, true, none);
+  Team team;
+  const Unit unit{0, 1, 0, 0, &team, nullptr};
+  const Work<T> w(p, method, plan, unit, true, none);
   Sums<T>(p, plan, w.dot_count, 1, partial);
   return partial.used;
 }
@@ -671,9 +692,7 @@ template <class T>
 void reduce(const Problem& p, const Method& method, const Transform<T>& plan, const Unit& unit,
             char* memory, int64_t parts) {
   Scratch scratch{memory};
-  Work<T> w(p, method, plan, 1, true, scratch);
-  w.unit = unit;
-  w.team = unit.team;
+  Work<T> w(p, method, plan, unit, true, scratch);
   const size_t apart = partial_bytes<T>(p, method, plan);
   for (int64_t i = 0; i < parts; ++i) {
     Scratch partial{unit.partial + static_cast<size_t>(i) * apart};
@@ -692,7 +711,9 @@ template <class T>
 size_t scratch_bytes(const Problem& p, const Method& method, const Transform<T>& plan,
                      int64_t channels, bool backward) {
   Scratch scratch{nullptr};
-  Work<T> w(p, method, plan, channels, backward, scratch);
+  Team team;
+  const Unit unit{0, channels, 0, 0, &team, nullptr};
+  const Work<T> w(p, method, plan, unit, backward, scratch);
   return scratch.used;
 }
 

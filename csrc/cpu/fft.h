@@ -354,27 +354,47 @@ void run_nodes(const Transform<T>& plan, const Task<T>& task, int stage, int64_t
   if (task.join) pass<false>(plan, stage, first, 1, data, m, 0, m / radix);
 }
 
-// op(begin, end) over ranges of [0, n).
+// op(begin, end) over ranges of [0, n), each by one of the team; all of it is done on return.
 template <class Op>
-void spread(const Team& team, int64_t n, const Op& op) {
-  if (!team.parallel_for || n < 2) return op(0, n);
-  const auto run = [](int64_t begin, int64_t end, void* context) {
-    (*static_cast<const Op*>(context))(begin, end);
-  };
-  if (team.parallel_for(0, n, 1, run, const_cast<void*>(static_cast<const void*>(&op)))) op(0, n);
+void spread(Team& team, int64_t n, const Op& op) {
+  if (!team.board) return op(0, n);
+  Board& board = *team.board;
+  const auto draw = [&] { return __atomic_fetch_add(&board.next, 1, __ATOMIC_RELAXED); };
+  if (team.ticket < 0) team.ticket = draw();
+  while (team.ticket - team.base < n) {
+    op(team.ticket - team.base, team.ticket - team.base + 1);
+    __atomic_fetch_add(&board.done, 1, __ATOMIC_RELEASE);
+    team.ticket = draw();
+  }
+  team.base += n;
+  for (int64_t i = 0; __atomic_load_n(&board.done, __ATOMIC_ACQUIRE) < team.base; ++i)
+    wait_a_little(i);
 }
 
-constexpr int64_t kTeamTasks = 32;
+// op() by one of the team.
+template <class Op>
+void once(Team& team, const Op& op) {
+  spread(team, 1, [&](int64_t, int64_t) { op(); });
+}
 
 template <class T>
-void run_task(const Transform<T>& plan, const Task<T>& task, const Team& team) {
-  if (!team.parallel_for) return run_nodes<T>(plan, task, 0, 0, plan.radix, 0, plan.vectors);
-  // Stage by stage, each cut across its positions, until there are nodes enough to share out.
+void clear(Team& team, T* x, int64_t n) {
+  constexpr int64_t kPiece = 1 << 15;
+  spread(team, (n + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kPiece; i < end * kPiece && i < n; ++i) x[i] = 0;
+  });
+}
+
+template <class T>
+void run_task(const Transform<T>& plan, const Task<T>& task, Team& team) {
+  if (!team.board) return run_nodes<T>(plan, task, 0, 0, plan.radix, 0, plan.vectors);
+  // Stage by stage, each cut across its positions, until there are nodes enough to share out
+  // evenly.
   int64_t nodes = plan.radix, m = plan.vectors;
   int top = 0;
   const auto wide = [&](bool forward, T* spectrum) {
     const int radix = plan.stage[top].radix;
-    const int64_t pieces = (kTeamTasks + nodes - 1) / nodes, length = m / radix;
+    const int64_t pieces = (8 * team.threads + nodes - 1) / nodes, length = m / radix;
     spread(team, nodes * pieces, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t node = i / pieces, piece = i % pieces;
@@ -387,7 +407,8 @@ void run_task(const Transform<T>& plan, const Task<T>& task, const Team& team) {
       }
     });
   };
-  while (nodes < kTeamTasks && top < plan.stages && m / plan.stage[top].radix % 4 == 0) {
+  const auto few = [&] { return nodes < 8 * team.threads && nodes % team.threads != 0; };
+  while (few() && top < plan.stages && m / plan.stage[top].radix % 4 == 0) {
     if (task.split) wide(true, task.data);
     if (task.split_x) wide(true, task.x);
     const int radix = plan.stage[top++].radix;

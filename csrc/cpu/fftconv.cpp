@@ -2,6 +2,7 @@
 #include "fftconv.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -67,7 +68,7 @@ constexpr int64_t kTeamPoints = 1 << 15;  // transforms from here on are worth s
 constexpr int64_t kParts = 4;  // of the batch, where there are too few channels to share out
 constexpr int64_t kFewChannels = 8;
 constexpr int64_t kAdjacent = 16;  // channels transposed together, memory permitting: a cache line
-constexpr int64_t kScratchPerPoint = 16;  // in scalars: the bound on a unit's scratch, or
+constexpr int64_t kScratchPerPoint = 16;    // in scalars: the bound on a unit's scratch, or
 constexpr int64_t kScratchBytes = 1 << 20;  // these, for short rows
 
 template <class T>
@@ -138,32 +139,53 @@ class Run {
     }
   }
 
+  // op(i, scratch) for i < units, by as many threads as there are.
   template <class Op>
-  void for_each(int64_t units, bool parallel, const Op& op) {
-    const auto range = [&](int64_t begin, int64_t end) {
+  void for_each(int64_t units, const Op& op) {
+    std::atomic<int64_t> next{0};
+    in_parallel(std::min<int64_t>(threads_, units), [&] {
       const Memory scratch = allocate(scratch_bytes());
       if (!scratch) return failed_.store(true);
-      for (int64_t i = begin; i < end; ++i) op(i, scratch.get());
-    };
-    if (threads_ == 1 || units == 1 || !parallel) return range(0, units);
-    const auto run = [](int64_t begin, int64_t end, void* context) {
-      (*static_cast<const decltype(range)*>(context))(begin, end);
-    };
-    if (parallel_for(0, units, 1, run, const_cast<void*>(static_cast<const void*>(&range))))
-      range(0, units);
+      for (int64_t i; (i = next.fetch_add(1)) < units;) op(i, scratch.get());
+    });
   }
 
-  void run_units(int64_t groups, int64_t split, bool team) {
+  // op() on `count` threads, or one after another.
+  template <class Op>
+  void in_parallel(int64_t count, const Op& op) {
+    if (count == 1) return op();
+    const auto run = [](int64_t begin, int64_t end, void* context) {
+      for (int64_t i = begin; i < end; ++i) (*static_cast<const Op*>(context))();
+    };
+    if (parallel_for(0, count, 1, run, const_cast<void*>(static_cast<const void*>(&op)))) op();
+  }
+
+  void run_units(int64_t groups, int64_t split, bool share) {
     const int64_t step = (p_.batch + split - 1) / split;
     split = (p_.batch + step - 1) / step;
-    for_each(groups * split, !team, [&](int64_t i, char* scratch) {
+    const auto work = [&](int64_t i, char* scratch, Team& team) {
       Unit unit{};
       unit.channel = i % groups * group_;
       unit.channels = std::min(group_, p_.channels - unit.channel);
       unit.batch = i / groups * step;
       unit.batch_end = std::min(p_.batch, unit.batch + step);
-      if (team) unit.team.parallel_for = parallel_for;
+      unit.team = &team;
       (backward_ ? kernel_.backward : kernel_.forward)(p_, method_, transform(), unit, scratch);
+    };
+    if (!share) {
+      return for_each(groups * split, [&](int64_t i, char* scratch) {
+        Team alone;
+        work(i, scratch, alone);
+      });
+    }
+    const Memory scratch = allocate(scratch_bytes());
+    if (!scratch) return failed_.store(true);
+    Board board;
+    in_parallel(threads_, [&] {
+      Team team;
+      team.board = &board;
+      team.threads = threads_;
+      for (int64_t i = 0; i < groups * split; ++i) work(i, scratch.get(), team);
     });
   }
 
@@ -174,21 +196,19 @@ class Run {
     const size_t bytes = kernel_.partial_bytes(p_, method_, transform());
     const Memory partial = allocate(bytes * static_cast<size_t>(parts));
     if (!partial) return failed_.store(true);
-    for (int64_t channel = 0; channel < p_.channels; ++channel) {
-      const auto part = [&](int64_t i) {
-        Unit unit{};
-        unit.channel = channel;
-        unit.channels = 1;
-        unit.batch = i * step;
-        unit.batch_end = std::min(p_.batch, unit.batch + step);
-        unit.partial = partial.get() + static_cast<size_t>(i) * bytes;
-        return unit;
+    for (int64_t channel = 0; channel < p_.channels && !failed_.load(); ++channel) {
+      const auto part = [&](int64_t i, Team& alone) {
+        const int64_t begin = i * step;
+        char* sums = partial.get() + static_cast<size_t>(i) * bytes;
+        return Unit{channel, 1, begin, std::min(p_.batch, begin + step), &alone, sums};
       };
-      for_each(parts, true, [&](int64_t i, char* scratch) {
-        kernel_.backward(p_, method_, transform(), part(i), scratch);
+      for_each(parts, [&](int64_t i, char* scratch) {
+        Team alone;
+        kernel_.backward(p_, method_, transform(), part(i, alone), scratch);
       });
-      for_each(1, false, [&](int64_t, char* scratch) {
-        kernel_.reduce(p_, method_, transform(), part(0), scratch, parts);
+      for_each(1, [&](int64_t, char* scratch) {
+        Team alone;
+        kernel_.reduce(p_, method_, transform(), part(0, alone), scratch, parts);
       });
     }
   }
@@ -202,6 +222,18 @@ Status run_in_precision(const Problem& p, bool backward) {
 
 Status forward(const Problem& problem) { return run_in_precision(problem, false); }
 Status backward(const Problem& problem) { return run_in_precision(problem, true); }
+
+void wait_a_little(int64_t times_before) {
+  if (times_before > 4000) {
+    sched_yield();
+    return;
+  }
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
 
 void set_parallel_for(ParallelFor function) { parallel_for = function; }
 

@@ -36,15 +36,25 @@ struct Transform {
   const T *plain, *times_i, *times_minus_i, *scaled, *scaled_times_minus_i;
 };
 
-// Runs function over ranges of [0, n), on several threads if there is a pool to borrow.
-struct Team {
-  ParallelFor parallel_for = nullptr;
+// Threads that walk through the same unit together, sharing its scratch. They meet where work is
+// spread (see fft.h): whoever arrives takes the next piece, and all wait until the last is done. It
+// works with any number of them, one after another even.
+struct Board {
+  alignas(64) int64_t next = 0;  // tickets handed out, pieces done: of the whole unit, so that they
+  alignas(64) int64_t done = 0;  // need no reset
 };
+struct Team {
+  Board* board = nullptr;  // null: this thread is alone
+  int64_t threads = 1;
+  int64_t base = 0;     // pieces before the present ones
+  int64_t ticket = -1;  // this thread's next piece, counted from the first of all
+};
+void wait_a_little(int64_t times_before);
 
 struct Unit {
   int64_t channel, channels;  // handled together: more than one where they are adjacent in memory
   int64_t batch, batch_end;
-  Team team;      // for the inside of a row, where there are fewer units than threads
+  Team* team;     // for the inside of a row, where there are fewer units than threads
   char* partial;  // where sums over the batch go, to be reduced later; null: finish them here
 };
 

@@ -80,7 +80,7 @@ void write(const Series& s, int64_t t, int64_t n, const T* in) {
 }
 
 constexpr int64_t kChunk = 64;      // positions converted at a time
-constexpr int64_t kSmall = 2048;     // points of a transform whose row is copied whole, if at all
+constexpr int64_t kSmall = 2048;    // points of a transform whose row is copied whole, if at all
 constexpr int64_t kCrowded = 8192;  // points of a transform whose ends are far apart
 
 // The real sequence row * gate (if any), zero outside [0, length), read at t + shift.
@@ -295,15 +295,16 @@ SEQCONV_INLINE constexpr int radix_of(Indices<R>) {
 
 // data <- first pass of re * plain (+ im * turned).
 template <class T>
-void enter(const Transform<T>& plan, const Team& team, T* data, const Source<T>& re, const T* plain,
+void enter(const Transform<T>& plan, Team& team, T* data, const Source<T>& re, const T* plain,
            const Source<T>* im = nullptr, const T* turned = nullptr) {
-  // Transposing works on whole groups of four nodes.
-  for (int64_t i = plan.radix * plan.vectors * kStep<T>; i < plan.spectrum; ++i) data[i] = 0;
   with_radix(plan, [&](auto radix) {
     constexpr int R = radix_of(decltype(radix){});
-    const int64_t piece = team.parallel_for ? kChunk : plan.vectors;
+    const int64_t piece = team.board ? kChunk : plan.vectors;
     spread(team, (plan.vectors + piece - 1) / piece, [&](int64_t begin, int64_t end) {
       end = end * piece < plan.vectors ? end * piece : plan.vectors;
+      // Transposing works on whole groups of four nodes.
+      const int64_t rest = plan.radix * plan.vectors * kStep<T>;
+      for (int64_t i = rest; begin == 0 && i < plan.spectrum; ++i) data[i] = 0;
       if (im)
         first_pass<R, true, T>(plan, re, plain, *im, turned, data, begin * piece, end);
       else
@@ -314,11 +315,11 @@ void enter(const Transform<T>& plan, const Team& team, T* data, const Source<T>&
 
 // sink <- last pass of data.
 template <class T>
-void leave(const Transform<T>& plan, const Team& team, const T* data, const T* weights,
+void leave(const Transform<T>& plan, Team& team, const T* data, const T* weights,
            const Sink<T>& sink) {
   with_radix(plan, [&](auto radix) {
     constexpr int R = radix_of(decltype(radix){});
-    const int64_t piece = team.parallel_for ? kChunk : plan.vectors;
+    const int64_t piece = team.board ? kChunk : plan.vectors;
     spread(team, (plan.vectors + piece - 1) / piece, [&](int64_t begin, int64_t end) {
       end = end * piece < plan.vectors ? end * piece : plan.vectors;
       last_pass<R, T>(plan, data, weights, sink, begin * piece, end);
