@@ -47,6 +47,7 @@ struct View {
 };
 
 constexpr int64_t kDotPieces = 32;
+constexpr int64_t kFetchAhead = 1 << 15;  // rows up to here are fetched while the last is in work
 
 template <class T>
 struct Work {
@@ -173,6 +174,13 @@ struct Work {
     });
   }
 
+  bool fetches() const { return !blocked && p.length <= kFetchAhead; }
+  // The same row of the next sample, if there is one and it lies as the transform reads it.
+  const T* next(const View<T>& v, int64_t b, int64_t g) const {
+    if (v.panel || b + 1 >= unit.batch_end) return nullptr;
+    return contiguous<T>(row(v, b + 1, 0, g));
+  }
+
   Source<T> input(int64_t b, int64_t g) const {
     return {row(u, b, 0, g), row(pre, b, 0, g), p.length};
   }
@@ -245,7 +253,7 @@ struct Work {
               for (int q = 0; q < kQuads<T>; ++q) to[r * plan.vectors * kStep<T> + 4 * q] += value;
           });
         }
-        Task<T> task{to};
+        Task<T> task(to);
         task.join = false;
         run_task(plan, task, team);
       }
@@ -400,22 +408,19 @@ struct Epilogue {
 // v of channel g and head c of sample b, to sink; `spectrum` is that of the input, if known.
 template <class T>
 void convolve(Work<T>& w, int64_t g, int64_t c, const Source<T>& in, const T* spectrum,
-              const Sink<T>& sink, const char* next = nullptr) {
+              const Sink<T>& sink, const Ahead& ahead) {
   if (w.method.direct) return direct_forward(w, w.kernel(g, c), in, sink);
   for (int64_t j = 0; j < w.method.blocks; ++j) {
-    Task<T> task{w.a};
+    Task<T> task(w.a);
     task.source = spectrum;
     task.split = !spectrum;
     task.factor = w.kernel(g, c);
-    task.ahead[0] = next;
-    if (!w.blocked) task.ahead[2] = reinterpret_cast<const char*>(contiguous<T>(sink.row));
+    task.ahead = ahead;
     if (task.split) w.enter_input(w.a, in, j);
     run_task(w.plan, task, w.team);
     leave(w.plan, w.team, w.a, w.plan.plain, sink.at(j * w.plan.n));
   }
 }
-
-constexpr int64_t kFetchAhead = 1 << 15;  // rows up to here are fetched while the last is in work
 
 template <class T>
 void forward_unit(const Problem& p, const Method& method, const Transform<T>& plan,
@@ -433,13 +438,10 @@ void forward_unit(const Problem& p, const Method& method, const Transform<T>& pl
       const bool shared = p.heads > 1 && !method.direct && !w.blocked;
       if (shared) {
         w.enter_input(w.x, in, 0);
-        Task<T> task{w.x};
+        Task<T> task(w.x);
         task.join = false;
         run_task(plan, task, w.team);
       }
-      const char* next = nullptr;
-      if (p.length <= kFetchAhead && b + 1 < unit.batch_end && contiguous<T>(in.row))
-        next = w.row(w.u, b + 1, 0, g).base;
       for (int64_t c = 0; c < p.heads; ++c) {
         Epilogue<T> epilogue{};
         epilogue.activation = p.activation;
@@ -450,7 +452,14 @@ void forward_unit(const Problem& p, const Method& method, const Transform<T>& pl
           sink.function = Epilogue<T>::forward;
           sink.context = &epilogue;
         }
-        convolve(w, g, c, in, shared ? w.x : nullptr, sink, next);
+        Ahead ahead;
+        if (w.fetches()) {
+          ahead.will_read(w.next(w.u, b, g));
+          ahead.will_read(w.next(w.pre, b, g));
+          ahead.will_read(contiguous<T>(epilogue.post_gate));
+          ahead.will_write(contiguous<T>(epilogue.y));
+        }
+        convolve(w, g, c, in, shared ? w.x : nullptr, sink, ahead);
       }
     }
     w.template move<false>(w.y, b, p.heads);
@@ -509,8 +518,13 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
   const bool early = w.gated && !direct && !w.blocked;
   if (early) {
     enter(plan, w.team, w.x, in, plan.plain);
-    Task<T> task{w.x};
+    Task<T> task(w.x);
     task.join = false;
+    if (w.fetches()) {
+      task.ahead.will_read(contiguous<T>(w.row(w.dy, b, 0, g)));
+      task.ahead.will_read(contiguous<T>(w.row(w.post, b, 0, g)));
+      task.ahead.will_write(contiguous<T>(w.row(w.dpost, b, 0, g)));
+    }
     run_task(plan, task, w.team);
   }
 
@@ -528,7 +542,8 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
       epilogue.dpost_gate = w.row(w.dpost, b, c, g);
       epilogue.dv = w.dv + c * p.length;
       const Sink<T> sink{{}, p.length, 0, Epilogue<T>::backward, &epilogue};
-      convolve<T>(w, g, c, in, early ? w.x : nullptr, sink);
+      Ahead ahead;
+      convolve<T>(w, g, c, in, early ? w.x : nullptr, sink, ahead);
     }
     if (direct && (wanted.dk || wanted.dskip))
       direct_dots(w, in, gradient(c), w.dots(g, c) + 1);
@@ -567,13 +582,20 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
     if (!single) clear(w.team, w.sum, plan.spectrum);
     for (int64_t c = 0; c < p.heads; ++c) {
       w.enter_gradient(w.a, gradient(c), j);
-      Task<T> task{w.a};
+      Task<T> task(w.a);
       if (wanted.dk) {
         task.x = w.x;
         task.split_x = with_x && c == 0;
         task.dk = w.dk(g, c);
       }
       task.join = single && wanted.dx;
+      if (w.fetches() && c + 1 == p.heads) {
+        task.ahead.will_read(w.next(w.u, b, g));
+        task.ahead.will_read(w.next(w.pre, b, g));
+        if (!w.gated) task.ahead.will_read(w.next(w.dy, b, g));
+        task.ahead.will_write(contiguous<T>(epilogue.du));
+        task.ahead.will_write(contiguous<T>(epilogue.dpre));
+      }
       if (single) {
         task.factor = w.kernel(g, c);
         task.conjugate = true;
@@ -585,7 +607,7 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
     }
     if (!wanted.dx) continue;
     if (!single) {
-      Task<T> task{w.a};
+      Task<T> task(w.a);
       task.split = false;
       task.source = w.sum;
       run_task(plan, task, w.team);
@@ -604,7 +626,7 @@ void store_kernel_gradients(Work<T>& w, int64_t b, int64_t g) {
     if (w.method.direct) {
       for (int64_t j = 0; j < w.width; ++j) w.kk[j] = static_cast<T>(w.dots(g, c)[1 + j]);
     } else {
-      Task<T> task{w.dk(g, c)};
+      Task<T> task(w.dk(g, c));
       task.split = false;
       run_task(plan, task, w.team);
       if (w.blocked) {

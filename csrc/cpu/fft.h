@@ -206,16 +206,29 @@ void pass(const Transform<T>& plan, int stage, int64_t first, int64_t nodes, T* 
   }
 }
 
+// Rows soon read or written, fetched into cache meanwhile; only what lies as the transform's own
+// row does, one T after another.
+struct Ahead {
+  int reads = 0, writes = 0;
+  const char *read[4] = {}, *write[3] = {};
+  void will_read(const void* row) {
+    if (row) read[reads++] = static_cast<const char*>(row);
+  }
+  void will_write(const void* row) {
+    if (row) write[writes++] = static_cast<const char*>(row);
+  }
+};
+
 // The last split, of nodes of four positions: those of four nodes in a row are transposed, so that
 // the lanes of a quad are the nodes.
 template <bool kCompact, class T>
-void middle_forward(T* data, int64_t groups, const T* twiddles, const char* const* ahead) {
+void middle_forward(T* data, int64_t groups, const T* twiddles, const Ahead& ahead,
+                    int64_t offset) {
   constexpr int64_t kRow = 4 * kLanes<T> * sizeof(T);  // bytes of a row that a group stands for
   for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t line = 0; line < kRow; line += 64) {
-      if (ahead[0]) __builtin_prefetch(ahead[0] + g * kRow + line, 0, 2);
-      if (ahead[1]) __builtin_prefetch(ahead[1] + g * kRow + line, 0, 2);
-      if (ahead[2]) __builtin_prefetch(ahead[2] + g * kRow + line, 1, 2);
+    for (int64_t line = offset + g * kRow; line < offset + (g + 1) * kRow; line += 64) {
+      for (int i = 0; i < ahead.reads; ++i) __builtin_prefetch(ahead.read[i] + line, 0, 2);
+      for (int i = 0; i < ahead.writes; ++i) __builtin_prefetch(ahead.write[i] + line, 1, 2);
     }
     Complex<T> w[4], a[4];
     SEQCONV_UNROLL
@@ -268,6 +281,7 @@ void accumulate(const T* a, const T* b, T* to, int64_t vectors) {
 // What becomes of the children that the first pass left in data. All pointers are to spectra.
 template <class T>
 struct Task {
+  explicit Task(T* spectrum) : data(spectrum) {}
   T* data;
   bool split = true, join = true;  // forward and inverse
   // Between the two, where not null:
@@ -279,7 +293,7 @@ struct Task {
   const T* source = nullptr;  // the inverse's input in place of data
   const T* factor = nullptr;  // multiplies it, conjugated on demand
   bool conjugate = false;
-  const char* ahead[3] = {};  // rows soon read, read and written: fetched meanwhile
+  Ahead ahead;
 };
 
 template <bool kCompact, class T>
@@ -288,12 +302,9 @@ void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t g
   T* data = task.data + from;
   const T* w = plan.twiddles + plan.middle + at / 4 * (kCompact ? 1 : 3) * kStep<T>;
   if (task.split) {
-    const char* ahead[3];
     const int64_t row = at * kLanes<T> * static_cast<int64_t>(sizeof(T));
-    for (int i = 0; i < 3; ++i) ahead[i] = task.ahead[i] ? task.ahead[i] + row : nullptr;
-    middle_forward<kCompact, T>(data, groups, w, ahead);
-    const char* const none[3] = {};
-    if (task.split_x) middle_forward<kCompact, T>(task.x + from, groups, w, none);
+    middle_forward<kCompact, T>(data, groups, w, task.ahead, row);
+    if (task.split_x) middle_forward<kCompact, T>(task.x + from, groups, w, Ahead{}, 0);
   }
   if (task.dk) accumulate<T>(data, task.x + from, task.dk + from, vectors);
   if (task.sum) accumulate<T>(data, task.other + from, task.sum + from, vectors);

@@ -18,6 +18,19 @@ SEQCONV_INLINE T* contiguous(const Series& s) {
   return s.base && s.dtype == kDtype<T> && s.stride == 1 ? reinterpret_cast<T*>(s.base) : nullptr;
 }
 
+// out[i] = x[i], or out[i] *= x[i], for i < n.
+template <bool kMultiply, class T>
+SEQCONV_INLINE void copy(const T* x, int64_t n, T* out) {
+  using V = typename VectorOf<T>::Unaligned;
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) {
+    const V value = *reinterpret_cast<const V*>(x + i);
+    V& to = *reinterpret_cast<V*>(out + i);
+    to = kMultiply ? to * value : value;
+  }
+  for (; i < n; ++i) out[i] = kMultiply ? out[i] * x[i] : x[i];
+}
+
 // As many conversions as there are instructions for, from the start; how many those were.
 template <bool kMultiply, class S, class T>
 SEQCONV_INLINE int64_t widen_many(const S*, int64_t, T*) {
@@ -49,6 +62,7 @@ SEQCONV_INLINE int64_t narrow_many(const float* from, int64_t n, Float16* to) {
 // out[i] = s[t + i], or out[i] *= s[t + i], for i < n.
 template <bool kMultiply, class T>
 void read(const Series& s, int64_t t, int64_t n, T* out) {
+  if (const T* from = contiguous<T>(s)) return copy<kMultiply>(from + t, n, out);
   dispatch(s.dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
     const S* from = reinterpret_cast<const S*>(s.base) + t * s.stride;
@@ -67,6 +81,7 @@ void read(const Series& s, int64_t t, int64_t n, T* out) {
 
 template <class T>
 void write(const Series& s, int64_t t, int64_t n, const T* in) {
+  if (T* to = contiguous<T>(s)) return copy<false>(in, n, to + t);
   dispatch(s.dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
     S* to = reinterpret_cast<S*>(s.base) + t * s.stride;
