@@ -603,7 +603,7 @@ def parse(argv=None) -> argparse.Namespace:
         choices=list(CONTENDERS),
     )
     parser.add_argument("--allocators", nargs="+", default=["tuned", "default"], choices=ALLOCATORS)
-    parser.add_argument("--budget", type=float, default=1.5, help="seconds per case")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds per case")
     parser.add_argument("--time-budget", type=float, help="seconds in all; stops after")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="file to append a line per measurement to")

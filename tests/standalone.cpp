@@ -1,5 +1,6 @@
-// The CPU kernels without Python or torch, against direct sums in double: for machines that are
-// reached by a cross compiler and an emulator only. Prints the worst relative errors.
+// The CPU kernels without Python or torch, against direct sums in double: for
+// machines that are reached by a cross compiler and an emulator only. Prints
+// the worst relative errors.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -14,25 +15,29 @@ using seqconv::Tensor;
 
 namespace {
 
-template <class T>
-struct Run {
+template <class T> struct Run {
   int64_t batch = 2, channels = 3, length, taps, taps_rev;
   std::vector<T> u, k, k_rev, skip, dy, y, du, dk, dk_rev, dskip;
   double worst = 0;
 
-  Tensor signal(std::vector<T>& x) const { return tensor(x, channels * length, length, 1); }
-  Tensor kernel(std::vector<T>& x, int64_t count) const { return tensor(x, 0, count, 1); }
-  static Tensor tensor(std::vector<T>& x, int64_t b, int64_t c, int64_t t) {
+  Tensor signal(std::vector<T> &x) const {
+    return tensor(x, channels * length, length, 1);
+  }
+  Tensor kernel(std::vector<T> &x, int64_t count) const {
+    return tensor(x, 0, count, 1);
+  }
+  static Tensor tensor(std::vector<T> &x, int64_t b, int64_t c, int64_t t) {
     Tensor result;
-    if (x.empty()) return result;
-    result.data = reinterpret_cast<char*>(x.data());
+    if (x.empty())
+      return result;
+    result.data = reinterpret_cast<char *>(x.data());
     result.dtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
     const int64_t stride[] = {b, 0, c, t};
     std::memcpy(result.stride, stride, sizeof stride);
     return result;
   }
 
-  void compare(const std::vector<T>& value, const std::vector<double>& wanted) {
+  void compare(const std::vector<T> &value, const std::vector<double> &wanted) {
     double error = 0, norm = 0;
     for (size_t i = 0; i < wanted.size(); ++i) {
       error += std::pow(static_cast<double>(value[i]) - wanted[i], 2);
@@ -44,15 +49,20 @@ struct Run {
   double operator()() {
     std::mt19937 random(1);
     std::normal_distribution<double> normal;
-    const auto fill = [&](std::vector<T>& x, int64_t count) {
+    const auto fill = [&](std::vector<T> &x, int64_t count) {
       x.resize(static_cast<size_t>(count));
-      for (T& value : x) value = static_cast<T>(normal(random));
+      for (T &value : x)
+        value = static_cast<T>(normal(random));
     };
     const int64_t rows = batch * channels * length;
-    for (auto* x : {&u, &dy, &y, &du}) fill(*x, rows);
-    for (auto* x : {&k, &dk}) fill(*x, channels * taps);
-    for (auto* x : {&k_rev, &dk_rev}) fill(*x, channels * taps_rev);
-    for (auto* x : {&skip, &dskip}) fill(*x, channels);
+    for (auto *x : {&u, &dy, &y, &du})
+      fill(*x, rows);
+    for (auto *x : {&k, &dk})
+      fill(*x, channels * taps);
+    for (auto *x : {&k_rev, &dk_rev})
+      fill(*x, channels * taps_rev);
+    for (auto *x : {&skip, &dskip})
+      fill(*x, channels);
     Problem p{};
     p.batch = batch;
     p.heads = 1;
@@ -72,21 +82,27 @@ struct Run {
     p.dk = kernel(dk, taps);
     p.dk_rev = kernel(dk_rev, taps_rev);
     p.dskip = tensor(dskip, 0, 1, 0);
-    if (seqconv::forward(p) != seqconv::Status::kOk) return HUGE_VAL;
-    if (seqconv::backward(p) != seqconv::Status::kOk) return HUGE_VAL;
+    if (seqconv::forward(p) != seqconv::Status::kOk)
+      return HUGE_VAL;
+    if (seqconv::backward(p) != seqconv::Status::kOk)
+      return HUGE_VAL;
 
-    std::vector<double> y64(y.size()), du64(y.size()), dk64(k.size()), dk_rev64(k_rev.size());
+    std::vector<double> y64(y.size()), du64(y.size()), dk64(k.size()),
+        dk_rev64(k_rev.size());
     for (int64_t row = 0; row < batch * channels; ++row) {
       const int64_t c = row % channels;
       for (int64_t t = 0; t < length; ++t) {
         for (int64_t s = 0; s < length; ++s) {
           const int64_t lag = t - s;
-          if (lag >= taps || -lag > taps_rev) continue;
+          if (lag >= taps || -lag > taps_rev)
+            continue;
           const auto to = static_cast<size_t>(row * length + t);
           const auto from = static_cast<size_t>(row * length + s);
-          const auto tap = static_cast<size_t>(lag >= 0 ? c * taps + lag : c * taps_rev - lag - 1);
+          const auto tap = static_cast<size_t>(
+              lag >= 0 ? c * taps + lag : c * taps_rev - lag - 1);
           double weight = static_cast<double>(lag >= 0 ? k[tap] : k_rev[tap]);
-          if (lag == 0) weight += static_cast<double>(skip[static_cast<size_t>(c)]);
+          if (lag == 0)
+            weight += static_cast<double>(skip[static_cast<size_t>(c)]);
           y64[to] += weight * static_cast<double>(u[from]);
           du64[from] += weight * static_cast<double>(dy[to]);
           (lag >= 0 ? dk64 : dk_rev64)[tap] +=
@@ -97,7 +113,8 @@ struct Run {
     compare(y, y64);
     compare(du, du64);
     compare(dk, dk64);
-    if (taps_rev) compare(dk_rev, dk_rev64);
+    if (taps_rev)
+      compare(dk_rev, dk_rev64);
     return worst;
   }
 };
@@ -110,13 +127,14 @@ bool check(int64_t length, int64_t taps, int64_t taps_rev, double limit) {
   run.taps_rev = taps_rev;
   const double worst = run();
   const bool fine = worst < limit;
-  std::printf("%s length %5ld taps %5ld + %5ld: %.1e%s\n", sizeof(T) == 4 ? "float " : "double",
-              static_cast<long>(length), static_cast<long>(taps), static_cast<long>(taps_rev), worst,
+  std::printf("%s length %5ld taps %5ld + %5ld: %.1e%s\n",
+              sizeof(T) == 4 ? "float " : "double", static_cast<long>(length),
+              static_cast<long>(taps), static_cast<long>(taps_rev), worst,
               fine ? "" : "  WRONG");
   return fine;
 }
 
-}  // namespace
+} // namespace
 
 int main() {
   std::printf("instruction set: %s\n", seqconv::isa());
