@@ -50,10 +50,12 @@ def versions() -> dict[str, str]:
 
 
 def append(path: Path, row: dict) -> None:
-    """One line, whole or not at all as far as a reader is concerned."""
+    """Adds a line, after the end of one that a crash may have cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    with open(path, "a+b") as file:
+        if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def read(paths: Iterable[Path]) -> list[dict]:
@@ -66,6 +68,12 @@ def read(paths: Iterable[Path]) -> list[dict]:
             except json.JSONDecodeError:
                 continue
     return rows
+
+
+def same_run(rows: list[dict], like: dict | None = None) -> list[dict]:
+    """Those measured on the same device and commit as `like`, or as the last one."""
+    like = like or rows[-1]
+    return [r for r in rows if all(r[key] == like[key] for key in ("device", "commit", "isa"))]
 
 
 def length_name(length: int) -> str:

@@ -1,0 +1,149 @@
+"""The measuring instrument: it refuses wrong results, counts what it says it counts, and loses nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import contenders, fftconv, report, timing
+from bench.contenders import Case
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--lengths", "256", "1000", "--elements", "16384", "--budget", "0.05"]
+PAIR = ["--contenders", "seqconv", "torch.fft", "ducc0", "--allocators", "tuned", "default"]
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-m", "bench.fftconv", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_a_run_measures_and_writes_what_it_shows(tmp_path):
+    results, picture = tmp_path / "new" / "r.jsonl", tmp_path / "p.png"
+    text = run(*SMALL, *PAIR, "--json", str(results), "--plot", str(picture))
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    timed = [r for r in rows if r["allocator"] != "returning"]
+    assert {r["contender"] for r in timed} == {"seqconv", "torch.fft", "ducc0"}
+    assert {r["op"] for r in timed} == {"forward", "forward+backward"}
+    assert {r["allocator"] for r in rows} == {"tuned", "default", "returning"}
+    for row in timed:
+        assert row["gate"] and 0 < row["q1"] <= row["median"] <= row["q3"]
+        assert row["rounds"] >= timing.MIN_ROUNDS and row["error_l2"] < 1e-5
+        assert row["floor_copy"] > 0 and row["floor_flops"] > 0 and row["ratio"] > 0
+        assert {"device", "isa", "versions", "commit", "threads", "when"} <= set(row)
+    assert all(r["peak_bytes"] is not None for r in rows if r["allocator"] == "returning")
+    assert picture.stat().st_size > 10_000
+    assert "requirements" in text and "seqconv" in text
+
+
+@pytest.mark.parametrize("fault", ["zeros", "shift", "skip", "future", "one element"])
+def test_a_wrong_result_gets_no_time(monkeypatch, fault):
+    def broken(case, device):
+        def run(u, k, skip, *rest):
+            right = contenders.fft(u, k, skip, *rest)
+            if fault == "zeros":
+                return right * 0
+            if fault == "shift":
+                return right.roll(1, -1)
+            if fault == "skip":
+                return right - skip[:, None] * u
+            if fault == "future":
+                return right + 1e-5 * u.roll(-1, -1)
+            right = right.clone()
+            right[0, 0, 0] += 1e-4
+            return right
+
+        return run
+
+    monkeypatch.setitem(contenders.CONTENDERS, "seqconv", ("seqconv", broken))
+    case = Case(channels=2, length=500)
+    rows = fftconv.measure(case, ["seqconv", "torch.fft"], 0.01, "cpu", timing.Clock("cpu"), 1e9)
+    rows = {row["contender"]: row for row in rows}
+    assert not rows["seqconv"]["gate"] and rows["seqconv"]["median"] is None
+    assert rows["torch.fft"]["gate"] and rows["torch.fft"]["median"] > 0
+
+
+@pytest.mark.parametrize("mode", ["causal", "two_sided", "gated", "heads"])
+@pytest.mark.parametrize("layout", ["bhl", "blh"])
+def test_every_contender_is_right_where_it_competes(mode, layout):
+    if mode == "heads" and layout == "blh":
+        pytest.skip("not measured")
+    case = Case(mode, layout=layout, channels=3, length=200, op="forward+backward")
+    forward = Case(mode, layout=layout, channels=3, length=200)
+    for op in (case, forward):
+        tensors, dy = op.tensors("cpu")
+        exact = fftconv.oracle(op, tensors, dy)
+        for name in (
+            "seqconv",
+            "torch.fft",
+            "conv1d",
+            "scipy.fft",
+            "oaconvolve",
+            "ducc0",
+            "pyfftw",
+        ):
+            if name in contenders.missing():
+                continue
+            function = contenders.make(name, op, "cpu")
+            if function is not None:
+                results = fftconv.call(op, function, tensors, dy)
+                assert fftconv.errors(op, results, exact)[0] < 1e-6, name
+
+
+def test_rounds_are_interleaved():
+    calls = []
+    functions = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    seconds = timing.interleaved(functions, 0.0, timing.Clock("cpu"))
+    rounds = timing.WARM_UP + timing.MIN_ROUNDS
+    assert calls == ["a", "b"] * rounds
+    assert all(len(s) == timing.MIN_ROUNDS for s in seconds.values())
+    assert timing.quartiles([4.0, 1.0, 3.0, 2.0]) == (1.5, 2.5, 3.5)
+    assert timing.ratios([2.0, 4.0, 9.0], [1.0, 1.0, 3.0])[1] == 3.0
+
+
+def test_peak_memory_counts_temporaries():
+    size = 64 << 20
+    code = (
+        "import torch; from bench.timing import peak_bytes\n"
+        f"print(peak_bytes(lambda: torch.ones({size}, dtype=torch.uint8), 'cpu'))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PATH": "", **fftconv.ALLOCATORS["returning"]},
+        check=True,
+    )
+    if result.stdout.strip() != "None":
+        assert 0.95 * size < int(result.stdout) < 1.2 * size
+
+
+def test_bytes_and_flops():
+    case = Case(batch=8, channels=2, length=1024)
+    assert case.bytes() == 4 * (2 * 8 * 2 * 1024 + 2 * 1024)
+    assert case.flops() == 16 * (2 * 5 * 1024 * 10 + 8 * 1024) + 2 * 5 * 1024 * 10
+
+
+def test_results_survive_a_torn_line(tmp_path):
+    path = tmp_path / "r.jsonl"
+    report.append(path, {"a": 1})
+    with open(path, "a") as file:
+        file.write('{"a": 2, "b"')
+    assert report.read([path]) == [{"a": 1}]
+    report.append(path, {"a": 3})
+    assert report.read([path]) == [{"a": 1}, {"a": 3}]
+
+
+def test_readme_section_is_replaced_whole(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- bench -->\nold\n<!-- end of bench -->\nafter\n")
+    report.replace_between(path, "bench", "new")
+    assert path.read_text() == "before\n<!-- bench -->\nnew\n<!-- end of bench -->\nafter\n"
+    with pytest.raises(ValueError, match="wanted"):
+        report.replace_between(path, "other", "new")
