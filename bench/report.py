@@ -30,13 +30,15 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
+    """The last commit that changed what is measured, marked if there are changes on top of it."""
+
     def git(*words):
-        result = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        command = ["git", *words, "--", "csrc", "seqconv"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         return result.stdout.strip() if result.returncode == 0 else ""
 
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + (
-        "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    )
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return (git("log", "-1", "--format=%h") or "unknown") + ("+changes" if changed else "")
 
 
 def versions() -> dict[str, str]:
@@ -109,6 +111,8 @@ def plot(rows: list[dict], path: Path) -> None:
         wanted = {"mode": "causal", "dtype": "float32", "layout": "bhl", "taps": 0} | wanted
         points: dict[int, list[float]] = {}
         for row in rows:
+            if row["tag"] not in ("speed", "sample"):
+                continue
             if all(row.get(key) == x for key, x in wanted.items()) and row["median"]:
                 points.setdefault(row["length"], []).append(value(row))
         lengths = sorted(points)
@@ -119,7 +123,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
     first = next(row for row in rows if row["contender"] == "seqconv")
     base = {"batch": 8, "threads": 1, "allocator": "tuned"}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), layout="constrained")
     colors = plt.get_cmap("tab10").colors
     forward = base | {"op": "forward"}
     others = [n for n in dict.fromkeys(r["contender"] for r in rows) if n != "seqconv"]
@@ -140,9 +144,9 @@ def plot(rows: list[dict], path: Path) -> None:
             **forward,
         )
         left.plot(x, y, line, color="black", linewidth=1, label=name)
-    left.set(ylabel="ns per element", title="Causal convolution, forward", ylim=(0.1, None))
+    left.set(ylabel="ns per element", title="Causal convolution, forward", ylim=(0.2, None))
     left.set_yscale("log")
-    left.legend(fontsize=8, frameon=False, ncols=2)
+    left.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     styles = {"forward": ("tab:blue", "o"), "forward+backward": ("tab:red", "s")}
     for op, (color, marker) in styles.items():
         for allocator, line in (("tuned", "-"), ("default", "--")):
@@ -157,7 +161,9 @@ def plot(rows: list[dict], path: Path) -> None:
                 right.plot(x, y, line, color=color, marker=marker, label=label)
     right.axhline(1, color="black", linewidth=1)
     right.set(ylabel="times faster than torch.fft", title="Speed-up of seqconv", ylim=(0, None))
-    right.legend(fontsize=8, frameon=False)
+    right.legend(
+        fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14)
+    )
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [length_name(n) for n in lengths], minor=False)

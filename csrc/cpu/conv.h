@@ -86,7 +86,10 @@ struct Work {
     kk = scratch.take<T>(method.direct || blocked ? width : 0);
     dv = scratch.take<T>(backward && gated ? p.heads * p.length : 0);
     pieces = scratch.take<double>(backward ? kDotPieces : 0);
-    if (backward) sums = Sums<T>(p, plan, dot_count, group, scratch);
+    if (backward) {
+      Scratch elsewhere{of.partial};
+      sums = Sums<T>(p, plan, dot_count, group, of.partial ? elsewhere : scratch);
+    }
     // Rows whose neighbours in memory are other channels are transposed a few at a time.
     const auto view = [&](const Tensor& t, int64_t heads, T* shared = nullptr) {
       View<T> v{&t};
@@ -670,10 +673,6 @@ void backward_unit(const Problem& p, const Method& method, const Transform<T>& p
   Scratch scratch{memory};
   Work<T> w(p, method, plan, unit, true, scratch);
   const Wanted wanted(p);
-  if (unit.partial) {
-    Scratch partial{unit.partial};
-    w.sums = Sums<T>(p, plan, w.dot_count, 1, partial);
-  }
   w.clear_kernel_sums(true);
   if (!p.kernel_per_sample) w.load_kernels(0);
   for (int64_t b = unit.batch; b < unit.batch_end; ++b) {
@@ -716,13 +715,9 @@ void reduce(const Problem& p, const Method& method, const Transform<T>& plan, co
   Scratch scratch{memory};
   Work<T> w(p, method, plan, unit, true, scratch);
   const size_t apart = partial_bytes<T>(p, method, plan);
-  for (int64_t i = 0; i < parts; ++i) {
+  for (int64_t i = 1; i < parts; ++i) {
     Scratch partial{unit.partial + static_cast<size_t>(i) * apart};
     const Sums<T> more(p, plan, w.dot_count, 1, partial);
-    if (i == 0) {
-      w.sums = more;
-      continue;
-    }
     for (int64_t s = 0; s < p.heads * plan.spectrum; ++s) w.sums.dk[s] += more.dk[s];
     for (int64_t s = 0; s < p.heads * w.dot_count; ++s) w.sums.dots[s] += more.dots[s];
   }
@@ -731,10 +726,8 @@ void reduce(const Problem& p, const Method& method, const Transform<T>& plan, co
 
 template <class T>
 size_t scratch_bytes(const Problem& p, const Method& method, const Transform<T>& plan,
-                     int64_t channels, bool backward) {
+                     const Unit& unit, bool backward) {
   Scratch scratch{nullptr};
-  Team team;
-  const Unit unit{0, channels, 0, 0, &team, nullptr};
   const Work<T> w(p, method, plan, unit, backward, scratch);
   return scratch.used;
 }

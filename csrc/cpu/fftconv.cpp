@@ -121,8 +121,10 @@ class Run {
     return method_.direct ? none : plan_->transform;
   }
 
-  size_t scratch_bytes() const {
-    return kernel_.scratch_bytes(p_, method_, transform(), group_, backward_);
+  size_t scratch_bytes(char* partial = nullptr) const {
+    Team alone;
+    const Unit unit{0, group_, 0, 0, &alone, partial};
+    return kernel_.scratch_bytes(p_, method_, transform(), unit, backward_);
   }
 
   // Where time is not innermost in memory, neighbouring channels are read together.
@@ -141,10 +143,10 @@ class Run {
 
   // op(i, scratch) for i < units, by as many threads as there are.
   template <class Op>
-  void for_each(int64_t units, const Op& op) {
+  void for_each(int64_t units, const Op& op, char* partial = nullptr) {
     std::atomic<int64_t> next{0};
     in_parallel(std::min<int64_t>(threads_, units), [&] {
-      const Memory scratch = allocate(scratch_bytes());
+      const Memory scratch = allocate(scratch_bytes(partial));
       if (!scratch) return failed_.store(true);
       for (int64_t i; (i = next.fetch_add(1)) < units;) op(i, scratch.get());
     });
@@ -202,14 +204,20 @@ class Run {
         char* sums = partial.get() + static_cast<size_t>(i) * bytes;
         return Unit{channel, 1, begin, std::min(p_.batch, begin + step), &alone, sums};
       };
-      for_each(parts, [&](int64_t i, char* scratch) {
-        Team alone;
-        kernel_.backward(p_, method_, transform(), part(i, alone), scratch);
-      });
-      for_each(1, [&](int64_t, char* scratch) {
-        Team alone;
-        kernel_.reduce(p_, method_, transform(), part(0, alone), scratch, parts);
-      });
+      for_each(
+          parts,
+          [&](int64_t i, char* scratch) {
+            Team alone;
+            kernel_.backward(p_, method_, transform(), part(i, alone), scratch);
+          },
+          partial.get());
+      for_each(
+          1,
+          [&](int64_t, char* scratch) {
+            Team alone;
+            kernel_.reduce(p_, method_, transform(), part(0, alone), scratch, parts);
+          },
+          partial.get());
     }
   }
 };

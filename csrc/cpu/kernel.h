@@ -61,8 +61,8 @@ struct Unit {
 template <class T>
 struct Kernel {
   int quads;
-  // Of a unit of `channels`, and of its sums over the batch.
-  size_t (*scratch_bytes)(const Problem&, const Method&, const Transform<T>&, int64_t channels,
+  // Of such a unit, and of its sums over the batch.
+  size_t (*scratch_bytes)(const Problem&, const Method&, const Transform<T>&, const Unit&,
                           bool backward);
   size_t (*partial_bytes)(const Problem&, const Method&, const Transform<T>&);
   void (*forward)(const Problem&, const Method&, const Transform<T>&, const Unit&, char* scratch);
