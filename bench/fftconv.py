@@ -528,8 +528,8 @@ def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
             case = Case(**{f: row[f] for f in asdict(Case())})
             results = case.elements * (1 if case.op == "forward" else 2)
             results += case.channels * (case.length + 1) * (case.op != "forward")
-            # One spectrum of the kernel per thread, at up to a quarter of padding.
-            scratch = row["threads"] * (64 + 10) * case.length
+            # 64 bytes x length per thread and k's spectrum, at up to a quarter of padding.
+            scratch = (row["threads"] * 64 + case.channels * 10) * case.length
             rest = row["peak_bytes"] - 4 * results
             name = f"memory beyond the results, {case}, {plural(row['threads'], 'thread')}"
             compare(name, rest / 2**20, (scratch + (1 << 20)) / 2**20, False, " MiB")

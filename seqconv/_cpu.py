@@ -110,7 +110,7 @@ def _problem(u, k, k_rev, skip, pre_gate, post_gate, activation):
         flags,
         u.dtype == torch.float64,
         ACTIVATIONS[activation],
-        threads(),
+        torch.get_num_threads() if threaded else 1,  # a forked child takes one
         *_pack_as(u, _SIGNAL),
         *_pack_as(k, _KERNEL),
         *_pack_as(k_rev, _KERNEL),

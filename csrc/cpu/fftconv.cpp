@@ -100,7 +100,8 @@ class Run {
       const bool team = threads_ > 1 && !even && !method_.direct && method_.n >= kTeamPoints;
       int64_t split = 1;
       if (threads_ > 1 && !even && !team && !sums)
-        split = std::min(p_.batch, (4 * threads_ + groups - 1) / groups);
+        split = std::min<int64_t>(p_.batch,
+                                  groups == 1 ? threads_ : (2 * threads_ + groups - 1) / groups);
       run_units(groups, split, team);
     }
     return failed_.load() ? Status::kOutOfMemory : Status::kOk;
