@@ -12,6 +12,8 @@ WAYS = {
     "blocks": Case(length=3000, taps=100, skip="h"),
     "blocks, two-sided": Case(length=3001, taps=90, taps_rev=61, skip="h", channels=2),
     "blocks, reversed only": Case(length=2000, taps=0, taps_rev=70, channels=2),
+    # All of a block's points are taps of the future, and skip comes on top.
+    "blocks, no room for tap 0": Case(length=4096, taps=0, taps_rev=256, skip="h", channels=2),
     "blocks, everything": Case(
         length=2050,
         taps=64,
@@ -152,3 +154,11 @@ def test_error_stays_below_the_bound(isa, length):
     tensors = case.tensors()
     wanted = reference.fftconv_fft(*(tensors[n].double() for n in ("u", "k", "skip")))
     assert rel_l2(case.run(fftconv, tensors), wanted) <= (3e-7 if length <= 65_536 else 4.5e-7)
+
+
+def test_no_tap_reads_what_the_definition_does_not():
+    """A direct sum without tap 0 and skip does not touch x[t], not even to multiply it by zero."""
+    u = torch.tensor([[[1.0, 2.0, torch.nan, 4.0, 5.0]]])
+    y = fftconv(u, torch.zeros(1, 0), k_rev=torch.tensor([[10.0, 1.0]]))
+    assert y[0, 0, 2] == 45 and y[0, 0, 3:].tolist() == [50.0, 0.0]
+    assert not fftconv(u, torch.zeros(1, 0)).any()

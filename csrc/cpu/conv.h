@@ -74,7 +74,7 @@ struct Work {
       : p(problem), method(m), plan(transform), unit(of), team(*of.team), group(of.channels) {
     pitch = (p.length + 31) / 16 * 16;
     reach = p.taps_rev;
-    width = reach + (p.taps ? p.taps : 1);
+    width = reach + (p.taps ? p.taps : p.skip ? 1 : 0);
     dot_count = method.direct ? 1 + width : 1;
     gated = p.post_gate || p.activation != Activation::kNone;
     blocked = method.blocks > 1;
@@ -82,8 +82,8 @@ struct Work {
     a = scratch.take<T>(spectrum);
     x = scratch.take<T>(backward || p.heads > 1 ? spectrum : 0);
     sum = scratch.take<T>(backward && p.heads > 1 ? spectrum : 0);
-    kernels = scratch.take<T>(group * p.heads * (method.direct ? width : spectrum));
-    kk = scratch.take<T>(method.direct || blocked ? width : 0);
+    kernels = scratch.take<T>(group * p.heads * (method.direct ? width + 1 : spectrum));
+    kk = scratch.take<T>(method.direct || blocked ? width + 1 : 0);
     dv = scratch.take<T>(backward && gated ? p.heads * p.length : 0);
     pieces = scratch.take<double>(backward ? kDotPieces : 0);
     if (backward) {
@@ -113,7 +113,7 @@ struct Work {
   }
 
   T* kernel(int64_t g, int64_t c) {
-    return kernels + (g * p.heads + c) * (method.direct ? width : plan.spectrum);
+    return kernels + (g * p.heads + c) * (method.direct ? width + 1 : plan.spectrum);
   }
   T* dk(int64_t g, int64_t c) { return sums.dk + (g * p.heads + c) * plan.spectrum; }
   double* dots(int64_t g, int64_t c) { return sums.dots + (g * p.heads + c) * dot_count; }
@@ -198,7 +198,7 @@ struct Work {
 
   // d skip is also the gradient of tap 0, which a direct sum has at hand.
   void move_skip_sums() {
-    for (int64_t i = 0; method.direct && i < group * p.heads; ++i)
+    for (int64_t i = 0; method.direct && p.skip && i < group * p.heads; ++i)
       sums.dots[i * dot_count] += sums.dots[i * dot_count + 1 + reach];
   }
 
@@ -657,14 +657,15 @@ void store_sums(Work<T>& w, const Wanted& wanted, int64_t g) {
   const Problem& p = w.p;
   if (wanted.dk && !p.kernel_per_sample) store_kernel_gradients(w, 0, g);
   if (!wanted.dskip) return;
-  double total = 0;
-  for (int64_t c = 0; c < p.heads; ++c) {
-    const double value = *w.dots(g, c);
-    total = p.skip_per_head ? value : total + value;
-    const T rounded = static_cast<T>(total);
-    if (p.skip_per_head || c + 1 == p.heads)
-      once(w.team, [&] { write(w.row(p.dskip, 0, c, g), 0, 1, &rounded); });
-  }
+  once(w.team, [&] {
+    double total = 0;
+    for (int64_t c = 0; c < p.heads; ++c) {
+      const double value = *w.dots(g, c);
+      total = p.skip_per_head ? value : total + value;
+      const T rounded = static_cast<T>(total);
+      if (p.skip_per_head || c + 1 == p.heads) write(w.row(p.dskip, 0, c, g), 0, 1, &rounded);
+    }
+  });
 }
 
 template <class T>

@@ -21,13 +21,16 @@ constexpr int64_t kLarge = int64_t{1} << 19;
 // Radix of the first pass, then those of the stages, whose nodes end with four positions: m is the
 // number of those nodes per branch. Odd radices come early, where twiddles are read seldom; a row
 // that overflows the second-level cache starts with an eight, to be split into pieces that fit.
-std::vector<int> choose_radices(int64_t m, int quads) {
-  std::vector<int> radices;
+struct Radices {
+  int count = 0, radix[kMaxStages];
+};
+Radices choose_radices(int64_t m, int quads) {
+  Radices radices;
   int twos = 0;
   const bool large = 4 * quads * m >= kLarge && m % 64 == 0;
   for (; m % 2 == 0; m /= 2) ++twos;
   const auto put = [&](int radix, int bits) {
-    radices.push_back(radix);
+    radices.radix[radices.count++] = radix;
     twos -= bits;
   };
   if (large)
@@ -37,7 +40,7 @@ std::vector<int> choose_radices(int64_t m, int quads) {
   else if (twos)
     put(4, 2);
   for (int prime : {7, 5, 3})
-    for (; m % prime == 0; m /= prime) radices.push_back(prime);
+    for (; m % prime == 0; m /= prime) put(prime, 0);
   if (m != 1) return {};
   while (twos % 2 || (large && quads == 4 && twos > 5)) put(8, 3);
   while (twos) put(4, 2);
@@ -66,10 +69,10 @@ double stage_cost(int radix) {
 double transform_cost(int64_t m, int quads) {
   // Longer transforms are cut into nodes that fit in cache, and end in whole groups of four.
   if (m % (m > 512 ? 16 : m > 64 ? 4 : 1)) return HUGE_VAL;
-  const std::vector<int> radices = choose_radices(m, quads);
-  if (radices.empty()) return HUGE_VAL;
+  const Radices radices = choose_radices(m, quads);
+  if (radices.count == 0) return HUGE_VAL;
   double cost = 1.5;
-  for (int radix : radices) cost += stage_cost(radix);
+  for (int s = 0; s < radices.count; ++s) cost += stage_cost(radices.radix[s]);
   return cost * static_cast<double>(4 * quads * ((m + 3) / 4 * 4));
 }
 
@@ -78,18 +81,18 @@ std::shared_ptr<const Plan<T>> make_plan(int64_t n, int quads) {
   auto plan = std::make_shared<Plan<T>>();
   Transform<T>& t = plan->transform;
   const int64_t m = n / (4 * quads);
-  const std::vector<int> radices = choose_radices(m, quads);
+  const Radices radices = choose_radices(m, quads);
   const int64_t step = 8 * quads;  // scalars of a complex vector
   t.n = n;
   t.quads = quads;
-  t.radix = radices.front();
+  t.radix = radices.radix[0];
   t.vectors = m / t.radix;
   const int64_t groups = (m + 3) / 4;
   t.spectrum = groups * 4 * step;
   t.compact = n >= kCompactFrom;
   int64_t total = 0, nodes = t.radix;
-  for (size_t s = 1; s < radices.size(); ++s) {
-    const int radix = radices[s];
+  for (int s = 1; s < radices.count; ++s) {
+    const int radix = radices.radix[s];
     t.stage[t.stages++] = {radix, total};
     total += nodes * (t.compact && radix == 4 ? 1 : radix - 1) * step;
     nodes *= radix;
@@ -209,15 +212,15 @@ int64_t choose_fft_size(int64_t length, int quads) {
 }
 
 Method choose_method(int64_t length, int64_t taps, int64_t taps_rev, int quads) {
-  const int64_t reach = taps + taps_rev;
-  if (reach <= kDirectTaps) return {true, 0, 1};
+  if (taps + taps_rev <= kDirectTaps) return {true, 0, 1};
+  const int64_t width = std::max<int64_t>(taps, 1) + taps_rev;  // skip is part of tap 0
   const auto cost = [quads](int64_t n) { return transform_cost(n / (4 * quads), quads); };
   Method best{false, choose_fft_size(length, quads), 1};
   double best_cost = cost(best.n);
-  for (int64_t size = std::max<int64_t>(reach, 256); 2 * size <= length; size *= 2) {
+  for (int64_t size = std::max<int64_t>(width, 256); 2 * size <= length; size *= 2) {
     // The same number of blocks, cut shorter if that still covers the row.
     const int64_t count = (length + size - 1) / size;
-    const int64_t n = choose_fft_size(std::max(reach, (length + count - 1) / count), quads);
+    const int64_t n = choose_fft_size(std::max(width, (length + count - 1) / count), quads);
     const int64_t blocks = (length + n - 1) / n;
     const double total = static_cast<double>(blocks) * (cost(n) + 0.5 * static_cast<double>(n));
     if (blocks > 1 && total < best_cost) {
