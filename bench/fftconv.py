@@ -12,14 +12,12 @@ the default one: "tuned" never gives memory back and is the stricter comparison.
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 
 import torch
 from rich.console import Console
@@ -27,7 +25,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench import report
-from bench.contenders import BASELINE, CONTENDERS, DTYPES, FAST, Case, make, missing
+from bench.contenders import BASELINE, CONTENDERS, DTYPES, Case, make, missing
+from bench.requirements import (
+    BOTH,
+    ODD,
+    POWERS,
+    SHORT,
+    heads_for,
+    plural,
+    readme_table,
+    requirements,
+)
 from bench.timing import (
     Clock,
     flops_per_second,
@@ -39,10 +47,6 @@ from bench.timing import (
 )
 from seqconv import _cpu, reference
 
-POWERS = (256, 1024, 4096, 16384, 65536, 262144, 1048576)
-ODD = (1000, 5000, 14113, 65537, 100000)
-SHORT = (64, 256, 1024, 4096)
-BOTH = ("forward", "forward+backward")
 THRESHOLD = str(8 << 30)
 ALLOCATORS = {
     "default": {},
@@ -50,20 +54,9 @@ ALLOCATORS = {
     # Every larger block is given back at once, so that the resident set says what is in use.
     "returning": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
 }
-# What the speed-up over torch.fft must be at POWERS, one thread, float32; three quarters with two.
-REQUIRED = {
-    ("tuned", "forward"): (5.0, 5.0, 5.0, 4.6, 4.6, 4.8, 5.0),
-    ("tuned", "forward+backward"): (6.4, 6.3, 6.0, 5.6, 5.5, 5.3, 5.3),
-    ("default", "forward"): (10, 9, 9, 8, 8, 8, 8),
-    ("default", "forward+backward"): (16, 15, 15, 14, 12, 11, 10),
-}
 console = Console(highlight=False)
 if not console.is_terminal:
     console = Console(highlight=False, width=160)  # a log, not a screen
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 # ---- one measurement, in a worker ----
@@ -187,10 +180,6 @@ def worker() -> None:
 
 
 # ---- what to measure ----
-
-
-def heads_for(batch: int, length: int, elements: int) -> int:
-    return max(1, elements // (batch * length))
 
 
 def jobs_of(args) -> list[dict]:
@@ -411,131 +400,6 @@ def show(rows: list[dict]) -> None:
         console.print(table)
 
 
-class Find:
-    """Medians over the runs of what was measured."""
-
-    def __init__(self, rows: list[dict]):
-        self.rows = rows
-
-    def __call__(self, value: str, contender: str = "seqconv", **wanted) -> float | None:
-        full = asdict(Case()) | {"threads": 1, "allocator": "tuned"} | wanted
-        full.pop("channels", None)
-        full["contender"] = contender
-        found = [
-            r[value]
-            for r in self.rows
-            if all(r.get(k) == v for k, v in full.items() if v is not None)
-        ]
-        found = [x for x in found if x is not None]
-        return median(found) if found else None
-
-
-def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
-    """(what, wanted, measured, met) of every requirement that the rows can decide."""
-    find = Find([r for r in rows if r["gate"]])
-    lines: list[tuple[str, str, str, bool]] = []
-
-    def compare(what, value, limit, at_least=True, unit="x"):
-        if value is not None:
-            met = value >= limit if at_least else value <= limit
-            sign = ">=" if at_least else "<="
-            lines.append((what, f"{sign} {limit:.3g}{unit}", f"{value:.3g}{unit}", met))
-
-    def ratio_of(a, b):
-        return None if a is None or b is None else a / b
-
-    def per(find_args):
-        row = [r for r in find.rows if all(r.get(k) == v for k, v in find_args.items())]
-        values = [
-            r["median"] / (r["batch"] * r["channels"] * r["length"]) for r in row if r["median"]
-        ]
-        return median(values) if values else None
-
-    def time_of(contender="seqconv", tag=None, **wanted):
-        full = (
-            asdict(Case()) | {"threads": 1, "allocator": "tuned", "contender": contender} | wanted
-        )
-        if "channels" not in wanted:
-            full.pop("channels")
-        if tag:
-            full["tag"] = tag
-        return per(full)
-
-    red = [r for r in rows if r["contender"] == "seqconv" and not r["gate"]]
-    lines.append(("every result of seqconv is right", "0 red", f"{len(red)} red", not red))
-    for (allocator, op), limits in REQUIRED.items():
-        for threads, share in ((1, 1.0), (2, 0.75)):
-            for batch in (8, 1):
-                for length, limit in zip(POWERS, limits, strict=True):
-                    name = f"{allocator}, {op}, B={batch}, L={report.length_name(length)}, {plural(threads, 'thread')}"
-                    wanted = {"allocator": allocator, "op": op, "threads": threads}
-                    value = find("ratio", batch=batch, length=length, tag="speed", **wanted)
-                    compare(name, value, limit * share)
-    for batch in (8, 1):
-        for length in POWERS:
-            others = [time_of(name, batch=batch, length=length) for name in FAST]
-            fastest = min((x for x in others if x), default=None)
-            mine = time_of(batch=batch, length=length, tag="speed")
-            name = f"against the fastest other, B={batch}, L={report.length_name(length)}"
-            compare(name, ratio_of(fastest, mine), 3)
-    for op in BOTH:
-        for length, limit in zip(POWERS, REQUIRED["tuned", op], strict=True):
-            at = {"length": length, "op": op}
-            causal = time_of(tag="speed", **at)
-            label = f"{op}, L={report.length_name(length)}"
-            two = ratio_of(time_of(mode="two_sided", **at), causal)
-            compare(f"two-sided beside causal, {label}", two, 1.15, False)
-            for mode in ("gated", "heads"):
-                compare(f"{mode}, {label}", find("ratio", mode=mode, **at), limit)
-            blh = ratio_of(find("ratio", layout="blh", **at), find("ratio", tag="speed", **at))
-            compare(f"blh ratio over bhl ratio, {label}", blh, 0.6)
-            for dtype in ("bfloat16", "float16"):
-                half = ratio_of(time_of(dtype=dtype, **at), causal)
-                compare(f"{dtype} beside float32, {label}", half, 1.25, False)
-            compare(f"float64, {label}", find("ratio", dtype="float64", **at), 4)
-    for op in BOTH:
-        for length in ODD:
-            below = max(n for n in POWERS if n <= length) if length >= POWERS[0] else None
-            above = min((n for n in POWERS if n >= length), default=None)
-            low, high = (time_of(length=n, op=op, tag="speed") for n in (below, above))
-            if low and high:
-                share = math.log(length / below) / math.log(above / below)
-                between = low * (high / low) ** share
-                name = f"beside its neighbours, {op}, L={length}"
-                compare(name, ratio_of(time_of(length=length, op=op), between), 1.35, False)
-    whole = time_of(length=262144, tag="short kernels")
-    for taps in SHORT:
-        mine = time_of(length=262144, taps=taps, tag="short kernels")
-        compare(f"K={taps} beside K=L at L=256K", ratio_of(mine, whole), 1.0, False)
-        other = time_of("oaconvolve", length=262144, taps=taps)
-        compare(f"K={taps} at L=256K against oaconvolve", ratio_of(other, mine), 4)
-    compare("one row of 64", find("ratio", batch=1, length=64), 1.0)
-    for wanted, limit in (
-        ({"channels": 64, "length": 4096}, 1.8),
-        ({"channels": 64, "length": 4096, "op": BOTH[1]}, 1.8),
-        ({"batch": 1, "channels": 1, "length": 65536}, 1.5),
-        ({"batch": 1, "channels": 1, "length": 1048576}, 1.5),
-        ({"channels": 1, "length": 4096, "op": BOTH[1]}, 1.5),
-        ({"channels": 1, "length": 262144, "op": BOTH[1]}, 1.5),
-    ):
-        one, two = (time_of(tag="threads", threads=n, **wanted) for n in (1, 2))
-        shape = f"B={wanted.get('batch', 8)}, H={wanted['channels']}, L={wanted['length']}"
-        compare(
-            f"2 threads over 1, {wanted.get('op', 'forward')}, {shape}", ratio_of(one, two), limit
-        )
-    for row in rows:
-        if row["allocator"] == "returning" and row["contender"] == "seqconv" and row["peak_bytes"]:
-            case = Case(**{f: row[f] for f in asdict(Case())})
-            results = case.elements * (1 if case.op == "forward" else 2)
-            results += case.channels * (case.length + 1) * (case.op != "forward")
-            # 64 bytes x length per thread and k's spectrum, at up to a quarter of padding.
-            scratch = (row["threads"] * 64 + case.channels * 10) * case.length
-            rest = row["peak_bytes"] - 4 * results
-            name = f"memory beyond the results, {case}, {plural(row['threads'], 'thread')}"
-            compare(name, rest / 2**20, (scratch + (1 << 20)) / 2**20, False, " MiB")
-    return lines
-
-
 def show_requirements(rows: list[dict]) -> None:
     table = Table(title="requirements", title_justify="left")
     for name in ("what", "wanted", "measured", ""):
@@ -545,43 +409,6 @@ def show_requirements(rows: list[dict]) -> None:
         table.add_row(what, wanted, value, "[green]met[/]" if met else "[red]not met[/]")
     console.print(table)
     console.print(f"{sum(line[3] for line in lines)} of {len(lines)} met")
-
-
-def readme_table(rows: list[dict]) -> str:
-    """Speed-ups over torch.fft at every length, and what they were measured on."""
-    find = Find([r for r in rows if r["gate"] and r["tag"] == "speed"])
-    first = next(r for r in rows if r["tag"] == "speed")
-    header = ["", *[report.length_name(n) for n in POWERS]]
-    lines = []
-
-    def line(name, text, **wanted):
-        cells = [find(text, length=n, **wanted) for n in POWERS]
-        if any(cells):
-            lines.append([name, *["-" if c is None else f"{c:.1f}x" for c in cells]])
-
-    for threads in (1, 2):
-        for batch in (8, 1):
-            for op in BOTH:
-                for allocator in ("tuned", "default"):
-                    name = ", ".join(
-                        [op, plural(batch, "sample"), plural(threads, "thread"), allocator]
-                    )
-                    wanted = {"batch": batch, "op": op, "threads": threads}
-                    line(name, "ratio", allocator=allocator, **wanted)
-    cells = [find("median", length=n) for n in POWERS]
-    elements = [8 * heads_for(8, n, 1 << 22) * n for n in POWERS]
-    absolute = [f"{c * 1e9 / e:.2f}" if c else "-" for c, e in zip(cells, elements, strict=True)]
-    lines.append(["ns per element, forward, 8 samples, 1 thread, tuned allocator", *absolute])
-    lines_met = requirements(rows)
-    met = sum(x[3] for x in lines_met)
-    used = first["versions"]
-    return "\n\n".join(
-        [
-            report.markdown(header, lines),
-            f"{first['device']} ({first['isa']} kernels), torch {used['torch']}, commit {first['commit']}; "
-            f"{met} of the harness's {len(lines_met)} requirements are met there.",
-        ]
-    )
 
 
 def parse(argv=None) -> argparse.Namespace:
