@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import seqconv
+from seqconv import _cpu
 
 
 def pytest_sessionstart(session):
@@ -19,3 +20,13 @@ def deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["portable", "neon", "avx2", "avx512"])
+def isa(request):
+    """Runs the test once with every instruction set that this processor has."""
+    chosen = _cpu.isa()
+    if not _cpu.set_isa(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    _cpu.set_isa(chosen)

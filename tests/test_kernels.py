@@ -5,7 +5,7 @@ import torch
 from accuracy import assert_accurate, rel_l2
 from cases import Case, double, fftconv, oracle
 
-from seqconv import _cpu, reference
+from seqconv import reference
 
 WAYS = {
     # Blocks: a kernel much shorter than the row.
@@ -73,15 +73,6 @@ WAYS = {
     # float64 long enough for every stage.
     "double": Case(length=70_000, taps=70_000, channels=1, dtype=torch.float64, taps_rev=5),
 }
-
-
-@pytest.fixture(params=["portable", "neon", "avx2", "avx512"])
-def isa(request):
-    chosen = _cpu.isa()
-    if not _cpu.set_isa(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    _cpu.set_isa(chosen)
 
 
 @pytest.mark.parametrize("way", WAYS)

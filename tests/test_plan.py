@@ -6,17 +6,7 @@ import pytest
 
 from seqconv import _cpu
 
-ISAS = ("portable", "avx2", "avx512", "neon")
 SHORT = 32  # taps: up to here a direct sum
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    chosen = _cpu.isa()
-    if not _cpu.set_isa(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    _cpu.set_isa(chosen)
 
 
 def smooth(n: int) -> bool:
