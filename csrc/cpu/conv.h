@@ -241,14 +241,13 @@ struct Work {
           });
           if (method.direct) continue;
           const Source<T> all{{reinterpret_cast<char*>(kk), kDtype<T>, 1}, {}, width};
-          enter(plan, team, to, all, plan.scaled);
+          enter(plan, team, to, plan.scaled, all);
         } else {
           const Source<T> fore{row(p.k, b, c, g), {}, p.taps};
           Source<T> back{row(p.k_rev, b, c, g), {}, reach, reach - plan.n};
           back.row.base += (reach - 1) * back.row.stride * size_of(back.row.dtype);
           back.row.stride = -back.row.stride;
-          enter(plan, team, to, fore, plan.scaled, reach ? &back : nullptr,
-                plan.scaled_times_minus_i);
+          enter(plan, team, to, plan.scaled, fore, reach ? &back : nullptr, T(-1));
           // Tap 0 meets every factor with weight 1.
           const T value = skip(c, g) / static_cast<T>(plan.n);
           once(team, [&] {
@@ -265,15 +264,15 @@ struct Work {
 
   // The first pass of block j of the input of v.
   void enter_input(T* to, const Source<T>& in, int64_t j) {
-    if (!blocked) return enter(plan, team, to, in, plan.plain);
+    if (!blocked) return enter(plan, team, to, plan.plain, in);
     const Source<T> now = in.at(j * plan.n + reach), before = now.at(-plan.n);
-    enter(plan, team, to, now, plan.plain, &before, plan.times_minus_i);
+    enter(plan, team, to, plan.plain, now, &before, T(-1));
   }
   // The same of the gradient of v, for the gradient of its input.
   void enter_gradient(T* to, const Source<T>& in, int64_t j) {
-    if (!blocked) return enter(plan, team, to, in, plan.plain);
+    if (!blocked) return enter(plan, team, to, plan.plain, in);
     const Source<T> now = in.at(j * plan.n - reach), after = now.at(plan.n);
-    enter(plan, team, to, now, plan.plain, &after, plan.times_i);
+    enter(plan, team, to, plan.plain, now, &after);
   }
 };
 
@@ -520,7 +519,7 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
   // The spectrum of the input is made together with the first gradient's, unless v needs it before.
   const bool early = w.gated && !direct && !w.blocked;
   if (early) {
-    enter(plan, w.team, w.x, in, plan.plain);
+    enter(plan, w.team, w.x, plan.plain, in);
     Task<T> task(w.x);
     task.join = false;
     if (w.fetches()) {
@@ -580,7 +579,7 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
   if (!wanted.dx && !wanted.dk) return;
   for (int64_t j = 0; j < w.method.blocks; ++j) {
     const bool with_x = wanted.dk && !early;
-    if (with_x) enter(plan, w.team, w.x, in.at(j * plan.n), plan.plain);
+    if (with_x) enter(plan, w.team, w.x, plan.plain, in.at(j * plan.n));
     const bool single = p.heads == 1;
     if (!single) clear(w.team, w.sum, plan.spectrum);
     for (int64_t c = 0; c < p.heads; ++c) {

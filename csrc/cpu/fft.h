@@ -2,48 +2,49 @@
 // the order in which the nodes split, and the inverse takes it in that order: nothing is ever
 // reordered. Included inside an instruction set's namespace, after simd.h.
 
-template <class T>
+template <class T, int Q = kQuads<T>>
 struct Complex {
-  Vec<T> re, im;
+  Vec<T, Q> re, im;
 };
 
 template <class T>
 constexpr int64_t kStep = 2 * kLanes<T>;  // scalars of a complex vector in memory
 
-template <class T>
-SEQCONV_INLINE Complex<T> load(const T* from) {
-  return {*reinterpret_cast<const Vec<T>*>(from),
-          *reinterpret_cast<const Vec<T>*>(from + kLanes<T>)};
+// Imaginary parts lie `apart` scalars after the real ones.
+template <class T, int Q = kQuads<T>>
+SEQCONV_INLINE Complex<T, Q> load(const T* from, int64_t apart = kLanes<T>) {
+  return {*reinterpret_cast<const Vec<T, Q>*>(from),
+          *reinterpret_cast<const Vec<T, Q>*>(from + apart)};
 }
-template <class T>
-SEQCONV_INLINE void store(T* to, Complex<T> x) {
-  *reinterpret_cast<Vec<T>*>(to) = x.re;
-  *reinterpret_cast<Vec<T>*>(to + kLanes<T>) = x.im;
+template <class T, int Q>
+SEQCONV_INLINE void store(T* to, Complex<T, Q> x) {
+  *reinterpret_cast<Vec<T, Q>*>(to) = x.re;
+  *reinterpret_cast<Vec<T, Q>*>(to + kLanes<T>) = x.im;
 }
 
-template <class T>
-SEQCONV_INLINE Complex<T> operator+(Complex<T> a, Complex<T> b) {
+template <class T, int Q>
+SEQCONV_INLINE Complex<T, Q> operator+(Complex<T, Q> a, Complex<T, Q> b) {
   return {a.re + b.re, a.im + b.im};
 }
-template <class T>
-SEQCONV_INLINE Complex<T> operator-(Complex<T> a, Complex<T> b) {
+template <class T, int Q>
+SEQCONV_INLINE Complex<T, Q> operator-(Complex<T, Q> a, Complex<T, Q> b) {
   return {a.re - b.re, a.im - b.im};
 }
-template <class T>
-SEQCONV_INLINE Complex<T> operator*(Complex<T> a, Complex<T> b) {
+template <class T, int Q>
+SEQCONV_INLINE Complex<T, Q> operator*(Complex<T, Q> a, Complex<T, Q> b) {
   return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
 }
-template <class T>
-SEQCONV_INLINE Complex<T> operator*(T s, Complex<T> a) {
+template <class T, int Q>
+SEQCONV_INLINE Complex<T, Q> operator*(T s, Complex<T, Q> a) {
   return {s * a.re, s * a.im};
 }
 // a conj(b)
-template <class T>
-SEQCONV_INLINE Complex<T> times_conj(Complex<T> a, Complex<T> b) {
+template <class T, int Q>
+SEQCONV_INLINE Complex<T, Q> times_conj(Complex<T, Q> a, Complex<T, Q> b) {
   return {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
 }
-template <class T>
-SEQCONV_INLINE Complex<T> times_i(Complex<T> a) {
+template <class T, int Q>
+SEQCONV_INLINE Complex<T, Q> times_i(Complex<T, Q> a) {
   return {-a.im, a.re};
 }
 
@@ -72,37 +73,66 @@ struct Roots<7> {
 };
 
 // a[j] <- sum_r a[r] exp(2 pi i j r / R)
-template <int R, class T>
-SEQCONV_INLINE void dft(Complex<T>* a) {
+template <int R, class T, int Q>
+SEQCONV_INLINE void dft(Complex<T, Q>* a) {
   if constexpr (R == 1) {
   } else if constexpr (R == 2) {
-    const Complex<T> d = a[0] - a[1];
+    const Complex<T, Q> d = a[0] - a[1];
     a[0] = a[0] + a[1];
     a[1] = d;
   } else if constexpr (R == 4) {
-    const Complex<T> s0 = a[0] + a[2], d0 = a[0] - a[2];
-    const Complex<T> s1 = a[1] + a[3], d1 = times_i(a[1] - a[3]);
+    const Complex<T, Q> s0 = a[0] + a[2], d0 = a[0] - a[2];
+    const Complex<T, Q> s1 = a[1] + a[3], d1 = times_i(a[1] - a[3]);
     a[0] = s0 + s1;
     a[1] = d0 + d1;
     a[2] = s0 - s1;
     a[3] = d0 - d1;
-  } else if constexpr (R == 8) {
-    Complex<T> even[4] = {a[0], a[2], a[4], a[6]}, odd[4] = {a[1], a[3], a[5], a[7]};
-    dft<4>(even);
-    dft<4>(odd);
-    constexpr T h = T(0.707106781186547524400844);
-    odd[1] = h * (odd[1] + times_i(odd[1]));
-    odd[2] = times_i(odd[2]);
-    odd[3] = h * (times_i(odd[3]) - odd[3]);
+  } else if constexpr (R == 8 || R == 16) {
+    constexpr int h = R / 2;
+    Complex<T, Q> even[h], odd[h];
     SEQCONV_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      a[j] = even[j] + odd[j];
-      a[j + 4] = even[j] - odd[j];
+    for (int r = 0; r < h; ++r) {
+      even[r] = a[2 * r];
+      odd[r] = a[2 * r + 1];
     }
+    dft<h>(even);
+    dft<h>(odd);
+    SEQCONV_UNROLL
+    for (int j = 0; j < h; ++j) {
+      // exp(2 pi i j / R) = i^turned exp(2 pi i e / 16), and the rest is left to fused operations.
+      constexpr T kCos[] = {1, T(0.923879532511286756128), T(0.707106781186547524400844),
+                            T(0.382683432365089771728)};
+      const int e = j * 16 / R % 4;
+      Complex<T, Q> b = j * 16 / R / 4 ? times_i(odd[j]) : odd[j];
+      T scale = 1;
+      if (e == 2) {
+        b = b + times_i(b);
+        scale = kCos[2];
+      } else if (e) {
+        const T c = kCos[e], s = kCos[4 - e];
+        b = {c * b.re - s * b.im, c * b.im + s * b.re};
+      }
+      a[j] = {even[j].re + scale * b.re, even[j].im + scale * b.im};
+      a[j + h] = {even[j].re - scale * b.re, even[j].im - scale * b.im};
+    }
+  } else if constexpr (R % 2 == 0) {
+    // R = 2 h, h odd: the two factors need no twiddles between them (Good and Thomas).
+    constexpr int h = R / 2;
+    Complex<T, Q> sum[h], difference[h];
+    SEQCONV_UNROLL
+    for (int r = 0; r < h; ++r) {
+      const Complex<T, Q> x = a[2 * r], y = a[(2 * r + h) % R];
+      sum[r] = x + y;
+      difference[r] = x - y;
+    }
+    dft<h>(sum);
+    dft<h>(difference);
+    SEQCONV_UNROLL
+    for (int j = 0; j < R; ++j) a[j] = j % 2 ? difference[j % h] : sum[j % h];
   } else {
     static_assert(R % 2 == 1);
     constexpr int h = (R - 1) / 2;
-    Complex<T> s[h], d[h], sum = a[0];
+    Complex<T, Q> s[h], d[h], sum = a[0];
     SEQCONV_UNROLL
     for (int r = 0; r < h; ++r) {
       s[r] = a[r + 1] + a[R - 1 - r];
@@ -111,7 +141,7 @@ SEQCONV_INLINE void dft(Complex<T>* a) {
     }
     SEQCONV_UNROLL
     for (int j = 1; j <= h; ++j) {
-      Complex<T> even = a[0], odd = {};
+      Complex<T, Q> even = a[0], odd = {};
       SEQCONV_UNROLL
       for (int r = 0; r < h; ++r) {
         even = even + T(Roots<R>::cos[j * (r + 1) % R]) * s[r];

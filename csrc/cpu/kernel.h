@@ -13,6 +13,12 @@ namespace seqconv {
 constexpr int kMaxStages = 32;
 constexpr int kDirectTaps = 32;  // up to here the direct sum is at least as fast as the transform
 
+// Quads of the vectors that the first and last pass use. The widest vectors are taken by halves
+// there: splitting a row by butterflies costs half of splitting it into lanes.
+constexpr int end_quads(int quads, int scalar_bytes) {
+  return 4 * quads * scalar_bytes > 32 ? quads / 2 : quads;
+}
+
 struct Stage {
   int radix;
   int64_t twiddle;  // index of the stage's first twiddle, see Transform
@@ -32,8 +38,8 @@ struct Transform {
   bool compact = false;         // radix 4 nodes keep w only; w^2 and w^3 are computed
   const T* twiddles = nullptr;  // per node w, w^2, ...: one complex vector each
   int64_t middle = 0;  // index of the last four positions' twiddles, per group of four nodes
-  // Coefficients of the first and last pass: the segments' weights w, and w times a constant.
-  const T *plain, *times_i, *times_minus_i, *scaled, *scaled_times_minus_i;
+  // Coefficients of the first and last pass: the segments' weights w, w / n, and -i w / n.
+  const T *plain, *scaled, *scaled_times_minus_i;
 };
 
 // Threads that walk through the same unit together, sharing its scratch. They meet where work is

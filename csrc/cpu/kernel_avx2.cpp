@@ -13,7 +13,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#define SEQCONV_F16C 1  // every processor with AVX2 has it
+#define SEQCONV_AVX 1  // and F16C, which every processor with AVX2 has
 #define SEQCONV_VECTOR_BYTES 32
 namespace seqconv {
 namespace avx2 {

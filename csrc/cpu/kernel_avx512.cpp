@@ -17,7 +17,7 @@
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")
 #endif
 
-#define SEQCONV_F16C 1  // every processor with AVX2 has it
+#define SEQCONV_AVX 1  // and F16C, which every processor with AVX2 has
 #define SEQCONV_VECTOR_BYTES 64
 namespace seqconv {
 namespace avx512 {

@@ -99,8 +99,9 @@ std::shared_ptr<const Plan<T>> make_plan(int64_t n, int quads) {
   }
   t.middle = total;
   total += groups * (t.compact ? 1 : 3) * step;
-  const int64_t ends = total, segments = static_cast<int64_t>(t.radix) * quads;
-  total += 5 * segments * step;
+  const int ends_quads = end_quads(quads, sizeof(T)), end_radix = t.radix * quads / ends_quads;
+  const int64_t ends = total, end_size = static_cast<int64_t>(t.radix) * quads * 8 * ends_quads;
+  total += 3 * end_size;
   plan->bytes = (static_cast<size_t>(total) * sizeof(T) + 63) / 64 * 64;
   T* table = static_cast<T*>(std::aligned_alloc(64, plan->bytes));
   if (!table) throw std::bad_alloc();
@@ -108,13 +109,13 @@ std::shared_ptr<const Plan<T>> make_plan(int64_t n, int quads) {
   t.twiddles = table;
 
   constexpr double kTurn = 6.283185307179586476925;
-  // angle(q, lane): in turns.
-  const auto put = [&](T* to, double scale, const auto& angle) {
-    for (int q = 0; q < quads; ++q) {
+  // Complex vectors of `count` quads; angle(q, lane): in turns.
+  const auto put = [](T* to, int count, double scale, const auto& angle) {
+    for (int q = 0; q < count; ++q) {
       for (int lane = 0; lane < 4; ++lane) {
         const double a = kTurn * angle(q, lane);
         to[4 * q + lane] = static_cast<T>(scale * std::cos(a));
-        to[4 * quads + 4 * q + lane] = static_cast<T>(scale * std::sin(a));
+        to[4 * (count + q) + lane] = static_cast<T>(scale * std::sin(a));
       }
     }
   };
@@ -131,17 +132,15 @@ std::shared_ptr<const Plan<T>> make_plan(int64_t n, int quads) {
     }
   };
 
-  const T** end_tables[] = {&t.plain, &t.times_i, &t.times_minus_i, &t.scaled,
-                            &t.scaled_times_minus_i};
-  const double constant_turns[] = {0, 0.25, -0.25, 0, -0.25};
-  for (int i = 0; i < 5; ++i) {
-    T* to = table + ends + i * segments * step;
+  const T** end_tables[] = {&t.plain, &t.scaled, &t.scaled_times_minus_i};
+  for (int i = 0; i < 3; ++i) {
+    T* to = table + ends + i * end_size;
     *end_tables[i] = to;
-    for (int r = 0; r < t.radix; ++r)
-      for (int s = 0; s < quads; ++s, to += step)
-        put(to, i < 3 ? 1.0 : 1.0 / static_cast<double>(n), [&](int q, int) {
-          return turns[static_cast<size_t>(q)][0] * (s + static_cast<double>(r) / t.radix) +
-                 constant_turns[i];
+    for (int r = 0; r < end_radix; ++r)
+      for (int s = 0; s < ends_quads; ++s, to += 8 * ends_quads)
+        put(to, ends_quads, i == 0 ? 1.0 : 1.0 / static_cast<double>(n), [&](int q, int) {
+          return (0.25 + q) / ends_quads * (s + static_cast<double>(r) / end_radix) -
+                 (i == 2 ? 0.25 : 0.0);
         });
   }
   split(t.radix);
@@ -151,13 +150,13 @@ std::shared_ptr<const Plan<T>> make_plan(int64_t n, int quads) {
     const int powers = t.compact && radix == 4 ? 1 : radix - 1;
     for (size_t node = 0; node < turns[0].size(); ++node)
       for (int r = 1; r <= powers; ++r, to += step)
-        put(to, 1.0, [&](int q, int) { return turns[static_cast<size_t>(q)][node] / radix * r; });
+        put(to, quads, 1.0, [&](int q, int) { return turns[static_cast<size_t>(q)][node] / radix * r; });
     split(radix);
   }
   T* to = table + t.middle;
   for (int64_t g = 0; g < groups; ++g)
     for (int r = 1; r <= (t.compact ? 1 : 3); ++r, to += step)
-      put(to, 1.0, [&](int q, int lane) {
+      put(to, quads, 1.0, [&](int q, int lane) {
         const auto node = static_cast<size_t>(std::min(4 * g + lane, m - 1));
         return turns[static_cast<size_t>(q)][node] / 4 * r;
       });

@@ -40,7 +40,7 @@ template <class S, class T>
 SEQCONV_INLINE int64_t narrow_many(const T*, int64_t, S*) {
   return 0;
 }
-#if SEQCONV_F16C
+#if SEQCONV_AVX
 template <bool kMultiply>
 SEQCONV_INLINE int64_t widen_many(const Float16* from, int64_t n, float* out) {
   int64_t i = 0;
@@ -163,16 +163,49 @@ struct Sink {
   }
 };
 
+// The ends of the transform, where a row meets its nodes: R times kEndQuads segments, split R by R
+// by a butterfly and the rest into lanes. kParts neighbouring results are parts of one vector.
+template <int R, class T>
+struct End {
+  static constexpr int kQ = kEndQuads<T>, kParts = kQuads<T> / kQ, kSegments = R * kQ;
+  // Where result j lies, children being `apart` scalars apart.
+  static int64_t place(int j, int64_t apart) { return j / kParts * apart + j % kParts * 4 * kQ; }
+  static Complex<T, kQ> weight(const T* table, int r, int s) {
+    return load<T, kQ>(table + (r * kQ + s) * 8 * kQ, 4 * kQ);
+  }
+  // Segment r of the real sequence at x, and what the lanes' split adds to it: segment r + R times
+  // exp(i pi / 4), or minus that in the second quad.
+  static Complex<T, kQ> segment(const T* x, int64_t r, int64_t stride) {
+    const Vec<T, kQ> value = repeat<T, kQ>(x + r * stride);
+    if constexpr (kQ == 1) {
+      return {value, Vec<T, kQ>{}};
+    } else {
+      constexpr T h = T(0.707106781186547524400844);
+      const Vec<T, kQ> root = {h, h, h, h, -h, -h, -h, -h};
+      const Vec<T, kQ> other = repeat<T, kQ>(x + (r + R) * stride);
+      return {value + root * other, root * other};
+    }
+  }
+  // So many streams a power of two apart would evict each other's lines half used.
+  static bool crowded(const Transform<T>& plan) {
+    return kSegments > 8 && plan.n >= kCrowded;
+  }
+};
+
 // The first pass: children [begin, end) vectors of every child of the root, of the sequence re, or
-// re + (the constant folded into `turned`) im.
+// re + turn i im, times the constant folded into `weights`.
 template <int R, bool kComplex, class T>
-void first_pass(const Transform<T>& plan, const Source<T>& re, const T* plain, const Source<T>& im,
-                const T* turned, T* data, int64_t begin, int64_t end) {
-  constexpr int kSegments = R * kQuads<T>;
+void first_pass(const Transform<T>& plan, const T* weights, const Source<T>& re,
+                const Source<T>& im, T turn, T* data, int64_t begin, int64_t end) {
+  using E = End<R, T>;
+  constexpr int kQ = E::kQ;
   const int64_t apart = 4 * plan.vectors;  // positions from segment to segment
-  alignas(64) T staging[kComplex ? 2 : 1][kSegments][kChunk];
-  const T* whole_re = re.find(0, plan.n);
-  const T* whole_im = kComplex ? im.find(0, plan.n) : whole_re;
+  const int64_t child = plan.vectors * kStep<T>;
+  T* to = data + begin * kStep<T>;
+  alignas(64) T staging[kComplex ? 2 : 1][E::kSegments][kChunk];
+  const bool crowded = E::crowded(plan);
+  const T* whole_re = crowded ? nullptr : re.find(0, plan.n);
+  const T* whole_im = kComplex && !crowded ? im.find(0, plan.n) : whole_re;
   // A short row is cheaper to copy at once than segment by segment.
   alignas(64) T spare[kComplex ? 2 : 1][kSmall];
   if (plan.n <= kSmall && end - begin == plan.vectors) {
@@ -187,46 +220,40 @@ void first_pass(const Transform<T>& plan, const Source<T>& re, const T* plain, c
       whole_im = spare[kComplex];
     }
   }
+  const bool whole = whole_re && whole_im;
+  const int64_t stride = whole ? apart : kChunk;
   while (begin < end) {
-    const T *x[kSegments], *y[kSegments];
+    const T *x = whole_re + 4 * begin, *y = whole_im + 4 * begin;
     int64_t stop = end;
-    if (whole_re && whole_im) {
-      for (int g = 0; g < kSegments; ++g) {
-        x[g] = whole_re + g * apart + 4 * begin;
-        if (kComplex) y[g] = whole_im + g * apart + 4 * begin;
-      }
-    } else {
+    if (!whole) {
+      x = staging[0][0];
+      y = staging[kComplex][0];
       if (stop > begin + kChunk / 4) stop = begin + kChunk / 4;
-      for (int g = 0; g < kSegments; ++g) {
+      for (int g = 0; g < E::kSegments; ++g) {
         const int64_t t = g * apart + 4 * begin, n = 4 * (stop - begin);
-        x[g] = re.window(t, n, staging[0][g]);
-        if (kComplex) y[g] = im.window(t, n, staging[kComplex][g]);
+        re.fill(t, n, staging[0][g]);
+        if (kComplex) im.fill(t, n, staging[kComplex][g]);
       }
     }
     for (int64_t i = 0; i < stop - begin; ++i) {
-      Complex<T> a[R];
+      Complex<T, kQ> a[R];
       SEQCONV_UNROLL
       for (int r = 0; r < R; ++r) {
-        SEQCONV_UNROLL
-        for (int s = 0; s < kQuads<T>; ++s) {
-          const int64_t at = (r * kQuads<T> + s) * kStep<T>;
-          const Vec<T> value = repeat<T>(x[r + s * R] + 4 * i);
-          const Complex<T> c = load<T>(plain + at);
-          if (s == 0)
-            a[r] = {value * c.re, value * c.im};
-          else
-            a[r] = {a[r].re + value * c.re, a[r].im + value * c.im};
-          if constexpr (kComplex) {
-            const Vec<T> other = repeat<T>(y[r + s * R] + 4 * i);
-            const Complex<T> d = load<T>(turned + at);
-            a[r] = {a[r].re + other * d.re, a[r].im + other * d.im};
-          }
+        const Complex<T, kQ> c = E::weight(weights, r, 0);
+        const Complex<T, kQ> b = E::segment(x + 4 * i, r, stride);
+        if constexpr (kComplex) {
+          const Complex<T, kQ> d = E::segment(y + 4 * i, r, stride);
+          a[r] = Complex<T, kQ>{b.re - turn * d.im, b.im + turn * d.re} * c;
+        } else if constexpr (kQ == 1) {
+          a[r] = {b.re * c.re, b.re * c.im};
+        } else {
+          a[r] = b * c;
         }
       }
       dft<R>(a);
-      T* to = data + (begin + i) * kStep<T>;
       SEQCONV_UNROLL
-      for (int r = 0; r < R; ++r) store<T>(to + r * plan.vectors * kStep<T>, a[r]);
+      for (int r = 0; r < R; ++r) store(to + E::place(r, child), a[r]);
+      to += kStep<T>;
     }
     begin = stop;
   }
@@ -236,51 +263,40 @@ void first_pass(const Transform<T>& plan, const Source<T>& re, const T* plain, c
 template <int R, class T>
 void last_pass(const Transform<T>& plan, const T* data, const T* weights, const Sink<T>& sink,
                int64_t begin, int64_t end) {
-  constexpr int kSegments = R * kQuads<T>;
-  const int64_t apart = 4 * plan.vectors;
-  alignas(64) T staging[kSegments][kChunk];
-  // So many streams a power of two apart would evict each other's lines half written.
-  const bool crowded = kSegments > 8 && plan.n >= kCrowded;
-  T* whole = crowded ? nullptr : sink.find(0, plan.n);
+  using E = End<R, T>;
+  constexpr int kQ = E::kQ;
+  const int64_t apart = 4 * plan.vectors, child = plan.vectors * kStep<T>;
+  const T* from = data + begin * kStep<T>;
+  alignas(64) T staging[E::kSegments][kChunk];
+  T* whole = E::crowded(plan) ? nullptr : sink.find(0, plan.n);
   alignas(64) T spare[kSmall];
   const bool spared = !whole && plan.n <= kSmall && end - begin == plan.vectors;
   if (spared) whole = spare;
-  bool staged[kSegments];
+  const int64_t stride = whole ? apart : kChunk;
   while (begin < end) {
-    T* y[kSegments];
+    T* y = whole ? whole + 4 * begin : staging[0];
     int64_t stop = end;
-    if (whole) {
-      for (int g = 0; g < kSegments; ++g) y[g] = whole + g * apart + 4 * begin;
-    } else {
-      if (stop > begin + kChunk / 4) stop = begin + kChunk / 4;
-      for (int g = 0; g < kSegments; ++g) {
-        y[g] = crowded ? nullptr : sink.find(g * apart + 4 * begin, 4 * (stop - begin));
-        staged[g] = !y[g];
-        if (staged[g]) y[g] = staging[g];
-      }
-    }
+    if (!whole && stop > begin + kChunk / 4) stop = begin + kChunk / 4;
     for (int64_t i = 0; i < stop - begin; ++i) {
-      const T* from = data + (begin + i) * kStep<T>;
-      Complex<T> a[R];
+      Complex<T, kQ> a[R];
       SEQCONV_UNROLL
       for (int r = 0; r < R; ++r)
-        a[r ? R - r : 0] = load<T>(from + r * plan.vectors * kStep<T>);  // as in join_node
+        a[r ? R - r : 0] = load<T, kQ>(from + E::place(r, child));  // as in join_node
+      from += kStep<T>;
       dft<R>(a);
       SEQCONV_UNROLL
       for (int r = 0; r < R; ++r) {
-        Vec<T> e[kQuads<T>];
-        T* to[kQuads<T>];
+        Vec<T, kQ> e[kQ];
         SEQCONV_UNROLL
-        for (int s = 0; s < kQuads<T>; ++s) {
-          const Complex<T> c = load<T>(weights + (r * kQuads<T> + s) * kStep<T>);
+        for (int s = 0; s < kQ; ++s) {
+          const Complex<T, kQ> c = E::weight(weights, r, s);
           e[s] = a[r].re * c.re + a[r].im * c.im;
-          to[s] = y[r + s * R];
         }
-        store_quad_sums<T>(e, to, 4 * i);
+        store_quad_sums<T, kQ>(e, y + r * stride + 4 * i, R * stride);
       }
     }
-    for (int g = 0; g < kSegments && !whole; ++g)
-      if (staged[g]) sink.take(g * apart + 4 * begin, 4 * (stop - begin), staging[g]);
+    for (int g = 0; g < E::kSegments && !whole; ++g)
+      sink.take(g * apart + 4 * begin, 4 * (stop - begin), staging[g]);
     begin = stop;
   }
   if (spared) sink.take_all(0, plan.n, spare);
@@ -307,13 +323,16 @@ template <int R>
 SEQCONV_INLINE constexpr int radix_of(Indices<R>) {
   return R;
 }
+// Of the first and last pass, for a plan of radix R.
+template <class T, class Radix>
+constexpr int kEndRadix = radix_of(Radix{}) * kQuads<T> / kEndQuads<T>;
 
-// data <- first pass of re * plain (+ im * turned).
+// data <- first pass of re (+ turn i im), times the constant folded into `weights`.
 template <class T>
-void enter(const Transform<T>& plan, Team& team, T* data, const Source<T>& re, const T* plain,
-           const Source<T>* im = nullptr, const T* turned = nullptr) {
+void enter(const Transform<T>& plan, Team& team, T* data, const T* weights, const Source<T>& re,
+           const Source<T>* im = nullptr, T turn = 1) {
   with_radix(plan, [&](auto radix) {
-    constexpr int R = radix_of(decltype(radix){});
+    constexpr int R = kEndRadix<T, decltype(radix)>;
     const int64_t piece = team.board ? kChunk : plan.vectors;
     spread(team, (plan.vectors + piece - 1) / piece, [&](int64_t begin, int64_t end) {
       end = end * piece < plan.vectors ? end * piece : plan.vectors;
@@ -321,9 +340,9 @@ void enter(const Transform<T>& plan, Team& team, T* data, const Source<T>& re, c
       const int64_t rest = plan.radix * plan.vectors * kStep<T>;
       for (int64_t i = rest; begin == 0 && i < plan.spectrum; ++i) data[i] = 0;
       if (im)
-        first_pass<R, true, T>(plan, re, plain, *im, turned, data, begin * piece, end);
+        first_pass<R, true, T>(plan, weights, re, *im, turn, data, begin * piece, end);
       else
-        first_pass<R, false, T>(plan, re, plain, re, plain, data, begin * piece, end);
+        first_pass<R, false, T>(plan, weights, re, re, turn, data, begin * piece, end);
     });
   });
 }
@@ -333,7 +352,7 @@ template <class T>
 void leave(const Transform<T>& plan, Team& team, const T* data, const T* weights,
            const Sink<T>& sink) {
   with_radix(plan, [&](auto radix) {
-    constexpr int R = radix_of(decltype(radix){});
+    constexpr int R = kEndRadix<T, decltype(radix)>;
     const int64_t piece = team.board ? kChunk : plan.vectors;
     spread(team, (plan.vectors + piece - 1) / piece, [&](int64_t begin, int64_t end) {
       end = end * piece < plan.vectors ? end * piece : plan.vectors;

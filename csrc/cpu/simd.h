@@ -17,6 +17,8 @@ constexpr int kLanes =
     SEQCONV_VECTOR_BYTES / sizeof(T) < 4 ? 4 : SEQCONV_VECTOR_BYTES / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int kQuads = kLanes<T> / 4;
+template <class T>
+constexpr int kEndQuads = end_quads(kQuads<T>, sizeof(T));
 
 template <class T>
 struct IntOf;
@@ -29,19 +31,16 @@ struct IntOf<double> {
   using Type = int64_t;
 };
 
-template <class T>
+template <class T, int Q = kQuads<T>>
 struct VectorOf {
-  typedef T Type __attribute__((vector_size(kLanes<T> * sizeof(T)), may_alias));
-  typedef typename IntOf<T>::Type Int
-      __attribute__((vector_size(kLanes<T> * sizeof(T)), may_alias));
-  typedef T Unaligned
-      __attribute__((vector_size(kLanes<T> * sizeof(T)), may_alias, aligned(sizeof(T))));
-  typedef T Quad __attribute__((vector_size(4 * sizeof(T)), may_alias, aligned(sizeof(T))));
+  typedef T Type __attribute__((vector_size(4 * Q * sizeof(T)), may_alias));
+  typedef typename IntOf<T>::Type Int __attribute__((vector_size(4 * Q * sizeof(T)), may_alias));
+  typedef T Unaligned __attribute__((vector_size(4 * Q * sizeof(T)), may_alias, aligned(sizeof(T))));
 };
+template <class T, int Q = kQuads<T>>
+using Vec = typename VectorOf<T, Q>::Type;
 template <class T>
-using Vec = typename VectorOf<T>::Type;
-template <class T>
-using Quad = typename VectorOf<T>::Quad;  // unaligned
+using Quad = typename VectorOf<T, 1>::Unaligned;
 
 template <class T>
 SEQCONV_INLINE Vec<T> splat(T value) {
@@ -60,18 +59,18 @@ struct MakeIndices<0, I...> {
 };
 
 // Lane l of the result is lane P::at(l, W) of a and b side by side.
-template <class P, class T, int... I>
-SEQCONV_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, Indices<I...>) {
-  constexpr int w = kLanes<T>;
+template <class P, class T, int Q, int... I>
+SEQCONV_INLINE Vec<T, Q> shuffle(Vec<T, Q> a, Vec<T, Q> b, Indices<I...>) {
+  constexpr int w = 4 * Q;
 #if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(a, b, P::at(I, w)...);
 #else
-  return __builtin_shuffle(a, b, typename VectorOf<T>::Int{P::at(I, w)...});
+  return __builtin_shuffle(a, b, typename VectorOf<T, Q>::Int{P::at(I, w)...});
 #endif
 }
-template <class P, class T>
-SEQCONV_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
-  return shuffle<P, T>(a, b, typename MakeIndices<kLanes<T>>::Type{});
+template <class P, class T, int Q = kQuads<T>>
+SEQCONV_INLINE Vec<T, Q> shuffle(Vec<T, Q> a, Vec<T, Q> b) {
+  return shuffle<P, T, Q>(a, b, typename MakeIndices<4 * Q>::Type{});
 }
 
 // Two steps of a 4x4 transpose inside every quad, for four-byte lanes: interleave the low or the
@@ -89,12 +88,10 @@ template <int kOdd>
 struct EveryOther {
   static constexpr int at(int l, int w) { return l / 4 * 4 + l % 4 / 2 * 2 + kOdd + l % 2 * w; }
 };
-// The even (odd) quads of a, then those of b.
+// The first (second) of the two quads of a, then that of b.
 template <int kOdd>
 struct EveryOtherQuad {
-  static constexpr int at(int l, int w) {
-    return l < w / 2 ? l / 4 * 8 + 4 * kOdd + l % 4 : at(l - w / 2, w) + w;
-  }
+  static constexpr int at(int l, int w) { return 4 * kOdd + l % 4 + l / 4 * w; }
 };
 
 // Transposes the 4x4 matrices that quad j of a, b, c, d are the rows of.
@@ -131,30 +128,34 @@ SEQCONV_INLINE void transpose_block(const T* from, int64_t from_row, T* to, int6
 }
 
 // Four values, in every quad.
-template <class T>
-SEQCONV_INLINE Vec<T> repeat(const T* from) {
-#if SEQCONV_VECTOR_BYTES == 64
-  // Compilers do not see a single broadcast in the shuffle.
-  if constexpr (sizeof(T) == 4)
-    return reinterpret_cast<Vec<T>>(_mm512_broadcast_f32x4(_mm_loadu_ps(from)));
-  else
-    return reinterpret_cast<Vec<T>>(_mm512_broadcast_f64x4(_mm256_loadu_pd(from)));
-#else
+template <class T, int Q>
+SEQCONV_INLINE Vec<T, Q> repeat(const T* from) {
+#if SEQCONV_AVX
+  // Compilers load and shuffle, where loading alone can repeat.
+  if constexpr (Q == 2 && sizeof(T) == 4)
+    return reinterpret_cast<Vec<T, 2>>(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(from)));
+#endif
   const Quad<T> x = *reinterpret_cast<const Quad<T>*>(from);
-  if constexpr (kQuads<T> == 1)
-    return reinterpret_cast<const Vec<T>&>(x);
-  else
+  if constexpr (Q == 1) {
+    return reinterpret_cast<const Vec<T, 1>&>(x);
+  } else {
+    static_assert(Q == 2);
 #if defined(__clang__) || __GNUC__ >= 12
     return __builtin_shufflevector(x, x, 0, 1, 2, 3, 0, 1, 2, 3);
 #else
-    return Vec<T>{x[0], x[1], x[2], x[3], x[0], x[1], x[2], x[3]};
+    return Vec<T, 2>{x[0], x[1], x[2], x[3], x[0], x[1], x[2], x[3]};
 #endif
-#endif
+  }
 }
 
-template <int kQuad, class T>
-SEQCONV_INLINE Quad<T> quad_of(Vec<T> x) {
-  if constexpr (kLanes<T> == 4) {
+template <int kQuad, class T, int Q>
+SEQCONV_INLINE Quad<T> quad_of(Vec<T, Q> x) {
+#if SEQCONV_AVX
+  // Compilers shuffle and store, where storing alone can select.
+  if constexpr (Q == 2 && sizeof(T) == 4 && kQuad == 1)
+    return reinterpret_cast<Quad<T>>(_mm256_extractf128_ps(reinterpret_cast<__m256>(x), 1));
+#endif
+  if constexpr (Q == 1) {
     return reinterpret_cast<const Quad<T>&>(x);
   } else {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -165,29 +166,20 @@ SEQCONV_INLINE Quad<T> quad_of(Vec<T> x) {
   }
 }
 
-// The sum of neighbouring quads: those of a, then those of b.
-template <class T>
-SEQCONV_INLINE Vec<T> add_quads(Vec<T> a, Vec<T> b) {
-  return shuffle<EveryOtherQuad<0>, T>(a, b) + shuffle<EveryOtherQuad<1>, T>(a, b);
-}
-
-// to[s][at .. at + 4) = the sum of the quads of e[s], s < kQuads.
-template <class T>
-SEQCONV_INLINE void store_quad_sums(const Vec<T>* e, T* const* to, int64_t at) {
-  const auto put = [at](T* p, Quad<T> value) { *reinterpret_cast<Quad<T>*>(p + at) = value; };
-  if constexpr (kQuads<T> == 1) {
-    put(to[0], quad_of<0, T>(e[0]));
-  } else if constexpr (kQuads<T> == 2) {
-    const Vec<T> sum = add_quads<T>(e[0], e[1]);
-    put(to[0], quad_of<0, T>(sum));
-    put(to[1], quad_of<1, T>(sum));
+// to[s * apart ...] = four values, the sum of the quads of e[s], s < Q.
+template <class T, int Q>
+SEQCONV_INLINE void store_quad_sums(const Vec<T, Q>* e, T* to, int64_t apart) {
+  const auto put = [to, apart](int s, Quad<T> value) {
+    *reinterpret_cast<Quad<T>*>(to + s * apart) = value;
+  };
+  if constexpr (Q == 1) {
+    put(0, quad_of<0, T, 1>(e[0]));
   } else {
-    static_assert(kQuads<T> == 4);
-    const Vec<T> sum = add_quads<T>(add_quads<T>(e[0], e[1]), add_quads<T>(e[2], e[3]));
-    put(to[0], quad_of<0, T>(sum));
-    put(to[1], quad_of<1, T>(sum));
-    put(to[2], quad_of<2, T>(sum));
-    put(to[3], quad_of<3, T>(sum));
+    static_assert(Q == 2);
+    const Vec<T, 2> sum = shuffle<EveryOtherQuad<0>, T, 2>(e[0], e[1]) +
+                          shuffle<EveryOtherQuad<1>, T, 2>(e[0], e[1]);
+    put(0, quad_of<0, T, 2>(sum));
+    put(1, quad_of<1, T, 2>(sum));
   }
 }
 
