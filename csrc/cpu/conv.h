@@ -178,10 +178,13 @@ struct Work {
   }
 
   bool fetches() const { return !blocked && p.length <= kFetchAhead; }
-  // The same row of the next sample, if there is one and it lies as the transform reads it.
+  // The row after this one, in the next channel or sample, if it lies as the transform reads it.
   const T* next(const View<T>& v, int64_t b, int64_t g) const {
-    if (v.panel || b + 1 >= unit.batch_end) return nullptr;
-    return contiguous<T>(row(v, b + 1, 0, g));
+    if (++g == unit.channels) {
+      g = 0;
+      ++b;
+    }
+    return v.panel || b >= unit.batch_end ? nullptr : contiguous<T>(row(v, b, 0, g));
   }
 
   Source<T> input(int64_t b, int64_t g) const {

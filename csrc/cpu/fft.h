@@ -249,12 +249,25 @@ struct Ahead {
   }
 };
 
-// The last split, of nodes of four positions: those of four nodes in a row are transposed, so that
-// the lanes of a quad are the nodes.
-template <bool kCompact, class T>
-void middle_forward(T* data, int64_t groups, const T* twiddles, const Ahead& ahead,
+// The middle of a transform: the last split, of nodes of four positions, and its inverse. The
+// positions of four nodes in a row are transposed, so that the lanes of a quad are the nodes. With
+// kDeep the last stage, which makes those four nodes from one, is part of it.
+template <class T>
+struct Middle {
+  const T* stage;  // twiddles of the last stage
+  const T* last;   // and of the last split
+};
+template <class T>
+SEQCONV_INLINE void transpose(Complex<T>* a) {
+  transpose<T>(a[0].re, a[1].re, a[2].re, a[3].re);
+  transpose<T>(a[0].im, a[1].im, a[2].im, a[3].im);
+}
+
+template <bool kDeep, bool kCompact, class T>
+void middle_forward(T* data, int64_t groups, Middle<T> twiddles, const Ahead& ahead,
                     int64_t offset) {
   constexpr int64_t kRow = 4 * kLanes<T> * sizeof(T);  // bytes of a row that a group stands for
+  constexpr int64_t kTwiddles = (kCompact ? 1 : 3) * kStep<T>;
   for (int64_t g = 0; g < groups; ++g) {
     for (int64_t line = offset + g * kRow; line < offset + (g + 1) * kRow; line += 64) {
       for (int i = 0; i < ahead.reads; ++i) __builtin_prefetch(ahead.read[i] + line, 0, 2);
@@ -263,22 +276,26 @@ void middle_forward(T* data, int64_t groups, const T* twiddles, const Ahead& ahe
     Complex<T> w[4], a[4];
     SEQCONV_UNROLL
     for (int r = 0; r < 4; ++r) a[r] = load<T>(data + r * kStep<T>);
-    transpose<T>(a[0].re, a[1].re, a[2].re, a[3].re);
-    transpose<T>(a[0].im, a[1].im, a[2].im, a[3].im);
-    load_twiddles<4, kCompact, T>(twiddles, w);
+    if constexpr (kDeep) {
+      load_twiddles<4, kCompact, T>(twiddles.stage + g * kTwiddles, w);
+      split_node<4, T>(a, w);
+    }
+    transpose(a);
+    load_twiddles<4, kCompact, T>(twiddles.last + g * kTwiddles, w);
     split_node<4, T>(a, w);
     SEQCONV_UNROLL
-    for (int r = 0; r < 4; ++r) store<T>(data + r * kStep<T>, a[r]);
+    for (int r = 0; r < 4; ++r) store(data + r * kStep<T>, a[r]);
     data += 4 * kStep<T>;
-    twiddles += (kCompact ? 1 : 3) * kStep<T>;
   }
 }
 
 enum class Factor { kOne, kPlain, kConjugate };
 
 // data <- inverse of source * factor.
-template <Factor kFactor, bool kCompact, class T>
-void middle_inverse(const T* source, const T* factor, T* data, int64_t groups, const T* twiddles) {
+template <Factor kFactor, bool kDeep, bool kCompact, class T>
+void middle_inverse(const T* source, const T* factor, T* data, int64_t groups,
+                    Middle<T> twiddles) {
+  constexpr int64_t kTwiddles = (kCompact ? 1 : 3) * kStep<T>;
   for (int64_t g = 0; g < groups; ++g) {
     Complex<T> w[4], a[4];
     SEQCONV_UNROLL
@@ -288,16 +305,18 @@ void middle_inverse(const T* source, const T* factor, T* data, int64_t groups, c
       if constexpr (kFactor == Factor::kConjugate)
         a[r] = times_conj(a[r], load<T>(factor + r * kStep<T>));
     }
-    load_twiddles<4, kCompact, T>(twiddles, w);
+    load_twiddles<4, kCompact, T>(twiddles.last + g * kTwiddles, w);
     join_node<4, T>(a, w);
-    transpose<T>(a[0].re, a[1].re, a[2].re, a[3].re);
-    transpose<T>(a[0].im, a[1].im, a[2].im, a[3].im);
+    transpose(a);
+    if constexpr (kDeep) {
+      load_twiddles<4, kCompact, T>(twiddles.stage + g * kTwiddles, w);
+      join_node<4, T>(a, w);
+    }
     SEQCONV_UNROLL
-    for (int r = 0; r < 4; ++r) store<T>(data + r * kStep<T>, a[r]);
+    for (int r = 0; r < 4; ++r) store(data + r * kStep<T>, a[r]);
     source += 4 * kStep<T>;
     factor += 4 * kStep<T>;
     data += 4 * kStep<T>;
-    twiddles += (kCompact ? 1 : 3) * kStep<T>;
   }
 }
 
@@ -326,15 +345,18 @@ struct Task {
   Ahead ahead;
 };
 
-template <bool kCompact, class T>
+template <bool kDeep, bool kCompact, class T>
 void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t groups) {
   const int64_t from = at * kStep<T>, vectors = 4 * groups;
   T* data = task.data + from;
-  const T* w = plan.twiddles + plan.middle + at / 4 * (kCompact ? 1 : 3) * kStep<T>;
+  const int64_t skipped = at / 4 * (kCompact ? 1 : 3) * kStep<T>;
+  const T* stage = kDeep ? plan.twiddles + plan.stage[plan.stages - 1].twiddle + skipped : nullptr;
+  const Middle<T> w{stage, plan.twiddles + plan.middle + skipped};
   if (task.split) {
     const int64_t row = at * kLanes<T> * static_cast<int64_t>(sizeof(T));
-    middle_forward<kCompact, T>(data, groups, w, task.ahead, row);
-    if (task.split_x) middle_forward<kCompact, T>(task.x + from, groups, w, Ahead{}, 0);
+    middle_forward<kDeep, kCompact, T>(data, groups, w, task.ahead, row);
+    if (task.split_x)
+      middle_forward<kDeep, kCompact, T>(task.x + from, groups, w, Ahead{}, 0);
   }
   if (task.dk) accumulate<T>(data, task.x + from, task.dk + from, vectors);
   if (task.sum) accumulate<T>(data, task.other + from, task.sum + from, vectors);
@@ -342,11 +364,11 @@ void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t g
   const T* source = task.source ? task.source + from : data;
   const T* factor = task.factor ? task.factor + from : source;
   if (!task.factor)
-    middle_inverse<Factor::kOne, kCompact, T>(source, factor, data, groups, w);
+    middle_inverse<Factor::kOne, kDeep, kCompact, T>(source, factor, data, groups, w);
   else if (task.conjugate)
-    middle_inverse<Factor::kConjugate, kCompact, T>(source, factor, data, groups, w);
+    middle_inverse<Factor::kConjugate, kDeep, kCompact, T>(source, factor, data, groups, w);
   else
-    middle_inverse<Factor::kPlain, kCompact, T>(source, factor, data, groups, w);
+    middle_inverse<Factor::kPlain, kDeep, kCompact, T>(source, factor, data, groups, w);
 }
 
 constexpr int64_t kCacheBytes = 16 << 10;  // of data that stay in the first-level cache
@@ -361,7 +383,9 @@ void run_nodes(const Transform<T>& plan, const Task<T>& task, int stage, int64_t
   if (nodes * m * kStep<T> * static_cast<int64_t>(sizeof(T)) <= kCacheBytes || m % 4) {
     int64_t count = nodes, index = first, size = m;
     int s = stage;
-    for (; s < plan.stages; ++s) {
+    // A last stage of radix 4 is left to the middle.
+    const bool deep = stage < plan.stages && plan.stage[plan.stages - 1].radix == 4;
+    for (; s < plan.stages - deep; ++s) {
       const int radix = plan.stage[s].radix;
       if (task.split) pass<true>(plan, s, index, count, data, size, 0, size / radix);
       if (task.split_x)
@@ -370,11 +394,13 @@ void run_nodes(const Transform<T>& plan, const Task<T>& task, int stage, int64_t
       index *= radix;
       size /= radix;
     }
-    const int64_t groups = (count + 3) / 4;
+    const int64_t groups = deep ? count : (count + 3) / 4;
     if (plan.compact)
-      middle<true, T>(plan, task, at, groups);
+      deep ? middle<true, true, T>(plan, task, at, groups)
+           : middle<false, true, T>(plan, task, at, groups);
     else
-      middle<false, T>(plan, task, at, groups);
+      deep ? middle<true, false, T>(plan, task, at, groups)
+           : middle<false, false, T>(plan, task, at, groups);
     while (task.join && s-- > stage) {
       const int radix = plan.stage[s].radix;
       count /= radix;

@@ -68,6 +68,7 @@ constexpr int64_t kTeamPoints = 1 << 15;  // transforms from here on are worth s
 constexpr int64_t kParts = 4;  // of the batch, where there are too few channels to share out
 constexpr int64_t kFewChannels = 8;
 constexpr int64_t kAdjacent = 16;  // channels transposed together, memory permitting: a cache line
+constexpr int64_t kGroupBytes = 64 << 10;  // of spectra that short rows are handled with
 constexpr int64_t kScratchPerPoint = 16;    // in scalars: the bound on a unit's scratch, or
 constexpr int64_t kScratchBytes = 1 << 20;  // these, for short rows
 
@@ -128,12 +129,17 @@ class Run {
     return kernel_.scratch_bytes(p_, method_, transform(), unit, backward_);
   }
 
-  // Where time is not innermost in memory, neighbouring channels are read together.
+  // Where time is not innermost in memory, neighbouring channels are read together; and short rows,
+  // so that a sample's are read as they lie.
   void choose_group() {
     const Tensor& t = backward_ ? p_.dy : p_.y;
     const auto apart = [&](const Tensor& x) { return x && x.stride[3] != 1 && p_.length > 1; };
-    if (!apart(p_.u) && !apart(t)) return;
     const size_t spectrum = static_cast<size_t>(p_.heads) * 2 * static_cast<size_t>(method_.n);
+    if (!apart(p_.u) && !apart(t)) {
+      const int64_t most = kGroupBytes / static_cast<int64_t>(spectrum * sizeof(T) + 1);
+      group_ = std::max<int64_t>(1, std::min({most, kAdjacent, p_.channels / kFewChannels}));
+      return;
+    }
     for (group_ = std::min(kAdjacent, p_.channels); group_ > 1;
          group_ -= group_ > 4 ? group_ / 2 : 1) {
       const size_t kernels = static_cast<size_t>(group_) * spectrum * sizeof(T);
