@@ -87,33 +87,18 @@ SEQCONV_INLINE void dft(Complex<T, Q>* a) {
     a[1] = d0 + d1;
     a[2] = s0 - s1;
     a[3] = d0 - d1;
-  } else if constexpr (R == 8 || R == 16) {
-    constexpr int h = R / 2;
-    Complex<T, Q> even[h], odd[h];
+  } else if constexpr (R == 8) {
+    Complex<T, Q> even[4] = {a[0], a[2], a[4], a[6]}, odd[4] = {a[1], a[3], a[5], a[7]};
+    dft<4>(even);
+    dft<4>(odd);
     SEQCONV_UNROLL
-    for (int r = 0; r < h; ++r) {
-      even[r] = a[2 * r];
-      odd[r] = a[2 * r + 1];
-    }
-    dft<h>(even);
-    dft<h>(odd);
-    SEQCONV_UNROLL
-    for (int j = 0; j < h; ++j) {
-      // exp(2 pi i j / R) = i^turned exp(2 pi i e / 16), and the rest is left to fused operations.
-      constexpr T kCos[] = {1, T(0.923879532511286756128), T(0.707106781186547524400844),
-                            T(0.382683432365089771728)};
-      const int e = j * 16 / R % 4;
-      Complex<T, Q> b = j * 16 / R / 4 ? times_i(odd[j]) : odd[j];
-      T scale = 1;
-      if (e == 2) {
-        b = b + times_i(b);
-        scale = kCos[2];
-      } else if (e) {
-        const T c = kCos[e], s = kCos[4 - e];
-        b = {c * b.re - s * b.im, c * b.im + s * b.re};
-      }
+    for (int j = 0; j < 4; ++j) {
+      // exp(2 pi i j / 8), its constant left to fused operations.
+      Complex<T, Q> b = j / 2 ? times_i(odd[j]) : odd[j];
+      if (j % 2) b = b + times_i(b);
+      const T scale = j % 2 ? T(0.707106781186547524400844) : T(1);
       a[j] = {even[j].re + scale * b.re, even[j].im + scale * b.im};
-      a[j + h] = {even[j].re - scale * b.re, even[j].im - scale * b.im};
+      a[j + 4] = {even[j].re - scale * b.re, even[j].im - scale * b.im};
     }
   } else if constexpr (R % 2 == 0) {
     // R = 2 h, h odd: the two factors need no twiddles between them (Good and Thomas).

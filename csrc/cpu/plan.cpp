@@ -16,33 +16,33 @@ namespace {
 
 constexpr size_t kCachedBytes = size_t{1} << 26;
 constexpr int64_t kCompactFrom = int64_t{1} << 18;  // points; there tables cost more than they save
-constexpr int64_t kLarge = int64_t{1} << 19;
+
+constexpr int64_t kNarrowFrom = 2048;
 
 // Radix of the first pass, then those of the stages, whose nodes end with four positions: m is the
-// number of those nodes per branch. Odd radices come early, where twiddles are read seldom; a row
-// that overflows the second-level cache starts with an eight, to be split into pieces that fit.
+// number of those nodes per branch. Odd radices come early, where twiddles are read seldom. A first
+// pass into the widest vectors meets four segments per node, so that long rows, whose segments lie
+// a power of two apart, start with a two; those vectors come with registers enough for eights.
 struct Radices {
   int count = 0, radix[kMaxStages];
 };
 Radices choose_radices(int64_t m, int quads) {
   Radices radices;
   int twos = 0;
-  const bool large = 4 * quads * m >= kLarge && m % 64 == 0;
+  const bool wide = quads == 4, narrow = wide && 4 * quads * m >= kNarrowFrom;
   for (; m % 2 == 0; m /= 2) ++twos;
   const auto put = [&](int radix, int bits) {
     radices.radix[radices.count++] = radix;
     twos -= bits;
   };
-  if (large)
-    put(8, 3);
-  else if (twos % 2)
+  if (twos % 2 || (narrow && twos > 3))
     put(2, 1);
   else if (twos)
     put(4, 2);
   for (int prime : {7, 5, 3})
     for (; m % prime == 0; m /= prime) put(prime, 0);
   if (m != 1) return {};
-  while (twos % 2 || (large && quads == 4 && twos > 5)) put(8, 3);
+  while (twos % 2 || (wide && twos >= 8)) put(8, 3);
   while (twos) put(4, 2);
   return radices;
 }

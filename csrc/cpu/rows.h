@@ -313,10 +313,8 @@ SEQCONV_INLINE void with_radix(const Transform<T>& plan, const Op& op) {
       return op(Indices<4>{});
     case 5:
       return op(Indices<5>{});
-    case 7:
-      return op(Indices<7>{});
     default:
-      return op(Indices<8>{});
+      return op(Indices<7>{});
   }
 }
 template <int R>
