@@ -178,21 +178,33 @@ struct Work {
   }
 
   bool fetches() const { return !blocked && p.length <= kFetchAhead; }
-  // The row after this one, in the next channel or sample, if it lies as the transform reads it.
-  const T* next(const View<T>& v, int64_t b, int64_t g) const {
-    if (++g == unit.channels) {
+  // What to fetch while channel g of sample b is in work. Of a view that is read as it lies: the
+  // row itself, or the one after it, in the next channel or sample. Of a panel: its part of the
+  // lines that the panel is copied to, or that the next is copied from.
+  Ahead::Lines lines(const View<T>& v, int64_t b, int64_t g, bool after, int64_t c = 0) const {
+    const Tensor& t = *v.tensor;
+    if (!t) return {};
+    if (v.panel) {
+      if (t.stride[2] != 1 || p.heads > 1) return {};
+      Series s = row(t, after && b + 1 < unit.batch_end ? b + 1 : b, c, 0);
+      const int64_t step = s.stride * size_of(s.dtype);
+      return {s.base + g * (p.length / group) * step, step};
+    }
+    if (after && ++g == unit.channels) {
       g = 0;
       ++b;
     }
-    return v.panel || b >= unit.batch_end ? nullptr : contiguous<T>(row(v, b, 0, g));
+    if (b >= unit.batch_end) return {};
+    const Series s = row(t, b, c, g);
+    return {s.stride == 1 ? s.base : nullptr, 64 * size_of(s.dtype) / static_cast<int>(sizeof(T))};
   }
 
   Source<T> input(int64_t b, int64_t g) const {
     return {row(u, b, 0, g), row(pre, b, 0, g), p.length};
   }
 
-  void clear_kernel_sums(bool skip_too) {
-    clear(team, sums.dk, group * p.heads * plan.spectrum);
+  // Spectra are started by the first row.
+  void clear_dots(bool skip_too) {
     once(team, [&] {
       for (int64_t i = 0; i < group * p.heads; ++i)
         for (int64_t j = skip_too ? 0 : 1; j < dot_count; ++j) sums.dots[i * dot_count + j] = 0;
@@ -213,20 +225,20 @@ struct Work {
       rev.base += (reach - 1) * rev.stride * size_of(rev.dtype);
       rev.stride = -rev.stride;
       if constexpr (kIn)
-        read<false>(rev, 0, reach, taps);
+        read(rev, 0, reach, taps);
       else
         write(rev, 0, reach, taps);
     }
     if (!fore) return;
     if constexpr (kIn)
-      read<false>(fore, 0, p.taps, taps + reach);
+      read(fore, 0, p.taps, taps + reach);
     else
       write(fore, 0, p.taps, taps + reach);
   }
 
   T skip(int64_t c, int64_t g) const {
     T value = 0;
-    if (p.skip) read<false>(row(p.skip, 0, c, g), 0, 1, &value);
+    if (p.skip) read(row(p.skip, 0, c, g), 0, 1, &value);
     return value;
   }
 
@@ -371,40 +383,42 @@ struct Epilogue {
         Vec<T>& at = *reinterpret_cast<Vec<T>*>(v + i);
         at = activate<T>(e.activation, at, slope);
       }
-    if (e.post_gate) read<true>(e.post_gate, t, n, v);
-    write(e.y, t, n, v);
+    if (!e.post_gate) return write(e.y, t, n, v);
+    T gate[kChunk];
+    write_product(e.y, t, n, v, read_window(e.post_gate, t, n, gate));
   }
 
   // dv = dy * post_gate * activation'(v), dpost_gate = dy * activation(v)
   static void backward(const void* context, int64_t t, int64_t n, T* v) {
     const Epilogue& e = *static_cast<const Epilogue*>(context);
-    alignas(64) T grad[kChunk] = {}, dpost[kChunk] = {};
-    read<false>(e.dy, t, n, grad);
-    for (int64_t i = 0; i < n; i += kLanes<T>) {
-      Vec<T> slope;
-      const Vec<T> value =
-          activate<T>(e.activation, *reinterpret_cast<const Vec<T>*>(v + i), slope);
-      Vec<T>& at = *reinterpret_cast<Vec<T>*>(grad + i);
-      *reinterpret_cast<Vec<T>*>(dpost + i) = at * value;
-      at *= slope;
+    alignas(64) T slopes[kChunk], staging[2][kChunk];
+    const T* grad = read_window(e.dy, t, n, staging[0]);
+    const bool active = e.activation != Activation::kNone;
+    for (int64_t i = 0; active && i < n; i += kLanes<T>) {
+      Vec<T>& at = *reinterpret_cast<Vec<T>*>(v + i);
+      at = activate<T>(e.activation, at, *reinterpret_cast<Vec<T>*>(slopes + i));
     }
-    if (e.post_gate) read<true>(e.post_gate, t, n, grad);
-    if (e.dpost_gate) write(e.dpost_gate, t, n, dpost);
-    for (int64_t i = 0; i < n; ++i) e.dv[t + i] = grad[i];
+    if (e.dpost_gate) write_product(e.dpost_gate, t, n, grad, v);
+    if (active) {
+      multiply(grad, slopes, n, e.dv + t);
+      grad = e.dv + t;
+    }
+    if (e.post_gate)
+      multiply(grad, read_window(e.post_gate, t, n, staging[1]), n, e.dv + t);
+    else if (!active)
+      copy(grad, n, e.dv + t);
   }
 
   // du = dx * pre_gate, dpre_gate = dx * u
   static void input(const void* context, int64_t t, int64_t n, T* dx) {
     const Epilogue& e = *static_cast<const Epilogue*>(context);
-    T product[kChunk];
-    if (e.dpre) {
-      for (int64_t i = 0; i < n; ++i) product[i] = dx[i];
-      read<true>(e.u, t, n, product);
-      write(e.dpre, t, n, product);
-    }
+    T staging[kChunk];
+    if (e.dpre) write_product(e.dpre, t, n, dx, read_window(e.u, t, n, staging));
     if (!e.du) return;
-    if (e.pre_gate) read<true>(e.pre_gate, t, n, dx);
-    write(e.du, t, n, dx);
+    if (e.pre_gate)
+      write_product(e.du, t, n, dx, read_window(e.pre_gate, t, n, staging));
+    else
+      write(e.du, t, n, dx);
   }
 };
 
@@ -459,10 +473,10 @@ void forward_unit(const Problem& p, const Method& method, const Transform<T>& pl
         }
         Ahead ahead;
         if (w.fetches()) {
-          ahead.will_read(w.next(w.u, b, g));
-          ahead.will_read(w.next(w.pre, b, g));
-          ahead.will_read(contiguous<T>(epilogue.post_gate));
-          ahead.will_write(contiguous<T>(epilogue.y));
+          ahead.will_read(w.lines(w.u, b, g, true));
+          ahead.will_read(w.lines(w.pre, b, g, true));
+          ahead.will_read(w.lines(w.post, b, g, false, c));
+          ahead.will_write(w.lines(w.y, b, g, false, c));
         }
         convolve(w, g, c, in, shared ? w.x : nullptr, sink, ahead);
       }
@@ -512,9 +526,9 @@ struct Wanted {
       : dx(p.du || p.dpre_gate), dk(p.dk || p.dk_rev), dskip(static_cast<bool>(p.dskip)) {}
 };
 
-// Everything that one row adds to the gradients.
+// Everything that one row adds to the gradients; the first row of a sum starts it.
 template <class T>
-void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
+void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g, bool first) {
   const Problem& p = w.p;
   const Transform<T>& plan = w.plan;
   const Source<T> in = w.input(b, g);
@@ -526,9 +540,9 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
     Task<T> task(w.x);
     task.join = false;
     if (w.fetches()) {
-      task.ahead.will_read(contiguous<T>(w.row(w.dy, b, 0, g)));
-      task.ahead.will_read(contiguous<T>(w.row(w.post, b, 0, g)));
-      task.ahead.will_write(contiguous<T>(w.row(w.dpost, b, 0, g)));
+      task.ahead.will_read(w.lines(w.dy, b, g, false));
+      task.ahead.will_read(w.lines(w.post, b, g, false));
+      task.ahead.will_write(w.lines(w.dpost, b, g, false));
     }
     run_task(plan, task, w.team);
   }
@@ -584,22 +598,23 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
     const bool with_x = wanted.dk && !early;
     if (with_x) enter(plan, w.team, w.x, plan.plain, in.at(j * plan.n));
     const bool single = p.heads == 1;
-    if (!single) clear(w.team, w.sum, plan.spectrum);
     for (int64_t c = 0; c < p.heads; ++c) {
       w.enter_gradient(w.a, gradient(c), j);
       Task<T> task(w.a);
       if (wanted.dk) {
         task.x = w.x;
         task.split_x = with_x && c == 0;
+        task.keep_x = !single;
         task.dk = w.dk(g, c);
+        task.add_dk = !first || j > 0;
       }
       task.join = single && wanted.dx;
       if (w.fetches() && c + 1 == p.heads) {
-        task.ahead.will_read(w.next(w.u, b, g));
-        task.ahead.will_read(w.next(w.pre, b, g));
-        if (!w.gated) task.ahead.will_read(w.next(w.dy, b, g));
-        task.ahead.will_write(contiguous<T>(epilogue.du));
-        task.ahead.will_write(contiguous<T>(epilogue.dpre));
+        task.ahead.will_read(w.lines(w.u, b, g, true));
+        task.ahead.will_read(w.lines(w.pre, b, g, true));
+        if (!w.gated) task.ahead.will_read(w.lines(w.dy, b, g, true));
+        task.ahead.will_write(w.lines(w.du, b, g, false));
+        task.ahead.will_write(w.lines(w.dpre, b, g, false));
       }
       if (single) {
         task.factor = w.kernel(g, c);
@@ -607,6 +622,7 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g) {
       } else if (wanted.dx) {
         task.other = w.kernel(g, c);
         task.sum = w.sum;
+        task.add_sum = c > 0;
       }
       run_task(plan, task, w.team);
     }
@@ -676,7 +692,7 @@ void backward_unit(const Problem& p, const Method& method, const Transform<T>& p
   Scratch scratch{memory};
   Work<T> w(p, method, plan, unit, true, scratch);
   const Wanted wanted(p);
-  w.clear_kernel_sums(true);
+  w.clear_dots(true);
   if (!p.kernel_per_sample) w.load_kernels(0);
   for (int64_t b = unit.batch; b < unit.batch_end; ++b) {
     if (p.kernel_per_sample) w.load_kernels(b);
@@ -685,12 +701,12 @@ void backward_unit(const Problem& p, const Method& method, const Transform<T>& p
     w.template move<true>(w.post, b, p.heads);
     w.template move<true>(w.dy, b, p.heads);
     for (int64_t g = 0; g < unit.channels; ++g) {
-      backward_row(w, wanted, b, g);
+      backward_row(w, wanted, b, g, p.kernel_per_sample || b == unit.batch);
       if (wanted.dk && p.kernel_per_sample) store_kernel_gradients(w, b, g);
     }
     if (p.kernel_per_sample) {
       w.move_skip_sums();
-      w.clear_kernel_sums(false);
+      w.clear_dots(false);
     }
     w.template move<false>(w.du, b, 1);
     w.template move<false>(w.dpre, b, 1);

@@ -221,16 +221,20 @@ void pass(const Transform<T>& plan, int stage, int64_t first, int64_t nodes, T* 
   }
 }
 
-// Rows soon read or written, fetched into cache meanwhile; only what lies as the transform's own
-// row does, one T after another.
+// Memory soon read or written, fetched into cache meanwhile: as many lines as a row of T has,
+// `step` bytes apart.
 struct Ahead {
+  struct Lines {
+    const char* first;
+    int64_t step;
+  };
   int reads = 0, writes = 0;
-  const char *read[4] = {}, *write[3] = {};
-  void will_read(const void* row) {
-    if (row) read[reads++] = static_cast<const char*>(row);
+  Lines read[4], write[3];
+  void will_read(Lines lines) {
+    if (lines.first) read[reads++] = lines;
   }
-  void will_write(const void* row) {
-    if (row) write[writes++] = static_cast<const char*>(row);
+  void will_write(Lines lines) {
+    if (lines.first) write[writes++] = lines;
   }
 };
 
@@ -248,19 +252,22 @@ SEQCONV_INLINE void transpose(Complex<T>* a) {
   transpose<T>(a[0].im, a[1].im, a[2].im, a[3].im);
 }
 
-template <bool kDeep, bool kCompact, class T>
-void middle_forward(T* data, int64_t groups, Middle<T> twiddles, const Ahead& ahead,
-                    int64_t offset) {
-  constexpr int64_t kRow = 4 * kLanes<T> * sizeof(T);  // bytes of a row that a group stands for
+// Calls put(at, value) with the complex vector at scalar `at`.
+template <bool kDeep, bool kCompact, class T, class Put>
+SEQCONV_INLINE void middle_forward(const T* data, int64_t groups, Middle<T> twiddles,
+                                   const Ahead& ahead, int64_t line, const Put& put) {
+  constexpr int64_t kLines = 4 * kLanes<T> * sizeof(T) / 64;  // of a row that a group stands for
   constexpr int64_t kTwiddles = (kCompact ? 1 : 3) * kStep<T>;
   for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t line = offset + g * kRow; line < offset + (g + 1) * kRow; line += 64) {
-      for (int i = 0; i < ahead.reads; ++i) __builtin_prefetch(ahead.read[i] + line, 0, 2);
-      for (int i = 0; i < ahead.writes; ++i) __builtin_prefetch(ahead.write[i] + line, 1, 2);
+    for (int64_t end = line + kLines; line < end; ++line) {
+      for (int i = 0; i < ahead.reads; ++i)
+        __builtin_prefetch(ahead.read[i].first + line * ahead.read[i].step, 0, 2);
+      for (int i = 0; i < ahead.writes; ++i)
+        __builtin_prefetch(ahead.write[i].first + line * ahead.write[i].step, 1, 2);
     }
     Complex<T> w[4], a[4];
     SEQCONV_UNROLL
-    for (int r = 0; r < 4; ++r) a[r] = load<T>(data + r * kStep<T>);
+    for (int r = 0; r < 4; ++r) a[r] = load<T>(data + (4 * g + r) * kStep<T>);
     if constexpr (kDeep) {
       load_twiddles<4, kCompact, T>(twiddles.stage + g * kTwiddles, w);
       split_node<4, T>(a, w);
@@ -269,8 +276,7 @@ void middle_forward(T* data, int64_t groups, Middle<T> twiddles, const Ahead& ah
     load_twiddles<4, kCompact, T>(twiddles.last + g * kTwiddles, w);
     split_node<4, T>(a, w);
     SEQCONV_UNROLL
-    for (int r = 0; r < 4; ++r) store(data + r * kStep<T>, a[r]);
-    data += 4 * kStep<T>;
+    for (int r = 0; r < 4; ++r) put((4 * g + r) * kStep<T>, a[r]);
   }
 }
 
@@ -278,8 +284,7 @@ enum class Factor { kOne, kPlain, kConjugate };
 
 // data <- inverse of source * factor.
 template <Factor kFactor, bool kDeep, bool kCompact, class T>
-void middle_inverse(const T* source, const T* factor, T* data, int64_t groups,
-                    Middle<T> twiddles) {
+void middle_inverse(const T* source, const T* factor, T* data, int64_t groups, Middle<T> twiddles) {
   constexpr int64_t kTwiddles = (kCompact ? 1 : 3) * kStep<T>;
   for (int64_t g = 0; g < groups; ++g) {
     Complex<T> w[4], a[4];
@@ -305,11 +310,11 @@ void middle_inverse(const T* source, const T* factor, T* data, int64_t groups,
   }
 }
 
-// to += a conj(b)
+// to (+)= a conj(b)
 template <class T>
-void accumulate(const T* a, const T* b, T* to, int64_t vectors) {
-  for (int64_t i = 0; i < vectors * kStep<T>; i += kStep<T>)
-    store<T>(to + i, load<T>(to + i) + times_conj(load<T>(a + i), load<T>(b + i)));
+SEQCONV_INLINE void accumulate(T* to, Complex<T> a, Complex<T> b, bool add) {
+  const Complex<T> product = times_conj(a, b);
+  store(to, add ? load<T>(to) + product : product);
 }
 
 // What becomes of the children that the first pass left in data. All pointers are to spectra.
@@ -319,11 +324,14 @@ struct Task {
   T* data;
   bool split = true, join = true;  // forward and inverse
   // Between the two, where not null:
-  T* x = nullptr;             // dk += data conj(x)
+  T* x = nullptr;             // dk (+)= data conj(x)
   bool split_x = false;       // x is still to be split, like data
+  bool keep_x = true;         // and wanted afterwards
   T* dk = nullptr;            //
-  const T* other = nullptr;   // sum += data conj(other)
+  bool add_dk = true;         //
+  const T* other = nullptr;   // sum (+)= data conj(other)
   T* sum = nullptr;           //
+  bool add_sum = true;        //
   const T* source = nullptr;  // the inverse's input in place of data
   const T* factor = nullptr;  // multiplies it, conjugated on demand
   bool conjugate = false;
@@ -338,13 +346,25 @@ void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t g
   const T* stage = kDeep ? plan.twiddles + plan.stage[plan.stages - 1].twiddle + skipped : nullptr;
   const Middle<T> w{stage, plan.twiddles + plan.middle + skipped};
   if (task.split) {
-    const int64_t row = at * kLanes<T> * static_cast<int64_t>(sizeof(T));
-    middle_forward<kDeep, kCompact, T>(data, groups, w, task.ahead, row);
-    if (task.split_x)
-      middle_forward<kDeep, kCompact, T>(task.x + from, groups, w, Ahead{}, 0);
+    const int64_t row = at * kLanes<T> * static_cast<int64_t>(sizeof(T)) / 64;
+    const auto keep = [](T* spectrum) {
+      return [=](int64_t i, Complex<T> a) { store(spectrum + i, a); };
+    };
+    middle_forward<kDeep, kCompact, T>(data, groups, w, task.ahead, row, keep(data));
+    T *x = task.x + from, *dk = task.dk + from;
+    if (task.split_x && task.keep_x)
+      middle_forward<kDeep, kCompact, T>(x, groups, w, Ahead{}, 0, keep(x));
+    else if (task.split_x)
+      middle_forward<kDeep, kCompact, T>(x, groups, w, Ahead{}, 0, [&](int64_t i, Complex<T> b) {
+        accumulate<T>(dk + i, load<T>(data + i), b, task.add_dk);
+      });
   }
-  if (task.dk) accumulate<T>(data, task.x + from, task.dk + from, vectors);
-  if (task.sum) accumulate<T>(data, task.other + from, task.sum + from, vectors);
+  for (int64_t i = 0; task.dk && !(task.split_x && !task.keep_x) && i < vectors * kStep<T>;
+       i += kStep<T>)
+    accumulate<T>(task.dk + from + i, load<T>(data + i), load<T>(task.x + from + i), task.add_dk);
+  for (int64_t i = 0; task.sum && i < vectors * kStep<T>; i += kStep<T>)
+    accumulate<T>(task.sum + from + i, load<T>(data + i), load<T>(task.other + from + i),
+                  task.add_sum);
   if (!task.join) return;
   const T* source = task.source ? task.source + from : data;
   const T* factor = task.factor ? task.factor + from : source;
@@ -427,14 +447,6 @@ void spread(Team& team, int64_t n, const Op& op) {
 template <class Op>
 void once(Team& team, const Op& op) {
   spread(team, 1, [&](int64_t, int64_t) { op(); });
-}
-
-template <class T>
-void clear(Team& team, T* x, int64_t n) {
-  constexpr int64_t kPiece = 1 << 15;
-  spread(team, (n + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kPiece; i < end * kPiece && i < n; ++i) x[i] = 0;
-  });
 }
 
 template <class T>

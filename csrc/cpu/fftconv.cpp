@@ -68,7 +68,7 @@ constexpr int64_t kTeamPoints = 1 << 15;  // transforms from here on are worth s
 constexpr int64_t kParts = 4;  // of the batch, where there are too few channels to share out
 constexpr int64_t kFewChannels = 8;
 constexpr int64_t kAdjacent = 16;  // channels transposed together, memory permitting: a cache line
-constexpr int64_t kGroupBytes = 64 << 10;  // of spectra that short rows are handled with
+constexpr int64_t kGroupBytes = 64 << 10;   // of spectra that short rows are handled with
 constexpr int64_t kScratchPerPoint = 16;    // in scalars: the bound on a unit's scratch, or
 constexpr int64_t kScratchBytes = 1 << 20;  // these, for short rows
 
@@ -140,12 +140,12 @@ class Run {
       group_ = std::max<int64_t>(1, std::min({most, kAdjacent, p_.channels / kFewChannels}));
       return;
     }
-    for (group_ = std::min(kAdjacent, p_.channels); group_ > 1;
-         group_ -= group_ > 4 ? group_ / 2 : 1) {
-      const size_t kernels = static_cast<size_t>(group_) * spectrum * sizeof(T);
-      const size_t bound = static_cast<size_t>(kScratchPerPoint * p_.length) * sizeof(T) + 4096;
-      if (scratch_bytes() <= kernels + std::max<size_t>(bound, kScratchBytes)) break;
-    }
+    // All of k's spectrum may be held, by the threads together; a unit needs some of it.
+    const size_t kernels = spectrum * static_cast<size_t>(p_.channels / threads_) * sizeof(T);
+    const size_t bound = static_cast<size_t>(kScratchPerPoint * p_.length) * sizeof(T) + 4096;
+    const size_t allowed = std::max<size_t>(bound, kScratchBytes) + kernels;
+    group_ = std::min(kAdjacent, p_.channels);
+    while (group_ > 1 && scratch_bytes() > allowed) group_ -= group_ > 4 ? 4 : 1;
   }
 
   // op(i, scratch) for i < units, by as many threads as there are.

@@ -150,7 +150,8 @@ std::shared_ptr<const Plan<T>> make_plan(int64_t n, int quads) {
     const int powers = t.compact && radix == 4 ? 1 : radix - 1;
     for (size_t node = 0; node < turns[0].size(); ++node)
       for (int r = 1; r <= powers; ++r, to += step)
-        put(to, quads, 1.0, [&](int q, int) { return turns[static_cast<size_t>(q)][node] / radix * r; });
+        put(to, quads, 1.0,
+            [&](int q, int) { return turns[static_cast<size_t>(q)][node] / radix * r; });
     split(radix);
   }
   T* to = table + t.middle;

@@ -18,21 +18,27 @@ SEQCONV_INLINE T* contiguous(const Series& s) {
   return s.base && s.dtype == kDtype<T> && s.stride == 1 ? reinterpret_cast<T*>(s.base) : nullptr;
 }
 
-// out[i] = x[i], or out[i] *= x[i], for i < n.
-template <bool kMultiply, class T>
+template <class T>
 SEQCONV_INLINE void copy(const T* x, int64_t n, T* out) {
   using V = typename VectorOf<T>::Unaligned;
   int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) {
-    const V value = *reinterpret_cast<const V*>(x + i);
-    V& to = *reinterpret_cast<V*>(out + i);
-    to = kMultiply ? to * value : value;
-  }
-  for (; i < n; ++i) out[i] = kMultiply ? out[i] * x[i] : x[i];
+  for (; i + kLanes<T> <= n; i += kLanes<T>)
+    *reinterpret_cast<V*>(out + i) = *reinterpret_cast<const V*>(x + i);
+  for (; i < n; ++i) out[i] = x[i];
+}
+// out[i] = a[i] b[i], i < n
+template <class T>
+SEQCONV_INLINE void multiply(const T* a, const T* b, int64_t n, T* out) {
+  using V = typename VectorOf<T>::Unaligned;
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>)
+    *reinterpret_cast<V*>(out + i) =
+        *reinterpret_cast<const V*>(a + i) * *reinterpret_cast<const V*>(b + i);
+  for (; i < n; ++i) out[i] = a[i] * b[i];
 }
 
 // As many conversions as there are instructions for, from the start; how many those were.
-template <bool kMultiply, class S, class T>
+template <class S, class T>
 SEQCONV_INLINE int64_t widen_many(const S*, int64_t, T*) {
   return 0;
 }
@@ -41,12 +47,11 @@ SEQCONV_INLINE int64_t narrow_many(const T*, int64_t, S*) {
   return 0;
 }
 #if SEQCONV_AVX
-template <bool kMultiply>
 SEQCONV_INLINE int64_t widen_many(const Float16* from, int64_t n, float* out) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
     const __m256 x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-    _mm256_storeu_ps(out + i, kMultiply ? _mm256_loadu_ps(out + i) * x : x);
+    _mm256_storeu_ps(out + i, x);
   }
   return i;
 }
@@ -59,29 +64,32 @@ SEQCONV_INLINE int64_t narrow_many(const float* from, int64_t n, Float16* to) {
 }
 #endif
 
-// out[i] = s[t + i], or out[i] *= s[t + i], for i < n.
-template <bool kMultiply, class T>
+// out[i] = s[t + i], i < n
+template <class T>
 void read(const Series& s, int64_t t, int64_t n, T* out) {
-  if (const T* from = contiguous<T>(s)) return copy<kMultiply>(from + t, n, out);
+  if (const T* from = contiguous<T>(s)) return copy(from + t, n, out);
   dispatch(s.dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
     const S* from = reinterpret_cast<const S*>(s.base) + t * s.stride;
-    const auto put = [out](int64_t i, S x) {
-      const T value = static_cast<T>(widen(x));
-      out[i] = kMultiply ? out[i] * value : value;
-    };
     if (s.stride == 1) {
-      int64_t i = widen_many<kMultiply>(from, n, out);
-      for (; i < n; ++i) put(i, from[i]);
+      int64_t i = widen_many(from, n, out);
+      for (; i < n; ++i) out[i] = static_cast<T>(widen(from[i]));
     } else {
-      for (int64_t i = 0; i < n; ++i) put(i, from[i * s.stride]);
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(widen(from[i * s.stride]));
     }
   });
+}
+// Where s[t], ..., s[t + n - 1] lie, in staging if not in s itself.
+template <class T>
+SEQCONV_INLINE const T* read_window(const Series& s, int64_t t, int64_t n, T* staging) {
+  if (const T* from = contiguous<T>(s)) return from + t;
+  read(s, t, n, staging);
+  return staging;
 }
 
 template <class T>
 void write(const Series& s, int64_t t, int64_t n, const T* in) {
-  if (T* to = contiguous<T>(s)) return copy<false>(in, n, to + t);
+  if (T* to = contiguous<T>(s)) return copy(in, n, to + t);
   dispatch(s.dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
     S* to = reinterpret_cast<S*>(s.base) + t * s.stride;
@@ -94,7 +102,17 @@ void write(const Series& s, int64_t t, int64_t n, const T* in) {
   });
 }
 
-constexpr int64_t kChunk = 64;      // positions converted at a time
+// s[t + i] = a[i] b[i], i < n <= kChunk
+constexpr int64_t kChunk = 512;  // positions converted at a time: bursts that memory likes
+template <class T>
+void write_product(const Series& s, int64_t t, int64_t n, const T* a, const T* b) {
+  if (T* to = contiguous<T>(s)) return multiply(a, b, n, to + t);
+  T product[kChunk];
+  multiply(a, b, n, product);
+  write(s, t, n, product);
+}
+
+constexpr int64_t kPiece = 64;      // vectors of a child that one of a team takes at a time
 constexpr int64_t kSmall = 2048;    // points of a transform whose row is copied whole, if at all
 constexpr int64_t kCrowded = 8192;  // points of a transform whose ends are far apart
 
@@ -119,8 +137,16 @@ struct Source {
     const int64_t high = end > low ? end : low;
     for (int64_t i = 0; i < low; ++i) out[i] = 0;
     if (high > low) {
-      read<false>(row, t + low, high - low, out + low);
-      if (gate) read<true>(gate, t + low, high - low, out + low);
+      if (!gate) {
+        read(row, t + low, high - low, out + low);
+      } else {
+        T staging[kChunk];
+        for (int64_t i = low, some; i < high; i += some) {
+          some = high - i < kChunk ? high - i : kChunk;
+          const T* a = read_window(row, t + i, some, out + i);
+          multiply(a, read_window(gate, t + i, some, staging), some, out + i);
+        }
+      }
     }
     for (int64_t i = high; i < n; ++i) out[i] = 0;
   }
@@ -187,9 +213,7 @@ struct End {
     }
   }
   // So many streams a power of two apart would evict each other's lines half used.
-  static bool crowded(const Transform<T>& plan) {
-    return kSegments > 8 && plan.n >= kCrowded;
-  }
+  static bool crowded(const Transform<T>& plan) { return kSegments > 8 && plan.n >= kCrowded; }
 };
 
 // The first pass: children [begin, end) vectors of every child of the root, of the sequence re, or
@@ -331,7 +355,7 @@ void enter(const Transform<T>& plan, Team& team, T* data, const T* weights, cons
            const Source<T>* im = nullptr, T turn = 1) {
   with_radix(plan, [&](auto radix) {
     constexpr int R = kEndRadix<T, decltype(radix)>;
-    const int64_t piece = team.board ? kChunk : plan.vectors;
+    const int64_t piece = team.board ? kPiece : plan.vectors;
     spread(team, (plan.vectors + piece - 1) / piece, [&](int64_t begin, int64_t end) {
       end = end * piece < plan.vectors ? end * piece : plan.vectors;
       // Transposing works on whole groups of four nodes.
@@ -351,7 +375,7 @@ void leave(const Transform<T>& plan, Team& team, const T* data, const T* weights
            const Sink<T>& sink) {
   with_radix(plan, [&](auto radix) {
     constexpr int R = kEndRadix<T, decltype(radix)>;
-    const int64_t piece = team.board ? kChunk : plan.vectors;
+    const int64_t piece = team.board ? kPiece : plan.vectors;
     spread(team, (plan.vectors + piece - 1) / piece, [&](int64_t begin, int64_t end) {
       end = end * piece < plan.vectors ? end * piece : plan.vectors;
       last_pass<R, T>(plan, data, weights, sink, begin * piece, end);

@@ -35,7 +35,8 @@ template <class T, int Q = kQuads<T>>
 struct VectorOf {
   typedef T Type __attribute__((vector_size(4 * Q * sizeof(T)), may_alias));
   typedef typename IntOf<T>::Type Int __attribute__((vector_size(4 * Q * sizeof(T)), may_alias));
-  typedef T Unaligned __attribute__((vector_size(4 * Q * sizeof(T)), may_alias, aligned(sizeof(T))));
+  typedef T Unaligned
+      __attribute__((vector_size(4 * Q * sizeof(T)), may_alias, aligned(sizeof(T))));
 };
 template <class T, int Q = kQuads<T>>
 using Vec = typename VectorOf<T, Q>::Type;
@@ -95,36 +96,35 @@ struct EveryOtherQuad {
 };
 
 // Transposes the 4x4 matrices that quad j of a, b, c, d are the rows of.
-template <class T>
-SEQCONV_INLINE void transpose(Vec<T>& a, Vec<T>& b, Vec<T>& c, Vec<T>& d) {
+template <class T, int Q = kQuads<T>>
+SEQCONV_INLINE void transpose(Vec<T, Q>& a, Vec<T, Q>& b, Vec<T, Q>& c, Vec<T, Q>& d) {
   if constexpr (sizeof(T) == 4) {
-    const Vec<T> p = shuffle<Interleave<0>, T>(a, b), q = shuffle<Interleave<1>, T>(a, b);
-    const Vec<T> r = shuffle<Interleave<0>, T>(c, d), s = shuffle<Interleave<1>, T>(c, d);
-    a = shuffle<JoinHalves<0>, T>(p, r);
-    b = shuffle<JoinHalves<1>, T>(p, r);
-    c = shuffle<JoinHalves<0>, T>(q, s);
-    d = shuffle<JoinHalves<1>, T>(q, s);
+    const Vec<T, Q> p = shuffle<Interleave<0>, T, Q>(a, b), q = shuffle<Interleave<1>, T, Q>(a, b);
+    const Vec<T, Q> r = shuffle<Interleave<0>, T, Q>(c, d), s = shuffle<Interleave<1>, T, Q>(c, d);
+    a = shuffle<JoinHalves<0>, T, Q>(p, r);
+    b = shuffle<JoinHalves<1>, T, Q>(p, r);
+    c = shuffle<JoinHalves<0>, T, Q>(q, s);
+    d = shuffle<JoinHalves<1>, T, Q>(q, s);
   } else {
-    const Vec<T> p = shuffle<EveryOther<0>, T>(a, b), q = shuffle<EveryOther<1>, T>(a, b);
-    const Vec<T> r = shuffle<EveryOther<0>, T>(c, d), s = shuffle<EveryOther<1>, T>(c, d);
-    a = shuffle<JoinHalves<0>, T>(p, r);
-    b = shuffle<JoinHalves<0>, T>(q, s);
-    c = shuffle<JoinHalves<1>, T>(p, r);
-    d = shuffle<JoinHalves<1>, T>(q, s);
+    const Vec<T, Q> p = shuffle<EveryOther<0>, T, Q>(a, b), q = shuffle<EveryOther<1>, T, Q>(a, b);
+    const Vec<T, Q> r = shuffle<EveryOther<0>, T, Q>(c, d), s = shuffle<EveryOther<1>, T, Q>(c, d);
+    a = shuffle<JoinHalves<0>, T, Q>(p, r);
+    b = shuffle<JoinHalves<0>, T, Q>(q, s);
+    c = shuffle<JoinHalves<1>, T, Q>(p, r);
+    d = shuffle<JoinHalves<1>, T, Q>(q, s);
   }
 }
 
 // to[j][i] = from[i][j] for i, j < 4, rows `from_row` and `to_row` apart.
 template <class T>
 SEQCONV_INLINE void transpose_block(const T* from, int64_t from_row, T* to, int64_t to_row) {
-  T block[4][4];
+  using V = typename VectorOf<T, 1>::Unaligned;
+  Vec<T, 1> rows[4];
   SEQCONV_UNROLL
-  for (int i = 0; i < 4; ++i)
-    reinterpret_cast<Quad<T>&>(block[i]) = *reinterpret_cast<const Quad<T>*>(from + i * from_row);
+  for (int i = 0; i < 4; ++i) rows[i] = *reinterpret_cast<const V*>(from + i * from_row);
+  transpose<T, 1>(rows[0], rows[1], rows[2], rows[3]);
   SEQCONV_UNROLL
-  for (int j = 0; j < 4; ++j)
-    *reinterpret_cast<Quad<T>*>(to + j * to_row) =
-        Quad<T>{block[0][j], block[1][j], block[2][j], block[3][j]};
+  for (int j = 0; j < 4; ++j) *reinterpret_cast<V*>(to + j * to_row) = rows[j];
 }
 
 // Four values, in every quad.
@@ -176,8 +176,8 @@ SEQCONV_INLINE void store_quad_sums(const Vec<T, Q>* e, T* to, int64_t apart) {
     put(0, quad_of<0, T, 1>(e[0]));
   } else {
     static_assert(Q == 2);
-    const Vec<T, 2> sum = shuffle<EveryOtherQuad<0>, T, 2>(e[0], e[1]) +
-                          shuffle<EveryOtherQuad<1>, T, 2>(e[0], e[1]);
+    const Vec<T, 2> sum =
+        shuffle<EveryOtherQuad<0>, T, 2>(e[0], e[1]) + shuffle<EveryOtherQuad<1>, T, 2>(e[0], e[1]);
     put(0, quad_of<0, T, 2>(sum));
     put(1, quad_of<1, T, 2>(sum));
   }
