@@ -272,6 +272,12 @@ struct Work {
         }
         Task<T> task(to);
         task.join = false;
+        if (fetches() && c + 1 == p.heads) {
+          const bool last = g + 1 == unit.channels;
+          const Series next = last ? row(u, b, 0, 0) : row(p.k, b, 0, g + 1);
+          if (T* first = contiguous<T>(next))
+            task.ahead.will_read({reinterpret_cast<const char*>(first), 64});
+        }
         run_task(plan, task, team);
       }
     }
@@ -332,9 +338,12 @@ double dot(const T* a, const T* b, int64_t n) {
   }
   T rest = 0;
   for (; i < n; ++i) rest += a[i] * b[i];
-  const Vec<T> both = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  alignas(64) T lanes[kLanes<T>];
+  *reinterpret_cast<Vec<T>*>(lanes) = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  Quad<T> both = *reinterpret_cast<Quad<T>*>(lanes);
+  for (int q = 1; q < kQuads<T>; ++q) both += *reinterpret_cast<Quad<T>*>(lanes + 4 * q);
   double sum = static_cast<double>(rest);
-  for (int lane = 0; lane < kLanes<T>; ++lane) sum += static_cast<double>(both[lane]);
+  for (int lane = 0; lane < 4; ++lane) sum += static_cast<double>(both[lane]);
   return sum;
 }
 
