@@ -31,7 +31,9 @@ from bench.requirements import (
     ODD,
     POWERS,
     SHORT,
+    THREADS,
     heads_for,
+    neighbours,
     plural,
     readme_table,
     requirements,
@@ -107,8 +109,29 @@ def tolerance(case: Case, baseline: tuple[float, float], exact) -> tuple[float, 
     return l2, 2 * baseline[1] + 2 * torch.finfo(DTYPES[case.dtype]).eps * crest
 
 
-def measure(case: Case, names, budget: float, device: str, clock: Clock, peak_flops: float):
-    """Rows of results of one case, one per contender, a red gate without times."""
+def with_threads(function, threads: int):
+    """function(), on so many threads."""
+
+    def run():
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return function()
+        finally:
+            torch.set_num_threads(before)
+
+    return run
+
+
+def measure(
+    case: Case, names, budget: float, device: str, clock: Clock, peak_flops: float, beside=()
+):
+    """Rows of results of one case, one per contender, a red gate without times.
+
+    `beside` are other cases of seqconv that go through the same rounds, (case, threads, weight) each;
+    seqconv's row says how its time per element compares with the product of theirs to the power of
+    their weights.
+    """
     tensors, dy = case.tensors(device)
     exact = oracle(case, tensors, dy)
     functions, found = {}, {}
@@ -128,7 +151,12 @@ def measure(case: Case, names, budget: float, device: str, clock: Clock, peak_fl
         limits = allowed if name == "seqconv" else [1e3 * x for x in allowed]
         green[name] = all(e <= limit for e, limit in zip(error, limits, strict=True))
     del exact
-    times = interleaved({n: f for n, f in functions.items() if green[n]}, budget, clock)
+    functions = {n: f for n, f in functions.items() if green[n]}
+    if green.get("seqconv"):
+        for i, (other, threads, _) in enumerate(beside):
+            arguments = (other, make("seqconv", other, device), *other.tensors(device))
+            functions[f"beside {i}"] = with_threads(lambda a=arguments: call(*a), threads)
+    times = interleaved(functions, budget, clock)
     floor_copy = seconds_per_byte(device, clock, min(case.bytes() // 2, 1 << 27)) * case.bytes()
     for name, error in found.items():
         if name not in names:
@@ -144,6 +172,12 @@ def measure(case: Case, names, budget: float, device: str, clock: Clock, peak_fl
             if BASELINE in times:
                 low, mid, high = ratios(times[BASELINE], times[name])
                 row |= {"ratio_q1": low, "ratio": mid, "ratio_q3": high}
+        if name == "seqconv" and beside and green[name]:
+            seconds = [t / case.elements for t in times[name]]
+            for i, (other, _, weight) in enumerate(beside):
+                pairs = zip(seconds, times[f"beside {i}"], strict=True)
+                seconds = [t / (o / other.elements) ** weight for t, o in pairs]
+            row |= {"beside": quartiles(seconds)}
         yield row | {"floor_copy": floor_copy, "floor_flops": case.flops() / peak_flops}
 
 
@@ -173,7 +207,9 @@ def worker() -> None:
         if job["allocator"] == "returning":
             rows = memory(case, job["names"], device)
         else:
-            rows = measure(case, job["names"], job["budget"], device, clock, peak_flops[case.dtype])
+            peak = peak_flops[case.dtype]
+            beside = [(Case(**other), threads, weight) for other, threads, weight in job["beside"]]
+            rows = measure(case, job["names"], job["budget"], device, clock, peak, beside)
         for row in rows:
             print(json.dumps(row), flush=True)
         print(flush=True)
@@ -186,10 +222,11 @@ def jobs_of(args) -> list[dict]:
     """Jobs in the order of their processes, so that each process is started once."""
     jobs: list[dict] = []
 
-    def add(allocator, threads, case, names, tag, budget=None):
+    def add(allocator, threads, case, names, tag, budget=None, beside=()):
         budget = budget or args.budget
         job = {"allocator": allocator, "threads": threads, "case": case, "tag": tag}
-        jobs.append(job | {"names": list(names), "budget": budget})
+        beside = [(asdict(other), t, weight) for other, t, weight in beside]
+        jobs.append(job | {"names": list(names), "budget": budget, "beside": beside})
 
     pair = ("seqconv", BASELINE)
     if not args.full:
@@ -227,31 +264,29 @@ def jobs_of(args) -> list[dict]:
         add(*one, sized(length, elements=1 << 20), ("seqconv", "torch.compile"), "compiled")
     for length in POWERS:
         for op in BOTH:
+            causal = [(sized(length, op=op), 1, 1.0)]
             for mode in ("two_sided", "gated", "heads"):
                 elements = 1 << 20 if mode == "heads" else 1 << 22
                 case = sized(length, elements=elements, mode=mode, op=op)
-                add(*one, case, pair, "modes")
+                add(*one, case, pair, "modes", beside=causal if mode == "two_sided" else ())
             add(*one, sized(length, layout="blh", op=op), pair, "layout")
             add(*one, sized(length, dtype="float64", elements=1 << 21, op=op), pair, "dtypes")
             for dtype in ("bfloat16", "float16"):
-                add(*one, sized(length, dtype=dtype, op=op), pair, "dtypes")
+                add(*one, sized(length, dtype=dtype, op=op), pair, "dtypes", beside=causal)
     for length in ODD:
         for op in BOTH:
-            add(*one, sized(length, op=op), pair, "odd lengths")
-    for taps in (*SHORT, 0):
-        names = ("seqconv", BASELINE, "oaconvolve", "conv1d")
-        add(*one, sized(262144, taps=taps), names[: 4 if 0 < taps <= 256 else 3], "short kernels")
+            below, above, share = neighbours(length)
+            powers = [(sized(below, op=op), 1, 1 - share), (sized(above, op=op), 1, share)]
+            add(*one, sized(length, op=op), pair, "odd lengths", 2.0, beside=powers)
+    whole = sized(262144)
+    for taps in SHORT:
+        names = ("seqconv", BASELINE, "oaconvolve", "conv1d")[: 4 if taps <= 256 else 3]
+        case = replace(whole, taps=taps)
+        add(*one, case, names, "short kernels", 2.0, beside=[(whole, 1, 1.0)])
     add(*one, Case(batch=1, channels=1, length=64), pair, "one row")
-    for threads in (1, 2):
-        for case in (
-            Case(channels=64, length=4096),
-            Case(channels=64, length=4096, op=BOTH[1]),
-            Case(batch=1, channels=1, length=65536),
-            Case(batch=1, channels=1, length=1048576),
-            Case(channels=1, length=4096, op=BOTH[1]),
-            Case(channels=1, length=262144, op=BOTH[1]),
-        ):
-            add("tuned", threads, case, pair, "threads", 2.0)
+    for wanted in THREADS:
+        case = Case(**wanted)
+        add("tuned", 2, case, pair, "threads", 2.0, beside=[(case, 1, 1.0)])
     for threads in (1, 2):
         for op in BOTH:
             for length in (4096, 65536, 1048576):

@@ -18,6 +18,16 @@ REQUIRED = {
     ("default", "forward"): (10, 9, 9, 8, 8, 8, 8),
     ("default", "forward+backward"): (16, 15, 15, 14, 12, 11, 10),
 }
+# (case, how many times faster two threads are than one)
+THREADS_LIMITS: tuple[tuple[dict, float], ...] = (
+    ({"channels": 64, "length": 4096}, 1.8),
+    ({"channels": 64, "length": 4096, "op": BOTH[1]}, 1.8),
+    ({"batch": 1, "channels": 1, "length": 65536}, 1.5),
+    ({"batch": 1, "channels": 1, "length": 1048576}, 1.5),
+    ({"channels": 1, "length": 4096, "op": BOTH[1]}, 1.5),
+    ({"channels": 1, "length": 262144, "op": BOTH[1]}, 1.5),
+)
+THREADS = tuple(case | {"batch": case.get("batch", 8)} for case, _ in THREADS_LIMITS)
 
 
 def plural(count: int, noun: str) -> str:
@@ -26,6 +36,13 @@ def plural(count: int, noun: str) -> str:
 
 def heads_for(batch: int, length: int, elements: int) -> int:
     return max(1, elements // (batch * length))
+
+
+def neighbours(length: int) -> tuple[int, int, float]:
+    """The powers measured below and above, and the share of the way between them, in logarithms."""
+    below = max(n for n in POWERS if n <= length)
+    above = min(n for n in POWERS if n >= length)
+    return below, above, math.log(length / below) / math.log(above / below)
 
 
 class Find:
@@ -41,9 +58,10 @@ class Find:
         found = [
             r[value]
             for r in self.rows
-            if all(r.get(k) == v for k, v in full.items() if v is not None)
+            if value in r and all(r.get(k) == v for k, v in full.items() if v is not None)
         ]
-        found = [x for x in found if x is not None]
+        # Quartiles are kept as a list.
+        found = [x[1] if isinstance(x, list) else x for x in found if x is not None]
         return median(found) if found else None
 
 
@@ -98,48 +116,34 @@ def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
     for op in BOTH:
         for length, limit in zip(POWERS, REQUIRED["tuned", op], strict=True):
             at = {"length": length, "op": op}
-            causal = time_of(tag="speed", **at)
             label = f"{op}, L={report.length_name(length)}"
-            two = ratio_of(time_of(mode="two_sided", **at), causal)
+            two = find("beside", mode="two_sided", **at)
             compare(f"two-sided beside causal, {label}", two, 1.15, False)
             for mode in ("gated", "heads"):
                 compare(f"{mode}, {label}", find("ratio", mode=mode, **at), limit)
             blh = ratio_of(find("ratio", layout="blh", **at), find("ratio", tag="speed", **at))
             compare(f"blh ratio over bhl ratio, {label}", blh, 0.6)
             for dtype in ("bfloat16", "float16"):
-                half = ratio_of(time_of(dtype=dtype, **at), causal)
+                half = find("beside", dtype=dtype, **at)
                 compare(f"{dtype} beside float32, {label}", half, 1.25, False)
             compare(f"float64, {label}", find("ratio", dtype="float64", **at), 4)
     for op in BOTH:
         for length in ODD:
-            below = max(n for n in POWERS if n <= length) if length >= POWERS[0] else None
-            above = min((n for n in POWERS if n >= length), default=None)
-            low, high = (time_of(length=n, op=op, tag="speed") for n in (below, above))
-            if low and high:
-                share = math.log(length / below) / math.log(above / below)
-                between = low * (high / low) ** share
-                name = f"beside its neighbours, {op}, L={length}"
-                compare(name, ratio_of(time_of(length=length, op=op), between), 1.35, False)
-    whole = time_of(length=262144, tag="short kernels")
+            name = f"beside its neighbours, {op}, L={length}"
+            compare(name, find("beside", length=length, op=op), 1.35, False)
     for taps in SHORT:
-        mine = time_of(length=262144, taps=taps, tag="short kernels")
-        compare(f"K={taps} beside K=L at L=256K", ratio_of(mine, whole), 1.0, False)
-        other = time_of("oaconvolve", length=262144, taps=taps)
-        compare(f"K={taps} at L=256K against oaconvolve", ratio_of(other, mine), 4)
+        at = {"length": 262144, "taps": taps}
+        compare(f"K={taps} beside K=L at L=256K", find("beside", **at), 1.0, False)
+        other = ratio_of(time_of("oaconvolve", **at), time_of(**at))
+        compare(f"K={taps} at L=256K against oaconvolve", other, 4)
     compare("one row of 64", find("ratio", batch=1, length=64), 1.0)
-    for wanted, limit in (
-        ({"channels": 64, "length": 4096}, 1.8),
-        ({"channels": 64, "length": 4096, "op": BOTH[1]}, 1.8),
-        ({"batch": 1, "channels": 1, "length": 65536}, 1.5),
-        ({"batch": 1, "channels": 1, "length": 1048576}, 1.5),
-        ({"channels": 1, "length": 4096, "op": BOTH[1]}, 1.5),
-        ({"channels": 1, "length": 262144, "op": BOTH[1]}, 1.5),
-    ):
-        one, two = (time_of(tag="threads", threads=n, **wanted) for n in (1, 2))
-        shape = f"B={wanted.get('batch', 8)}, H={wanted['channels']}, L={wanted['length']}"
-        compare(
-            f"2 threads over 1, {wanted.get('op', 'forward')}, {shape}", ratio_of(one, two), limit
-        )
+    for wanted, limit in THREADS_LIMITS:
+        full = {"batch": 8, "op": BOTH[0], "taps": 0} | wanted
+        rows_of = [r for r in find.rows if r["tag"] == "threads" and r.get("beside")]
+        shares = [r["beside"][1] for r in rows_of if all(r[k] == v for k, v in full.items())]
+        shape = f"B={full['batch']}, H={full['channels']}, L={full['length']}"
+        value = 1 / median(shares) if shares else None
+        compare(f"2 threads over 1, {full['op']}, {shape}", value, limit)
     for row in rows:
         if row["allocator"] == "returning" and row["contender"] == "seqconv" and row["peak_bytes"]:
             case = Case(**{f: row[f] for f in asdict(Case())})
