@@ -92,7 +92,7 @@ def errors(case: Case, results, exact) -> tuple[float, float]:
         difference = (value.double() - wanted).abs()
         scale = wanted.square().mean().sqrt().item()
         if i == 3:  # the gradient of skip, a sum of both signs: beside what random signs leave
-            scale = max(scale, (case.batch * case.length) ** 0.5)
+            scale = max(scale, (case.batch * case.heads * case.length) ** 0.5)
         l2 = max(l2, difference.square().mean().sqrt().item() / scale)
         peak = max(peak, difference.max().item() / scale)
     return l2, peak
@@ -109,28 +109,14 @@ def tolerance(case: Case, baseline: tuple[float, float], exact) -> tuple[float, 
     return l2, 2 * baseline[1] + 2 * torch.finfo(DTYPES[case.dtype]).eps * crest
 
 
-def with_threads(function, threads: int):
-    """function(), on so many threads."""
-
-    def run():
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            return function()
-        finally:
-            torch.set_num_threads(before)
-
-    return run
-
-
 def measure(
     case: Case, names, budget: float, device: str, clock: Clock, peak_flops: float, beside=()
 ):
     """Rows of results of one case, one per contender, a red gate without times.
 
-    `beside` are other cases of seqconv that go through the same rounds, (case, threads, weight) each;
-    seqconv's row says how its time per element compares with the product of theirs to the power of
-    their weights.
+    `beside` are other cases of seqconv that go through the same rounds, (case, threads, weight) each,
+    themselves checked in rows of their own; seqconv's row says how its time per element compares
+    with the product of theirs to the power of their weights.
     """
     tensors, dy = case.tensors(device)
     exact = oracle(case, tensors, dy)
@@ -152,11 +138,22 @@ def measure(
         green[name] = all(e <= limit for e, limit in zip(error, limits, strict=True))
     del exact
     functions = {n: f for n, f in functions.items() if green[n]}
+    counts: dict[str, int] = {}
     if green.get("seqconv"):
         for i, (other, threads, _) in enumerate(beside):
             arguments = (other, make("seqconv", other, device), *other.tensors(device))
-            functions[f"beside {i}"] = with_threads(lambda a=arguments: call(*a), threads)
-    times = interleaved(functions, budget, clock)
+            functions[f"beside {i}"] = lambda a=arguments: call(*a)
+            counts[f"beside {i}"] = threads
+    usual, before = torch.get_num_threads(), {}
+
+    def switch(name):
+        torch.set_num_threads(counts.get(name, usual))
+        functions[name]()  # wakes the threads, or sends them to sleep
+
+    if set(counts.values()) - {usual}:
+        before = {name: lambda name=name: switch(name) for name in functions}
+    times = interleaved(functions, budget, clock, before)
+    torch.set_num_threads(usual)
     floor_copy = seconds_per_byte(device, clock, min(case.bytes() // 2, 1 << 27)) * case.bytes()
     for name, error in found.items():
         if name not in names:
@@ -299,7 +296,8 @@ def jobs_of(args) -> list[dict]:
 def key_of(job_or_row: dict) -> tuple:
     case = job_or_row.get("case")
     case = asdict(case) if isinstance(case, Case) else {f: job_or_row[f] for f in asdict(Case())}
-    return (job_or_row["allocator"], job_or_row["threads"], job_or_row["tag"], *case.values())
+    compared = bool(job_or_row.get("beside"))
+    return (*(job_or_row[f] for f in ("allocator", "threads", "tag")), compared, *case.values())
 
 
 def run_jobs(jobs: list[dict], args, path: Path | None, done: list[dict]) -> list[dict]:

@@ -43,14 +43,19 @@ class Clock:
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], budget: float, clock: Clock
+    functions: dict[str, Callable[[], object]],
+    budget: float,
+    clock: Clock,
+    before: dict[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of every function, in rounds A B C A B C ..., after WARM_UP more of them: the C
     library's heap takes a few before it stops growing.
 
     Rounds go on until `budget` seconds are spent, but there are at least MIN_ROUNDS and at most
-    MAX_ROUNDS of them. Element i of every list comes from the same round.
+    MAX_ROUNDS of them. Element i of every list comes from the same round. What `before` has for a
+    function is called ahead of it, untimed.
     """
+    before = before or {}
     for _ in range(WARM_UP):
         for function in functions.values():
             function()
@@ -63,6 +68,8 @@ def interleaved(
             if done >= MIN_ROUNDS and time.perf_counter() - start > budget:
                 break
             for name, function in functions.items():
+                if name in before:
+                    before[name]()
                 seconds[name].append(clock(function))
     finally:
         gc.enable()

@@ -70,6 +70,21 @@ WAYS = {
         layout="blh", channels=19, length=100, taps=100, dtype=torch.float64, post_gate=True
     ),
     "panels, half": Case(layout="blh", channels=9, length=999, taps=999, dtype=torch.bfloat16),
+    # Short rows of many channels, taken a few channels at a time.
+    "groups": Case(channels=35, length=257, taps=257, taps_rev=3, skip="h", batch=3),
+    "groups, heads": Case(channels=33, length=130, taps=130, heads=2, skip="ch", pre_gate=True),
+    "groups, gates": Case(
+        channels=41,
+        length=256,
+        taps=256,
+        skip="h",
+        pre_gate=True,
+        post_gate=True,
+        activation="silu",
+        batch=1,
+    ),
+    "groups, per sample": Case(channels=34, length=99, taps=99, per_sample=True, skip="h"),
+    "groups, half": Case(channels=40, length=512, taps=512, dtype=torch.float16, taps_rev=9),
     # float64 long enough for every stage.
     "double": Case(length=70_000, taps=70_000, channels=1, dtype=torch.float64, taps_rev=5),
 }

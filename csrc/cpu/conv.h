@@ -338,12 +338,9 @@ double dot(const T* a, const T* b, int64_t n) {
   }
   T rest = 0;
   for (; i < n; ++i) rest += a[i] * b[i];
-  alignas(64) T lanes[kLanes<T>];
-  *reinterpret_cast<Vec<T>*>(lanes) = (acc[0] + acc[1]) + (acc[2] + acc[3]);
-  Quad<T> both = *reinterpret_cast<Quad<T>*>(lanes);
-  for (int q = 1; q < kQuads<T>; ++q) both += *reinterpret_cast<Quad<T>*>(lanes + 4 * q);
+  const Vec<T> both = (acc[0] + acc[1]) + (acc[2] + acc[3]);
   double sum = static_cast<double>(rest);
-  for (int lane = 0; lane < 4; ++lane) sum += static_cast<double>(both[lane]);
+  for (int lane = 0; lane < kLanes<T>; ++lane) sum += static_cast<double>(both[lane]);
   return sum;
 }
 
@@ -742,14 +739,16 @@ void reduce(const Problem& p, const Method& method, const Transform<T>& plan, co
             char* memory, int64_t parts) {
   Scratch scratch{memory};
   Work<T> w(p, method, plan, unit, true, scratch);
+  const Wanted wanted(p);
   const size_t apart = partial_bytes<T>(p, method, plan);
   for (int64_t i = 1; i < parts; ++i) {
     Scratch partial{unit.partial + static_cast<size_t>(i) * apart};
     const Sums<T> more(p, plan, w.dot_count, 1, partial);
-    for (int64_t s = 0; s < p.heads * plan.spectrum; ++s) w.sums.dk[s] += more.dk[s];
+    // Spectra that are not wanted were not written.
+    for (int64_t s = 0; wanted.dk && s < p.heads * plan.spectrum; ++s) w.sums.dk[s] += more.dk[s];
     for (int64_t s = 0; s < p.heads * w.dot_count; ++s) w.sums.dots[s] += more.dots[s];
   }
-  store_sums(w, Wanted(p), 0);
+  store_sums(w, wanted, 0);
 }
 
 template <class T>

@@ -137,7 +137,8 @@ class Run {
     const size_t spectrum = static_cast<size_t>(p_.heads) * 2 * static_cast<size_t>(method_.n);
     if (!apart(p_.u) && !apart(t)) {
       const int64_t most = kGroupBytes / static_cast<int64_t>(spectrum * sizeof(T) + 1);
-      group_ = std::max<int64_t>(1, std::min({most, kAdjacent, p_.channels / kFewChannels}));
+      const int64_t share = p_.channels / std::max<int64_t>(kFewChannels, 4 * threads_);
+      group_ = std::max<int64_t>(1, std::min({most, kAdjacent, share}));
       return;
     }
     // All of k's spectrum may be held, by the threads together; a unit needs some of it.

@@ -150,6 +150,11 @@ struct Source {
     }
     for (int64_t i = high; i < n; ++i) out[i] = 0;
   }
+  // For how many t from 0 on [t, t + span] lies in memory as it is, rounded down to fours.
+  int64_t fours(int64_t span) const {
+    const int64_t more = length - shift - span;
+    return !gate && contiguous<T>(row) && shift >= 0 && more > 0 ? more / 4 : 0;
+  }
   const T* window(int64_t t, int64_t n, T* staging) const {
     if (const T* found = find(t, n)) return found;
     fill(t, n, staging);
@@ -172,6 +177,10 @@ struct Sink {
     t += shift;
     T* start = function ? nullptr : contiguous<T>(row);
     return start && t >= 0 && t + n <= length ? start + t : nullptr;
+  }
+  int64_t fours(int64_t span) const {  // as of a Source
+    const int64_t more = length - shift - span;
+    return !function && contiguous<T>(row) && shift >= 0 && more > 0 ? more / 4 : 0;
   }
   void take(int64_t t, int64_t n, T* values) const {
     t += shift;
@@ -228,31 +237,30 @@ void first_pass(const Transform<T>& plan, const T* weights, const Source<T>& re,
   T* to = data + begin * kStep<T>;
   alignas(64) T staging[kComplex ? 2 : 1][E::kSegments][kChunk];
   const bool crowded = E::crowded(plan);
-  const T* whole_re = crowded ? nullptr : re.find(0, plan.n);
-  const T* whole_im = kComplex && !crowded ? im.find(0, plan.n) : whole_re;
+  // Vectors up to `direct` have all their segments in memory.
+  const int64_t span = (E::kSegments - 1) * apart;
+  int64_t direct = crowded ? 0 : re.fours(span);
+  if (kComplex && im.fours(span) < direct) direct = im.fours(span);
+  const T* whole_re = direct ? contiguous<T>(re.row) + re.shift : nullptr;
+  const T* whole_im = kComplex && direct ? contiguous<T>(im.row) + im.shift : whole_re;
   // A short row is cheaper to copy at once than segment by segment.
   alignas(64) T spare[kComplex ? 2 : 1][kSmall];
-  if (plan.n <= kSmall && end - begin == plan.vectors) {
-    if (!whole_re) {
-      re.fill(0, plan.n, spare[0]);
-      whole_re = spare[0];
-    }
-    if (!kComplex) {
-      whole_im = whole_re;
-    } else if (!whole_im) {
-      im.fill(0, plan.n, spare[kComplex]);
-      whole_im = spare[kComplex];
-    }
+  if (plan.n <= kSmall && direct < plan.vectors && end - begin == plan.vectors) {
+    re.fill(0, plan.n, spare[0]);
+    if (kComplex) im.fill(0, plan.n, spare[kComplex]);
+    whole_re = spare[0];
+    whole_im = spare[kComplex];
+    direct = end;
   }
-  const bool whole = whole_re && whole_im;
-  const int64_t stride = whole ? apart : kChunk;
   while (begin < end) {
-    const T *x = whole_re + 4 * begin, *y = whole_im + 4 * begin;
-    int64_t stop = end;
-    if (!whole) {
-      x = staging[0][0];
-      y = staging[kComplex][0];
-      if (stop > begin + kChunk / 4) stop = begin + kChunk / 4;
+    const T *x = staging[0][0], *y = staging[kComplex][0];
+    int64_t stop = end < direct ? end : direct, stride = kChunk;
+    if (begin < direct) {
+      x = whole_re + 4 * begin;
+      y = whole_im + 4 * begin;
+      stride = apart;
+    } else {
+      stop = end < begin + kChunk / 4 ? end : begin + kChunk / 4;
       for (int g = 0; g < E::kSegments; ++g) {
         const int64_t t = g * apart + 4 * begin, n = 4 * (stop - begin);
         re.fill(t, n, staging[0][g]);
@@ -292,15 +300,20 @@ void last_pass(const Transform<T>& plan, const T* data, const T* weights, const 
   const int64_t apart = 4 * plan.vectors, child = plan.vectors * kStep<T>;
   const T* from = data + begin * kStep<T>;
   alignas(64) T staging[E::kSegments][kChunk];
-  T* whole = E::crowded(plan) ? nullptr : sink.find(0, plan.n);
+  int64_t direct = E::crowded(plan) ? 0 : sink.fours((E::kSegments - 1) * apart);
+  T* whole = direct ? contiguous<T>(sink.row) + sink.shift : nullptr;
   alignas(64) T spare[kSmall];
-  const bool spared = !whole && plan.n <= kSmall && end - begin == plan.vectors;
-  if (spared) whole = spare;
-  const int64_t stride = whole ? apart : kChunk;
+  const bool spared = plan.n <= kSmall && direct < plan.vectors && end - begin == plan.vectors;
+  if (spared) {
+    whole = spare;
+    direct = end;
+  }
   while (begin < end) {
-    T* y = whole ? whole + 4 * begin : staging[0];
-    int64_t stop = end;
-    if (!whole && stop > begin + kChunk / 4) stop = begin + kChunk / 4;
+    const bool staged = begin >= direct;
+    T* y = staged ? staging[0] : whole + 4 * begin;
+    const int64_t stride = staged ? kChunk : apart;
+    int64_t stop = end < direct ? end : direct;
+    if (staged) stop = end < begin + kChunk / 4 ? end : begin + kChunk / 4;
     for (int64_t i = 0; i < stop - begin; ++i) {
       Complex<T, kQ> a[R];
       SEQCONV_UNROLL
@@ -319,7 +332,7 @@ void last_pass(const Transform<T>& plan, const T* data, const T* weights, const 
         store_quad_sums<T, kQ>(e, y + r * stride + 4 * i, R * stride);
       }
     }
-    for (int g = 0; g < E::kSegments && !whole; ++g)
+    for (int g = 0; g < E::kSegments && staged; ++g)
       sink.take(g * apart + 4 * begin, 4 * (stop - begin), staging[g]);
     begin = stop;
   }
