@@ -460,11 +460,22 @@ void forward_unit(const Problem& p, const Method& method, const Transform<T>& pl
     w.template move<true>(w.post, b, p.heads);
     for (int64_t g = 0; g < unit.channels; ++g) {
       const Source<T> in = w.input(b, g);
+      // What the only split of the input fetches: the next input, and the rows of every head.
+      Ahead ahead;
+      if (w.fetches()) {
+        ahead.will_read(w.lines(w.u, b, g, true));
+        ahead.will_read(w.lines(w.pre, b, g, true));
+        for (int64_t c = 0; c < p.heads; ++c) {
+          ahead.will_read(w.lines(w.post, b, g, false, c));
+          ahead.will_write(w.lines(w.y, b, g, false, c));
+        }
+      }
       const bool shared = p.heads > 1 && !method.direct && !w.blocked;
       if (shared) {
         w.enter_input(w.x, in, 0);
         Task<T> task(w.x);
         task.join = false;
+        task.ahead = ahead;
         run_task(plan, task, w.team);
       }
       for (int64_t c = 0; c < p.heads; ++c) {
@@ -476,13 +487,6 @@ void forward_unit(const Problem& p, const Method& method, const Transform<T>& pl
         if (w.gated) {
           sink.function = Epilogue<T>::forward;
           sink.context = &epilogue;
-        }
-        Ahead ahead;
-        if (w.fetches()) {
-          ahead.will_read(w.lines(w.u, b, g, true));
-          ahead.will_read(w.lines(w.pre, b, g, true));
-          ahead.will_read(w.lines(w.post, b, g, false, c));
-          ahead.will_write(w.lines(w.y, b, g, false, c));
         }
         convolve(w, g, c, in, shared ? w.x : nullptr, sink, ahead);
       }

@@ -228,13 +228,14 @@ struct Ahead {
     const char* first;
     int64_t step;
   };
+  static constexpr int kMost = 8;
   int reads = 0, writes = 0;
-  Lines read[4], write[3];
+  Lines read[kMost], write[kMost];
   void will_read(Lines lines) {
-    if (lines.first) read[reads++] = lines;
+    if (lines.first && reads < kMost) read[reads++] = lines;
   }
   void will_write(Lines lines) {
-    if (lines.first) write[writes++] = lines;
+    if (lines.first && writes < kMost) write[writes++] = lines;
   }
 };
 
