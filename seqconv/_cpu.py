@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
+
+from seqconv._pack import ACTIVATIONS, KERNEL, SIGNAL, SKIP, materialise, pack, reach, zero_unreached
 
 try:
     from seqconv import _C
@@ -18,10 +19,6 @@ except ImportError as error:
     warnings.warn(text, RuntimeWarning, stacklevel=2)
 else:
     missing = ""
-
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-ACTIVATIONS = {"none": 0, "gelu": 1, "silu": 2, "relu": 3}
-_ABSENT = (0, 0, 0, 0, 0, 0)
 
 
 def _lend_threads() -> bool:
@@ -71,32 +68,6 @@ def threads() -> int:
     return torch.get_num_threads() if threaded and not _C.forked() else 1
 
 
-def _pack(t: Tensor | None, axes: tuple[int | None, ...]) -> tuple[int, ...]:
-    """Address, dtype and the strides of (batch, head, channel, time); axes[i] is the tensor's axis or None."""
-    if t is None:
-        return _ABSENT
-    stride = t.stride()
-    return (t.data_ptr(), DTYPES[t.dtype], *[0 if axis is None else stride[axis] for axis in axes])
-
-
-_SIGNAL = {3: (0, None, 1, 2), 4: (0, 1, 2, 3)}
-_KERNEL = {2: (None, None, 0, 1), 3: (None, 0, 1, 2), 4: (0, 1, 2, 3)}
-_SKIP = {1: (None, None, 0, None), 2: (None, 0, 1, None)}
-
-
-def _pack_as(t: Tensor | None, table: dict) -> tuple[int, ...]:
-    return _ABSENT if t is None else _pack(t, table[t.dim()])
-
-
-def _materialise(t: Tensor | None) -> Tensor | None:
-    """Real memory behind the pointer: lazily negated and lazily zero tensors have none of their own."""
-    if t is None:
-        return None
-    if t.is_neg():
-        t = t.resolve_neg()
-    return t.clone() if t.data_ptr() == 0 and t.numel() else t
-
-
 def _problem(u, k, k_rev, skip, pre_gate, post_gate, activation):
     batch, channels, length = u.shape
     flags = (k.dim() == 4) + 2 * (skip is not None and skip.dim() == 2)
@@ -105,18 +76,17 @@ def _problem(u, k, k_rev, skip, pre_gate, post_gate, activation):
         1 if k.dim() == 2 else k.shape[-3],
         channels,
         length,
-        min(k.shape[-1], length),
-        0 if k_rev is None else min(k_rev.shape[-1], length - 1),
+        *reach(length, k, k_rev),
         flags,
         u.dtype == torch.float64,
         ACTIVATIONS[activation],
         torch.get_num_threads() if threaded else 1,  # a forked child takes one
-        *_pack_as(u, _SIGNAL),
-        *_pack_as(k, _KERNEL),
-        *_pack_as(k_rev, _KERNEL),
-        *_pack_as(skip, _SKIP),
-        *_pack_as(pre_gate, _SIGNAL),
-        *_pack_as(post_gate, _SIGNAL),
+        *pack(u, SIGNAL),
+        *pack(k, KERNEL),
+        *pack(k_rev, KERNEL),
+        *pack(skip, SKIP),
+        *pack(pre_gate, SIGNAL),
+        *pack(post_gate, SIGNAL),
     )
 
 
@@ -124,30 +94,27 @@ def forward(y, u, k, k_rev, skip, pre_gate, post_gate, activation) -> None:
     """Writes y; see seqconv._ops for the shapes."""
     if y.numel() == 0:
         return
-    tensors = [_materialise(t) for t in (u, k, k_rev, skip, pre_gate, post_gate)]
-    _C.forward(*_problem(*tensors, activation), *_pack_as(y, _SIGNAL))
+    tensors = [materialise(t) for t in (u, k, k_rev, skip, pre_gate, post_gate)]
+    _C.forward(*_problem(*tensors, activation), *pack(y, SIGNAL))
 
 
 def backward(grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activation) -> None:
     """Writes the gradients that are not None, in the order of the inputs."""
     du, dk, dk_rev, dskip, dpre_gate, dpost_gate = grads
-    length = u.shape[-1]
     if dy.numel() == 0:
         for grad in grads:
             if grad is not None:
                 grad.zero_()
         return
-    for grad, reach in ((dk, length), (dk_rev, length - 1)):
-        if grad is not None:
-            grad[..., reach:] = 0  # taps that reach no output
-    dy, *tensors = [_materialise(t) for t in (dy, u, k, k_rev, skip, pre_gate, post_gate)]
+    zero_unreached(dk, dk_rev, u.shape[-1])
+    dy, *tensors = [materialise(t) for t in (dy, u, k, k_rev, skip, pre_gate, post_gate)]
     _C.backward(
         *_problem(*tensors, activation),
-        *_pack_as(dy, _SIGNAL),
-        *_pack_as(du, _SIGNAL),
-        *_pack_as(dk, _KERNEL),
-        *_pack_as(dk_rev, _KERNEL),
-        *_pack_as(dskip, _SKIP),
-        *_pack_as(dpre_gate, _SIGNAL),
-        *_pack_as(dpost_gate, _SIGNAL),
+        *pack(dy, SIGNAL),
+        *pack(du, SIGNAL),
+        *pack(dk, KERNEL),
+        *pack(dk_rev, KERNEL),
+        *pack(dskip, SKIP),
+        *pack(dpre_gate, SIGNAL),
+        *pack(dpost_gate, SIGNAL),
     )

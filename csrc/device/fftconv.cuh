@@ -1,0 +1,356 @@
+// The kernels: spectra of the taps, convolution, its gradients, and the passes around rows too long for shared memory.
+// Their grid: `groups` blocks of threads for every (kernel per sample, channel). A block goes through its rows, `slots`
+// at a time, each with `row_threads` threads and its own planes.
+#pragma once
+#include "transform.cuh"
+
+struct Work {
+  Team team;
+  int slot;
+  int set, channel, group;  // set: the sample whose kernel it is, or 0
+  int first, last;          // rows of the group
+};
+
+SEQCONV_DEVICE Work work(const Args& a) {
+  const int slot = threadIdx.x / (int)a.row_threads, channels = (int)a.channels, groups = (int)a.groups;
+  const int channel = blockIdx.x % channels, group = blockIdx.x / channels % groups, set = blockIdx.x / channels / groups;
+  const int rows = (int)((a.per_sample ? 1 : a.batch) * a.blocks), share = (rows + groups - 1) / groups;
+  const int end = (group + 1) * share;
+  const Team team{(int)threadIdx.x % (int)a.row_threads, (int)a.row_threads};
+  return {team, slot, set, channel, group, group * share, end < rows ? end : rows};
+}
+SEQCONV_DEVICE Place place(const Args& a, const Work& w, int first) {
+  const int row = first + w.slot;
+  return place(a, a.per_sample ? w.set : row / (int)a.blocks, w.channel, row % (int)a.blocks, row < w.last);
+}
+SEQCONV_DEVICE i64 kernel_row(const Args& a, const Work& w, i64 head) {
+  return (w.set * a.heads + head) * a.channels + w.channel;
+}
+SEQCONV_DEVICE int plane_size(i64 n) { return (int)(n + (n >> 4) + 1); }
+
+template <class Source>
+SEQCONV_DEVICE void forward_passes(const Transform& t, Plane plane, Source source, Team team) {
+  first_pass(t, plane, (int)t.n, AllColumns(), source, team);
+  sync_block();
+  middle_passes<false>(t, plane, (int)t.n, (int)t.count - 1, AllColumns(), team);
+}
+template <class Sink>
+SEQCONV_DEVICE void inverse_passes(const Transform& t, Plane plane, Sink sink, Team team) {
+  sync_block();
+  middle_passes<true>(t, plane, (int)t.n, (int)t.count - 1, AllColumns(), team);
+  last_pass(t, plane, (int)t.n, AllColumns(), team);
+  sync_block();
+  for (int i = team.rank; i < (int)t.n; i += team.size) sink(i, load_shared(plane.at(i)));
+  sync_block();
+}
+
+// Where the spectrum's element at position `at` of the plane is kept. kColumns: neighbours for neighbouring threads of the
+// float32 kernels, scaled by 1/n. kTiles: in the order of the tensor cores' results (tile.cuh), 256 to a tile, transforms
+// unitary, and the kernel's spectrum divided by a power of two. kHalfTiles: the same as fp16 pairs, real parts then
+// imaginary ones for every lane.
+enum Order { kColumns = 0, kTiles = 1, kHalfTiles = 2 };
+SEQCONV_DEVICE int spectrum_index(int at, int n, i64 order) {
+  if (order == kColumns) return at % 16 * (n / 16) + at / 16;
+  const int row = at >> 4 & 15, column = at & 15, lane = (row & 7) * 4 + (column & 7) / 2;
+  const int pair = (column >> 3) * 2 + (row >> 3);
+  return at / 256 * 256 + lane * 8 + pair * 2 + (column & 1);
+}
+SEQCONV_DEVICE void store_spectrum(c32* row, int index, i64 order, c32 z) {
+  if (order != kHalfTiles) {
+    row[index] = z;
+    return;
+  }
+  // index = tile, lane, pair, one of two: 16 numbers to a lane
+  fp16* halves = (fp16*)row + index / 8 * 16 + index % 8;
+  from_float(halves[0], z.re);
+  from_float(halves[8], z.im);
+}
+
+SEQCONV_DEVICE float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+// The exponent e of the power of two with size / 2^e in [1/4, 1/2)
+SEQCONV_DEVICE int exponent_above(float size) {
+  const int e = ((__float_as_int(size) >> 23) & 255) - 127 + 2;
+  return e < -124 ? -124 : e > 125 ? 125 : e;
+}
+
+// One slot for each kernel row.
+struct KernelRow {
+  Team team;
+  int slot;
+  i64 row;
+  bool real;  // false: a slot without a row, which repeats the last and writes nothing
+};
+SEQCONV_DEVICE KernelRow kernel_row(const Args& a) {
+  const int slot = threadIdx.x / (int)a.row_threads;
+  const i64 rows = (a.per_sample ? a.batch : 1) * a.heads * a.channels, row = (i64)blockIdx.x * a.slots + slot;
+  const Team team{(int)threadIdx.x % (int)a.row_threads, (int)a.row_threads};
+  return {team, slot, row < rows ? row : rows - 1, row < rows};
+}
+
+// The power of two above the kernel's length (its spectrum's root mean square), for half orders; the same in all threads.
+SEQCONV_DEVICE float kernel_scale(const KernelRow& r, const Taps& source, float* shared) {
+  float sum = 0.f;
+  for (int t = r.team.rank; t < source.n; t += r.team.size) {
+    const c32 z = source(t);
+    sum += z.re * z.re + z.im * z.im;
+  }
+  float* mine = shared + r.slot * r.team.size;
+  store_shared(mine + r.team.rank, sum);
+  sync_block();
+  for (int width = 512; width > 0; width /= 2) {
+    if (r.team.rank < width && r.team.rank + width < r.team.size)
+      store_shared(mine + r.team.rank, load_shared(mine + r.team.rank) + load_shared(mine + r.team.rank + width));
+    sync_block();
+  }
+  const float scale = power_of_two(exponent_above(sqrtf(load_shared(mine))));
+  sync_block();
+  return scale;
+}
+SEQCONV_DEVICE void kernel_scales(const Args& a, unsigned char* shared) {
+  const KernelRow r = kernel_row(a);
+  const float scale = kernel_scale(r, taps(a, r.row), (float*)shared);
+  if (r.real && r.team.rank == 0) a.scales[r.row] = scale;
+}
+
+SEQCONV_DEVICE void spectrum(const Args& a, unsigned char* shared) {
+  const KernelRow r = kernel_row(a);
+  const Transform& t = a.transform;
+  const Plane plane{(c32*)shared + r.slot * plane_size(t.n)};
+  const Taps source = taps(a, r.row);
+  float scale = 1.f / (float)t.n;
+  if (a.order != kColumns && a.k.dtype == kComplex) {
+    scale = 1.f / a.scales[r.row / a.outer];  // the row is one of `outer` pieces of a kernel
+  } else if (a.order != kColumns) {
+    const float divisor = kernel_scale(r, source, (float*)shared);
+    if (r.real && r.team.rank == 0) a.scales[r.row] = divisor;
+    scale = 1.f / divisor;
+  }
+  forward_passes(t, plane, source, r.team);
+  c32* out = (c32*)((u32*)a.spectrum + r.row * t.n * (a.order == kHalfTiles ? 1 : 2));
+  middle<kForwardOnly>(
+      t, plane,
+      [&](int f, c32 z) {
+        const int at = f % ((int)t.n / 16) * 16 + f / ((int)t.n / 16);
+        if (r.real) store_spectrum(out, spectrum_index(at, (int)t.n, a.order), a.order, z * scale);
+        return z;
+      },
+      r.team);
+}
+
+// The sum over the parts, in order, back to the taps.
+SEQCONV_DEVICE void taps_gradient_kernel(const Args& a, unsigned char* shared) {
+  const KernelRow r = kernel_row(a);
+  const Transform& t = a.transform;
+  const i64 rows = (a.per_sample ? a.batch : 1) * a.heads * a.channels;
+  const Plane plane{(c32*)shared + r.slot * plane_size(t.n)};
+  const float scale = a.order == kColumns ? 1.f / (float)t.n : 1.f;
+  const c32* partial = a.partial + r.row * t.n;
+  middle<kInverseOnly>(
+      t, plane,
+      [&](int f, c32) {
+        const int at = f % ((int)t.n / 16) * 16 + f / ((int)t.n / 16);
+        const c32* from = partial + spectrum_index(at, (int)t.n, a.order);
+        c32 sum = *from;
+        for (i64 part = 1; part < a.parts; ++part) sum = sum + from[part * rows * t.n];
+        return sum * scale;
+      },
+      r.team);
+  const TapsGradient sink = taps_gradient(a, r.row);
+  inverse_passes(
+      t, plane,
+      [&](int at, c32 z) {
+        if (r.real) sink(at, z);
+      },
+      r.team);
+}
+
+// y = post_gate * activation(k * (pre_gate u) + skip pre_gate u)
+template <class T>
+SEQCONV_DEVICE void forward(const Args& a, unsigned char* shared) {
+  const Work w = work(a);
+  const Transform& t = a.transform;
+  const int size = plane_size(t.n);
+  const Plane x{(c32*)shared + w.slot * size}, v{a.heads > 1 ? x.data + a.slots * size : x.data};
+  for (int first = w.first; first < w.last; first += (int)a.slots) {
+    const Place p = place(a, w, first);
+    forward_passes(t, x, input<T>(a, p), w.team);
+    if (a.heads > 1) {
+      const int count = (int)t.n / 16;
+      middle<kForwardOnly>(
+          t, x,
+          [&](int f, c32 z) {
+            store_shared(x.at(f % count * 16 + f / count), z);
+            return z;
+          },
+          w.team);
+    }
+    for (int head = 0; head < (int)a.heads; ++head) {
+      const c32* k = a.spectrum + kernel_row(a, w, head) * t.n;
+      const int count = (int)t.n / 16;
+      if (a.heads > 1) {
+        middle<kInverseOnly>(
+            t, v, [&](int f, c32) { return load_shared(x.at(f % count * 16 + f / count)) * k[f]; }, w.team);
+      } else {
+        middle<kBoth>(t, v, [&](int f, c32 z) { return z * k[f]; }, w.team);
+      }
+      inverse_passes(t, v, Sinks<T>::output(a, inside(a, p), head), w.team);
+    }
+  }
+}
+
+// The skip's gradient by a direct sum: its transform would carry the round-off of all other taps.
+template <class T>
+SEQCONV_DEVICE float skip_sum(Gated<T> dv, Gated<T> x, int n, Team team) {
+  float sum = 0.f;
+  for (int t = team.rank; t < n; t += team.size) sum += dv(t) * x(t);
+  return sum;
+}
+template <>
+SEQCONV_DEVICE float skip_sum(Gated<c32>, Gated<c32>, int, Team) {
+  return 0.f;
+}
+
+// From x and dv: gradients of u and pre_gate, and of the taps as partial sums of spectra, one for every slot of a group.
+template <class T>
+SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
+  const Work w = work(a);
+  const Transform& t = a.transform;
+  const int size = plane_size(t.n), count = (int)t.n / 16;
+  const int stride = (int)a.slots * size;
+  const i64 rows = (a.per_sample ? a.batch : 1) * a.heads * a.channels;
+  const i64 part = w.group * a.slots + w.slot;
+  const bool with_dk = a.partial != nullptr, with_dx = a.du.data != nullptr || a.dpre_gate.data != nullptr;
+  const Plane g{(c32*)shared + w.slot * size}, x{g.data + (with_dk ? stride : 0)};
+  const Plane sum{a.heads > 1 ? x.data + stride : g.data};
+  for (int first = w.first; first < w.last; first += (int)a.slots) {
+    const Place p = place(a, w, first), q = inside(a, p);
+    const bool begins = first == w.first;
+    for (int signal = with_dk ? -1 : 0; signal < (int)a.heads; ++signal) {  // x, then dv of every head
+      const bool is_x = signal < 0;
+      const Plane plane = is_x ? x : g;
+      const Gated<T> source = is_x ? input<T>(a, q) : gradient<T>(a, p, signal);
+      forward_passes(t, plane, source, w.team);
+      const i64 row = kernel_row(a, w, is_x ? 0 : signal);
+      if (!is_x && a.partial_skip != nullptr) {
+        float* mine = a.partial_skip + (part * rows + row) * a.row_threads + w.team.rank;
+        const float dskip = skip_sum(source, input<T>(a, q), (int)t.n, w.team);
+        *mine = begins ? dskip : *mine + dskip;
+      }
+      const c32* k = a.spectrum + row * t.n;
+      c32* dk = with_dk ? a.partial + (part * rows + row) * t.n : nullptr;
+      const auto product = [&](int f, c32 z) {
+        if (with_dk) {
+          const c32 d = z * conj(load_shared(x.at(f % count * 16 + f / count)));
+          dk[f] = begins ? d : dk[f] + d;
+        }
+        return with_dx ? z * conj(k[f]) : z;
+      };
+      if (!is_x && with_dx && a.heads == 1) {
+        middle<kBoth>(t, g, product, w.team);
+        continue;
+      }
+      middle<kForwardOnly>(
+          t, plane,
+          [&](int f, c32 z) {
+            c32* at = (is_x ? x : sum).at(f % count * 16 + f / count);
+            if (!is_x) z = product(f, z);
+            if (is_x || with_dx) store_shared(at, is_x || signal == 0 ? z : load_shared(at) + z);
+            return z;
+          },
+          w.team);
+      sync_block();
+    }
+    if (!with_dx) continue;
+    if (a.heads > 1) {
+      middle<kInverseOnly>(
+          t, sum, [&](int f, c32) { return load_shared(sum.at(f % count * 16 + f / count)); }, w.team);
+    }
+    inverse_passes(t, sum, input_gradient<T>(a, q), w.team);
+  }
+}
+
+// Rows too long for shared memory, n = outer * lower (FlashButterfly's three passes, arXiv 2302.06646 section 3.3): the
+// passes over `outer` points at distance `lower` go through global memory, `columns` neighbours to a block; between them
+// every one of the `outer` rows of `lower` complex points is convolved by the kernels above.
+struct LongWork {
+  Team team;
+  SomeColumns window;
+  int b, head, h, row, part;
+};
+SEQCONV_DEVICE LongWork long_work(const Args& a, int heads) {
+  const int columns = (int)a.columns, lower = (int)a.lower, channels = (int)a.channels;
+  const int tiles = lower / columns, tile = blockIdx.x % tiles, row = blockIdx.x / tiles;
+  const int b = row / channels / heads;
+  return {{(int)threadIdx.x, (int)blockDim.x},
+          {columns, lower, tile * columns},
+          b,
+          row / channels % heads,
+          row % channels,
+          row,
+          b * tiles + tile};
+}
+
+template <class Source>
+SEQCONV_DEVICE void long_forward(const Args& a, const LongWork& w, unsigned char* shared, Source source) {
+  const int points = (int)(a.outer * a.columns);
+  const Plane plane{(c32*)shared};
+  first_pass(a.transform, plane, points, w.window, source, w.team);
+  sync_block();
+  middle_passes<false>(a.transform, plane, points, (int)a.transform.count, w.window, w.team);
+  c32* out = a.work + w.row * a.transform.n;
+  for (int i = w.team.rank; i < points; i += w.team.size) out[w.window.global(i)] = load_shared(plane.at(i));
+}
+template <class Sink>
+SEQCONV_DEVICE void long_inverse(const Args& a, const LongWork& w, unsigned char* shared, Sink sink) {
+  const int points = (int)(a.outer * a.columns);
+  const Plane plane{(c32*)shared};
+  const c32* in = a.work + w.row * a.transform.n;
+  const float scale = 1.f / (float)a.outer;
+  for (int i = w.team.rank; i < points; i += w.team.size) store_shared(plane.at(i), in[w.window.global(i)]);
+  sync_block();
+  middle_passes<true>(a.transform, plane, points, (int)a.transform.count, w.window, w.team);
+  last_pass(a.transform, plane, points, w.window, w.team);
+  sync_block();
+  for (int i = w.team.rank; i < points; i += w.team.size) sink(w.window.global(i), load_shared(plane.at(i)) * scale);
+}
+
+template <class T>
+SEQCONV_DEVICE void long_input(const Args& a, unsigned char* shared) {
+  const LongWork w = long_work(a, 1);
+  long_forward(a, w, shared, input<T>(a, place(a, w.b, w.h, 0, true)));
+}
+template <class T>
+SEQCONV_DEVICE void long_gradient(const Args& a, unsigned char* shared) {
+  const LongWork w = long_work(a, (int)a.heads);
+  const Place p = place(a, w.b, w.h, 0, true);
+  const Gated<T> dv = gradient<T>(a, p, w.head);
+  long_forward(a, w, shared, dv);
+  if (a.partial_skip == nullptr) return;
+  const Gated<T> x = input<T>(a, p);
+  float sum = 0.f;
+  const int points = (int)(a.outer * a.columns);
+  for (int i = w.team.rank; i < points; i += w.team.size) {
+    const int t = w.window.global(i);
+    sum += dv(t) * x(t);
+  }
+  const i64 row = w.head * a.channels + w.h, rows = a.heads * a.channels;
+  a.partial_skip[(w.part * rows + row) * (i64)blockDim.x + threadIdx.x] = sum;
+}
+SEQCONV_DEVICE void long_taps(const Args& a, unsigned char* shared) {
+  const LongWork w = long_work(a, (int)a.heads);
+  long_forward(a, w, shared, taps(a, w.row));
+}
+template <class T>
+SEQCONV_DEVICE void long_output(const Args& a, unsigned char* shared) {
+  const LongWork w = long_work(a, (int)a.heads);
+  long_inverse(a, w, shared, Sinks<T>::output(a, place(a, w.b, w.h, 0, true), w.head));
+}
+template <class T>
+SEQCONV_DEVICE void long_input_gradient(const Args& a, unsigned char* shared) {
+  const LongWork w = long_work(a, 1);
+  long_inverse(a, w, shared, input_gradient<T>(a, place(a, w.b, w.h, 0, true)));
+}
+SEQCONV_DEVICE void long_taps_gradient(const Args& a, unsigned char* shared) {
+  const LongWork w = long_work(a, (int)a.heads);
+  long_inverse(a, w, shared, taps_gradient(a, w.row));
+}

@@ -1,0 +1,332 @@
+// What a kernel is told (all 64 bit integers, so that a launcher packs a flat list), and rows of tensors of any stride:
+// reading with gates, writing with skip, gates and activation.
+#pragma once
+#include "radix.cuh"
+
+enum Dtype { kFloat32 = 0, kBfloat16 = 2, kFloat16 = 3, kComplex = 4 };
+enum Activation { kNone = 0, kGelu = 1, kSilu = 2, kRelu = 3 };
+
+struct Tensor {
+  void* data;  // null: absent
+  i64 dtype;
+  i64 batch, head, channel, time;  // strides in elements
+
+  template <class T>
+  SEQCONV_DEVICE T* row(i64 b, i64 c, i64 h) const {
+    return data == nullptr ? nullptr : (T*)data + b * batch + c * head + h * channel;
+  }
+};
+
+// The transform of n = product of radices points: see transform.cuh.
+struct Transform {
+  i64 n, count;
+  i64 radices;   // one byte each, the first in the lowest
+  const c32* tables;  // 16 factors for the first inputs, then one table of twiddles for each pass but the last
+};
+
+struct Args {
+  i64 batch, heads, channels, length, taps, taps_rev, per_sample, activation;
+  Transform transform;
+  i64 row_threads, slots;    // threads of one row; rows that a block handles at a time
+  i64 groups;                // blocks that share the rows of one channel
+  i64 blocks, step, lead;    // windows of a row, outputs of each, and how far its outputs lie inside
+  i64 outer, lower, columns;  // long rows: points of the outer transform, points below it, columns of a block
+  i64 order;                 // of spectra, see spectrum_index
+  float* scales;             // (kernel row): powers of two that spectra in a half order were divided by
+  c32* spectrum;             // (kernel row, n)
+  c32* partial;              // (part, kernel row, n): sums of dv times the conjugate of x
+  float* partial_skip;       // (part, kernel row, row_threads)
+  i64 parts;
+  c32* work;                 // long rows: (batch, heads, channels, n)
+  float* wide;               // dv (batch, heads, channels, length), where it is not simply post_gate * dy
+  Tensor u, k, k_rev, skip, pre_gate, post_gate, y;  // k, k_rev, skip of any dtype, the others of the kernel's
+  Tensor dy, du, dk, dk_rev, dpre_gate, dpost_gate;
+};
+
+SEQCONV_DEVICE float load_any(const void* p, i64 dtype, i64 i) {
+  if (dtype == kBfloat16) return to_float(((const bf16*)p)[i]);
+  if (dtype == kFloat16) return to_float(((const fp16*)p)[i]);
+  return ((const float*)p)[i];
+}
+SEQCONV_DEVICE void store_any(void* p, i64 dtype, i64 i, float value) {
+  if (dtype == kBfloat16) return from_float(((bf16*)p)[i], value);
+  if (dtype == kFloat16) return from_float(((fp16*)p)[i], value);
+  ((float*)p)[i] = value;
+}
+
+SEQCONV_DEVICE float activate(float v, i64 activation) {
+  if (activation == kGelu) return 0.5f * v * (1.f + erff(v * 0.70710678118654752440f));
+  if (activation == kSilu) return v / (1.f + expf(-v));
+  if (activation == kRelu) return v > 0.f || v != v ? v : 0.f;
+  return v;
+}
+SEQCONV_DEVICE float slope(float v, i64 activation) {
+  if (activation == kGelu)
+    return 0.5f * (1.f + erff(v * 0.70710678118654752440f)) + v * 0.39894228040143267794f * expf(-0.5f * v * v);
+  if (activation == kSilu) {
+    const float s = 1.f / (1.f + expf(-v));
+    return s * (1.f + v * (1.f - s));
+  }
+  if (activation == kRelu) return v > 0.f ? 1.f : 0.f;
+  return 1.f;
+}
+
+// Where a block's row lies: window `window` of sample b, channel h.
+struct Place {
+  int b, h;
+  int shift;       // time of local position 0
+  int begin, end;  // local positions whose time lies inside the row
+  bool real;       // false: a slot without a row, which reads zeros and writes nothing
+};
+
+SEQCONV_DEVICE Place place(const Args& a, int b, int h, int window, bool real) {
+  const int shift = window * (int)a.step - (int)a.lead, end = (int)a.length - shift, n = (int)a.transform.n;
+  return {b, h, shift, real && shift < 0 ? -shift : 0, real ? end < n ? end : n : 0, real};
+}
+// Only the outputs of the window, not what lies around them.
+SEQCONV_DEVICE Place inside(const Args& a, Place p) {
+  if (p.begin < (int)a.lead) p.begin = (int)a.lead;
+  if (p.end > (int)(a.lead + a.step)) p.end = (int)(a.lead + a.step);
+  return p;
+}
+
+// Neighbours in one access, where they are neighbours in memory and lie well.
+template <class T>
+struct alignas(16) Eight {
+  T at[8];
+};
+template <class T>
+struct alignas(2 * sizeof(T)) Two {
+  T x, y;
+};
+template <class T>
+SEQCONV_DEVICE bool aligned(const T* p, i64 step, int bytes) {
+  return p == nullptr || (step == 1 && ((i64)p & (bytes - 1)) == 0);
+}
+
+// gate * value, zero outside the place
+template <class T>
+struct Gated {
+  const T* data;
+  const T* gate;
+  const float* wide;
+  i64 step, gate_step;
+  int begin, end;
+
+  SEQCONV_DEVICE float operator()(int t) const {
+    if (t < begin || t >= end) return 0.f;
+    if (wide != nullptr) return wide[t];
+    const float x = to_float(data[t * step]);
+    return gate == nullptr ? x : x * to_float(gate[t * gate_step]);
+  }
+  // the 8 from t on, t a multiple of 8
+  SEQCONV_DEVICE void eight(int t, float (&v)[8]) const {
+    if (t >= begin && t + 8 <= end && wide == nullptr && aligned(data + t, step, 16) && aligned(gate, gate_step, 16)) {
+      const Eight<T> x = *(const Eight<T>*)(data + t);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = to_float(x.at[i]);
+      if (gate == nullptr) return;
+      const Eight<T> by = *(const Eight<T>*)(gate + t);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] *= to_float(by.at[i]);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = (*this)(t + i);
+  }
+};
+template <>
+struct Gated<c32> {
+  const c32* data;
+  const c32* gate;
+  const float* wide;
+  i64 step, gate_step;
+  int begin, end;
+
+  SEQCONV_DEVICE c32 operator()(int t) const { return t < begin || t >= end ? c32{0.f, 0.f} : data[t * step]; }
+};
+
+template <class T>
+SEQCONV_DEVICE Gated<T> gated(const Tensor& value, const Tensor& gate, const Place& p, i64 head) {
+  const T* data = value.template row<T>(p.b, head, p.h);
+  const T* by = gate.template row<T>(p.b, head, p.h);
+  return {data + p.shift * value.time, by == nullptr ? by : by + p.shift * gate.time, nullptr, value.time, gate.time,
+          p.begin, p.end};
+}
+template <class T>
+SEQCONV_DEVICE Gated<T> input(const Args& a, const Place& p) {  // x
+  return gated<T>(a.u, a.pre_gate, p, 0);
+}
+SEQCONV_DEVICE i64 wide_row(const Args& a, const Place& p, i64 head) {
+  return ((p.b * a.heads + head) * a.channels + p.h) * a.length + p.shift;
+}
+template <class T>
+SEQCONV_DEVICE Gated<T> gradient(const Args& a, const Place& p, i64 head) {  // dv
+  Gated<T> g = gated<T>(a.dy, a.post_gate, p, head);
+  if (a.wide != nullptr) g.wide = a.wide + wide_row(a, p, head);
+  return g;
+}
+
+// Takes v: y = post_gate * activation(v), or, where there is a dy, dv into `wide` and post_gate's gradient.
+template <class T>
+struct Output {
+  T *y, *dpost;
+  const T *post, *dy;
+  float* wide;
+  i64 y_step, post_step, dy_step, dpost_step, activation;
+  int begin, end;
+
+  SEQCONV_DEVICE void operator()(int t, c32 z) const {
+    if (t < begin || t >= end) return;
+    const float gate = post == nullptr ? 1.f : to_float(post[t * post_step]);
+    if (dy == nullptr) return from_float(y[t * y_step], gate * activate(z.re, activation));
+    const float g = to_float(dy[t * dy_step]);
+    if (dpost != nullptr) from_float(dpost[t * dpost_step], g * activate(z.re, activation));
+    if (wide != nullptr) wide[t] = g * gate * slope(z.re, activation);
+  }
+  // at t and t + 1, t even
+  SEQCONV_DEVICE void two(int t, float v0, float v1) const {
+    if (dy == nullptr && t >= begin && t + 2 <= end && aligned(y, y_step, sizeof(Two<T>)) &&
+        aligned(post, post_step, sizeof(Two<T>))) {
+      Two<T> out;
+      float gate0 = 1.f, gate1 = 1.f;
+      if (post != nullptr) {
+        const Two<T> gate = *(const Two<T>*)(post + t);
+        gate0 = to_float(gate.x);
+        gate1 = to_float(gate.y);
+      }
+      from_float(out.x, gate0 * activate(v0, activation));
+      from_float(out.y, gate1 * activate(v1, activation));
+      *(Two<T>*)(y + t) = out;
+      return;
+    }
+    (*this)(t, c32{v0, 0.f});
+    (*this)(t + 1, c32{v1, 0.f});
+  }
+};
+template <>
+struct Output<c32> {
+  c32* y;
+  i64 y_step;
+  int begin, end;
+
+  SEQCONV_DEVICE void operator()(int t, c32 z) const {
+    if (t >= begin && t < end) y[t * y_step] = z;
+  }
+};
+
+template <class T>
+SEQCONV_DEVICE T* shifted(const Tensor& t, const Place& p, i64 head) {
+  T* row = t.template row<T>(p.b, head, p.h);
+  return row == nullptr ? row : row + p.shift * t.time;
+}
+template <class T>
+struct Sinks {
+  static SEQCONV_DEVICE Output<T> output(const Args& a, const Place& p, i64 head) {
+    return {shifted<T>(a.y, p, head), shifted<T>(a.dpost_gate, p, head), shifted<T>(a.post_gate, p, head),
+            shifted<T>(a.dy, p, head), a.wide == nullptr ? nullptr : a.wide + wide_row(a, p, head), a.y.time,
+            a.post_gate.time, a.dy.time, a.dpost_gate.time, a.activation, p.begin, p.end};
+  }
+};
+template <>
+struct Sinks<c32> {
+  static SEQCONV_DEVICE Output<c32> output(const Args& a, const Place& p, i64 head) {
+    return {shifted<c32>(a.y, p, head), a.y.time, p.begin, p.end};
+  }
+};
+
+// Takes dx: u's gradient and pre_gate's.
+template <class T>
+struct InputGradient {
+  T *du, *dpre;
+  const T *u, *pre;
+  i64 du_step, dpre_step, u_step, pre_step;
+  int begin, end;
+
+  SEQCONV_DEVICE void operator()(int t, c32 z) const {
+    if (t < begin || t >= end) return;
+    if (du != nullptr) from_float(du[t * du_step], pre == nullptr ? z.re : z.re * to_float(pre[t * pre_step]));
+    if (dpre != nullptr) from_float(dpre[t * dpre_step], z.re * to_float(u[t * u_step]));
+  }
+  SEQCONV_DEVICE void two(int t, float dx0, float dx1) const {
+    if (pre == nullptr && t >= begin && t + 2 <= end && aligned(du, du_step, sizeof(Two<T>)) && du != nullptr) {
+      Two<T> out;
+      from_float(out.x, dx0);
+      from_float(out.y, dx1);
+      *(Two<T>*)(du + t) = out;
+      return;
+    }
+    (*this)(t, c32{dx0, 0.f});
+    (*this)(t + 1, c32{dx1, 0.f});
+  }
+};
+template <>
+struct InputGradient<c32> {
+  c32 *du, *dpre;
+  const c32 *u, *pre;
+  i64 du_step, dpre_step, u_step, pre_step;
+  int begin, end;
+
+  SEQCONV_DEVICE void operator()(int t, c32 z) const {
+    if (t >= begin && t < end) du[t * du_step] = z;
+  }
+};
+template <class T>
+SEQCONV_DEVICE InputGradient<T> input_gradient(const Args& a, const Place& p) {
+  return {shifted<T>(a.du, p, 0), shifted<T>(a.dpre_gate, p, 0), shifted<T>(a.u, p, 0), shifted<T>(a.pre_gate, p, 0),
+          a.du.time, a.dpre_gate.time, a.u.time, a.pre_gate.time, p.begin, p.end};
+}
+
+// The kernel as one complex row: k, plus the skip at lag 0, and the future's taps on the imaginary axis, since a lag of
+// -m is position n - m times x^-n = -i. Complex rows (of the inner transforms of long kernels) are taken as they are.
+struct Taps {
+  Tensor k, k_rev;
+  const void *data, *data_rev;
+  float skip;
+  int taps, taps_rev, n;
+
+  SEQCONV_DEVICE c32 operator()(int t) const {
+    if (k.dtype == kComplex) return ((const c32*)data)[t * k.time];
+    c32 z{0.f, 0.f};
+    if (t < taps) z.re = load_any(data, k.dtype, t * k.time);
+    if (t == 0) z.re += skip;
+    const int lag = n - t;
+    if (t > 0 && lag <= taps_rev) z.im = -load_any(data_rev, k_rev.dtype, (lag - 1) * k_rev.time);
+    return z;
+  }
+};
+SEQCONV_DEVICE i64 element_size(i64 dtype) { return dtype == kComplex ? 8 : dtype == kFloat32 ? 4 : 2; }
+SEQCONV_DEVICE const void* row_of(const Tensor& t, i64 b, i64 c, i64 h) {
+  return (const char*)t.data + (b * t.batch + c * t.head + h * t.channel) * element_size(t.dtype);
+}
+// Kernel rows are numbered (sample or 0, head, channel).
+SEQCONV_DEVICE Taps taps(const Args& a, i64 row) {
+  const i64 h = row % a.channels, c = row / a.channels % a.heads, b = row / a.channels / a.heads;
+  float skip = 0.f;
+  if (a.skip.data != nullptr) skip = load_any(a.skip.data, a.skip.dtype, c * a.skip.head + h * a.skip.channel);
+  return {a.k,    a.k_rev,           row_of(a.k, b, c, h), row_of(a.k_rev, b, c, h),
+          skip,   (int)a.taps,       (int)a.taps_rev,      (int)a.transform.n};
+}
+
+// Takes the sum of dv times the conjugate of x: gradients of the taps, or complex rows.
+struct TapsGradient {
+  Tensor dk, dk_rev;
+  void *data, *data_rev;
+  int taps, taps_rev, n;
+
+  SEQCONV_DEVICE void operator()(int t, c32 z) const {
+    if (dk.dtype == kComplex) {
+      ((c32*)data)[t * dk.time] = z;
+      return;
+    }
+    if (dk.data != nullptr && t < taps) store_any(data, dk.dtype, t * dk.time, z.re);
+    const int lag = n - t;
+    if (dk_rev.data != nullptr && t > 0 && lag <= taps_rev)
+      store_any(data_rev, dk_rev.dtype, (lag - 1) * dk_rev.time, -z.im);
+  }
+};
+SEQCONV_DEVICE TapsGradient taps_gradient(const Args& a, i64 row) {
+  const i64 h = row % a.channels, c = row / a.channels % a.heads, b = row / a.channels / a.heads;
+  return {a.dk, a.dk_rev, (void*)row_of(a.dk, b, c, h), (void*)row_of(a.dk_rev, b, c, h), (int)a.taps, (int)a.taps_rev,
+          (int)a.transform.n};
+}

@@ -1,0 +1,445 @@
+// The transform of a row on tensor cores, for 16-bit tensors: the same passes as transform.cuh (so the same order of the
+// spectrum), each a product of 16 x 16 matrices, on two planes of fp16 numbers in shared memory.
+//
+// A pass of radix r < 16 works on 16 / r groups of 16 columns at once: its matrix has the r-point transform as diagonal
+// blocks. All matrices are unitary and the row is scaled by a power of two, so that nothing leaves fp16's range: the
+// largest input is below 1/2, hence every value below sqrt(n) / 2. The innermost 256 points never leave registers between
+// the first of their products and the last. Twiddles of an outer pass are the product of two factors, one for the column
+// in its group of 16, one for the group.
+//
+// Number is what products accumulate in: u32 (fp16 pairs: fast) or Pair (float32: accurate).
+#pragma once
+#include "fftconv.cuh"
+#include "tile.cuh"
+
+struct HalfPlane {
+  unsigned short *re, *im;
+};
+// Rows of 8 numbers move by one place every 256 and every 4096, and swap every 64, so that the 8 rows that an instruction
+// reads lie in different banks for every distance that occurs.
+SEQCONV_DEVICE int half_at(int i) { return (((i >> 3) ^ ((i >> 6) & 1)) + (i >> 8) + (i >> 12)) * 8 + (i & 7); }
+SEQCONV_DEVICE int half_plane_size(int n) { return n + 8 * (n >> 8) + 8 * (n >> 12) + 8; }
+
+// Words of the table: the 16-point matrix, the twiddles of 256 points and their transpose; then for each outer pass its
+// matrix and the inverse's, and the two sets of twiddle factors.
+enum { kMatrixWords = 256, kInnerWords = kMatrixWords + 2 * 512, kColumnWords = 512 };
+
+struct Warp {
+  int index, count, lane, group, thread;
+};
+SEQCONV_DEVICE Warp warp_of(Team team) {
+  const int lane = team.rank & 31;
+  return {team.rank >> 5, team.size >> 5, lane, lane >> 2, lane & 3};
+}
+
+SEQCONV_DEVICE Matrix load_matrix(const u32* words, int lane) {
+  const uint4 re = ((const uint4*)words)[lane], im = ((const uint4*)words)[32 + lane];
+  return {{re.x, re.y, re.z, re.w}, {im.x, im.y, im.z, im.w}};
+}
+// Of a 16 x 16 table of complex numbers in row order.
+template <class Number>
+SEQCONV_DEVICE Factors<Number> load_factors(const u32* words, const Warp& w) {
+  Factors<Number> f;
+#pragma unroll
+  for (int j = 0; j < 2; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const c32x2 v = ((const c32x2*)words)[((w.group + 8 * half) * 16 + 8 * j) / 2 + w.thread];
+      f.set(j, half, v.x, v.y);
+    }
+  return f;
+}
+// Of the kernel's spectrum, kept in the order of a result's elements: 256 words of fp16 pairs or 512 of float32.
+SEQCONV_DEVICE Factors<u32> load_spectrum(const u32* tile, int lane, u32) {
+  const uint4 re = ((const uint4*)tile)[2 * lane], im = ((const uint4*)tile)[2 * lane + 1];
+  return {{{re.x, re.y}, {re.z, re.w}}, {{im.x, im.y}, {im.z, im.w}}};
+}
+SEQCONV_DEVICE Factors<Pair> load_spectrum(const u32* tile, int lane, Pair) {
+  Factors<Pair> f;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const c32x2 v = ((const c32x2*)tile)[4 * lane + q];
+    f.set(q >> 1, q & 1, v.x, v.y);
+  }
+  return f;
+}
+
+// The largest size over the team's threads; all threads of the block come here.
+SEQCONV_DEVICE float team_max(float x, float* shared, Team team) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const float other = shuffle_xor(x, lanes);
+    x = x > other ? x : other;
+  }
+  if ((team.rank & 31) == 0) store_shared(shared + (team.rank >> 5), x);
+  sync_block();
+  float all = load_shared(shared);
+  for (int i = 1; i < team.size / 32; ++i) {
+    const float other = load_shared(shared + i);
+    all = all > other ? all : other;
+  }
+  return all;
+}
+// The row, scaled, into plane.im as it lies; returns the exponent that undoes the scaling. The first kKept pieces of 8
+// wait in registers for the scale, the rest is read again.
+template <class T>
+SEQCONV_DEVICE int stage(const HalfPlane& plane, int n, const Gated<T>& source, float* shared, Team team) {
+  constexpr int kKept = 4;
+  float kept[kKept][8];
+  float largest = 0.f;
+#pragma unroll
+  for (int piece = 0; piece < kKept; ++piece) {
+    const int t = (piece * team.size + team.rank) * 8;
+    if (t < n) source.eight(t, kept[piece]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float size = t < n ? fabsf(kept[piece][i]) : 0.f;
+      largest = size > largest ? size : largest;
+    }
+  }
+  for (int t = (kKept * team.size + team.rank) * 8; t < n; t += team.size * 8) {
+    float v[8];
+    source.eight(t, v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = fabsf(v[i]) > largest ? fabsf(v[i]) : largest;
+  }
+  const int exponent = exponent_above(team_max(largest, shared, team));
+  const float scale = power_of_two(-exponent);
+  const auto store = [&](int t, const float (&v)[8]) {
+    const uint4 packed{pack(v[0] * scale, v[1] * scale), pack(v[2] * scale, v[3] * scale),
+                       pack(v[4] * scale, v[5] * scale), pack(v[6] * scale, v[7] * scale)};
+    store_shared((uint4*)(plane.im + half_at(t)), packed);
+  };
+#pragma unroll
+  for (int piece = 0; piece < kKept; ++piece) {
+    const int t = (piece * team.size + team.rank) * 8;
+    if (t < n) store(t, kept[piece]);
+  }
+  for (int t = (kKept * team.size + team.rank) * 8; t < n; t += team.size * 8) {
+    float v[8];
+    source.eight(t, v);
+    store(t, v);
+  }
+  sync_block();
+  return exponent;
+}
+
+// An outer pass: `blocks` blocks of radix x distance points; a tile is 16 rows, (16 / radix) groups of 16 columns.
+struct OuterPass {
+  const u32* words;
+  int radix, distance, blocks, groups, tiles;  // tiles of one block
+
+  SEQCONV_DEVICE Matrix matrix(bool inverse, int lane) const { return load_matrix(words + (inverse ? kMatrixWords : 0), lane); }
+  SEQCONV_DEVICE c32 column_factor(int p, int column) const {
+    return ((const c32*)(words + 2 * kMatrixWords))[p * 16 + column];
+  }
+  SEQCONV_DEVICE c32 group_factor(int p, int group) const {
+    return ((const c32*)(words + 2 * kMatrixWords + kColumnWords))[group * radix + p];
+  }
+};
+// A row of a tile: result p (or input i) of a group of columns; valid only where there is such a group.
+struct TileRow {
+  int p, columns, position;
+  bool valid;
+};
+SEQCONV_DEVICE TileRow tile_row(const OuterPass& pass, int tile, int row) {
+  const int block = tile / pass.tiles, first = tile % pass.tiles * pass.groups;
+  const int group = row / pass.radix, p = row - group * pass.radix;
+  const bool valid = group < pass.groups && (first + group) * 16 < pass.distance;
+  const int columns = valid ? first + group : first, q = valid ? p : 0;
+  return {q, columns, (block * pass.radix + q) * pass.distance + columns * 16, valid};
+}
+SEQCONV_DEVICE OuterPass outer_pass(const Transform& t, int d) {
+  const u32* words = (const u32*)t.tables + kInnerWords;
+  int block = (int)t.n, blocks = 1;
+  for (int i = 0; i < d; ++i) {
+    words += 2 * kMatrixWords + kColumnWords + block / 8;
+    blocks *= radix_of(t, i);
+    block /= radix_of(t, i);
+  }
+  const int radix = radix_of(t, d), distance = block / radix, groups = 16 / radix;
+  return {words, radix, distance, blocks, groups, (distance / 16 + groups - 1) / groups};
+}
+
+template <class Number>
+SEQCONV_DEVICE void store_tile(const HalfPlane& plane, const OuterPass& pass, int tile, const Result<Number>& x,
+                               const Warp& w) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const TileRow row = tile_row(pass, tile, w.group + 8 * half);
+    if (!row.valid) continue;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int at = half_at(row.position + 8 * j + 2 * w.thread);
+      store_shared((u32*)(plane.re + at), to_operand(x.re[j][half]));
+      store_shared((u32*)(plane.im + at), to_operand(x.im[j][half]));
+    }
+  }
+}
+
+template <class Number, bool kReal>
+SEQCONV_DEVICE void outer_forward(const HalfPlane& plane, const OuterPass& pass, const Warp& w) {
+  const Matrix f = pass.matrix(false, w.lane);
+  Factors<Number> column;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int p = tile_row(pass, 0, w.group + 8 * half).p;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int c = 8 * j + 2 * w.thread;
+      column.set(j, half, pass.column_factor(p, c), pass.column_factor(p, c + 1));
+    }
+  }
+  for (int tile = w.index; tile < pass.tiles * pass.blocks; tile += w.count) {
+    const int from = half_at(tile_row(pass, tile, w.lane & 15).position + (w.lane >> 4) * 8);
+    u32 re[4], im[4];
+    load_transposed(im, plane.im + from);
+    if (!kReal) load_transposed(re, plane.re + from);
+    sync_warp();
+    const u32 x_im[2][2] = {{im[0], im[1]}, {im[2], im[3]}};
+    Result<Number> x;
+    if (kReal) {
+      x = product_of_real<Number>(f, x_im);
+    } else {
+      x = product<Number>(f, Columns{{{re[0], re[1]}, {re[2], re[3]}}, {{im[0], im[1]}, {im[2], im[3]}}});
+    }
+    multiply<false>(x, column);
+    Factors<Number> group;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const TileRow row = tile_row(pass, tile, w.group + 8 * half);
+      const c32 v = pass.group_factor(row.p, row.columns);
+      group.set(0, half, v, v);
+      group.set(1, half, v, v);
+    }
+    multiply<false>(x, group);
+    store_tile(plane, pass, tile, x, w);
+  }
+}
+
+// The mirror image; store(tile, matrix, columns) takes the last product: to the plane, or as real numbers out of it.
+template <class Number, class Store>
+SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass, const Warp& w, Store store) {
+  const Matrix f = pass.matrix(true, w.lane);
+  Factors<Number> column;  // of a right operand: rows 2 thread, 2 thread + 1 of column `group`
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int p = tile_row(pass, 0, 2 * w.thread + 8 * half).p, q = tile_row(pass, 0, 2 * w.thread + 1 + 8 * half).p;
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      column.set(j, half, pass.column_factor(p, 8 * j + w.group), pass.column_factor(q, 8 * j + w.group));
+  }
+  for (int tile = w.index; tile < pass.tiles * pass.blocks; tile += w.count) {
+    const int from = half_at(tile_row(pass, tile, w.lane & 15).position + (w.lane >> 4) * 8);
+    u32 re[4], im[4];
+    load_transposed(re, plane.re + from);
+    load_transposed(im, plane.im + from);
+    sync_warp();
+    Columns x{{{re[0], re[1]}, {re[2], re[3]}}, {{im[0], im[1]}, {im[2], im[3]}}};
+    Factors<Number> group;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const TileRow p = tile_row(pass, tile, 2 * w.thread + 8 * half), q = tile_row(pass, tile, 2 * w.thread + 1 + 8 * half);
+      group.set(0, half, pass.group_factor(p.p, p.columns), pass.group_factor(q.p, q.columns));
+      group.re[1][half] = group.re[0][half];
+      group.im[1][half] = group.im[0][half];
+    }
+    multiply<true>(x, group);
+    multiply<true>(x, column);
+    store(tile, f, x);
+  }
+}
+
+// All outer passes of a staged row.
+template <class Number>
+SEQCONV_DEVICE void tensor_forward_passes(const Transform& t, const HalfPlane& plane, const Warp& w) {
+  const int outer = (int)t.count - 2;
+  for (int d = 0; d < outer; ++d) {
+    const OuterPass pass = outer_pass(t, d);
+    if (d == 0) {
+      outer_forward<Number, true>(plane, pass, w);
+    } else {
+      outer_forward<Number, false>(plane, pass, w);
+    }
+    sync_block();
+  }
+}
+
+// The 256 points of a tile of the plane to their spectrum. Alone (n = 256), they are the real row itself.
+template <class Number>
+SEQCONV_DEVICE Result<Number> inner_forward(const Transform& t, const HalfPlane& plane, int tile, const Matrix& f,
+                                            const Factors<Number>& twiddles, const Warp& w) {
+  const int from = half_at(tile * 256 + (w.lane & 15) * 16 + (w.lane >> 4) * 8);
+  u32 re[4], im[4];
+  load_transposed(im, plane.im + from);
+  Result<Number> x;
+  if (t.count == 2) {
+    const u32 x_im[2][2] = {{im[0], im[1]}, {im[2], im[3]}};
+    x = product_of_real<Number>(load_matrix((const u32*)t.tables + kInnerWords, w.lane), x_im);
+  } else {
+    load_transposed(re, plane.re + from);
+    x = product<Number>(f, Columns{{{re[0], re[1]}, {re[2], re[3]}}, {{im[0], im[1]}, {im[2], im[3]}}});
+  }
+  multiply<false>(x, twiddles);
+  // its rows are the first digit of the frequency, its columns the time still to be transformed
+  const Matrix rows = to_operand(x);
+  return product<Number>(rows, transposed(f));
+}
+// And back, as the right operand of the last product.
+template <class Number>
+SEQCONV_DEVICE Columns inner_inverse(const Result<Number>& spectrum, const Matrix& f, const Factors<Number>& twiddles) {
+  Result<Number> x = product<Number>(conj(f), transposed(to_operand(spectrum)));
+  multiply<true>(x, twiddles);
+  return transposed(to_operand(x));
+}
+
+// Everything after the product with the kernel: `spectra(tile)` gives it, sink(t, x, y) takes times t and t + 1.
+template <class Number, class Spectra, class Sink>
+SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, const Matrix& f,
+                                   const Factors<Number>& twiddles, const Warp& w, Spectra spectra, Sink sink) {
+  const int outer = (int)t.count - 2, tiles = (int)t.n / 256;
+  for (int tile = w.index; tile < tiles; tile += w.count) {
+    const Columns x = inner_inverse<Number>(spectra(tile), f, twiddles);
+    sync_warp();
+    if (outer == 0) {
+      Pair v[2][2];
+      real_product(v, load_matrix((const u32*)t.tables + kInnerWords + kMatrixWords, w.lane), x);
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          sink((w.group + 8 * half) * 16 + 8 * j + 2 * w.thread, v[j][half].x, v[j][half].y);
+      continue;
+    }
+    const Result<Number> y = product<Number>(conj(f), x);
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = half_at(tile * 256 + (w.group + 8 * half) * 16 + 8 * j + 2 * w.thread);
+        store_shared((u32*)(plane.re + at), to_operand(y.re[j][half]));
+        store_shared((u32*)(plane.im + at), to_operand(y.im[j][half]));
+      }
+  }
+  sync_block();
+  for (int d = outer - 1; d >= 0; --d) {
+    const OuterPass pass = outer_pass(t, d);
+    if (d > 0) {
+      outer_inverse<Number>(plane, pass, w, [&](int tile, const Matrix& m, const Columns& x) {
+        store_tile(plane, pass, tile, product<Number>(m, x), w);
+      });
+    } else {
+      outer_inverse<Number>(plane, pass, w, [&](int tile, const Matrix& m, const Columns& x) {
+        Pair v[2][2];
+        real_product(v, m, x);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const TileRow row = tile_row(pass, tile, w.group + 8 * half);
+          if (!row.valid) continue;
+#pragma unroll
+          for (int j = 0; j < 2; ++j) sink(row.position + 8 * j + 2 * w.thread, v[j][half].x, v[j][half].y);
+        }
+      });
+    }
+    sync_block();
+  }
+}
+
+// The kernels, with the grid and the work of fftconv.cuh's; planes, then the room of team_max.
+struct TensorShared {
+  HalfPlane plane[2];
+  float* largest;
+};
+SEQCONV_DEVICE TensorShared tensor_shared(const Args& a, const Work& w, unsigned char* shared, int planes) {
+  const int size = half_plane_size((int)a.transform.n);
+  unsigned short* first = (unsigned short*)shared + w.slot * planes * 2 * size;
+  unsigned short* second = planes > 1 ? first + 2 * size : first;
+  float* largest = (float*)((unsigned short*)shared + (int)a.slots * planes * 2 * size);
+  return {{{first, first + size}, {second, second + size}}, largest + w.slot * (w.team.size / 32)};
+}
+
+template <class T, class Number>
+SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
+  const Work work_ = work(a);
+  const Warp w = warp_of(work_.team);
+  const Transform& t = a.transform;
+  const u32* table = (const u32*)t.tables;
+  const TensorShared s = tensor_shared(a, work_, shared, a.heads > 1 ? 2 : 1);
+  const HalfPlane &x = s.plane[0], &v = s.plane[1];
+  const Matrix f = load_matrix(table, w.lane);
+  const Factors<Number> there = load_factors<Number>(table + kMatrixWords, w);
+  const Factors<Number> back = load_factors<Number>(table + kMatrixWords + 512, w);
+  for (int first = work_.first; first < work_.last; first += (int)a.slots) {
+    const Place p = place(a, work_, first);
+    const int exponent = stage(x, (int)t.n, input<T>(a, p), s.largest, work_.team);
+    tensor_forward_passes<Number>(t, x, w);
+    for (int head = 0; head < (int)a.heads; ++head) {
+      const i64 row = kernel_row(a, work_, head);
+      const u32* k = (const u32*)a.spectrum + row * t.n * (sizeof(Number) / 4);
+      const float scale = power_of_two(exponent) * a.scales[row];
+      const Output<T> out = Sinks<T>::output(a, inside(a, p), head);
+      tensor_inverse<Number>(
+          t, v, f, back, w,
+          [&](int tile) {
+            Result<Number> z = inner_forward<Number>(t, x, tile, f, there, w);
+            multiply<false>(z, load_spectrum(k + tile * 256 * (sizeof(Number) / 4), w.lane, Number{}));
+            return z;
+          },
+          [&](int at, float y0, float y1) { out.two(at, y0 * scale, y1 * scale); });
+    }
+  }
+}
+
+// One head: several would need a third plane for the sum of their gradients.
+template <class T, class Number>
+SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
+  const Work work_ = work(a);
+  const Warp w = warp_of(work_.team);
+  const Transform& t = a.transform;
+  const u32* table = (const u32*)t.tables;
+  const TensorShared s = tensor_shared(a, work_, shared, 2);
+  const HalfPlane &x = s.plane[0], &g = s.plane[1];
+  const Matrix f = load_matrix(table, w.lane);
+  const Factors<Number> there = load_factors<Number>(table + kMatrixWords, w);
+  const Factors<Number> back = load_factors<Number>(table + kMatrixWords + 512, w);
+  const i64 rows = (a.per_sample ? a.batch : 1) * a.channels, row = kernel_row(a, work_, 0);
+  const i64 part = (i64)work_.group * a.slots + work_.slot;
+  const u32* k = (const u32*)a.spectrum + row * t.n * (sizeof(Number) / 4);
+  c32x2* dk = (c32x2*)(a.partial == nullptr ? nullptr : a.partial + (part * rows + row) * t.n);
+  for (int first = work_.first; first < work_.last; first += (int)a.slots) {
+    const Place p = place(a, work_, first), q = inside(a, p);
+    const bool begins = first == work_.first;
+    const int exponent_x = stage(x, (int)t.n, input<T>(a, q), s.largest, work_.team);
+    tensor_forward_passes<Number>(t, x, w);
+    const int exponent_g = stage(g, (int)t.n, gradient<T>(a, p, 0), s.largest, work_.team);
+    tensor_forward_passes<Number>(t, g, w);
+    if (a.partial_skip != nullptr) {
+      float* mine = a.partial_skip + (part * rows + row) * a.row_threads + work_.team.rank;
+      const float dskip = skip_sum(gradient<T>(a, p, 0), input<T>(a, q), (int)t.n, work_.team);
+      *mine = begins ? dskip : *mine + dskip;
+    }
+    const float up_x = power_of_two(exponent_x), up_g = power_of_two(exponent_g);
+    const float scale = up_g * a.scales[row];
+    const InputGradient<T> out = input_gradient<T>(a, q);
+    tensor_inverse<Number>(
+        t, g, f, back, w,
+        [&](int tile) {
+          Result<Number> z = inner_forward<Number>(t, g, tile, f, there, w);
+          if (dk != nullptr) {
+            const Result<Number> of_x = inner_forward<Number>(t, x, tile, f, there, w);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              Pair re = to_pair(z.re[e >> 1][e & 1]), im = to_pair(z.im[e >> 1][e & 1]);
+              multiply<true>(re, im, to_pair(of_x.re[e >> 1][e & 1]), to_pair(of_x.im[e >> 1][e & 1]));
+              c32x2 d{c32{re.x, im.x} * up_x * up_g, c32{re.y, im.y} * up_x * up_g};
+              c32x2* at = dk + tile * 128 + w.lane * 4 + e;
+              if (!begins) d = {d.x + at->x, d.y + at->y};
+              *at = d;
+            }
+          }
+          multiply<true>(z, load_spectrum(k + tile * 256 * (sizeof(Number) / 4), w.lane, Number{}));
+          return z;
+        },
+        [&](int at, float dx0, float dx1) { out.two(at, dx0 * scale, dx1 * scale); });
+  }
+}

@@ -1,0 +1,61 @@
+"""The kernels' source: one string for any compiler, and every instantiation that a plan can ask for."""
+
+import functools
+import re
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+_IO = {"f32": "float", "bf16": "bf16", "f16": "fp16"}
+_ROWS = 512  # threads of the largest block: seqconv._cuda.plan.MAX_THREADS
+
+# name -> (what its body calls, threads at most, blocks at least that a multiprocessor should hold)
+KERNELS: dict[str, tuple[str, int, int]] = {
+    "spectrum": ("spectrum", _ROWS, 1),
+    "kernel_scales": ("kernel_scales", _ROWS, 1),
+    "taps_gradient": ("taps_gradient_kernel", _ROWS, 1),
+    "long_taps": ("long_taps", _ROWS, 1),
+    "long_taps_gradient": ("long_taps_gradient", _ROWS, 1),
+}
+for _suffix, _type in (*_IO.items(), ("c32", "c32")):
+    for _name in ("forward", "backward"):
+        KERNELS[f"{_name}_{_suffix}"] = (f"{_name}<{_type}>", _ROWS, 1)
+for _suffix, _type in _IO.items():
+    for _name in ("long_input", "long_gradient", "long_output", "long_input_gradient"):
+        KERNELS[f"{_name}_{_suffix}"] = (f"{_name}<{_type}>", _ROWS, 1)
+for _suffix in ("bf16", "f16"):
+    for _mode, _number in (("fast", "u32"), ("accurate", "Pair")):
+        for _name in ("forward", "backward"):
+            _body = f"tensor_{_name}<{_IO[_suffix]}, {_number}>"
+            KERNELS[f"tensor_{_name}_{_suffix}_{_mode}"] = (_body, _ROWS, 1)
+
+
+def folder() -> Path:
+    """csrc/device: beside the package in a checkout, inside it in an installation."""
+    for candidate in (_HERE.parent / "csrc" / "device", _HERE.parent.parent / "csrc" / "device"):
+        if candidate.is_dir():
+            return candidate
+    raise FileNotFoundError(f"seqconv: no csrc/device beside {_HERE.parent}: reinstall seqconv")
+
+
+@functools.cache
+def headers(root: str = "tensor.cuh") -> str:
+    """The headers in the order of their includes, as one text: NVRTC's cache knows no include paths."""
+    seen: list[str] = []
+
+    def read(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.append(name)
+        text = (folder() / name).read_text().replace("#pragma once\n", "")
+        return re.sub(r'#include "(\S+)"\n', lambda match: read(match[1]), text)
+
+    return read(root)
+
+
+def source(name: str) -> str:
+    """The translation unit of one kernel, named `name` in the object code."""
+    body, threads, blocks = KERNELS[name]
+    return (
+        f"{headers()}\nSEQCONV_KERNEL({threads}, {blocks}) {name}(const Args a) {{\n"
+        f"  SEQCONV_SHARED(shared);\n  {body}(a, shared);\n}}\n"
+    )

@@ -1,0 +1,112 @@
+"""The constants of a transform: the twist at its inputs and the twiddles of its passes, in float64, rounded once."""
+
+import math
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+_FIRST = 16  # room for the factors of the first inputs
+_cache: OrderedDict[tuple, Tensor] = OrderedDict()
+
+
+def _roots(numerator: Tensor, denominator: int) -> Tensor:
+    """exp(-2 pi i numerator / denominator), the integer part of the turn dropped exactly."""
+    turn = (numerator % denominator).to(torch.float64) * (-2 * math.pi / denominator)
+    return torch.polar(torch.ones_like(turn), turn)
+
+
+def build(n: int, radices: tuple[int, ...], passes: int, twist: bool) -> Tensor:
+    """complex64: the first inputs' factors, then for each of the first `passes` passes its twiddles.
+
+    Twiddle p of column j, at p * (block / radix) + j: exp(-2 pi i p j / block), in pass 0 times w^j
+    with w = exp(i pi / 2n). Without the twist w = 1: the inner transforms of long rows.
+    """
+    first = torch.ones(_FIRST, dtype=torch.complex128)
+    if twist:
+        first[: radices[0]] = _roots(-torch.arange(radices[0]), 4 * radices[0])
+    parts, block = [first], n
+    for d in range(passes):
+        columns = torch.arange(block // radices[d])
+        table = _roots(torch.arange(radices[d])[:, None] * columns, block)
+        if twist and d == 0:
+            table = table * _roots(-columns, 4 * n)
+        parts.append(table.flatten())
+        block //= radices[d]
+    return torch.cat(parts).to(torch.complex64)
+
+
+def _operand(matrix: Tensor) -> Tensor:
+    """A complex 16 x 16 matrix as the fp16 pairs of a left operand, real parts, then imaginary ones: 256 words.
+
+    Lane (group g, thread t) holds rows g and g + 8 of columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 (PTX
+    ISA, mma.m16n8k16): words ordered (lane, column half, row half).
+    """
+    planes = torch.stack([matrix.real, matrix.imag]).to(torch.float16)
+    parts = planes.view(2, 2, 8, 2, 4, 2)  # plane, row half, group, column half, thread, pair
+    return parts.permute(0, 2, 4, 3, 1, 5).contiguous().view(torch.int32).flatten()
+
+
+def _words(table: Tensor, count: int | None = None) -> Tensor:
+    """Complex numbers as float32 words, padded with zeros to `count` words."""
+    words = torch.view_as_real(table.to(torch.complex64)).contiguous().view(torch.int32).flatten()
+    return words if count is None else torch.nn.functional.pad(words, (0, count - len(words)))
+
+
+def _dft(radix: int) -> Tensor:
+    index = torch.arange(radix)
+    return _roots(index[:, None] * index, radix) / math.sqrt(radix)
+
+
+def build_tensor(n: int, radices: tuple[int, ...]) -> Tensor:
+    """int32 words for csrc/device/tensor.cuh, in the order that its offsets give.
+
+    The two innermost radices are 16; each pass before them has its unitary matrix, as many copies
+    of it as fit in 16 rows, the inverse's, and the twiddles of column c of group g as the product
+    of one factor for c and one for g. The twist is part of the first pass as in `build`.
+    """
+    assert radices[-2:] == (16, 16), radices
+    outer = radices[:-2]
+    inner = _roots(torch.arange(16)[:, None] * torch.arange(16), 256)
+    if not outer:  # the first of the two inner passes takes the row itself
+        inner = inner * _roots(-torch.arange(16), 4 * n)
+    words = [_operand(_dft(16)), _words(inner), _words(inner.T)]
+    block = n
+    for d, radix in enumerate(outer or (16,)):
+        matrix = _dft(radix)
+        if d == 0:  # w^(i n / radix) at input i
+            matrix = matrix * _roots(-torch.arange(radix), 4 * radix)
+        copies = torch.block_diag(*[matrix] * (16 // radix))
+        room = torch.zeros(16, 16, dtype=torch.complex128)
+        room[: len(copies), : len(copies)] = copies
+        words += [_operand(room), _operand(room.conj().T.resolve_conj())]
+        if not outer:
+            break
+        p = torch.arange(radix)[:, None]
+        columns, groups = torch.arange(16), 16 * torch.arange(block // radix // 16)
+        column, group = _roots(p * columns, block), _roots(p * groups, block)
+        if d == 0:
+            column, group = column * _roots(-columns, 4 * n), group * _roots(-groups, 4 * n)
+        words += [_words(column, 512), _words(group.T)]
+        block //= radix
+    return torch.cat(words)
+
+
+def on_device(device: torch.device, function, *arguments) -> Tensor:
+    """function(*arguments) on a device, kept for the next call (the 64 used last)."""
+    key = (device, function, *arguments)
+    found = _cache.get(key)
+    if found is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "fftconv: the first call with a length must not be captured in a CUDA graph; "
+                "run the same call once before the capture"
+            )
+        found = _cache[key] = function(*arguments).to(device)
+        while len(_cache) > 64:
+            _cache.popitem(last=False)
+    else:
+        _cache.move_to_end(key)
+    if device.type == "cuda":
+        found.record_stream(torch.cuda.current_stream(device))
+    return found

@@ -1,0 +1,43 @@
+"""Tensors as plain integers, the language of every kernel of the package."""
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ACTIVATIONS = {"none": 0, "gelu": 1, "silu": 2, "relu": 3}
+ABSENT = (0, 0, 0, 0, 0, 0)
+
+# Which axes of a tensor are batch, head, channel and time, by its number of axes.
+SIGNAL = {3: (0, None, 1, 2), 4: (0, 1, 2, 3)}
+KERNEL = {2: (None, None, 0, 1), 3: (None, 0, 1, 2), 4: (0, 1, 2, 3)}
+SKIP = {1: (None, None, 0, None), 2: (None, 0, 1, None)}
+
+
+def pack(t: Tensor | None, table: dict) -> tuple[int, ...]:
+    """Address, dtype, and the strides of (batch, head, channel, time); zeros for an absent tensor."""
+    if t is None:
+        return ABSENT
+    stride = t.stride()
+    axes = table[t.dim()]
+    return (t.data_ptr(), DTYPES[t.dtype], *[0 if axis is None else stride[axis] for axis in axes])
+
+
+def materialise(t: Tensor | None) -> Tensor | None:
+    """Real memory behind the pointer: lazily negated and lazily zero tensors have none of their own."""
+    if t is None:
+        return None
+    if t.is_neg():
+        t = t.resolve_neg()
+    return t.clone() if t.data_ptr() == 0 and t.numel() else t
+
+
+def reach(length: int, k: Tensor, k_rev: Tensor | None) -> tuple[int, int]:
+    """How many taps of k and k_rev meet an output at all."""
+    return min(k.shape[-1], length), 0 if k_rev is None else min(k_rev.shape[-1], length - 1)
+
+
+def zero_unreached(dk: Tensor | None, dk_rev: Tensor | None, length: int) -> None:
+    """The gradient of taps that meet no output."""
+    for grad, last in ((dk, length), (dk_rev, length - 1)):
+        if grad is not None:
+            grad[..., last:] = 0
