@@ -96,10 +96,6 @@ struct alignas(16) Eight {
   T at[8];
 };
 template <class T>
-struct alignas(2 * sizeof(T)) Two {
-  T x, y;
-};
-template <class T>
 SEQCONV_DEVICE bool aligned(const T* p, i64 step, int bytes) {
   return p == nullptr || (step == 1 && ((i64)p & (bytes - 1)) == 0);
 }
@@ -119,20 +115,26 @@ struct Gated {
     const float x = to_float(data[t * step]);
     return gate == nullptr ? x : x * to_float(gate[t * gate_step]);
   }
-  // the 8 from t on, t a multiple of 8
-  SEQCONV_DEVICE void eight(int t, float (&v)[8]) const {
-    if (t >= begin && t + 8 <= end && wide == nullptr && aligned(data + t, step, 16) && aligned(gate, gate_step, 16)) {
-      const Eight<T> x = *(const Eight<T>*)(data + t);
+  // Whether the row can be read in pieces of 8, which lie wholly inside or outside of it.
+  SEQCONV_DEVICE bool in_pieces() const {
+    const bool whole = begin % 8 == 0 && end % 8 == 0;
+    return whole && (wide != nullptr ? aligned(wide, 1, 16) : aligned(data, step, 16) && aligned(gate, gate_step, 16));
+  }
+  SEQCONV_DEVICE void piece(int t, float (&v)[8]) const {
+    const bool is_inside = t >= begin && t < end;
+    if (wide != nullptr) {
+      const Eight<float> x = is_inside ? *(const Eight<float>*)(wide + t) : Eight<float>{};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = to_float(x.at[i]);
-      if (gate == nullptr) return;
-      const Eight<T> by = *(const Eight<T>*)(gate + t);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] *= to_float(by.at[i]);
+      for (int i = 0; i < 8; ++i) v[i] = x.at[i];
       return;
     }
+    const Eight<T> x = is_inside ? *(const Eight<T>*)(data + t) : Eight<T>{};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = (*this)(t + i);
+    for (int i = 0; i < 8; ++i) v[i] = to_float(x.at[i]);
+    if (gate == nullptr) return;
+    const Eight<T> by = is_inside ? *(const Eight<T>*)(gate + t) : Eight<T>{};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] *= to_float(by.at[i]);
   }
 };
 template <>
@@ -184,24 +186,20 @@ struct Output {
     if (dpost != nullptr) from_float(dpost[t * dpost_step], g * activate(z.re, activation));
     if (wide != nullptr) wide[t] = g * gate * slope(z.re, activation);
   }
-  // at t and t + 1, t even
-  SEQCONV_DEVICE void two(int t, float v0, float v1) const {
-    if (dy == nullptr && t >= begin && t + 2 <= end && aligned(y, y_step, sizeof(Two<T>)) &&
-        aligned(post, post_step, sizeof(Two<T>))) {
-      Two<T> out;
-      float gate0 = 1.f, gate1 = 1.f;
-      if (post != nullptr) {
-        const Two<T> gate = *(const Two<T>*)(post + t);
-        gate0 = to_float(gate.x);
-        gate1 = to_float(gate.y);
-      }
-      from_float(out.x, gate0 * activate(v0, activation));
-      from_float(out.y, gate1 * activate(v1, activation));
-      *(Two<T>*)(y + t) = out;
-      return;
+  // Whether the 8 from t on can be written at once.
+  SEQCONV_DEVICE bool fits(int t) const {
+    return dy == nullptr && t >= begin && t + 8 <= end && aligned(y + t, y_step, 16) &&
+           aligned(post == nullptr ? post : post + t, post_step, 16);
+  }
+  SEQCONV_DEVICE void piece(int t, const float (&v)[8]) const {
+    Eight<T> out, gate{};
+    if (post != nullptr) gate = *(const Eight<T>*)(post + t);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float value = activate(v[i], activation);
+      from_float(out.at[i], post == nullptr ? value : value * to_float(gate.at[i]));
     }
-    (*this)(t, c32{v0, 0.f});
-    (*this)(t + 1, c32{v1, 0.f});
+    *(Eight<T>*)(y + t) = out;
   }
 };
 template <>
@@ -248,16 +246,16 @@ struct InputGradient {
     if (du != nullptr) from_float(du[t * du_step], pre == nullptr ? z.re : z.re * to_float(pre[t * pre_step]));
     if (dpre != nullptr) from_float(dpre[t * dpre_step], z.re * to_float(u[t * u_step]));
   }
-  SEQCONV_DEVICE void two(int t, float dx0, float dx1) const {
-    if (pre == nullptr && t >= begin && t + 2 <= end && aligned(du, du_step, sizeof(Two<T>)) && du != nullptr) {
-      Two<T> out;
-      from_float(out.x, dx0);
-      from_float(out.y, dx1);
-      *(Two<T>*)(du + t) = out;
-      return;
-    }
-    (*this)(t, c32{dx0, 0.f});
-    (*this)(t + 1, c32{dx1, 0.f});
+  SEQCONV_DEVICE bool fits(int t) const {
+    return du != nullptr && dpre == nullptr && t >= begin && t + 8 <= end && aligned(du + t, du_step, 16) &&
+           aligned(pre == nullptr ? pre : pre + t, pre_step, 16);
+  }
+  SEQCONV_DEVICE void piece(int t, const float (&v)[8]) const {
+    Eight<T> out, gate{};
+    if (pre != nullptr) gate = *(const Eight<T>*)(pre + t);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) from_float(out.at[i], pre == nullptr ? v[i] : v[i] * to_float(gate.at[i]));
+    *(Eight<T>*)(du + t) = out;
   }
 };
 template <>

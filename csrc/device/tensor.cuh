@@ -49,6 +49,22 @@ SEQCONV_DEVICE Factors<Number> load_factors(const u32* words, const Warp& w) {
     }
   return f;
 }
+// The twiddles of all tiles: kept as fp16 pairs, or loaded again for each as float32, which would take 16 registers.
+template <class Number>
+struct Twiddles {
+  Factors<Number> factors;
+  SEQCONV_DEVICE Twiddles(const u32* words, const Warp& w) : factors(load_factors<Number>(words, w)) {}
+  SEQCONV_DEVICE Factors<Number> get(const Warp&) const { return factors; }
+};
+template <>
+struct Twiddles<Pair> {
+  const u32* words;
+  SEQCONV_DEVICE Twiddles(const u32* from, const Warp&) : words(from) {}
+  SEQCONV_DEVICE Factors<Pair> get(const Warp& w) const {
+    keep_order();
+    return load_factors<Pair>(words, w);
+  }
+};
 // Of the kernel's spectrum, kept in the order of a result's elements: 256 words of fp16 pairs or 512 of float32.
 SEQCONV_DEVICE Factors<u32> load_spectrum(const u32* tile, int lane, u32) {
   const uint4 re = ((const uint4*)tile)[2 * lane], im = ((const uint4*)tile)[2 * lane + 1];
@@ -80,28 +96,33 @@ SEQCONV_DEVICE float team_max(float x, float* shared, Team team) {
   }
   return all;
 }
-// The row, scaled, into plane.im as it lies; returns the exponent that undoes the scaling. The first kKept pieces of 8
-// wait in registers for the scale, the rest is read again.
+// The row, scaled, into plane.im as it lies; returns the exponent that undoes the scaling. The first pieces of 8 wait in
+// registers for the scale, the rest is read again.
 template <class T>
 SEQCONV_DEVICE int stage(const HalfPlane& plane, int n, const Gated<T>& source, float* shared, Team team) {
-  constexpr int kKept = 4;
+  constexpr int kKept = 2;
+  const int stride = team.size * 8;
+  const bool in_pieces = source.in_pieces();
   float kept[kKept][8];
   float largest = 0.f;
+  const auto measure = [&](float x) { largest = fabsf(x) > largest ? fabsf(x) : largest; };
+  if (in_pieces) {
 #pragma unroll
-  for (int piece = 0; piece < kKept; ++piece) {
-    const int t = (piece * team.size + team.rank) * 8;
-    if (t < n) source.eight(t, kept[piece]);
+    for (int piece = 0; piece < kKept; ++piece) {
+      source.piece(team.rank * 8 + piece * stride, kept[piece]);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float size = t < n ? fabsf(kept[piece][i]) : 0.f;
-      largest = size > largest ? size : largest;
+      for (int i = 0; i < 8; ++i) measure(kept[piece][i]);
     }
-  }
-  for (int t = (kKept * team.size + team.rank) * 8; t < n; t += team.size * 8) {
-    float v[8];
-    source.eight(t, v);
+#pragma unroll 1
+    for (int t = team.rank * 8 + kKept * stride; t < n; t += stride) {
+      float v[8];
+      source.piece(t, v);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) largest = fabsf(v[i]) > largest ? fabsf(v[i]) : largest;
+      for (int i = 0; i < 8; ++i) measure(v[i]);
+    }
+  } else {
+#pragma unroll 1
+    for (int t = team.rank; t < n; t += team.size) measure(source(t));
   }
   const int exponent = exponent_above(team_max(largest, shared, team));
   const float scale = power_of_two(-exponent);
@@ -110,15 +131,22 @@ SEQCONV_DEVICE int stage(const HalfPlane& plane, int n, const Gated<T>& source, 
                        pack(v[4] * scale, v[5] * scale), pack(v[6] * scale, v[7] * scale)};
     store_shared((uint4*)(plane.im + half_at(t)), packed);
   };
+  if (in_pieces) {
 #pragma unroll
-  for (int piece = 0; piece < kKept; ++piece) {
-    const int t = (piece * team.size + team.rank) * 8;
-    if (t < n) store(t, kept[piece]);
-  }
-  for (int t = (kKept * team.size + team.rank) * 8; t < n; t += team.size * 8) {
-    float v[8];
-    source.eight(t, v);
-    store(t, v);
+    for (int piece = 0; piece < kKept; ++piece) {
+      const int t = team.rank * 8 + piece * stride;
+      if (t < n) store(t, kept[piece]);
+    }
+#pragma unroll 1
+    for (int t = team.rank * 8 + kKept * stride; t < n; t += stride) {
+      float v[8];
+      source.piece(t, v);
+      store(t, v);
+    }
+  } else {
+#pragma unroll 1
+    for (int t = 2 * team.rank; t < n; t += 2 * team.size)
+      store_shared((u32*)(plane.im + half_at(t)), pack(source(t) * scale, source(t + 1) * scale));
   }
   sync_block();
   return exponent;
@@ -268,7 +296,7 @@ SEQCONV_DEVICE void tensor_forward_passes(const Transform& t, const HalfPlane& p
 // The 256 points of a tile of the plane to their spectrum. Alone (n = 256), they are the real row itself.
 template <class Number>
 SEQCONV_DEVICE Result<Number> inner_forward(const Transform& t, const HalfPlane& plane, int tile, const Matrix& f,
-                                            const Factors<Number>& twiddles, const Warp& w) {
+                                            const Twiddles<Number>& twiddles, const Warp& w) {
   const int from = half_at(tile * 256 + (w.lane & 15) * 16 + (w.lane >> 4) * 8);
   u32 re[4], im[4];
   load_transposed(im, plane.im + from);
@@ -280,74 +308,97 @@ SEQCONV_DEVICE Result<Number> inner_forward(const Transform& t, const HalfPlane&
     load_transposed(re, plane.re + from);
     x = product<Number>(f, Columns{{{re[0], re[1]}, {re[2], re[3]}}, {{im[0], im[1]}, {im[2], im[3]}}});
   }
-  multiply<false>(x, twiddles);
+  multiply<false>(x, twiddles.get(w));
   // its rows are the first digit of the frequency, its columns the time still to be transformed
   const Matrix rows = to_operand(x);
   return product<Number>(rows, transposed(f));
 }
 // And back, as the right operand of the last product.
 template <class Number>
-SEQCONV_DEVICE Columns inner_inverse(const Result<Number>& spectrum, const Matrix& f, const Factors<Number>& twiddles) {
+SEQCONV_DEVICE Columns inner_inverse(const Result<Number>& spectrum, const Matrix& f, const Twiddles<Number>& twiddles,
+                                     const Warp& w) {
   Result<Number> x = product<Number>(conj(f), transposed(to_operand(spectrum)));
-  multiply<true>(x, twiddles);
+  multiply<true>(x, twiddles.get(w));
   return transposed(to_operand(x));
 }
 
-// Everything after the product with the kernel: `spectra(tile)` gives it, sink(t, x, y) takes times t and t + 1.
-template <class Number, class Spectra, class Sink>
-SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, const Matrix& f,
-                                   const Factors<Number>& twiddles, const Warp& w, Spectra spectra, Sink sink) {
+// A tile of results out of the product's registers: through the tile's own place in the planes, whose 16 bytes of fp16
+// hold 4 of them, so that every lane has 8 neighbours for the sink. position(row) is -1 where there is no row.
+template <class Position, class Sink>
+SEQCONV_DEVICE void emit(const HalfPlane& plane, const Pair (&v)[2][2], const Warp& w, Position position, Sink sink) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at = position(w.group + 8 * half);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      unsigned short* row = (w.thread < 2 ? plane.re : plane.im) + half_at(at + 8 * j);
+      if (at >= 0) store_shared((Pair*)row + (w.thread & 1), v[j][half]);
+    }
+  }
+  sync_warp();
+  const int at = position(w.lane >> 1);
+  if (at >= 0) {
+    const int t = at + (w.lane & 1) * 8;
+    sink(t, (const float*)(plane.re + half_at(t)), (const float*)(plane.im + half_at(t)));
+  }
+}
+
+// Everything from the innermost 256 points on: `spectra(tile, f, twiddles)` gives the product with the kernel; the sink
+// takes 8 results from time t on, 4 and 4 in shared memory. What only the inner loop needs is loaded for it, and the sink made after it: registers.
+template <class Number, class Spectra, class MakeSink>
+SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, const Warp& w, Spectra spectra,
+                                   MakeSink make_sink) {
   const int outer = (int)t.count - 2, tiles = (int)t.n / 256;
-  for (int tile = w.index; tile < tiles; tile += w.count) {
-    const Columns x = inner_inverse<Number>(spectra(tile), f, twiddles);
-    sync_warp();
-    if (outer == 0) {
-      Pair v[2][2];
-      real_product(v, load_matrix((const u32*)t.tables + kInnerWords + kMatrixWords, w.lane), x);
+  const u32* table = (const u32*)t.tables;
+  {
+    const Matrix f = load_matrix(table, w.lane);
+    const Twiddles<Number> there(table + kMatrixWords, w), back(table + kMatrixWords + 512, w);
+    for (int tile = w.index; tile < tiles; tile += w.count) {
+      const Columns x = inner_inverse<Number>(spectra(tile, f, there), f, back, w);
+      sync_warp();
+      if (outer == 0) {
+        Pair v[2][2];
+        real_product(v, load_matrix(table + kInnerWords + kMatrixWords, w.lane), x);
+        emit(plane, v, w, [](int row) { return row * 16; }, make_sink());
+        continue;
+      }
+      const Result<Number> y = product<Number>(conj(f), x);
 #pragma unroll
       for (int j = 0; j < 2; ++j)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          sink((w.group + 8 * half) * 16 + 8 * j + 2 * w.thread, v[j][half].x, v[j][half].y);
-      continue;
+        for (int half = 0; half < 2; ++half) {
+          const int at = half_at(tile * 256 + (w.group + 8 * half) * 16 + 8 * j + 2 * w.thread);
+          store_shared((u32*)(plane.re + at), to_operand(y.re[j][half]));
+          store_shared((u32*)(plane.im + at), to_operand(y.im[j][half]));
+        }
     }
-    const Result<Number> y = product<Number>(conj(f), x);
-#pragma unroll
-    for (int j = 0; j < 2; ++j)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = half_at(tile * 256 + (w.group + 8 * half) * 16 + 8 * j + 2 * w.thread);
-        store_shared((u32*)(plane.re + at), to_operand(y.re[j][half]));
-        store_shared((u32*)(plane.im + at), to_operand(y.im[j][half]));
-      }
   }
   sync_block();
-  for (int d = outer - 1; d >= 0; --d) {
+  for (int d = outer - 1; d > 0; --d) {
     const OuterPass pass = outer_pass(t, d);
-    if (d > 0) {
-      outer_inverse<Number>(plane, pass, w, [&](int tile, const Matrix& m, const Columns& x) {
-        store_tile(plane, pass, tile, product<Number>(m, x), w);
-      });
-    } else {
-      outer_inverse<Number>(plane, pass, w, [&](int tile, const Matrix& m, const Columns& x) {
-        Pair v[2][2];
-        real_product(v, m, x);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const TileRow row = tile_row(pass, tile, w.group + 8 * half);
-          if (!row.valid) continue;
-#pragma unroll
-          for (int j = 0; j < 2; ++j) sink(row.position + 8 * j + 2 * w.thread, v[j][half].x, v[j][half].y);
-        }
-      });
-    }
+    outer_inverse<Number>(plane, pass, w, [&](int tile, const Matrix& m, const Columns& x) {
+      store_tile(plane, pass, tile, product<Number>(m, x), w);
+    });
     sync_block();
   }
+  if (outer == 0) return;
+  const OuterPass pass = outer_pass(t, 0);
+  const auto sink = make_sink();
+  outer_inverse<Number>(plane, pass, w, [&](int tile, const Matrix& m, const Columns& x) {
+    Pair v[2][2];
+    real_product(v, m, x);
+    const auto position = [&](int index) {
+      const TileRow row = tile_row(pass, tile, index);
+      return row.valid ? row.position : -1;
+    };
+    emit(plane, v, w, position, sink);
+  });
+  sync_block();
 }
 
 // The kernels, with the grid and the work of fftconv.cuh's; planes, then the room of team_max.
 struct TensorShared {
-  HalfPlane plane[2];
+  HalfPlane x, g;  // g is x where one is enough
   float* largest;
 };
 SEQCONV_DEVICE TensorShared tensor_shared(const Args& a, const Work& w, unsigned char* shared, int planes) {
@@ -355,7 +406,31 @@ SEQCONV_DEVICE TensorShared tensor_shared(const Args& a, const Work& w, unsigned
   unsigned short* first = (unsigned short*)shared + w.slot * planes * 2 * size;
   unsigned short* second = planes > 1 ? first + 2 * size : first;
   float* largest = (float*)((unsigned short*)shared + (int)a.slots * planes * 2 * size);
-  return {{{first, first + size}, {second, second + size}}, largest + w.slot * (w.team.size / 32)};
+  return {{first, first + size}, {second, second + size}, largest + w.slot * (w.team.size / 32)};
+}
+
+template <class Sink>
+struct Scaled {
+  Sink sink;
+  float scale;
+
+  SEQCONV_DEVICE void operator()(int t, const float* low, const float* high) const {
+    if (sink.fits(t)) {
+      const uint4 a = load_shared((const uint4*)low), b = load_shared((const uint4*)high);
+      const u32 bits[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+      float v[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = __int_as_float((int)bits[i]) * scale;
+      sink.piece(t, v);
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i) sink(t + i, c32{load_shared((i < 4 ? low : high) + (i & 3)) * scale, 0.f});
+  }
+};
+template <class Sink>
+SEQCONV_DEVICE Scaled<Sink> scaled(const Sink& sink, float scale) {
+  return {sink, scale};
 }
 
 template <class T, class Number>
@@ -363,29 +438,25 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
   const Work work_ = work(a);
   const Warp w = warp_of(work_.team);
   const Transform& t = a.transform;
-  const u32* table = (const u32*)t.tables;
   const TensorShared s = tensor_shared(a, work_, shared, a.heads > 1 ? 2 : 1);
-  const HalfPlane &x = s.plane[0], &v = s.plane[1];
-  const Matrix f = load_matrix(table, w.lane);
-  const Factors<Number> there = load_factors<Number>(table + kMatrixWords, w);
-  const Factors<Number> back = load_factors<Number>(table + kMatrixWords + 512, w);
+  const HalfPlane x = s.x, v = s.g;
   for (int first = work_.first; first < work_.last; first += (int)a.slots) {
-    const Place p = place(a, work_, first);
-    const int exponent = stage(x, (int)t.n, input<T>(a, p), s.largest, work_.team);
+    const int exponent = stage(x, (int)t.n, input<T>(a, place(a, work_, first)), s.largest, work_.team);
     tensor_forward_passes<Number>(t, x, w);
     for (int head = 0; head < (int)a.heads; ++head) {
       const i64 row = kernel_row(a, work_, head);
       const u32* k = (const u32*)a.spectrum + row * t.n * (sizeof(Number) / 4);
-      const float scale = power_of_two(exponent) * a.scales[row];
-      const Output<T> out = Sinks<T>::output(a, inside(a, p), head);
       tensor_inverse<Number>(
-          t, v, f, back, w,
-          [&](int tile) {
-            Result<Number> z = inner_forward<Number>(t, x, tile, f, there, w);
+          t, v, w,
+          [&](int tile, const Matrix& f, const Twiddles<Number>& twiddles) {
+            Result<Number> z = inner_forward<Number>(t, x, tile, f, twiddles, w);
             multiply<false>(z, load_spectrum(k + tile * 256 * (sizeof(Number) / 4), w.lane, Number{}));
             return z;
           },
-          [&](int at, float y0, float y1) { out.two(at, y0 * scale, y1 * scale); });
+          [&] {
+            const Output<T> out = Sinks<T>::output(a, inside(a, place(a, work_, first)), head);
+            return scaled(out, power_of_two(exponent) * a.scales[row]);
+          });
     }
   }
 }
@@ -396,50 +467,49 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
   const Work work_ = work(a);
   const Warp w = warp_of(work_.team);
   const Transform& t = a.transform;
-  const u32* table = (const u32*)t.tables;
   const TensorShared s = tensor_shared(a, work_, shared, 2);
-  const HalfPlane &x = s.plane[0], &g = s.plane[1];
-  const Matrix f = load_matrix(table, w.lane);
-  const Factors<Number> there = load_factors<Number>(table + kMatrixWords, w);
-  const Factors<Number> back = load_factors<Number>(table + kMatrixWords + 512, w);
   const i64 rows = (a.per_sample ? a.batch : 1) * a.channels, row = kernel_row(a, work_, 0);
   const i64 part = (i64)work_.group * a.slots + work_.slot;
-  const u32* k = (const u32*)a.spectrum + row * t.n * (sizeof(Number) / 4);
-  c32x2* dk = (c32x2*)(a.partial == nullptr ? nullptr : a.partial + (part * rows + row) * t.n);
   for (int first = work_.first; first < work_.last; first += (int)a.slots) {
-    const Place p = place(a, work_, first), q = inside(a, p);
     const bool begins = first == work_.first;
-    const int exponent_x = stage(x, (int)t.n, input<T>(a, q), s.largest, work_.team);
-    tensor_forward_passes<Number>(t, x, w);
-    const int exponent_g = stage(g, (int)t.n, gradient<T>(a, p, 0), s.largest, work_.team);
-    tensor_forward_passes<Number>(t, g, w);
+    float up_x = 1.f, up_g = 1.f;  // what undoes the scaling of x and dv
+    for (int signal = 0; signal < 2; ++signal) {
+      const Place p = place(a, work_, first);
+      const Gated<T> source = signal == 0 ? input<T>(a, inside(a, p)) : gradient<T>(a, p, 0);
+      const HalfPlane plane = signal == 0 ? s.x : s.g;
+      const float up = power_of_two(stage(plane, (int)t.n, source, s.largest, work_.team));
+      signal == 0 ? up_x = up : up_g = up;
+      tensor_forward_passes<Number>(t, plane, w);
+    }
     if (a.partial_skip != nullptr) {
+      const Place p = place(a, work_, first);
       float* mine = a.partial_skip + (part * rows + row) * a.row_threads + work_.team.rank;
-      const float dskip = skip_sum(gradient<T>(a, p, 0), input<T>(a, q), (int)t.n, work_.team);
+      const float dskip = skip_sum(gradient<T>(a, p, 0), input<T>(a, inside(a, p)), (int)t.n, work_.team);
       *mine = begins ? dskip : *mine + dskip;
     }
-    const float up_x = power_of_two(exponent_x), up_g = power_of_two(exponent_g);
-    const float scale = up_g * a.scales[row];
-    const InputGradient<T> out = input_gradient<T>(a, q);
     tensor_inverse<Number>(
-        t, g, f, back, w,
-        [&](int tile) {
-          Result<Number> z = inner_forward<Number>(t, g, tile, f, there, w);
-          if (dk != nullptr) {
-            const Result<Number> of_x = inner_forward<Number>(t, x, tile, f, there, w);
+        t, s.g, w,
+        [&](int tile, const Matrix& f, const Twiddles<Number>& twiddles) {
+          Result<Number> z = inner_forward<Number>(t, s.g, tile, f, twiddles, w);
+          if (a.partial != nullptr) {
+            const Result<Number> x = inner_forward<Number>(t, s.x, tile, f, twiddles, w);
+            c32x2* dk = (c32x2*)(a.partial + (part * rows + row) * t.n) + tile * 128 + w.lane * 4;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               Pair re = to_pair(z.re[e >> 1][e & 1]), im = to_pair(z.im[e >> 1][e & 1]);
-              multiply<true>(re, im, to_pair(of_x.re[e >> 1][e & 1]), to_pair(of_x.im[e >> 1][e & 1]));
+              multiply<true>(re, im, to_pair(x.re[e >> 1][e & 1]), to_pair(x.im[e >> 1][e & 1]));
               c32x2 d{c32{re.x, im.x} * up_x * up_g, c32{re.y, im.y} * up_x * up_g};
-              c32x2* at = dk + tile * 128 + w.lane * 4 + e;
-              if (!begins) d = {d.x + at->x, d.y + at->y};
-              *at = d;
+              if (!begins) d = {d.x + dk[e].x, d.y + dk[e].y};
+              dk[e] = d;
             }
           }
-          multiply<true>(z, load_spectrum(k + tile * 256 * (sizeof(Number) / 4), w.lane, Number{}));
+          const u32* k = (const u32*)a.spectrum + (row * t.n + tile * 256) * (sizeof(Number) / 4);
+          multiply<true>(z, load_spectrum(k, w.lane, Number{}));
           return z;
         },
-        [&](int at, float dx0, float dx1) { out.two(at, dx0 * scale, dx1 * scale); });
+        [&] {
+          const InputGradient<T> out = input_gradient<T>(a, inside(a, place(a, work_, first)));
+          return scaled(out, up_g * a.scales[row]);
+        });
   }
 }
