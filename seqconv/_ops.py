@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from seqconv import _cpu, reference
+from seqconv import _cpu, _cuda, reference
 
 library = torch.library.Library("seqconv", "DEF")
 library.define(
@@ -29,12 +29,14 @@ bwd = torch.ops.seqconv.fftconv_bwd.default
 forced_reference = os.environ.get("SEQCONV_BACKEND") == "reference"
 
 
-def fallback_reason(device: torch.device) -> str | None:
+def fallback_reason(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why a call on this device takes torch.fft instead of a fused kernel; None if it does not."""
     if forced_reference:
         return "SEQCONV_BACKEND=reference asks for it"
     if device.type == "cpu":
         return _cpu.missing or None
+    if device.type == "cuda":
+        return _cuda.reason(device, dtype)
     return f"there is no fused kernel for device type {device.type!r}"
 
 
@@ -70,24 +72,26 @@ def _empty_gradients(inputs, channels_last: bool, wanted):
     return tuple(grads)
 
 
-def _fwd_cpu(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last):
-    if fallback_reason(u.device):
+def _fwd_fused(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last):
+    if fallback_reason(u.device, u.dtype):
         return _fwd_reference(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last)
     y = _empty_output(u, k, channels_last)
-    _cpu.forward(y, u, k, k_rev, skip, pre_gate, post_gate, activation)
+    backend = _cpu if u.device.type == "cpu" else _cuda
+    backend.forward(y, u, k, k_rev, skip, pre_gate, post_gate, activation)
     return y
 
 
-def _bwd_cpu(dy, u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last, wanted):
+def _bwd_fused(dy, u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last, wanted):
     inputs = (u, k, k_rev, skip, pre_gate, post_gate)
-    if fallback_reason(u.device):
+    if fallback_reason(u.device, u.dtype):
         return _bwd_reference(dy, *inputs, activation, channels_last, wanted)
     grads = _empty_gradients(inputs, channels_last, wanted)
     asked = [
         g if want and t is not None else None
         for g, t, want in zip(grads, inputs, wanted, strict=True)
     ]
-    _cpu.backward(asked, dy, *inputs, activation)
+    backend = _cpu if u.device.type == "cpu" else _cuda
+    backend.backward(asked, dy, *inputs, activation)
     return grads
 
 
@@ -122,8 +126,9 @@ def _bwd_fake(dy, u, k, k_rev, skip, pre_gate, post_gate, activation, channels_l
     return _empty_gradients((u, k, k_rev, skip, pre_gate, post_gate), channels_last, wanted)
 
 
-library.impl("fftconv_fwd", _fwd_cpu, "CPU")
-library.impl("fftconv_bwd", _bwd_cpu, "CPU")
+for _device in ("CPU", "CUDA"):
+    library.impl("fftconv_fwd", _fwd_fused, _device)
+    library.impl("fftconv_bwd", _bwd_fused, _device)
 library.impl("fftconv_fwd", _fwd_reference, "CompositeExplicitAutograd")
 library.impl("fftconv_bwd", _bwd_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("seqconv::fftconv_fwd", _fwd_fake, lib=library)

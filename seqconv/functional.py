@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv import _autograd, _cpu, _ops, reference
+from seqconv import _autograd, _cpu, _cuda, _ops, reference
 from seqconv._check import FLOATS, check_choice, check_shape, check_tensor
 
 ACTIVATIONS = (None, "gelu", "silu", "relu")
@@ -142,13 +142,14 @@ def _validate_gate(name, gate, u, heads, layout):
 class Explanation:
     """How a call of fftconv is carried out; str() says it in a line or two."""
 
-    backend: str  # "cpu" or "reference"
+    backend: str  # "cpu", "cuda" or "reference"
     algorithm: str  # "direct sum", "right-angle fft" or "torch.fft"
     fft_size: int | None  # points of one transform; None for the direct sum
     blocks: int  # transforms per row: more than one where the kernel is much shorter than the row
-    isa: str | None  # instruction set of the CPU kernel
-    threads: int
+    isa: str | None  # instruction set of the CPU kernel, or what a GPU kernel is compiled for
+    threads: int  # of the CPU, or of one block of the GPU
     fallback: str | None  # why no fused kernel is used; None if one is
+    plan: str | None = None  # on a GPU: how the rows are laid out, and the predicted time
 
     def __str__(self) -> str:
         size = "" if self.fft_size is None else f" of {self.fft_size} points"
@@ -158,6 +159,8 @@ class Explanation:
         if self.isa is not None:
             where += f" ({self.isa}, {self.threads} threads)"
         text = f"{where}: {self.algorithm}{size}"
+        if self.plan is not None:
+            text += f"\n{self.plan}"
         if self.fallback is not None:
             text += f"\nfallback, slower with the same answer: {self.fallback}"
         return text
@@ -182,13 +185,18 @@ def explain(
         True
     """
     u, k, k_rev, *_ = _validate(u, k, skip, k_rev, pre_gate, post_gate, activation, mode, layout)
-    reason = _ops.fallback_reason(u.device)
+    reason = _ops.fallback_reason(u.device, u.dtype)
     length = u.shape[-1]
     taps = min(k.shape[-1], length)
     taps_rev = 0 if k_rev is None else min(k_rev.shape[-1], max(length - 1, 0))
     if reason is not None:
         n = reference.fft_size(length, taps, taps_rev)
         return Explanation("reference", "torch.fft", n, 1, None, torch.get_num_threads(), reason)
+    if u.device.type == "cuda" and u.numel():
+        plan, arch = _cuda.explain(u, k, k_rev)
+        return Explanation(
+            "cuda", "right-angle fft", plan.n, plan.windows, arch, plan.threads, None, str(plan)
+        )
     size, blocks = _cpu.method(max(length, 1), taps, taps_rev, u.dtype == torch.float64)
     algorithm = "direct sum" if size == 0 else "right-angle fft"
     return Explanation("cpu", algorithm, size or None, blocks, _cpu.isa(), _cpu.threads(), None)

@@ -45,8 +45,8 @@ SEQCONV_DEVICE void inverse_passes(const Transform& t, Plane plane, Sink sink, T
 }
 
 // Where the spectrum's element at position `at` of the plane is kept. kColumns: neighbours for neighbouring threads of the
-// float32 kernels, scaled by 1/n. kTiles: in the order of the tensor cores' results (tile.cuh), 256 to a tile, transforms
-// unitary, and the kernel's spectrum divided by a power of two. kHalfTiles: the same as fp16 pairs, real parts then
+// float32 kernels. kTiles: in the order of the tensor cores' results (tile.cuh), 256 to a tile, and the kernel's spectrum
+// divided by a power of two. kHalfTiles: the same as fp16 pairs, real parts then
 // imaginary ones for every lane.
 enum Order { kColumns = 0, kTiles = 1, kHalfTiles = 2 };
 SEQCONV_DEVICE int spectrum_index(int at, int n, i64 order) {
@@ -97,7 +97,7 @@ SEQCONV_DEVICE float kernel_scale(const KernelRow& r, const Taps& source, float*
   float* mine = shared + r.slot * r.team.size;
   store_shared(mine + r.team.rank, sum);
   sync_block();
-  for (int width = 512; width > 0; width /= 2) {
+  for (int width = 256; width > 0; width /= 2) {
     if (r.team.rank < width && r.team.rank + width < r.team.size)
       store_shared(mine + r.team.rank, load_shared(mine + r.team.rank) + load_shared(mine + r.team.rank + width));
     sync_block();
@@ -117,13 +117,13 @@ SEQCONV_DEVICE void spectrum(const Args& a, unsigned char* shared) {
   const Transform& t = a.transform;
   const Plane plane{(c32*)shared + r.slot * plane_size(t.n)};
   const Taps source = taps(a, r.row);
-  float scale = 1.f / (float)t.n;
+  float scale = __int_as_float((int)a.scale);
   if (a.order != kColumns && a.k.dtype == kComplex) {
-    scale = 1.f / a.scales[r.row / a.outer];  // the row is one of `outer` pieces of a kernel
+    scale /= a.scales[r.row / a.outer];  // the row is one of `outer` pieces of a kernel
   } else if (a.order != kColumns) {
     const float divisor = kernel_scale(r, source, (float*)shared);
     if (r.real && r.team.rank == 0) a.scales[r.row] = divisor;
-    scale = 1.f / divisor;
+    scale /= divisor;
   }
   forward_passes(t, plane, source, r.team);
   c32* out = (c32*)((u32*)a.spectrum + r.row * t.n * (a.order == kHalfTiles ? 1 : 2));
@@ -143,7 +143,7 @@ SEQCONV_DEVICE void taps_gradient_kernel(const Args& a, unsigned char* shared) {
   const Transform& t = a.transform;
   const i64 rows = (a.per_sample ? a.batch : 1) * a.heads * a.channels;
   const Plane plane{(c32*)shared + r.slot * plane_size(t.n)};
-  const float scale = a.order == kColumns ? 1.f / (float)t.n : 1.f;
+  const float scale = __int_as_float((int)a.scale);
   const c32* partial = a.partial + r.row * t.n;
   middle<kInverseOnly>(
       t, plane,

@@ -32,6 +32,7 @@ struct Args {
   i64 blocks, step, lead;    // windows of a row, outputs of each, and how far its outputs lie inside
   i64 outer, lower, columns;  // long rows: points of the outer transform, points below it, columns of a block
   i64 order;                 // of spectra, see spectrum_index
+  i64 scale;                 // the bits of a float32: of spectra of taps, or of their gradients
   float* scales;             // (kernel row): powers of two that spectra in a half order were divided by
   c32* spectrum;             // (kernel row, n)
   c32* partial;              // (part, kernel row, n): sums of dv times the conjugate of x

@@ -2,8 +2,9 @@
 // spectrum), each a product of 16 x 16 matrices, on two planes of fp16 numbers in shared memory.
 //
 // A pass of radix r < 16 works on 16 / r groups of 16 columns at once: its matrix has the r-point transform as diagonal
-// blocks. All matrices are unitary and the row is scaled by a power of two, so that nothing leaves fp16's range: the
-// largest input is below 1/2, hence every value below sqrt(n) / 2. The innermost 256 points never leave registers between
+// blocks. The matrices are unitary but for a factor between 0.7 and 1.5, which makes their scale a power of two (1/sqrt(3),
+// rounded, would be wrong by the same amount everywhere). The row is scaled by a power of two as well, so that nothing leaves
+// fp16's range: the largest input is below 1/2, hence every value below sqrt(n). The innermost 256 points never leave registers between
 // the first of their products and the last. Twiddles of an outer pass are the product of two factors, one for the column
 // in its group of 16, one for the group.
 //

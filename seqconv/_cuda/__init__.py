@@ -1,0 +1,36 @@
+"""The CUDA backend: plans, launches and the compiled kernels of csrc/device."""
+
+import torch
+from torch import Tensor
+
+from seqconv._cuda import convolution, driver
+from seqconv._cuda.plan import Plan, make_plan
+
+
+def reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a call takes torch.fft instead of the kernels, or None."""
+    if dtype == torch.float64:
+        return "float64 has no CUDA kernels"
+    return driver.reason(_index(device))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def forward(y: Tensor, u: Tensor, *inputs) -> None:
+    index = _index(u.device)
+    with torch.cuda.device(index):
+        convolution.forward(driver.device(index), y, u, *inputs)
+
+
+def backward(grads, dy: Tensor, *inputs) -> None:
+    index = _index(dy.device)
+    with torch.cuda.device(index):
+        convolution.backward(driver.device(index), grads, dy, *inputs)
+
+
+def explain(u: Tensor, k: Tensor, k_rev: Tensor | None) -> tuple[Plan, str]:
+    """The plan of forward and the architecture that its kernels are compiled for."""
+    made = driver.device(_index(u.device))
+    return make_plan(convolution.describe(u, k, k_rev), made.limits), made.arch

@@ -5,13 +5,15 @@ csrc/device (see kernels.py) on the tensors' memory: the CUDA driver, or the tes
 """
 
 import ctypes
+import math
+import struct
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from seqconv._cuda.plan import Plan, Problem, plan
-from seqconv._cuda.tables import build, build_tensor, on_device
+from seqconv._cuda.plan import Plan, Problem, make_plan
+from seqconv._cuda.tables import SCALES, build, build_tensor, on_device
 from seqconv._pack import (
     ABSENT,
     ACTIVATIONS,
@@ -31,7 +33,7 @@ WORK_BYTES = 1 << 28  # of scratch for long rows, more only where one channel ne
 # The kernels' Args, field by field; tensors are six integers each.
 _NUMBERS = (
     "batch heads channels length taps taps_rev per_sample activation n count radices tables row_threads slots groups "
-    "blocks step lead outer lower columns order scales spectrum partial partial_skip parts work wide"
+    "blocks step lead outer lower columns order scale scales spectrum partial partial_skip parts work wide"
 ).split()
 _TENSORS = "u k k_rev skip pre_gate post_gate y dy du dk dk_rev dpre_gate dpost_gate".split()
 _TABLES = {"k": KERNEL, "k_rev": KERNEL, "dk": KERNEL, "dk_rev": KERNEL, "skip": SKIP}
@@ -50,13 +52,18 @@ def arguments(**fields):
     return (ctypes.c_int64 * len(values))(*values)
 
 
+def _bits(x: float) -> int:
+    """A float32 as an integer argument."""
+    return struct.unpack("<I", struct.pack("<f", x))[0]
+
+
 def _rows(work: Tensor, outer: int, lower: int) -> tuple[int, ...]:
     """Scratch (batch, heads, channels, n) of complex numbers as rows of `lower` points, `outer` to a channel."""
     batch, head, channel = (stride // 2 for stride in work.stride()[:3])
     return (work.data_ptr(), COMPLEX, batch, head, channel // outer, 1)
 
 
-def _problem(u: Tensor, k: Tensor, k_rev: Tensor | None) -> Problem:
+def describe(u: Tensor, k: Tensor, k_rev: Tensor | None) -> Problem:
     batch, channels, length = u.shape
     heads = 1 if k.dim() == 2 else k.shape[-3]
     taps, taps_rev = reach(length, k, k_rev)
@@ -142,7 +149,8 @@ class _Call:
         p = self.plan
         grid = -(-self.problem.kernel_rows * pieces // p.taps_slots)
         threads = {"row_threads": p.taps_threads, "slots": p.taps_slots}
-        fields = common | threads | fields
+        scale = self.scale(gradient=kernel == "taps_gradient")
+        fields = common | threads | {"scale": scale} | fields
         self.run(kernel, grid, p.taps_threads * p.taps_slots, p.taps_shared, fields)
 
     def of_rows(self, kernel: str, **fields) -> None:
@@ -156,6 +164,14 @@ class _Call:
         p = self.plan
         grid = rows * (p.lower // p.columns)
         self.run(kernel, grid, self.column_threads, p.columns_shared, self.columns | fields)
+
+    def scale(self, gradient: bool) -> int:
+        """What undoes the scale of the transforms: of the taps' spectra, or of their gradients' inverse."""
+        p = self.plan
+        if p.engine == "radix":
+            return _bits(1 / p.lower)  # the outer passes carry the rest
+        there, back = (math.prod(SCALES[r][i] for r in p.radices) for i in (0, 1))
+        return _bits(1 / (p.n * there * (there if gradient else back)))
 
     @property
     def column_threads(self) -> int:
@@ -262,8 +278,8 @@ def forward(device, y, u, k, k_rev, skip, pre_gate, post_gate, activation) -> No
     u, k, k_rev, skip, pre_gate, post_gate = map(
         materialise, (u, k, k_rev, skip, pre_gate, post_gate)
     )
-    problem = _problem(u, k, k_rev)
-    chosen = plan(problem, device.limits)
+    problem = describe(u, k, k_rev)
+    chosen = make_plan(problem, device.limits)
     for start, count in _slices(problem, chosen, 1 + problem.heads):
         part = [_cut(t, -2, start, count) for t in (y, u, k, k_rev, pre_gate, post_gate)]
         y_, u_, k_, k_rev_, pre_, post_ = part
@@ -281,9 +297,9 @@ def backward(device, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activati
         return
     zero_unreached(grads[1], grads[2], u.shape[-1])
     inputs = [materialise(t) for t in (dy, u, k, k_rev, skip, pre_gate, post_gate)]
-    problem = _problem(inputs[1], inputs[2], inputs[3])
+    problem = describe(inputs[1], inputs[2], inputs[3])
     # The pre-activation, where it is needed, comes from a forward pass of its own; then everything is linear.
-    plans = [plan(problem, device.limits), plan(problem, device.limits, backward=True)]
+    plans = [make_plan(problem, device.limits, backward=backward) for backward in (False, True)]
     for start, count in _slices(problem, plans[1], 2 + 2 * problem.heads):
         axes = (-2, -2, -2, -2, -1, -2, -2)
         part = [_cut(t, axis, start, count) for t, axis in zip(inputs, axes, strict=True)]

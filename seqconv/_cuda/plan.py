@@ -226,7 +226,7 @@ def _seconds(limits: Limits, moved: float, work: float, blocks: int, launches: i
 
 
 @functools.lru_cache(4096)
-def plan(problem: Problem, limits: Limits = H100, backward: bool = False) -> Plan:
+def make_plan(problem: Problem, limits: Limits = H100, backward: bool = False) -> Plan:
     """The plan of the smallest predicted time. Every problem with length >= 1 has one."""
     halo = max(problem.taps, 1) - 1 + problem.taps_rev
     found = []

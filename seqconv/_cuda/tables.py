@@ -53,16 +53,20 @@ def _words(table: Tensor, count: int | None = None) -> Tensor:
     return words if count is None else torch.nn.functional.pad(words, (0, count - len(words)))
 
 
+# Powers of two about 1 / sqrt(radix): the scale of a pass forward and of its inverse.
+SCALES = {2: (0.5, 1.0), 3: (0.5, 0.5), 4: (0.5, 0.5), 5: (0.5, 0.5), 8: (0.5, 0.25), 16: (0.25, 0.25)}
+
+
 def _dft(radix: int) -> Tensor:
     index = torch.arange(radix)
-    return _roots(index[:, None] * index, radix) / math.sqrt(radix)
+    return _roots(index[:, None] * index, radix)
 
 
 def build_tensor(n: int, radices: tuple[int, ...]) -> Tensor:
     """int32 words for csrc/device/tensor.cuh, in the order that its offsets give.
 
-    The two innermost radices are 16; each pass before them has its unitary matrix, as many copies
-    of it as fit in 16 rows, the inverse's, and the twiddles of column c of group g as the product
+    The two innermost radices are 16; each pass before them has its matrix, scaled by SCALES, as
+    many copies of it as fit in 16 rows, the inverse's, and the twiddles of column c of group g as the product
     of one factor for c and one for g. The twist is part of the first pass as in `build`.
     """
     assert radices[-2:] == (16, 16), radices
@@ -70,7 +74,7 @@ def build_tensor(n: int, radices: tuple[int, ...]) -> Tensor:
     inner = _roots(torch.arange(16)[:, None] * torch.arange(16), 256)
     if not outer:  # the first of the two inner passes takes the row itself
         inner = inner * _roots(-torch.arange(16), 4 * n)
-    words = [_operand(_dft(16)), _words(inner), _words(inner.T)]
+    words = [_operand(_dft(16) * SCALES[16][0]), _words(inner), _words(inner.T)]
     block = n
     for d, radix in enumerate(outer or (16,)):
         matrix = _dft(radix)
@@ -79,7 +83,8 @@ def build_tensor(n: int, radices: tuple[int, ...]) -> Tensor:
         copies = torch.block_diag(*[matrix] * (16 // radix))
         room = torch.zeros(16, 16, dtype=torch.complex128)
         room[: len(copies), : len(copies)] = copies
-        words += [_operand(room), _operand(room.conj().T.resolve_conj())]
+        back = room.conj().T.resolve_conj()
+        words += [_operand(room * SCALES[radix][0]), _operand(back * SCALES[radix][1])]
         if not outer:
             break
         p = torch.arange(radix)[:, None]

@@ -5,14 +5,16 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from seqconv._cuda import kernels
+from seqconv import _ops
+from seqconv._cuda import convolution, kernels
 from seqconv._cuda.plan import H100, Limits
 
-HERE = Path(__file__).parent
-FLAGS = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+HERE = Path(__file__).parent / "device"
+FLAGS = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 ENTRY = """
 extern "C" const char* emulate_{name}(const void* arguments, unsigned grid, unsigned threads, size_t shared,
                                       unsigned order, const char* without) {{
@@ -22,48 +24,30 @@ extern "C" const char* emulate_{name}(const void* arguments, unsigned grid, unsi
   }});
 }}
 """
-HOST = """
-#include "emulator.h"
-#include "tensor.cuh"
-static std::string last;
-template <class F> static const char* guarded(F&& f) {
-  try {
-    f();
-    return nullptr;
-  } catch (const std::exception& e) {
-    last = e.what();
-    return last.c_str();
-  }
-}
-extern "C" const char* emulator_visited() {
-  last.clear();
-  for (const std::string& site : emulator::visited) last += site + "\\n";
-  return last.c_str();
-}
-extern "C" size_t arguments_size() { return sizeof(Args); }
-"""
 
 
-def build(extra: tuple[str, ...] = ()) -> ctypes.CDLL:
+def build(*extra: str) -> ctypes.CDLL:
     """The kernels as a shared library, built once for each state of the sources."""
-    text = HOST + "".join(
+    text = (HERE / "host.cpp").read_text() + "".join(
         ENTRY.format(name=name, body=body) for name, (body, _, _) in kernels.KERNELS.items()
     )
     flags = [*FLAGS, *(["-mf16c"] if os.uname().machine == "x86_64" else []), *extra]
     compiler = os.environ.get("CXX", "g++")
-    sources = [path.read_bytes() for path in (*sorted(kernels.folder().iterdir()), HERE / "emulator.h")]
-    key = hashlib.sha256(repr((text, flags, compiler, sources)).encode()).hexdigest()[:16]
+    headers = [*sorted(kernels.folder().iterdir()), HERE / "emulator.h"]
+    state = (text, flags, compiler, [path.read_bytes() for path in headers])
+    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"seqconv-emulator-{os.getuid()}-{key}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory() as folder:
-            unit = Path(folder) / "host.cpp"
+            unit, made = Path(folder) / "host.cpp", Path(folder) / "host.so"
             unit.write_text(text)
-            made = Path(folder) / "host.so"
-            includes = [f"-I{HERE}", f"-I{kernels.folder()}"]
+            includes = [f"-I{HERE}", f"-I{kernels.folder()}", "-shared", "-fPIC"]
             subprocess.run([compiler, *flags, *includes, str(unit), "-o", str(made)], check=True)
             os.replace(made, target)
     library = ctypes.CDLL(str(target))
     library.emulator_visited.restype = ctypes.c_char_p
+    library.arguments_size.restype = ctypes.c_size_t
+    library.tensor_products.restype = ctypes.c_long
     return library
 
 
@@ -75,14 +59,37 @@ class Emulator:
     limits: Limits = H100
     order: int = 0
     without: str = ""
-    launches: tuple = ()
+    launches: list = field(default_factory=list)
 
     def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments) -> None:
+        assert 0 < threads <= kernels.KERNELS[kernel][1] and 0 < grid < 1 << 31
+        assert shared <= self.limits.shared
+        self.launches.append((kernel, grid, threads, shared))
         run = getattr(self.library, f"emulate_{kernel}")
         run.restype = ctypes.c_char_p
-        self.launches += ((kernel, grid, threads, shared),)
-        error = run(
-            arguments, grid, threads, ctypes.c_size_t(shared), self.order, self.without.encode()
-        )
+        without = self.without.encode()
+        error = run(arguments, grid, threads, ctypes.c_size_t(shared), self.order, without)
         if error:
             raise RuntimeError(f"{kernel}: {error.decode()}")
+
+
+@contextmanager
+def as_backend(device: Emulator):
+    """fftconv of CPU tensors through the CUDA backend's Python and the emulated kernels."""
+
+    class Backend:
+        missing = ""
+
+        @staticmethod
+        def forward(y, *inputs):
+            convolution.forward(device, y, *inputs)
+
+        @staticmethod
+        def backward(grads, dy, *inputs):
+            convolution.backward(device, grads, dy, *inputs)
+
+    usual, _ops._cpu = _ops._cpu, Backend
+    try:
+        yield device
+    finally:
+        _ops._cpu = usual

@@ -1,0 +1,173 @@
+"""The kernels on a real device: found prebuilt or compiled by NVRTC, loaded and launched through the CUDA driver.
+
+Needs the packages of the extra `cuda` (cuda-core, cuda-bindings, NVRTC). Nothing is imported before a CUDA tensor comes.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+import torch
+
+from seqconv._cuda import kernels
+from seqconv._cuda.plan import Limits
+
+OPTIONS = {"std": "c++17"}
+PACKAGED = Path(__file__).parent.parent / "cubins"
+
+
+def cache_folder() -> Path:
+    """Compiled kernels: SEQCONV_CACHE, or seqconv under the user's cache folder."""
+    if os.environ.get("SEQCONV_CACHE"):
+        return Path(os.environ["SEQCONV_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "seqconv"
+
+
+def cubin_name(kernel: str, arch: str) -> str:
+    """A prebuilt kernel's file: it fits one state of the source only."""
+    digest = hashlib.sha256(kernels.source(kernel).encode()).hexdigest()[:16]
+    return f"{kernel}-{arch}-{digest}.cubin"
+
+
+@functools.cache
+def _cache(folder: Path):
+    from cuda.core.utils import FileStreamProgramCache
+
+    return FileStreamProgramCache(folder, max_size_bytes=1 << 30)
+
+
+def compile_kernel(kernel: str, arch: str, cached: bool = True, log=None) -> bytes:
+    """Machine code for sm_XY by NVRTC; needs no GPU. cached: kept on disk, by source, options and NVRTC's version."""
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(arch=arch, **OPTIONS, **({"ptxas_options": ["-v"]} if log else {}))
+    program = Program(kernels.source(kernel), "c++", options)
+    arguments = {"cache": _cache(cache_folder())} if cached else {}
+    if log is not None:
+        arguments["logs"] = log
+    return bytes(program.compile("cubin", **arguments).code)
+
+
+def find_prebuilt(kernel: str, major: int, minor: int) -> bytes | None:
+    """Out of SEQCONV_CUBINS or the installation; code for an earlier minor version of the architecture runs as well."""
+    folders = [Path(f) for f in (os.environ.get("SEQCONV_CUBINS"),) if f] + [PACKAGED]
+    for lower in range(minor, -1, -1):
+        for folder in folders:
+            path = folder / cubin_name(kernel, f"sm_{major}{lower}")
+            if path.is_file():
+                return path.read_bytes()
+    return None
+
+
+def packages_reason() -> str | None:
+    """What is missing on the Python side, or None."""
+    if torch.version.hip:
+        return "this torch is built for ROCm; the kernels are CUDA"
+    try:
+        import cuda.bindings.driver  # noqa: F401
+        import cuda.core  # noqa: F401
+    except ImportError as error:
+        return f"{error}: pip install 'seqconv[cuda]'"
+    return None
+
+
+def _check(result):
+    """The values of a driver call, whose first is a status."""
+    status, *values = result
+    if status:
+        raise RuntimeError(f"seqconv: CUDA driver: {status!r}")
+    return values[0] if values else None
+
+
+class Device:
+    """One GPU: `launch` is what seqconv._cuda.convolution needs."""
+
+    def __init__(self, index: int, properties, driver):
+        self.index, self.driver = index, driver
+        self.major, self.minor = properties.major, properties.minor
+        shared = getattr(properties, "shared_memory_per_block_optin", 0)
+        clock, memory = (
+            getattr(properties, name, 0) for name in ("clock_rate", "memory_clock_rate")
+        )
+        width = getattr(properties, "memory_bus_width", 0)
+        known = {
+            "shared": shared or 48 << 10,
+            "shared_total": properties.shared_memory_per_multiprocessor,
+            "processors": properties.multi_processor_count,
+            "clock": 1e3 * clock,
+            "bandwidth": 2e3 * memory * width / 8,
+            "tensor_cores": properties.major >= 8,
+        }
+        self.limits = Limits(**{k: v for k, v in known.items() if v or k == "tensor_cores"})
+        self._kernels: dict = {}
+        self._lock = threading.Lock()
+
+    @property
+    def arch(self) -> str:
+        return f"sm_{self.major}{self.minor}"
+
+    def kernel(self, name: str):
+        found = self._kernels.get(name)
+        if found is None:
+            with self._lock:
+                found = self._kernels.get(name) or self._load(name)
+                self._kernels[name] = found
+        return found
+
+    def _load(self, name: str):
+        if self._capturing():
+            raise RuntimeError(
+                "fftconv: the first call of its kind must not be captured in a CUDA graph; "
+                "run the same call once before the capture"
+            )
+        driver = self.driver
+        code = find_prebuilt(name, self.major, self.minor) or compile_kernel(name, self.arch)
+        library = _check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+        kernel = _check(driver.cuLibraryGetKernel(library, name.encode()))
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        device = _check(driver.cuDeviceGet(self.index))
+        _check(driver.cuKernelSetAttribute(limit, self.limits.shared, kernel, device))
+        return driver.CUfunction(int(kernel))  # a kernel handle launches in every context
+
+    def _capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self.index).cuda_stream
+
+    def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments) -> None:
+        """On torch's current stream of this device, which the caller has made current."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        result = self.driver.cuLaunchKernel(
+            self.kernel(kernel), grid, 1, 1, threads, 1, 1, shared, self._stream(),
+            ctypes.addressof(pointers), 0,
+        )  # fmt: skip
+        _check(result)
+
+
+@functools.cache
+def device(index: int) -> Device:
+    """Raises where the kernels cannot run; see `reason`."""
+    missing = packages_reason()
+    if missing:
+        raise RuntimeError(missing)
+    from cuda.bindings import driver
+
+    made = Device(index, torch.cuda.get_device_properties(index), driver)
+    with torch.cuda.device(index):
+        made.kernel("kernel_scales")  # the smallest: does anything compile, load and stay?
+    return made
+
+
+@functools.cache
+def reason(index: int) -> str | None:
+    """Why the kernels do not run on this GPU, or None."""
+    try:
+        device(index)
+    except Exception as error:  # cuda-bindings raise what they like where a library is missing
+        return str(error)
+    return None

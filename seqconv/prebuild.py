@@ -1,0 +1,56 @@
+"""python -m seqconv.prebuild --arch sm_90: compiles every CUDA kernel now, with NVRTC and without a GPU.
+
+By default into the cache that the first calls would fill; with --out into a folder, whose files are found through
+SEQCONV_CUBINS (a cluster's compute nodes then need no compiler and no cache).
+"""
+
+import argparse
+import concurrent.futures
+import os
+import re
+import sys
+from pathlib import Path
+
+from seqconv._cuda import driver, kernels
+
+
+def _one(arch: str, name: str, out: Path | None) -> None:
+    code = driver.compile_kernel(name, arch, cached=out is None)
+    if out is not None:
+        path = out / driver.cubin_name(name, arch)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_bytes(code)
+        part.replace(path)
+
+
+def _arch(text: str) -> str:
+    if not re.fullmatch(r"sm_\d{2,3}", text):
+        raise argparse.ArgumentTypeError(f"wanted sm_XY, such as sm_90, got {text!r}")
+    return text
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m seqconv.prebuild", description=__doc__)
+    parser.add_argument("--arch", action="append", type=_arch, required=True, help="may be given several times")
+    parser.add_argument("--out", type=Path, help="a folder for the cubins instead of the cache")
+    parser.add_argument("--kernels", default="", help="a regular expression: only kernels whose names match")
+    options = parser.parse_args(arguments)
+    missing = driver.packages_reason()
+    if missing:
+        print(f"seqconv: {missing}", file=sys.stderr)
+        return 1
+    names = [name for name in kernels.KERNELS if re.search(options.kernels, name)]
+    if not names:
+        parser.error(f"--kernels: none of {', '.join(kernels.KERNELS)} matches {options.kernels!r}")
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+    work = [(arch, name, options.out) for arch in options.arch for name in names]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (arch, name, _), _done in zip(work, pool.map(lambda w: _one(*w), work), strict=True):
+            print(f"{arch} {name}")
+    print(f"{len(work)} kernels in {options.out or driver.cache_folder()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

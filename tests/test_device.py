@@ -1,0 +1,298 @@
+"""The CUDA kernels themselves, run on the host: every dtype, mode and engine against float64, in several thread orders,
+with races looked for and every barrier left out once."""
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy import EPS, assert_accurate, max_over_rms, rel_l2
+from cases import Case, double, oracle
+from emulated import Emulator, as_backend, build
+from test_fftconv import CASES
+
+from seqconv import fftconv, reference
+from seqconv._cuda import convolution
+from seqconv._cuda.plan import H100, Limits
+
+A100 = Limits(shared=166912, shared_total=167936, processors=108, clock=1.41e9, bandwidth=1.55e12)
+TURING = Limits(65536, 65536, 40, 1.59e9, 3.2e11, tensor_cores=False)
+# Long rows at lengths that an emulator can afford; several rows for every block.
+SMALL = Limits(shared=20000, shared_total=20000, processors=1)
+FEW = replace(H100, processors=1)
+
+# Relative L2 error of the tensor cores' fp16 operands, beside the rounding of the stored result; behind an activation,
+# which may leave little of its input, and in gradients, where two such transforms meet, twice that. The largest error over the root mean square stays below 8 times it.
+STATED = {"fast": 1.5e-3, "accurate": 8e-4}
+ROUNDING = {torch.float16: 2.9e-4, torch.bfloat16: 2.3e-3}  # of a result, at most
+
+
+@pytest.fixture(scope="module")
+def library():
+    return build()
+
+
+@pytest.fixture(params=["fast", "accurate"])
+def mode(request):
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    usual = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, request.param == "fast")
+    yield request.param
+    for name, value in zip(names, usual, strict=True):
+        setattr(matmul, name, value)
+
+
+def run(device: Emulator, case: Case, tensors=None):
+    tensors = case.tensors() if tensors is None else tensors
+    with as_backend(device):
+        return tensors, *case.with_gradients(fftconv, tensors)
+
+
+def check(device: Emulator, case: Case, mode: str = "fast", tensors=None):
+    """Against float64: at float32's price where the radix kernels compute, else within what is stated."""
+    tensors, y, grads, dy = run(device, case, tensors)
+    exact, definition = oracle(case)
+    y64, grads64, _ = exact.with_gradients(definition, double(tensors), dy.double())
+    y_fft, grads_fft, _ = case.with_gradients(reference.fftconv_fft, tensors, dy)
+    results = [("y", y, y_fft, y64)]
+    results += [(f"d{n}", g, grads_fft[n], grads64[n]) for n, g in grads.items()]
+    on_tensor_cores = any("tensor" in kernel for kernel, *_ in device.launches)
+    for name, value, baseline, exact_value in results:
+        # A skip's gradient is a direct sum in float32; through an activation it has v's error, of random signs.
+        linear_skip = name == "dskip" and case.activation is None
+        if not on_tensor_cores or linear_skip or not exact_value.any():
+            assert_accurate(value, baseline, exact_value, factor=3.0, what=name, ulps=8.0)
+            continue
+        stated = STATED[mode] * {"y": 1 + (case.activation is not None), "dskip": 4}.get(name, 2)
+        assert torch.isfinite(value).all(), name
+        assert rel_l2(value, exact_value) <= stated + ROUNDING.get(value.dtype, 0), name
+        crest = (exact_value.abs().max() / exact_value.square().mean().sqrt()).item()
+        largest = 8 * stated + crest * EPS.get(value.dtype, 0)
+        assert max_over_rms(value, exact_value) <= largest, name
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.dtype != torch.float64], ids=str)
+def test_the_operators_cases(library, case):
+    device = Emulator(library)
+    check(device, case)
+    if case.length and case.batch and case.channels:
+        assert device.launches
+
+
+LENGTHS = (1, 2, 15, 16, 17, 31, 33, 127, 255, 256, 257, 513, 1000, 2049, 5000, 14113)
+OPTIONS = (
+    {"skip": "h"},
+    {"taps_rev": -1, "skip": "h", "pre_gate": True},
+    {"mode": "circular", "post_gate": True},
+    {"skip": "h", "activation": "gelu", "post_gate": True, "pre_gate": True},
+    {"layout": "blh", "activation": "silu", "taps_rev": -1},
+    {"heads": 2, "skip": "ch", "activation": "silu"},
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_edge_lengths(library, mode, dtype, length):
+    if dtype == torch.float32 and mode == "accurate":
+        return
+    which = (LENGTHS.index(length) + [torch.float32, torch.float16, torch.bfloat16].index(dtype)) % 6
+    for options in (OPTIONS[which], OPTIONS[(which + 3) % 6]):
+        options = dict(options)
+        if "taps_rev" in options:
+            options["taps_rev"] = length - 1
+        small = {"batch": 3, "channels": 2} if length < 2000 else {"batch": 2, "channels": 1}
+        check(Emulator(library), Case(length=length, taps=length, dtype=dtype, **small, **options), mode)
+
+
+@pytest.mark.parametrize("length", [16384, 32768])
+def test_longest_single_passes(library, mode, length):
+    """One launch for a whole row of 16-bit numbers, at exactly the row's own length, two-sided too."""
+    case = Case(1, 140, length, length, taps_rev=length - 1, skip="h", dtype=torch.bfloat16)
+    device = Emulator(library, FEW)
+    tensors = case.tensors()
+    narrow = {n: None if t is None else t[..., :1, :] if n != "skip" else t[:1] for n, t in tensors.items()}
+    y = torch.empty(1, 1, length, dtype=case.dtype)
+    plan = convolution.make_plan(
+        convolution.describe(tensors["u"], tensors["k"], tensors["k_rev"]), H100
+    )
+    assert (plan.engine, plan.n, plan.long) == ("tensor", length, False)
+    convolution.forward(
+        device, y, *[narrow[n] for n in ("u", "k", "k_rev", "skip", "pre_gate", "post_gate")], "none"
+    )
+    y64 = reference.fftconv_fft(**double(narrow))
+    assert rel_l2(y, y64) <= STATED[mode] + ROUNDING[case.dtype]
+
+
+LONG = [
+    Case(2, 2, 20000, 20000, taps_rev=19999, skip="h", activation="gelu", pre_gate=True, post_gate=True),
+    Case(2, 2, 9000, 9000, heads=2, skip="ch", activation="gelu"),
+    Case(2, 2, 9000, 9000, heads=2, per_sample=True, skip="ch"),
+    Case(2, 2, 9001, 9001, mode="circular", skip="h", layout="blh"),
+    Case(3, 2, 12288, 12288, skip="h", dtype=torch.bfloat16, post_gate=True),
+    Case(1, 1, 65537, 65537, dtype=torch.float16),
+]
+
+
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_three_passes(library, case):
+    device = Emulator(library, replace(SMALL, tensor_cores=False))
+    check(device, case)
+    assert any(kernel.startswith("long") for kernel, *_ in device.launches)
+
+
+def test_a_row_of_a_million(library):
+    case = Case(1, 1, (1 << 20) - 3, (1 << 20) - 3, skip="h")
+    device = Emulator(library)
+    check(device, case)
+    assert any(kernel.startswith("long") for kernel, *_ in device.launches)
+
+
+@pytest.mark.parametrize("limits", [A100, TURING, SMALL], ids=["a100", "turing", "small"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_devices(library, limits, dtype):
+    for length, taps in ((300, 300), (3000, 3000), (7000, 7000), (6000, 100)):
+        case = Case(2, 2, length, taps, taps_rev=50, skip="h", dtype=dtype, activation="silu")
+        check(Emulator(library, limits), case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_windows(library, dtype):
+    """Kernels much shorter than the row: several transforms to a row, in forward and backward."""
+    for options in ({"taps_rev": 30}, {"activation": "gelu", "post_gate": True}, {"mode": "causal"}):
+        case = Case(2, 1, 20001, 65, skip="h", pre_gate=True, dtype=dtype, **options)
+        device = Emulator(library)
+        check(device, case)
+        plan = convolution.make_plan(convolution.describe(*case_inputs(case)), H100)
+        assert plan.windows > 1
+
+
+def case_inputs(case: Case):
+    tensors = case.tensors()
+    return tensors["u"], tensors["k"], tensors["k_rev"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_hard_signals(library, mode, dtype):
+    """Energy in one frequency, one sample or one row; sizes at the ends of the dtype's range; values beside zeros."""
+    n = 1000
+    t = torch.arange(n)
+    signals = [
+        torch.ones(n),
+        torch.cos(0.3 * t),
+        torch.nn.functional.one_hot(torch.tensor(n - 1), n).float(),
+        torch.randn(n).cumsum(0) / n**0.5,
+        torch.randn(n) * torch.logspace(0, -3, n),
+        torch.zeros(n),
+    ]
+    u = torch.stack([s for s in signals])[None]
+    scales = [1e-3, 1.0] if dtype == torch.float16 else [1e-25, 1.0, 1e25]
+    for scale in scales:
+        k = torch.stack([torch.exp(-t / 100.0) / 10] * 3 + [torch.ones(n) / n] * 3)
+        case = Case(1, 6, n, n, dtype=dtype)
+        tensors = {name: None for name in case.tensors()} | {"u": (u * scale).to(dtype), "k": k}
+        with as_backend(Emulator(library)):
+            y = case.run(fftconv, tensors)
+        y64 = case.run(reference.fftconv_fft, double(tensors))
+        # Round-off is relative to the whole convolution, of which a causal output may keep little.
+        whole = tensors["u"][0].double().norm(dim=-1) * k.double().norm(dim=-1)
+        size = torch.maximum(y64[0].norm(dim=-1), whole)
+        error = (y[0].double() - y64[0]).norm(dim=-1)
+        subnormal = 2.0**-25 * n**0.5 if dtype == torch.float16 else 0.0
+        allowed = (STATED[mode] if dtype != torch.float32 else 1e-6) + ROUNDING.get(dtype, 0)
+        assert (error <= allowed * size + subnormal).all(), error / size
+        assert not y[0, 5].any()
+
+
+def test_rows_do_not_meet(library):
+    """A NaN spoils its own row of (sample, channel), however many rows a block holds."""
+    for dtype in (torch.float32, torch.bfloat16):
+        u, k = torch.randn(9, 2, 256).to(dtype), torch.randn(2, 256)
+        with as_backend(Emulator(library, FEW)):
+            clean = fftconv(u, k)
+            u[3, 1, 200] = torch.nan
+            y = fftconv(u, k)
+        assert y[3, 1].isnan().any()
+        y[3, 1] = clean[3, 1]
+        assert torch.equal(y, clean)
+
+
+ORDERS = [
+    (Case(5, 3, 1000, 1000, heads=2, skip="h", activation="gelu"), FEW),
+    (Case(5, 1, 4096, 4096, skip="h", taps_rev=5), FEW),
+    (Case(3, 1, 20000, 20000, skip="h"), SMALL),
+    (Case(2, 1, 2500, 2500), SMALL),  # 10 x 256, whose outer passes meet elements of other threads
+    (Case(5, 1, 5000, 5000, dtype=torch.float16), FEW),
+    (Case(5, 1, 700, 700, heads=2, dtype=torch.bfloat16), FEW),
+    (Case(2, 1, 20000, 20000, dtype=torch.bfloat16), FEW),
+    (Case(19, 1, 256, 256, skip="h", dtype=torch.bfloat16), FEW),
+]
+
+
+def results(library, case: Case, limits: Limits, order: int, without: str = ""):
+    torch.manual_seed(0)
+    _, y, grads, _ = run(Emulator(library, limits, order, without), case)
+    return [y, *grads.values()]
+
+
+@pytest.mark.parametrize("case, limits", ORDERS, ids=[str(case) for case, _ in ORDERS])
+def test_thread_order_does_not_matter(library, case, limits):
+    forwards = results(library, case, limits, 0)
+    for order in (1, 7):
+        for a, b in zip(forwards, results(library, case, limits, order), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_every_barrier_is_needed(library):
+    """Each left out in turn: a race is found, or the result is another one."""
+    right = [results(library, case, limits, 0) for case, limits in ORDERS]
+    sites = library.emulator_visited().decode().split()
+    assert len(sites) > 20
+
+    def noticed(site: str) -> bool:
+        for (case, limits), expected in zip(ORDERS, right, strict=True):
+            for order in (0, 1):
+                try:
+                    found = results(library, case, limits, order, without=site)
+                except RuntimeError as error:
+                    assert "race" in str(error), f"{site}: {error}"
+                    return True
+                if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
+                    return True
+        return False
+
+    assert [site for site in sites if not noticed(site)] == []
+
+
+FAULTS = [
+    "write after write",
+    "read after write",
+    "write after read",
+    "outside of shared memory",
+    "barrier",
+    "different collectives",
+]
+
+
+@pytest.mark.parametrize("which", range(len(FAULTS)), ids=FAULTS)
+def test_the_emulator_notices(library, which):
+    library.emulate_fault.restype = ctypes.c_char_p
+    error = library.emulate_fault(which)
+    assert error is not None and FAULTS[which] in error.decode()
+
+
+def test_tensor_core_instructions_match_the_formula(library, mode):
+    """16 x 16 complex products: 8 instructions, 4 where one side is real; a pass there and one back for each radix."""
+    for length, outer in ((256, 0), (4096, 1), (8192, 2)):
+        case = Case(1, 1, length, length, dtype=torch.float16)
+        before = library.tensor_products()
+        with as_backend(Emulator(library)):
+            fftconv(*[case.tensors()[n] for n in ("u", "k")])
+        tiles, passes = length // 256, 2 + outer
+        expected = tiles * (2 * 4 + (2 * passes - 2) * 8)
+        assert library.tensor_products() - before == expected
+
+
+def test_arguments_match_the_kernels(library):
+    assert library.arguments_size() == 8 * len(convolution.arguments())
