@@ -1,9 +1,13 @@
 """Builds seqconv._C, or, where that is impossible, a pure Python package that does the same with torch.fft.
 
 Everything else is declared in pyproject.toml. Only what is being built on counts: no GPU, torch or
-CUDA is looked for.
+CUDA is looked for. With SEQCONV_BUILD_CUBINS=1 (or a list, sm_90,sm_100) nvcc compiles the CUDA kernels
+into the wheel, which then needs no NVRTC on those architectures.
 """
 
+import importlib.util
+import os
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -13,6 +17,7 @@ from setuptools import Distribution, Extension, setup
 from setuptools._distutils.ccompiler import new_compiler
 from setuptools._distutils.sysconfig import customize_compiler
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 COMPILE_ARGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # The C API of free-threaded builds has no stable subset.
@@ -73,7 +78,34 @@ def extensions() -> list[Extension]:
     ]
 
 
+class BuildWithCubins(build_py):
+    """Adds seqconv/cubins, where SEQCONV_BUILD_CUBINS asks for it."""
+
+    def run(self):
+        super().run()
+        asked = os.environ.get("SEQCONV_BUILD_CUBINS", "0")
+        if asked == "0" or self.editable_mode:
+            return
+        archs = ["sm_80", "sm_90", "sm_100", "sm_120"] if asked == "1" else asked.split(",")
+        path = Path("seqconv", "_cuda", "kernels.py").resolve()
+        spec = importlib.util.spec_from_file_location("kernels", path)
+        kernels = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(kernels)
+        out = Path(self.build_lib, "seqconv", "cubins")
+        out.mkdir(parents=True, exist_ok=True)
+        only = os.environ.get("SEQCONV_BUILD_KERNELS")  # names, for a quick check
+        for name in only.split(",") if only else kernels.KERNELS:
+            with tempfile.TemporaryDirectory() as folder:
+                unit = Path(folder, f"{name}.cu")
+                unit.write_text(kernels.source(name))
+                for arch in archs:
+                    cubin = str(out / kernels.cubin_name(name, arch))
+                    command = ["nvcc", "-std=c++17", "-cubin", f"-arch={arch}", str(unit)]
+                    subprocess.run([*command, "-o", cubin], check=True)
+
+
 setup(
+    cmdclass={"build_py": BuildWithCubins},
     ext_modules=extensions(),
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_ABI else {},
 )

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import torch
 
-from seqconv._pack import ACTIVATIONS, KERNEL, SIGNAL, SKIP, materialise, pack, reach, zero_unreached
+from seqconv._pack import (
+    ACTIVATIONS,
+    KERNEL,
+    SIGNAL,
+    SKIP,
+    materialise,
+    pack,
+    reach,
+    zero_unreached,
+)
 
 try:
     from seqconv import _C

@@ -17,7 +17,7 @@ from seqconv._cuda import driver, kernels
 def _one(arch: str, name: str, out: Path | None) -> None:
     code = driver.compile_kernel(name, arch, cached=out is None)
     if out is not None:
-        path = out / driver.cubin_name(name, arch)
+        path = out / kernels.cubin_name(name, arch)
         part = path.with_suffix(f".{os.getpid()}.part")
         part.write_bytes(code)
         part.replace(path)
@@ -31,9 +31,13 @@ def _arch(text: str) -> str:
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m seqconv.prebuild", description=__doc__)
-    parser.add_argument("--arch", action="append", type=_arch, required=True, help="may be given several times")
+    parser.add_argument(
+        "--arch", action="append", type=_arch, required=True, help="may be given several times"
+    )
     parser.add_argument("--out", type=Path, help="a folder for the cubins instead of the cache")
-    parser.add_argument("--kernels", default="", help="a regular expression: only kernels whose names match")
+    parser.add_argument(
+        "--kernels", default="", help="a regular expression: only kernels whose names match"
+    )
     options = parser.parse_args(arguments)
     missing = driver.packages_reason()
     if missing:

@@ -21,8 +21,9 @@ TURING = Limits(65536, 65536, 40, 1.59e9, 3.2e11, tensor_cores=False)
 SMALL = Limits(shared=20000, shared_total=20000, processors=1)
 FEW = replace(H100, processors=1)
 
-# Relative L2 error of the tensor cores' fp16 operands, beside the rounding of the stored result; behind an activation,
-# which may leave little of its input, and in gradients, where two such transforms meet, twice that. The largest error over the root mean square stays below 8 times it.
+# Relative L2 error of the tensor cores' fp16 operands, beside the rounding of the stored result;
+# behind an activation, which may leave little of its input, and in gradients, where two such
+# transforms meet, twice that. The largest error over the root mean square stays below 8 times it.
 STATED = {"fast": 1.5e-3, "accurate": 8e-4}
 ROUNDING = {torch.float16: 2.9e-4, torch.bfloat16: 2.3e-3}  # of a result, at most
 
@@ -97,13 +98,19 @@ OPTIONS = (
 def test_edge_lengths(library, mode, dtype, length):
     if dtype == torch.float32 and mode == "accurate":
         return
-    which = (LENGTHS.index(length) + [torch.float32, torch.float16, torch.bfloat16].index(dtype)) % 6
+    which = (
+        LENGTHS.index(length) + [torch.float32, torch.float16, torch.bfloat16].index(dtype)
+    ) % 6
     for options in (OPTIONS[which], OPTIONS[(which + 3) % 6]):
         options = dict(options)
         if "taps_rev" in options:
             options["taps_rev"] = length - 1
         small = {"batch": 3, "channels": 2} if length < 2000 else {"batch": 2, "channels": 1}
-        check(Emulator(library), Case(length=length, taps=length, dtype=dtype, **small, **options), mode)
+        check(
+            Emulator(library),
+            Case(length=length, taps=length, dtype=dtype, **small, **options),
+            mode,
+        )
 
 
 @pytest.mark.parametrize("length", [16384, 32768])
@@ -112,21 +119,37 @@ def test_longest_single_passes(library, mode, length):
     case = Case(1, 140, length, length, taps_rev=length - 1, skip="h", dtype=torch.bfloat16)
     device = Emulator(library, FEW)
     tensors = case.tensors()
-    narrow = {n: None if t is None else t[..., :1, :] if n != "skip" else t[:1] for n, t in tensors.items()}
+    narrow = {
+        n: None if t is None else t[..., :1, :] if n != "skip" else t[:1]
+        for n, t in tensors.items()
+    }
     y = torch.empty(1, 1, length, dtype=case.dtype)
     plan = convolution.make_plan(
         convolution.describe(tensors["u"], tensors["k"], tensors["k_rev"]), H100
     )
     assert (plan.engine, plan.n, plan.long) == ("tensor", length, False)
     convolution.forward(
-        device, y, *[narrow[n] for n in ("u", "k", "k_rev", "skip", "pre_gate", "post_gate")], "none"
+        device,
+        y,
+        *[narrow[n] for n in ("u", "k", "k_rev", "skip", "pre_gate", "post_gate")],
+        "none",
     )
     y64 = reference.fftconv_fft(**double(narrow))
     assert rel_l2(y, y64) <= STATED[mode] + ROUNDING[case.dtype]
 
 
 LONG = [
-    Case(2, 2, 20000, 20000, taps_rev=19999, skip="h", activation="gelu", pre_gate=True, post_gate=True),
+    Case(
+        2,
+        2,
+        20000,
+        20000,
+        taps_rev=19999,
+        skip="h",
+        activation="gelu",
+        pre_gate=True,
+        post_gate=True,
+    ),
     Case(2, 2, 9000, 9000, heads=2, skip="ch", activation="gelu"),
     Case(2, 2, 9000, 9000, heads=2, per_sample=True, skip="ch"),
     Case(2, 2, 9001, 9001, mode="circular", skip="h", layout="blh"),
@@ -160,7 +183,11 @@ def test_other_devices(library, limits, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_windows(library, dtype):
     """Kernels much shorter than the row: several transforms to a row, in forward and backward."""
-    for options in ({"taps_rev": 30}, {"activation": "gelu", "post_gate": True}, {"mode": "causal"}):
+    for options in (
+        {"taps_rev": 30},
+        {"activation": "gelu", "post_gate": True},
+        {"mode": "causal"},
+    ):
         case = Case(2, 1, 20001, 65, skip="h", pre_gate=True, dtype=dtype, **options)
         device = Emulator(library)
         check(device, case)

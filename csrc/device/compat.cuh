@@ -1,6 +1,6 @@
-// What differs between the compilers of device code: NVRTC, nvcc, and g++ for the tests' emulator, which defines
-// SEQCONV_EMULATED and everything below itself. No header of CUDA or of the standard library is included anywhere here,
-// so that NVRTC needs no include path.
+// What differs between the compilers of device code: NVRTC, nvcc, and g++ for the tests' emulator,
+// which defines SEQCONV_EMULATED and everything below itself. No header of CUDA or of the standard
+// library is included anywhere here, so that NVRTC needs no include path.
 #pragma once
 
 struct bf16 {
@@ -12,7 +12,8 @@ struct fp16 {
 
 #ifndef SEQCONV_EMULATED
 #define SEQCONV_DEVICE __device__ __forceinline__
-#define SEQCONV_KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define SEQCONV_KERNEL(threads, blocks) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define SEQCONV_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
 typedef unsigned int u32;
@@ -22,7 +23,9 @@ SEQCONV_DEVICE void sync_block() { __syncthreads(); }
 SEQCONV_DEVICE void sync_warp() { __syncwarp(); }
 // Loads below stay below: hoisted, those of a whole butterfly would not fit in registers.
 SEQCONV_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
-SEQCONV_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+SEQCONV_DEVICE float shuffle_xor(float x, int lanes) {
+  return __shfl_xor_sync(0xffffffffu, x, lanes);
+}
 
 // Every access to shared memory goes through these two (the emulator looks for races there).
 template <class T>
@@ -42,6 +45,15 @@ SEQCONV_DEVICE float to_float(fp16 x) {
   return y;
 }
 SEQCONV_DEVICE void from_float(float& y, float x) { y = x; }
-SEQCONV_DEVICE void from_float(bf16& y, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-SEQCONV_DEVICE void from_float(fp16& y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+SEQCONV_DEVICE void from_float(bf16& y, float x) {
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
+  const u32 bits = __float_as_uint(x);
+  y.bits = x != x ? 0x7fff : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
+}
+SEQCONV_DEVICE void from_float(fp16& y, float x) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+}
 #endif

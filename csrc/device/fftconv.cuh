@@ -1,6 +1,7 @@
-// The kernels: spectra of the taps, convolution, its gradients, and the passes around rows too long for shared memory.
-// Their grid: `groups` blocks of threads for every (kernel per sample, channel). A block goes through its rows, `slots`
-// at a time, each with `row_threads` threads and its own planes.
+// The kernels: spectra of the taps, convolution, its gradients, and the passes around rows too long
+// for shared memory. Their grid: `groups` blocks of threads for every (kernel per sample, channel).
+// A block goes through its rows, `slots` at a time, each with `row_threads` threads and its own
+// planes.
 #pragma once
 #include "transform.cuh"
 
@@ -12,16 +13,20 @@ struct Work {
 };
 
 SEQCONV_DEVICE Work work(const Args& a) {
-  const int slot = threadIdx.x / (int)a.row_threads, channels = (int)a.channels, groups = (int)a.groups;
-  const int channel = blockIdx.x % channels, group = blockIdx.x / channels % groups, set = blockIdx.x / channels / groups;
-  const int rows = (int)((a.per_sample ? 1 : a.batch) * a.blocks), share = (rows + groups - 1) / groups;
+  const int slot = threadIdx.x / (int)a.row_threads, channels = (int)a.channels,
+            groups = (int)a.groups;
+  const int channel = blockIdx.x % channels, group = blockIdx.x / channels % groups,
+            set = blockIdx.x / channels / groups;
+  const int rows = (int)((a.per_sample ? 1 : a.batch) * a.blocks),
+            share = (rows + groups - 1) / groups;
   const int end = (group + 1) * share;
   const Team team{(int)threadIdx.x % (int)a.row_threads, (int)a.row_threads};
   return {team, slot, set, channel, group, group * share, end < rows ? end : rows};
 }
 SEQCONV_DEVICE Place place(const Args& a, const Work& w, int first) {
   const int row = first + w.slot;
-  return place(a, a.per_sample ? w.set : row / (int)a.blocks, w.channel, row % (int)a.blocks, row < w.last);
+  return place(a, a.per_sample ? w.set : row / (int)a.blocks, w.channel, row % (int)a.blocks,
+               row < w.last);
 }
 SEQCONV_DEVICE i64 kernel_row(const Args& a, const Work& w, i64 head) {
   return (w.set * a.heads + head) * a.channels + w.channel;
@@ -44,10 +49,10 @@ SEQCONV_DEVICE void inverse_passes(const Transform& t, Plane plane, Sink sink, T
   sync_block();
 }
 
-// Where the spectrum's element at position `at` of the plane is kept. kColumns: neighbours for neighbouring threads of the
-// float32 kernels. kTiles: in the order of the tensor cores' results (tile.cuh), 256 to a tile, and the kernel's spectrum
-// divided by a power of two. kHalfTiles: the same as fp16 pairs, real parts then
-// imaginary ones for every lane.
+// Where the spectrum's element at position `at` of the plane is kept. kColumns: neighbours for
+// neighbouring threads of the float32 kernels. kTiles: in the order of the tensor cores' results
+// (tile.cuh), 256 to a tile, and the kernel's spectrum divided by a power of two. kHalfTiles: the
+// same as fp16 pairs, real parts then imaginary ones for every lane.
 enum Order { kColumns = 0, kTiles = 1, kHalfTiles = 2 };
 SEQCONV_DEVICE int spectrum_index(int at, int n, i64 order) {
   if (order == kColumns) return at % 16 * (n / 16) + at / 16;
@@ -82,12 +87,14 @@ struct KernelRow {
 };
 SEQCONV_DEVICE KernelRow kernel_row(const Args& a) {
   const int slot = threadIdx.x / (int)a.row_threads;
-  const i64 rows = (a.per_sample ? a.batch : 1) * a.heads * a.channels, row = (i64)blockIdx.x * a.slots + slot;
+  const i64 rows = (a.per_sample ? a.batch : 1) * a.heads * a.channels,
+            row = (i64)blockIdx.x * a.slots + slot;
   const Team team{(int)threadIdx.x % (int)a.row_threads, (int)a.row_threads};
   return {team, slot, row < rows ? row : rows - 1, row < rows};
 }
 
-// The power of two above the kernel's length (its spectrum's root mean square), for half orders; the same in all threads.
+// The power of two above the kernel's length (its spectrum's root mean square), for half orders;
+// the same in all threads.
 SEQCONV_DEVICE float kernel_scale(const KernelRow& r, const Taps& source, float* shared) {
   float sum = 0.f;
   for (int t = r.team.rank; t < source.n; t += r.team.size) {
@@ -99,7 +106,8 @@ SEQCONV_DEVICE float kernel_scale(const KernelRow& r, const Taps& source, float*
   sync_block();
   for (int width = 256; width > 0; width /= 2) {
     if (r.team.rank < width && r.team.rank + width < r.team.size)
-      store_shared(mine + r.team.rank, load_shared(mine + r.team.rank) + load_shared(mine + r.team.rank + width));
+      store_shared(mine + r.team.rank,
+                   load_shared(mine + r.team.rank) + load_shared(mine + r.team.rank + width));
     sync_block();
   }
   const float scale = power_of_two(exponent_above(sqrtf(load_shared(mine))));
@@ -189,7 +197,8 @@ SEQCONV_DEVICE void forward(const Args& a, unsigned char* shared) {
       const int count = (int)t.n / 16;
       if (a.heads > 1) {
         middle<kInverseOnly>(
-            t, v, [&](int f, c32) { return load_shared(x.at(f % count * 16 + f / count)) * k[f]; }, w.team);
+            t, v, [&](int f, c32) { return load_shared(x.at(f % count * 16 + f / count)) * k[f]; },
+            w.team);
       } else {
         middle<kBoth>(t, v, [&](int f, c32 z) { return z * k[f]; }, w.team);
       }
@@ -210,7 +219,8 @@ SEQCONV_DEVICE float skip_sum(Gated<c32>, Gated<c32>, int, Team) {
   return 0.f;
 }
 
-// From x and dv: gradients of u and pre_gate, and of the taps as partial sums of spectra, one for every slot of a group.
+// From x and dv: gradients of u and pre_gate, and of the taps as partial sums of spectra, one for
+// every slot of a group.
 template <class T>
 SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
   const Work w = work(a);
@@ -219,13 +229,15 @@ SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
   const int stride = (int)a.slots * size;
   const i64 rows = (a.per_sample ? a.batch : 1) * a.heads * a.channels;
   const i64 part = w.group * a.slots + w.slot;
-  const bool with_dk = a.partial != nullptr, with_dx = a.du.data != nullptr || a.dpre_gate.data != nullptr;
+  const bool with_dk = a.partial != nullptr,
+             with_dx = a.du.data != nullptr || a.dpre_gate.data != nullptr;
   const Plane g{(c32*)shared + w.slot * size}, x{g.data + (with_dk ? stride : 0)};
   const Plane sum{a.heads > 1 ? x.data + stride : g.data};
   for (int first = w.first; first < w.last; first += (int)a.slots) {
     const Place p = place(a, w, first), q = inside(a, p);
     const bool begins = first == w.first;
-    for (int signal = with_dk ? -1 : 0; signal < (int)a.heads; ++signal) {  // x, then dv of every head
+    for (int signal = with_dk ? -1 : 0; signal < (int)a.heads;
+         ++signal) {  // x, then dv of every head
       const bool is_x = signal < 0;
       const Plane plane = is_x ? x : g;
       const Gated<T> source = is_x ? input<T>(a, q) : gradient<T>(a, p, signal);
@@ -263,15 +275,17 @@ SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
     if (!with_dx) continue;
     if (a.heads > 1) {
       middle<kInverseOnly>(
-          t, sum, [&](int f, c32) { return load_shared(sum.at(f % count * 16 + f / count)); }, w.team);
+          t, sum, [&](int f, c32) { return load_shared(sum.at(f % count * 16 + f / count)); },
+          w.team);
     }
     inverse_passes(t, sum, input_gradient<T>(a, q), w.team);
   }
 }
 
-// Rows too long for shared memory, n = outer * lower (FlashButterfly's three passes, arXiv 2302.06646 section 3.3): the
-// passes over `outer` points at distance `lower` go through global memory, `columns` neighbours to a block; between them
-// every one of the `outer` rows of `lower` complex points is convolved by the kernels above.
+// Rows too long for shared memory, n = outer * lower (FlashButterfly's three passes, arXiv
+// 2302.06646 section 3.3): the passes over `outer` points at distance `lower` go through global
+// memory, `columns` neighbours to a block; between them every one of the `outer` rows of `lower`
+// complex points is convolved by the kernels above.
 struct LongWork {
   Team team;
   SomeColumns window;
@@ -291,27 +305,32 @@ SEQCONV_DEVICE LongWork long_work(const Args& a, int heads) {
 }
 
 template <class Source>
-SEQCONV_DEVICE void long_forward(const Args& a, const LongWork& w, unsigned char* shared, Source source) {
+SEQCONV_DEVICE void long_forward(const Args& a, const LongWork& w, unsigned char* shared,
+                                 Source source) {
   const int points = (int)(a.outer * a.columns);
   const Plane plane{(c32*)shared};
   first_pass(a.transform, plane, points, w.window, source, w.team);
   sync_block();
   middle_passes<false>(a.transform, plane, points, (int)a.transform.count, w.window, w.team);
   c32* out = a.work + w.row * a.transform.n;
-  for (int i = w.team.rank; i < points; i += w.team.size) out[w.window.global(i)] = load_shared(plane.at(i));
+  for (int i = w.team.rank; i < points; i += w.team.size)
+    out[w.window.global(i)] = load_shared(plane.at(i));
 }
 template <class Sink>
-SEQCONV_DEVICE void long_inverse(const Args& a, const LongWork& w, unsigned char* shared, Sink sink) {
+SEQCONV_DEVICE void long_inverse(const Args& a, const LongWork& w, unsigned char* shared,
+                                 Sink sink) {
   const int points = (int)(a.outer * a.columns);
   const Plane plane{(c32*)shared};
   const c32* in = a.work + w.row * a.transform.n;
   const float scale = 1.f / (float)a.outer;
-  for (int i = w.team.rank; i < points; i += w.team.size) store_shared(plane.at(i), in[w.window.global(i)]);
+  for (int i = w.team.rank; i < points; i += w.team.size)
+    store_shared(plane.at(i), in[w.window.global(i)]);
   sync_block();
   middle_passes<true>(a.transform, plane, points, (int)a.transform.count, w.window, w.team);
   last_pass(a.transform, plane, points, w.window, w.team);
   sync_block();
-  for (int i = w.team.rank; i < points; i += w.team.size) sink(w.window.global(i), load_shared(plane.at(i)) * scale);
+  for (int i = w.team.rank; i < points; i += w.team.size)
+    sink(w.window.global(i), load_shared(plane.at(i)) * scale);
 }
 
 template <class T>

@@ -1,5 +1,5 @@
-// What a kernel is told (all 64 bit integers, so that a launcher packs a flat list), and rows of tensors of any stride:
-// reading with gates, writing with skip, gates and activation.
+// What a kernel is told (all 64 bit integers, so that a launcher packs a flat list), and rows of
+// tensors of any stride: reading with gates, writing with skip, gates and activation.
 #pragma once
 #include "radix.cuh"
 
@@ -20,27 +20,30 @@ struct Tensor {
 // The transform of n = product of radices points: see transform.cuh.
 struct Transform {
   i64 n, count;
-  i64 radices;   // one byte each, the first in the lowest
-  const c32* tables;  // 16 factors for the first inputs, then one table of twiddles for each pass but the last
+  i64 radices;        // one byte each, the first in the lowest
+  const c32* tables;  // 16 factors for the first inputs, then one table of twiddles for each pass
+                      // but the last
 };
 
 struct Args {
   i64 batch, heads, channels, length, taps, taps_rev, per_sample, activation;
   Transform transform;
-  i64 row_threads, slots;    // threads of one row; rows that a block handles at a time
-  i64 groups;                // blocks that share the rows of one channel
-  i64 blocks, step, lead;    // windows of a row, outputs of each, and how far its outputs lie inside
-  i64 outer, lower, columns;  // long rows: points of the outer transform, points below it, columns of a block
-  i64 order;                 // of spectra, see spectrum_index
-  i64 scale;                 // the bits of a float32: of spectra of taps, or of their gradients
-  float* scales;             // (kernel row): powers of two that spectra in a half order were divided by
-  c32* spectrum;             // (kernel row, n)
-  c32* partial;              // (part, kernel row, n): sums of dv times the conjugate of x
-  float* partial_skip;       // (part, kernel row, row_threads)
+  i64 row_threads, slots;  // threads of one row; rows that a block handles at a time
+  i64 groups;              // blocks that share the rows of one channel
+  i64 blocks, step, lead;  // windows of a row, outputs of each, and how far its outputs lie inside
+  i64 outer, lower,
+      columns;    // long rows: points of the outer transform, points below it, columns of a block
+  i64 order;      // of spectra, see spectrum_index
+  i64 scale;      // the bits of a float32: of spectra of taps, or of their gradients
+  float* scales;  // (kernel row): powers of two that spectra in a half order were divided by
+  c32* spectrum;  // (kernel row, n)
+  c32* partial;   // (part, kernel row, n): sums of dv times the conjugate of x
+  float* partial_skip;  // (part, kernel row, row_threads)
   i64 parts;
-  c32* work;                 // long rows: (batch, heads, channels, n)
-  float* wide;               // dv (batch, heads, channels, length), where it is not simply post_gate * dy
-  Tensor u, k, k_rev, skip, pre_gate, post_gate, y;  // k, k_rev, skip of any dtype, the others of the kernel's
+  c32* work;    // long rows: (batch, heads, channels, n)
+  float* wide;  // dv (batch, heads, channels, length), where it is not simply post_gate * dy
+  Tensor u, k, k_rev, skip, pre_gate, post_gate,
+      y;  // k, k_rev, skip of any dtype, the others of the kernel's
   Tensor dy, du, dk, dk_rev, dpre_gate, dpost_gate;
 };
 
@@ -63,7 +66,8 @@ SEQCONV_DEVICE float activate(float v, i64 activation) {
 }
 SEQCONV_DEVICE float slope(float v, i64 activation) {
   if (activation == kGelu)
-    return 0.5f * (1.f + erff(v * 0.70710678118654752440f)) + v * 0.39894228040143267794f * expf(-0.5f * v * v);
+    return 0.5f * (1.f + erff(v * 0.70710678118654752440f)) +
+           v * 0.39894228040143267794f * expf(-0.5f * v * v);
   if (activation == kSilu) {
     const float s = 1.f / (1.f + expf(-v));
     return s * (1.f + v * (1.f - s));
@@ -81,7 +85,8 @@ struct Place {
 };
 
 SEQCONV_DEVICE Place place(const Args& a, int b, int h, int window, bool real) {
-  const int shift = window * (int)a.step - (int)a.lead, end = (int)a.length - shift, n = (int)a.transform.n;
+  const int shift = window * (int)a.step - (int)a.lead, end = (int)a.length - shift,
+            n = (int)a.transform.n;
   return {b, h, shift, real && shift < 0 ? -shift : 0, real ? end < n ? end : n : 0, real};
 }
 // Only the outputs of the window, not what lies around them.
@@ -119,7 +124,8 @@ struct Gated {
   // Whether the row can be read in pieces of 8, which lie wholly inside or outside of it.
   SEQCONV_DEVICE bool in_pieces() const {
     const bool whole = begin % 8 == 0 && end % 8 == 0;
-    return whole && (wide != nullptr ? aligned(wide, 1, 16) : aligned(data, step, 16) && aligned(gate, gate_step, 16));
+    return whole && (wide != nullptr ? aligned(wide, 1, 16)
+                                     : aligned(data, step, 16) && aligned(gate, gate_step, 16));
   }
   SEQCONV_DEVICE void piece(int t, float (&v)[8]) const {
     const bool is_inside = t >= begin && t < end;
@@ -146,15 +152,22 @@ struct Gated<c32> {
   i64 step, gate_step;
   int begin, end;
 
-  SEQCONV_DEVICE c32 operator()(int t) const { return t < begin || t >= end ? c32{0.f, 0.f} : data[t * step]; }
+  SEQCONV_DEVICE c32 operator()(int t) const {
+    return t < begin || t >= end ? c32{0.f, 0.f} : data[t * step];
+  }
 };
 
 template <class T>
 SEQCONV_DEVICE Gated<T> gated(const Tensor& value, const Tensor& gate, const Place& p, i64 head) {
   const T* data = value.template row<T>(p.b, head, p.h);
   const T* by = gate.template row<T>(p.b, head, p.h);
-  return {data + p.shift * value.time, by == nullptr ? by : by + p.shift * gate.time, nullptr, value.time, gate.time,
-          p.begin, p.end};
+  return {data + p.shift * value.time,
+          by == nullptr ? by : by + p.shift * gate.time,
+          nullptr,
+          value.time,
+          gate.time,
+          p.begin,
+          p.end};
 }
 template <class T>
 SEQCONV_DEVICE Gated<T> input(const Args& a, const Place& p) {  // x
@@ -170,7 +183,8 @@ SEQCONV_DEVICE Gated<T> gradient(const Args& a, const Place& p, i64 head) {  // 
   return g;
 }
 
-// Takes v: y = post_gate * activation(v), or, where there is a dy, dv into `wide` and post_gate's gradient.
+// Takes v: y = post_gate * activation(v), or, where there is a dy, dv into `wide` and post_gate's
+// gradient.
 template <class T>
 struct Output {
   T *y, *dpost;
@@ -222,9 +236,18 @@ SEQCONV_DEVICE T* shifted(const Tensor& t, const Place& p, i64 head) {
 template <class T>
 struct Sinks {
   static SEQCONV_DEVICE Output<T> output(const Args& a, const Place& p, i64 head) {
-    return {shifted<T>(a.y, p, head), shifted<T>(a.dpost_gate, p, head), shifted<T>(a.post_gate, p, head),
-            shifted<T>(a.dy, p, head), a.wide == nullptr ? nullptr : a.wide + wide_row(a, p, head), a.y.time,
-            a.post_gate.time, a.dy.time, a.dpost_gate.time, a.activation, p.begin, p.end};
+    return {shifted<T>(a.y, p, head),
+            shifted<T>(a.dpost_gate, p, head),
+            shifted<T>(a.post_gate, p, head),
+            shifted<T>(a.dy, p, head),
+            a.wide == nullptr ? nullptr : a.wide + wide_row(a, p, head),
+            a.y.time,
+            a.post_gate.time,
+            a.dy.time,
+            a.dpost_gate.time,
+            a.activation,
+            p.begin,
+            p.end};
   }
 };
 template <>
@@ -244,18 +267,20 @@ struct InputGradient {
 
   SEQCONV_DEVICE void operator()(int t, c32 z) const {
     if (t < begin || t >= end) return;
-    if (du != nullptr) from_float(du[t * du_step], pre == nullptr ? z.re : z.re * to_float(pre[t * pre_step]));
+    if (du != nullptr)
+      from_float(du[t * du_step], pre == nullptr ? z.re : z.re * to_float(pre[t * pre_step]));
     if (dpre != nullptr) from_float(dpre[t * dpre_step], z.re * to_float(u[t * u_step]));
   }
   SEQCONV_DEVICE bool fits(int t) const {
-    return du != nullptr && dpre == nullptr && t >= begin && t + 8 <= end && aligned(du + t, du_step, 16) &&
-           aligned(pre == nullptr ? pre : pre + t, pre_step, 16);
+    return du != nullptr && dpre == nullptr && t >= begin && t + 8 <= end &&
+           aligned(du + t, du_step, 16) && aligned(pre == nullptr ? pre : pre + t, pre_step, 16);
   }
   SEQCONV_DEVICE void piece(int t, const float (&v)[8]) const {
     Eight<T> out, gate{};
     if (pre != nullptr) gate = *(const Eight<T>*)(pre + t);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) from_float(out.at[i], pre == nullptr ? v[i] : v[i] * to_float(gate.at[i]));
+    for (int i = 0; i < 8; ++i)
+      from_float(out.at[i], pre == nullptr ? v[i] : v[i] * to_float(gate.at[i]));
     *(Eight<T>*)(du + t) = out;
   }
 };
@@ -272,12 +297,21 @@ struct InputGradient<c32> {
 };
 template <class T>
 SEQCONV_DEVICE InputGradient<T> input_gradient(const Args& a, const Place& p) {
-  return {shifted<T>(a.du, p, 0), shifted<T>(a.dpre_gate, p, 0), shifted<T>(a.u, p, 0), shifted<T>(a.pre_gate, p, 0),
-          a.du.time, a.dpre_gate.time, a.u.time, a.pre_gate.time, p.begin, p.end};
+  return {shifted<T>(a.du, p, 0),
+          shifted<T>(a.dpre_gate, p, 0),
+          shifted<T>(a.u, p, 0),
+          shifted<T>(a.pre_gate, p, 0),
+          a.du.time,
+          a.dpre_gate.time,
+          a.u.time,
+          a.pre_gate.time,
+          p.begin,
+          p.end};
 }
 
-// The kernel as one complex row: k, plus the skip at lag 0, and the future's taps on the imaginary axis, since a lag of
-// -m is position n - m times x^-n = -i. Complex rows (of the inner transforms of long kernels) are taken as they are.
+// The kernel as one complex row: k, plus the skip at lag 0, and the future's taps on the imaginary
+// axis, since a lag of -m is position n - m times x^-n = -i. Complex rows (of the inner transforms
+// of long kernels) are taken as they are.
 struct Taps {
   Tensor k, k_rev;
   const void *data, *data_rev;
@@ -294,7 +328,9 @@ struct Taps {
     return z;
   }
 };
-SEQCONV_DEVICE i64 element_size(i64 dtype) { return dtype == kComplex ? 8 : dtype == kFloat32 ? 4 : 2; }
+SEQCONV_DEVICE i64 element_size(i64 dtype) {
+  return dtype == kComplex ? 8 : dtype == kFloat32 ? 4 : 2;
+}
 SEQCONV_DEVICE const void* row_of(const Tensor& t, i64 b, i64 c, i64 h) {
   return (const char*)t.data + (b * t.batch + c * t.head + h * t.channel) * element_size(t.dtype);
 }
@@ -302,9 +338,10 @@ SEQCONV_DEVICE const void* row_of(const Tensor& t, i64 b, i64 c, i64 h) {
 SEQCONV_DEVICE Taps taps(const Args& a, i64 row) {
   const i64 h = row % a.channels, c = row / a.channels % a.heads, b = row / a.channels / a.heads;
   float skip = 0.f;
-  if (a.skip.data != nullptr) skip = load_any(a.skip.data, a.skip.dtype, c * a.skip.head + h * a.skip.channel);
-  return {a.k,    a.k_rev,           row_of(a.k, b, c, h), row_of(a.k_rev, b, c, h),
-          skip,   (int)a.taps,       (int)a.taps_rev,      (int)a.transform.n};
+  if (a.skip.data != nullptr)
+    skip = load_any(a.skip.data, a.skip.dtype, c * a.skip.head + h * a.skip.channel);
+  return {a.k,  a.k_rev,     row_of(a.k, b, c, h), row_of(a.k_rev, b, c, h),
+          skip, (int)a.taps, (int)a.taps_rev,      (int)a.transform.n};
 }
 
 // Takes the sum of dv times the conjugate of x: gradients of the taps, or complex rows.
@@ -326,6 +363,11 @@ struct TapsGradient {
 };
 SEQCONV_DEVICE TapsGradient taps_gradient(const Args& a, i64 row) {
   const i64 h = row % a.channels, c = row / a.channels % a.heads, b = row / a.channels / a.heads;
-  return {a.dk, a.dk_rev, (void*)row_of(a.dk, b, c, h), (void*)row_of(a.dk_rev, b, c, h), (int)a.taps, (int)a.taps_rev,
+  return {a.dk,
+          a.dk_rev,
+          (void*)row_of(a.dk, b, c, h),
+          (void*)row_of(a.dk_rev, b, c, h),
+          (int)a.taps,
+          (int)a.taps_rev,
           (int)a.transform.n};
 }

@@ -1,12 +1,14 @@
-// The transform of a row on tensor cores, for 16-bit tensors: the same passes as transform.cuh (so the same order of the
-// spectrum), each a product of 16 x 16 matrices, on two planes of fp16 numbers in shared memory.
+// The transform of a row on tensor cores, for 16-bit tensors: the same passes as transform.cuh (so
+// the same order of the spectrum), each a product of 16 x 16 matrices, on two planes of fp16
+// numbers in shared memory.
 //
-// A pass of radix r < 16 works on 16 / r groups of 16 columns at once: its matrix has the r-point transform as diagonal
-// blocks. The matrices are unitary but for a factor between 0.7 and 1.5, which makes their scale a power of two (1/sqrt(3),
-// rounded, would be wrong by the same amount everywhere). The row is scaled by a power of two as well, so that nothing leaves
-// fp16's range: the largest input is below 1/2, hence every value below sqrt(n). The innermost 256 points never leave registers between
-// the first of their products and the last. Twiddles of an outer pass are the product of two factors, one for the column
-// in its group of 16, one for the group.
+// A pass of radix r < 16 works on 16 / r groups of 16 columns at once: its matrix has the r-point
+// transform as diagonal blocks. The matrices are unitary but for a factor between 0.7 and 1.5,
+// which makes their scale a power of two (1/sqrt(3), rounded, would be wrong by the same amount
+// everywhere). The row is scaled by a power of two as well, so that nothing leaves fp16's range:
+// the largest input is below 1/2, hence every value below sqrt(n). The innermost 256 points never
+// leave registers between the first of their products and the last. Twiddles of an outer pass are
+// the product of two factors, one for the column in its group of 16, one for the group.
 //
 // Number is what products accumulate in: u32 (fp16 pairs: fast) or Pair (float32: accurate).
 #pragma once
@@ -16,13 +18,15 @@
 struct HalfPlane {
   unsigned short *re, *im;
 };
-// Rows of 8 numbers move by one place every 256 and every 4096, and swap every 64, so that the 8 rows that an instruction
-// reads lie in different banks for every distance that occurs.
-SEQCONV_DEVICE int half_at(int i) { return (((i >> 3) ^ ((i >> 6) & 1)) + (i >> 8) + (i >> 12)) * 8 + (i & 7); }
+// Rows of 8 numbers move by one place every 256 and every 4096, and swap every 64, so that the 8
+// rows that an instruction reads lie in different banks for every distance that occurs.
+SEQCONV_DEVICE int half_at(int i) {
+  return (((i >> 3) ^ ((i >> 6) & 1)) + (i >> 8) + (i >> 12)) * 8 + (i & 7);
+}
 SEQCONV_DEVICE int half_plane_size(int n) { return n + 8 * (n >> 8) + 8 * (n >> 12) + 8; }
 
-// Words of the table: the 16-point matrix, the twiddles of 256 points and their transpose; then for each outer pass its
-// matrix and the inverse's, and the two sets of twiddle factors.
+// Words of the table: the 16-point matrix, the twiddles of 256 points and their transpose; then for
+// each outer pass its matrix and the inverse's, and the two sets of twiddle factors.
 enum { kMatrixWords = 256, kInnerWords = kMatrixWords + 2 * 512, kColumnWords = 512 };
 
 struct Warp {
@@ -50,11 +54,13 @@ SEQCONV_DEVICE Factors<Number> load_factors(const u32* words, const Warp& w) {
     }
   return f;
 }
-// The twiddles of all tiles: kept as fp16 pairs, or loaded again for each as float32, which would take 16 registers.
+// The twiddles of all tiles: kept as fp16 pairs, or loaded again for each as float32, which would
+// take 16 registers.
 template <class Number>
 struct Twiddles {
   Factors<Number> factors;
-  SEQCONV_DEVICE Twiddles(const u32* words, const Warp& w) : factors(load_factors<Number>(words, w)) {}
+  SEQCONV_DEVICE Twiddles(const u32* words, const Warp& w)
+      : factors(load_factors<Number>(words, w)) {}
   SEQCONV_DEVICE Factors<Number> get(const Warp&) const { return factors; }
 };
 template <>
@@ -66,7 +72,8 @@ struct Twiddles<Pair> {
     return load_factors<Pair>(words, w);
   }
 };
-// Of the kernel's spectrum, kept in the order of a result's elements: 256 words of fp16 pairs or 512 of float32.
+// Of the kernel's spectrum, kept in the order of a result's elements: 256 words of fp16 pairs or
+// 512 of float32.
 SEQCONV_DEVICE Factors<u32> load_spectrum(const u32* tile, int lane, u32) {
   const uint4 re = ((const uint4*)tile)[2 * lane], im = ((const uint4*)tile)[2 * lane + 1];
   return {{{re.x, re.y}, {re.z, re.w}}, {{im.x, im.y}, {im.z, im.w}}};
@@ -97,10 +104,11 @@ SEQCONV_DEVICE float team_max(float x, float* shared, Team team) {
   }
   return all;
 }
-// The row, scaled, into plane.im as it lies; returns the exponent that undoes the scaling. The first pieces of 8 wait in
-// registers for the scale, the rest is read again.
+// The row, scaled, into plane.im as it lies; returns the exponent that undoes the scaling. The
+// first pieces of 8 wait in registers for the scale, the rest is read again.
 template <class T>
-SEQCONV_DEVICE int stage(const HalfPlane& plane, int n, const Gated<T>& source, float* shared, Team team) {
+SEQCONV_DEVICE int stage(const HalfPlane& plane, int n, const Gated<T>& source, float* shared,
+                         Team team) {
   constexpr int kKept = 2;
   const int stride = team.size * 8;
   const bool in_pieces = source.in_pieces();
@@ -153,12 +161,15 @@ SEQCONV_DEVICE int stage(const HalfPlane& plane, int n, const Gated<T>& source, 
   return exponent;
 }
 
-// An outer pass: `blocks` blocks of radix x distance points; a tile is 16 rows, (16 / radix) groups of 16 columns.
+// An outer pass: `blocks` blocks of radix x distance points; a tile is 16 rows, (16 / radix) groups
+// of 16 columns.
 struct OuterPass {
   const u32* words;
   int radix, distance, blocks, groups, tiles;  // tiles of one block
 
-  SEQCONV_DEVICE Matrix matrix(bool inverse, int lane) const { return load_matrix(words + (inverse ? kMatrixWords : 0), lane); }
+  SEQCONV_DEVICE Matrix matrix(bool inverse, int lane) const {
+    return load_matrix(words + (inverse ? kMatrixWords : 0), lane);
+  }
   SEQCONV_DEVICE c32 column_factor(int p, int column) const {
     return ((const c32*)(words + 2 * kMatrixWords))[p * 16 + column];
   }
@@ -166,7 +177,8 @@ struct OuterPass {
     return ((const c32*)(words + 2 * kMatrixWords + kColumnWords))[group * radix + p];
   }
 };
-// A row of a tile: result p (or input i) of a group of columns; valid only where there is such a group.
+// A row of a tile: result p (or input i) of a group of columns; valid only where there is such a
+// group.
 struct TileRow {
   int p, columns, position;
   bool valid;
@@ -191,8 +203,8 @@ SEQCONV_DEVICE OuterPass outer_pass(const Transform& t, int d) {
 }
 
 template <class Number>
-SEQCONV_DEVICE void store_tile(const HalfPlane& plane, const OuterPass& pass, int tile, const Result<Number>& x,
-                               const Warp& w) {
+SEQCONV_DEVICE void store_tile(const HalfPlane& plane, const OuterPass& pass, int tile,
+                               const Result<Number>& x, const Warp& w) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const TileRow row = tile_row(pass, tile, w.group + 8 * half);
@@ -230,7 +242,8 @@ SEQCONV_DEVICE void outer_forward(const HalfPlane& plane, const OuterPass& pass,
     if (kReal) {
       x = product_of_real<Number>(f, x_im);
     } else {
-      x = product<Number>(f, Columns{{{re[0], re[1]}, {re[2], re[3]}}, {{im[0], im[1]}, {im[2], im[3]}}});
+      x = product<Number>(
+          f, Columns{{{re[0], re[1]}, {re[2], re[3]}}, {{im[0], im[1]}, {im[2], im[3]}}});
     }
     multiply<false>(x, column);
     Factors<Number> group;
@@ -246,17 +259,21 @@ SEQCONV_DEVICE void outer_forward(const HalfPlane& plane, const OuterPass& pass,
   }
 }
 
-// The mirror image; store(tile, matrix, columns) takes the last product: to the plane, or as real numbers out of it.
+// The mirror image; store(tile, matrix, columns) takes the last product: to the plane, or as real
+// numbers out of it.
 template <class Number, class Store>
-SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass, const Warp& w, Store store) {
+SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass, const Warp& w,
+                                  Store store) {
   const Matrix f = pass.matrix(true, w.lane);
   Factors<Number> column;  // of a right operand: rows 2 thread, 2 thread + 1 of column `group`
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int p = tile_row(pass, 0, 2 * w.thread + 8 * half).p, q = tile_row(pass, 0, 2 * w.thread + 1 + 8 * half).p;
+    const int p = tile_row(pass, 0, 2 * w.thread + 8 * half).p,
+              q = tile_row(pass, 0, 2 * w.thread + 1 + 8 * half).p;
 #pragma unroll
     for (int j = 0; j < 2; ++j)
-      column.set(j, half, pass.column_factor(p, 8 * j + w.group), pass.column_factor(q, 8 * j + w.group));
+      column.set(j, half, pass.column_factor(p, 8 * j + w.group),
+                 pass.column_factor(q, 8 * j + w.group));
   }
   for (int tile = w.index; tile < pass.tiles * pass.blocks; tile += w.count) {
     const int from = half_at(tile_row(pass, tile, w.lane & 15).position + (w.lane >> 4) * 8);
@@ -268,7 +285,8 @@ SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass,
     Factors<Number> group;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const TileRow p = tile_row(pass, tile, 2 * w.thread + 8 * half), q = tile_row(pass, tile, 2 * w.thread + 1 + 8 * half);
+      const TileRow p = tile_row(pass, tile, 2 * w.thread + 8 * half),
+                    q = tile_row(pass, tile, 2 * w.thread + 1 + 8 * half);
       group.set(0, half, pass.group_factor(p.p, p.columns), pass.group_factor(q.p, q.columns));
       group.re[1][half] = group.re[0][half];
       group.im[1][half] = group.im[0][half];
@@ -281,7 +299,8 @@ SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass,
 
 // All outer passes of a staged row.
 template <class Number>
-SEQCONV_DEVICE void tensor_forward_passes(const Transform& t, const HalfPlane& plane, const Warp& w) {
+SEQCONV_DEVICE void tensor_forward_passes(const Transform& t, const HalfPlane& plane,
+                                          const Warp& w) {
   const int outer = (int)t.count - 2;
   for (int d = 0; d < outer; ++d) {
     const OuterPass pass = outer_pass(t, d);
@@ -294,10 +313,12 @@ SEQCONV_DEVICE void tensor_forward_passes(const Transform& t, const HalfPlane& p
   }
 }
 
-// The 256 points of a tile of the plane to their spectrum. Alone (n = 256), they are the real row itself.
+// The 256 points of a tile of the plane to their spectrum. Alone (n = 256), they are the real row
+// itself.
 template <class Number>
-SEQCONV_DEVICE Result<Number> inner_forward(const Transform& t, const HalfPlane& plane, int tile, const Matrix& f,
-                                            const Twiddles<Number>& twiddles, const Warp& w) {
+SEQCONV_DEVICE Result<Number> inner_forward(const Transform& t, const HalfPlane& plane, int tile,
+                                            const Matrix& f, const Twiddles<Number>& twiddles,
+                                            const Warp& w) {
   const int from = half_at(tile * 256 + (w.lane & 15) * 16 + (w.lane >> 4) * 8);
   u32 re[4], im[4];
   load_transposed(im, plane.im + from);
@@ -307,7 +328,8 @@ SEQCONV_DEVICE Result<Number> inner_forward(const Transform& t, const HalfPlane&
     x = product_of_real<Number>(load_matrix((const u32*)t.tables + kInnerWords, w.lane), x_im);
   } else {
     load_transposed(re, plane.re + from);
-    x = product<Number>(f, Columns{{{re[0], re[1]}, {re[2], re[3]}}, {{im[0], im[1]}, {im[2], im[3]}}});
+    x = product<Number>(
+        f, Columns{{{re[0], re[1]}, {re[2], re[3]}}, {{im[0], im[1]}, {im[2], im[3]}}});
   }
   multiply<false>(x, twiddles.get(w));
   // its rows are the first digit of the frequency, its columns the time still to be transformed
@@ -316,17 +338,19 @@ SEQCONV_DEVICE Result<Number> inner_forward(const Transform& t, const HalfPlane&
 }
 // And back, as the right operand of the last product.
 template <class Number>
-SEQCONV_DEVICE Columns inner_inverse(const Result<Number>& spectrum, const Matrix& f, const Twiddles<Number>& twiddles,
-                                     const Warp& w) {
+SEQCONV_DEVICE Columns inner_inverse(const Result<Number>& spectrum, const Matrix& f,
+                                     const Twiddles<Number>& twiddles, const Warp& w) {
   Result<Number> x = product<Number>(conj(f), transposed(to_operand(spectrum)));
   multiply<true>(x, twiddles.get(w));
   return transposed(to_operand(x));
 }
 
-// A tile of results out of the product's registers: through the tile's own place in the planes, whose 16 bytes of fp16
-// hold 4 of them, so that every lane has 8 neighbours for the sink. position(row) is -1 where there is no row.
+// A tile of results out of the product's registers: through the tile's own place in the planes,
+// whose 16 bytes of fp16 hold 4 of them, so that every lane has 8 neighbours for the sink.
+// position(row) is -1 where there is no row.
 template <class Position, class Sink>
-SEQCONV_DEVICE void emit(const HalfPlane& plane, const Pair (&v)[2][2], const Warp& w, Position position, Sink sink) {
+SEQCONV_DEVICE void emit(const HalfPlane& plane, const Pair (&v)[2][2], const Warp& w,
+                         Position position, Sink sink) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int at = position(w.group + 8 * half);
@@ -344,11 +368,12 @@ SEQCONV_DEVICE void emit(const HalfPlane& plane, const Pair (&v)[2][2], const Wa
   }
 }
 
-// Everything from the innermost 256 points on: `spectra(tile, f, twiddles)` gives the product with the kernel; the sink
-// takes 8 results from time t on, 4 and 4 in shared memory. What only the inner loop needs is loaded for it, and the sink made after it: registers.
+// Everything from the innermost 256 points on: `spectra(tile, f, twiddles)` gives the product with
+// the kernel; the sink takes 8 results from time t on, 4 and 4 in shared memory. What only the
+// inner loop needs is loaded for it, and the sink made after it: registers.
 template <class Number, class Spectra, class MakeSink>
-SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, const Warp& w, Spectra spectra,
-                                   MakeSink make_sink) {
+SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, const Warp& w,
+                                   Spectra spectra, MakeSink make_sink) {
   const int outer = (int)t.count - 2, tiles = (int)t.n / 256;
   const u32* table = (const u32*)t.tables;
   {
@@ -402,7 +427,8 @@ struct TensorShared {
   HalfPlane x, g;  // g is x where one is enough
   float* largest;
 };
-SEQCONV_DEVICE TensorShared tensor_shared(const Args& a, const Work& w, unsigned char* shared, int planes) {
+SEQCONV_DEVICE TensorShared tensor_shared(const Args& a, const Work& w, unsigned char* shared,
+                                          int planes) {
   const int size = half_plane_size((int)a.transform.n);
   unsigned short* first = (unsigned short*)shared + w.slot * planes * 2 * size;
   unsigned short* second = planes > 1 ? first + 2 * size : first;
@@ -426,7 +452,8 @@ struct Scaled {
       return;
     }
 #pragma unroll 1
-    for (int i = 0; i < 8; ++i) sink(t + i, c32{load_shared((i < 4 ? low : high) + (i & 3)) * scale, 0.f});
+    for (int i = 0; i < 8; ++i)
+      sink(t + i, c32{load_shared((i < 4 ? low : high) + (i & 3)) * scale, 0.f});
   }
 };
 template <class Sink>
@@ -442,7 +469,8 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
   const TensorShared s = tensor_shared(a, work_, shared, a.heads > 1 ? 2 : 1);
   const HalfPlane x = s.x, v = s.g;
   for (int first = work_.first; first < work_.last; first += (int)a.slots) {
-    const int exponent = stage(x, (int)t.n, input<T>(a, place(a, work_, first)), s.largest, work_.team);
+    const int exponent =
+        stage(x, (int)t.n, input<T>(a, place(a, work_, first)), s.largest, work_.team);
     tensor_forward_passes<Number>(t, x, w);
     for (int head = 0; head < (int)a.heads; ++head) {
       const i64 row = kernel_row(a, work_, head);
@@ -451,7 +479,8 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
           t, v, w,
           [&](int tile, const Matrix& f, const Twiddles<Number>& twiddles) {
             Result<Number> z = inner_forward<Number>(t, x, tile, f, twiddles, w);
-            multiply<false>(z, load_spectrum(k + tile * 256 * (sizeof(Number) / 4), w.lane, Number{}));
+            multiply<false>(z,
+                            load_spectrum(k + tile * 256 * (sizeof(Number) / 4), w.lane, Number{}));
             return z;
           },
           [&] {
@@ -485,7 +514,8 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
     if (a.partial_skip != nullptr) {
       const Place p = place(a, work_, first);
       float* mine = a.partial_skip + (part * rows + row) * a.row_threads + work_.team.rank;
-      const float dskip = skip_sum(gradient<T>(a, p, 0), input<T>(a, inside(a, p)), (int)t.n, work_.team);
+      const float dskip =
+          skip_sum(gradient<T>(a, p, 0), input<T>(a, inside(a, p)), (int)t.n, work_.team);
       *mine = begins ? dskip : *mine + dskip;
     }
     tensor_inverse<Number>(

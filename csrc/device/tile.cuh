@@ -1,8 +1,9 @@
 // Complex matrices of 16 x 16 in a warp's registers, as operands and results of the tensor cores.
 //
-// An operand holds fp16 pairs; a result holds fp16 pairs (fast: accumulated in fp16, already an operand) or float32 pairs
-// (accurate). Packed registers {0, 1, 2, 3} of a left operand are, as {0, 2} and {1, 3}, the two right operands of its
-// transpose, so a chain of products needs neither shuffles nor shared memory.
+// An operand holds fp16 pairs; a result holds fp16 pairs (fast: accumulated in fp16, already an
+// operand) or float32 pairs (accurate). Packed registers {0, 1, 2, 3} of a left operand are, as {0,
+// 2} and {1, 3}, the two right operands of its transpose, so a chain of products needs neither
+// shuffles nor shared memory.
 #pragma once
 #include "mma.cuh"
 
@@ -14,7 +15,8 @@ struct Columns {  // right operand: 8 columns [j], rows 0..7 and 8..15 [half]
 };
 template <class Number>  // u32: fp16 pairs; Pair: float32
 struct Result {
-  Number re[2][2], im[2][2];  // 8 columns [j], rows group and group + 8 [half]; two neighbouring columns each
+  Number re[2][2],
+      im[2][2];  // 8 columns [j], rows group and group + 8 [half]; two neighbouring columns each
 };
 
 SEQCONV_DEVICE u32 to_operand(u32 x) { return x; }
@@ -123,7 +125,8 @@ SEQCONV_DEVICE void multiply(Result<Number>& x, const Factors<Number>& w) {
 #pragma unroll
   for (int j = 0; j < 2; ++j)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) multiply<kConj>(x.re[j][half], x.im[j][half], w.re[j][half], w.im[j][half]);
+    for (int half = 0; half < 2; ++half)
+      multiply<kConj>(x.re[j][half], x.im[j][half], w.re[j][half], w.im[j][half]);
 }
 template <bool kConj, class Number>
 SEQCONV_DEVICE void multiply(Columns& x, const Factors<Number>& w) {

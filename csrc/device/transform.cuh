@@ -1,17 +1,19 @@
-// The transform of a row in float32: radix passes in place over a plane in shared memory (FlashButterfly, arXiv
-// 2302.06646 section 3, with butterflies of up to 16 points in registers).
+// The transform of a row in float32: radix passes in place over a plane in shared memory
+// (FlashButterfly, arXiv 2302.06646 section 3, with butterflies of up to 16 points in registers).
 //
-// The convolution is a product modulo x^n - i: position t is multiplied by w^t, w = exp(i pi / 2n), and one complex
-// transform of n points does the rest, without padding. With n = r_0 r_1 ... and s_d = r_{d+1} r_{d+2} ..., pass d takes
-// the r_d points at distance s_d and multiplies the result p of column j by W^{pj}, W = exp(-2 pi i / (r_d s_d)). The
-// twist is part of pass 0: w^{i s_0} at its inputs, w^j in its twiddles. The order that the passes leave is kept: only
-// the product with the kernel's spectrum, which has the same order, happens there. The last radix is 16.
+// The convolution is a product modulo x^n - i: position t is multiplied by w^t, w = exp(i pi / 2n),
+// and one complex transform of n points does the rest, without padding. With n = r_0 r_1 ... and
+// s_d = r_{d+1} r_{d+2} ..., pass d takes the r_d points at distance s_d and multiplies the result
+// p of column j by W^{pj}, W = exp(-2 pi i / (r_d s_d)). The twist is part of pass 0: w^{i s_0} at
+// its inputs, w^j in its twiddles. The order that the passes leave is kept: only the product with
+// the kernel's spectrum, which has the same order, happens there. The last radix is 16.
 //
 // The inverse is the mirror image, unscaled: the kernel's spectrum carries the factor 1/n.
 #pragma once
 #include "problem.cuh"
 
-// A row's place in shared memory, one element wider every 16, so that columns of 16 neighbours meet no bank twice.
+// A row's place in shared memory, one element wider every 16, so that columns of 16 neighbours meet
+// no bank twice.
 struct Plane {
   c32* data;
   SEQCONV_DEVICE c32* at(int i) const { return data + i + (i >> 4); }
@@ -21,9 +23,12 @@ struct Team {
   int rank, size;  // of the threads that share a row
 };
 
-SEQCONV_DEVICE int radix_of(const Transform& t, int pass) { return (int)(t.radices >> (8 * pass)) & 255; }
+SEQCONV_DEVICE int radix_of(const Transform& t, int pass) {
+  return (int)(t.radices >> (8 * pass)) & 255;
+}
 
-// The columns of a pass that a plane holds: all of them, or a window of neighbours of a row too long for shared memory.
+// The columns of a pass that a plane holds: all of them, or a window of neighbours of a row too
+// long for shared memory.
 struct AllColumns {
   SEQCONV_DEVICE int global(int i) const { return i; }
 };
@@ -32,9 +37,11 @@ struct SomeColumns {
   SEQCONV_DEVICE int global(int i) const { return i / width * lower + first + i % width; }
 };
 
-// Pass 0 from where the row comes from: kRadix points at distance s, s * kRadix of them in the plane.
+// Pass 0 from where the row comes from: kRadix points at distance s, s * kRadix of them in the
+// plane.
 template <class Source, class Columns>
-SEQCONV_DEVICE void first_pass(const Transform& t, Plane plane, int points, Columns columns, Source source, Team team) {
+SEQCONV_DEVICE void first_pass(const Transform& t, Plane plane, int points, Columns columns,
+                               Source source, Team team) {
   const c32* twist = t.tables;
   const c32* twiddles = t.tables + 16;
   with_radix(radix_of(t, 0), [&](auto radix) {
@@ -56,10 +63,11 @@ SEQCONV_DEVICE void first_pass(const Transform& t, Plane plane, int points, Colu
   });
 }
 
-// The inverse of pass 0. Its results stay in the plane for one loop over them (inlined here, a sink with its gates and
-// activations would be repeated for every radix and point).
+// The inverse of pass 0. Its results stay in the plane for one loop over them (inlined here, a sink
+// with its gates and activations would be repeated for every radix and point).
 template <class Columns>
-SEQCONV_DEVICE void last_pass(const Transform& t, Plane plane, int points, Columns columns, Team team) {
+SEQCONV_DEVICE void last_pass(const Transform& t, Plane plane, int points, Columns columns,
+                              Team team) {
   const c32* twist = t.tables;
   const c32* twiddles = t.tables + 16;
   with_radix(radix_of(t, 0), [&](auto radix) {
@@ -83,8 +91,8 @@ SEQCONV_DEVICE void last_pass(const Transform& t, Plane plane, int points, Colum
 
 // One pass in the middle: blocks of `block` points in the plane, each of `block / R` columns.
 template <bool kInverse, class Columns>
-SEQCONV_DEVICE void pass(int radix, const c32* twiddles, int distance, Plane plane, int points, int block, Columns columns,
-                         Team team) {
+SEQCONV_DEVICE void pass(int radix, const c32* twiddles, int distance, Plane plane, int points,
+                         int block, Columns columns, Team team) {
   with_radix(radix, [&](auto constant) {
     constexpr int R = decltype(constant)::value;
     const int s = block / R, count = points / R;
@@ -110,7 +118,8 @@ SEQCONV_DEVICE void pass(int radix, const c32* twiddles, int distance, Plane pla
 
 // Passes 1 to last - 1, forwards or backwards.
 template <bool kInverse, class Columns>
-SEQCONV_DEVICE void middle_passes(const Transform& t, Plane plane, int points, int last, Columns columns, Team team) {
+SEQCONV_DEVICE void middle_passes(const Transform& t, Plane plane, int points, int last,
+                                  Columns columns, Team team) {
   const int first = radix_of(t, 0);
   int block = points / first, distance = (int)t.n / first;
   const c32* twiddles = t.tables + 16 + t.n;
@@ -138,8 +147,8 @@ SEQCONV_DEVICE void middle_passes(const Transform& t, Plane plane, int points, i
   }
 }
 
-// The last pass, op, and the inverse's first pass in registers. op(f, z): f numbers the spectrum in the order in which it
-// is kept in global memory, neighbours for neighbouring threads.
+// The last pass, op, and the inverse's first pass in registers. op(f, z): f numbers the spectrum in
+// the order in which it is kept in global memory, neighbours for neighbouring threads.
 enum Middle { kForwardOnly = 1, kInverseOnly = 2, kBoth = 3 };
 template <Middle kWhich, class Op>
 SEQCONV_DEVICE void middle(const Transform& t, Plane plane, Op op, Team team) {

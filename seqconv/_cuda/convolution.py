@@ -79,7 +79,9 @@ def describe(u: Tensor, k: Tensor, k_rev: Tensor | None) -> Problem:
 class _Call:
     """What all launches of one call share."""
 
-    def __init__(self, device, problem: Problem, plan: Plan, like: Tensor, activation: str, backward=False):
+    def __init__(
+        self, device, problem: Problem, plan: Plan, like: Tensor, activation: str, backward=False
+    ):
         self.device, self.problem, self.plan, self.like = device, problem, plan, like
         self.suffix = SUFFIX[like.dtype]
         self.mode = ("_fast" if problem.fast else "_accurate") if plan.engine == "tensor" else ""
@@ -104,7 +106,11 @@ class _Call:
         whole, outer = len(plan.radices), len(plan.outer_radices)
         if outer:
             # The passes over the columns, and the rows between them as convolutions of complex numbers.
-            self.columns = fields | {"outer": plan.outer, "lower": plan.lower, "columns": plan.columns}
+            self.columns = fields | {
+                "outer": plan.outer,
+                "lower": plan.lower,
+                "columns": plan.columns,
+            }
             self.columns |= self._radix(plan.n, plan.outer_radices, outer, True)
             self.inner = fields | {
                 "channels": problem.channels * plan.outer,
@@ -190,7 +196,9 @@ class _Call:
         """The fields that hold it: (kernel row, n) complex in the order that the passes leave, and its scales."""
         p, problem = self.plan, self.problem
         given = {"k": k, "k_rev": k_rev, "skip": skip}
-        out = {"spectrum": self.empty(problem.kernel_rows, (1 if self.mode == "_fast" else 2) * p.n)}
+        out = {
+            "spectrum": self.empty(problem.kernel_rows, (1 if self.mode == "_fast" else 2) * p.n)
+        }
         if p.engine == "tensor":
             out["scales"] = self.empty(problem.kernel_rows)
         if p.outer == 1:
@@ -210,7 +218,9 @@ class _Call:
             return
         batch, channels, heads = self.problem.batch, self.problem.channels, self.problem.heads
         x, v = self.work(1), self.work(heads)
-        self.of_columns(f"long_input_{self.suffix}", batch * channels, work=x, u=u, pre_gate=pre_gate)
+        self.of_columns(
+            f"long_input_{self.suffix}", batch * channels, work=x, u=u, pre_gate=pre_gate
+        )
         rows = [_rows(t, self.plan.outer, self.plan.lower) for t in (x, v)]
         self.of_rows("forward_c32", **spectrum, u=rows[0], y=rows[1])
         self.of_columns(f"long_output_{self.suffix}", batch * heads * channels, work=v, **sink)
@@ -218,13 +228,20 @@ class _Call:
     def gradients(self, spectrum: dict, source: dict, du, dpre_gate, dk, dk_rev, skip: bool):
         """Gradients from u, pre_gate, dy, post_gate and wide in `source`; returns the skip's, (heads, channels)."""
         plan, p = self.plan, self.problem
-        with_dk, with_dx = dk is not None or dk_rev is not None, du is not None or dpre_gate is not None
+        with_dk, with_dx = (
+            dk is not None or dk_rev is not None,
+            du is not None or dpre_gate is not None,
+        )
         partial = self.empty(plan.parts, p.kernel_rows, 2 * plan.n) if with_dk else None
         sums = {"partial": partial}
         sink = {"du": du, "dpre_gate": dpre_gate}
         taps = {"dk": dk, "dk_rev": dk_rev}
         if not plan.long:
-            sums["partial_skip"] = self.empty(plan.parts, p.sets, p.heads, p.channels, plan.row_threads) if skip else None
+            sums["partial_skip"] = (
+                self.empty(plan.parts, p.sets, p.heads, p.channels, plan.row_threads)
+                if skip
+                else None
+            )
             self.of_rows(self.kernel("backward"), **spectrum, **sums, **source, **sink)
             if with_dk:
                 self.of_taps("taps_gradient", self.direct, 1, partial=partial, **taps)
@@ -235,11 +252,15 @@ class _Call:
             signals = {name: source.get(name) for name in ("u", "pre_gate")}
             tiles = plan.lower // plan.columns
             partial_skip = (
-                self.empty(p.batch * tiles, 1, p.heads, p.channels, self.column_threads) if skip else None
+                self.empty(p.batch * tiles, 1, p.heads, p.channels, self.column_threads)
+                if skip
+                else None
             )
             self.of_columns(f"long_input_{self.suffix}", p.batch * p.channels, work=x, **signals)
             heads = p.batch * p.heads * p.channels
-            self.of_columns(f"long_gradient_{self.suffix}", heads, work=dv, partial_skip=partial_skip, **source)
+            self.of_columns(
+                f"long_gradient_{self.suffix}", heads, work=dv, partial_skip=partial_skip, **source
+            )
             inner = {"u": rows(x), "dy": rows(dv), "du": rows(dx) if with_dx else ABSENT}
             self.of_rows("backward_c32", **spectrum, **sums, **inner)
             sums["partial_skip"] = partial_skip
@@ -248,7 +269,9 @@ class _Call:
                 self.of_columns(name, p.batch * p.channels, work=dx, **sink, **signals)
             if with_dk:
                 work = self.work(p.heads, p.sets)
-                self.of_taps("taps_gradient", self.inner, plan.outer, partial=partial, dk=rows(work))
+                self.of_taps(
+                    "taps_gradient", self.inner, plan.outer, partial=partial, dk=rows(work)
+                )
                 self.of_columns("long_taps_gradient", p.kernel_rows, work=work, **taps)
         return sums["partial_skip"].sum((0, 1, 4)) if skip else None
 
@@ -307,14 +330,18 @@ def backward(device, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activati
         _backward(device, replace(problem, channels=count), plans, wanted, *part, activation)
 
 
-def _backward(device, problem, plans, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activation):
+def _backward(
+    device, problem, plans, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activation
+):
     du, dk, dk_rev, dskip, dpre_gate, dpost_gate = grads
     linear = any(t is not None for t in (du, dk, dk_rev, dskip, dpre_gate))
     source = {"u": u, "pre_gate": pre_gate, "dy": dy, "post_gate": post_gate}
     if (activation != "none" and linear) or dpost_gate is not None:
         call = _Call(device, problem, plans[0], u, activation)
         if activation != "none" and linear:
-            source["wide"] = call.empty(problem.batch, problem.heads, problem.channels, problem.length)
+            source["wide"] = call.empty(
+                problem.batch, problem.heads, problem.channels, problem.length
+            )
         sink = {name: source.get(name) for name in ("dy", "post_gate", "wide")}
         call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, dpost_gate=dpost_gate, **sink)
     if not linear:

@@ -1,11 +1,10 @@
 """The kernels on a real device: found prebuilt or compiled by NVRTC, loaded and launched through the CUDA driver.
 
-Needs the packages of the extra `cuda` (cuda-core, cuda-bindings, NVRTC). Nothing is imported before a CUDA tensor comes.
+Needs the packages of the extra `cuda` (cuda-core, cuda-bindings, NVRTC), and imports them when the first CUDA tensor comes.
 """
 
 import ctypes
 import functools
-import hashlib
 import os
 import threading
 from pathlib import Path
@@ -25,12 +24,6 @@ def cache_folder() -> Path:
         return Path(os.environ["SEQCONV_CACHE"])
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "seqconv"
-
-
-def cubin_name(kernel: str, arch: str) -> str:
-    """A prebuilt kernel's file: it fits one state of the source only."""
-    digest = hashlib.sha256(kernels.source(kernel).encode()).hexdigest()[:16]
-    return f"{kernel}-{arch}-{digest}.cubin"
 
 
 @functools.cache
@@ -57,7 +50,7 @@ def find_prebuilt(kernel: str, major: int, minor: int) -> bytes | None:
     folders = [Path(f) for f in (os.environ.get("SEQCONV_CUBINS"),) if f] + [PACKAGED]
     for lower in range(minor, -1, -1):
         for folder in folders:
-            path = folder / cubin_name(kernel, f"sm_{major}{lower}")
+            path = folder / kernels.cubin_name(kernel, f"sm_{major}{lower}")
             if path.is_file():
                 return path.read_bytes()
     return None
@@ -68,7 +61,7 @@ def packages_reason() -> str | None:
     if torch.version.hip:
         return "this torch is built for ROCm; the kernels are CUDA"
     try:
-        import cuda.bindings.driver  # noqa: F401
+        import cuda.bindings.driver
         import cuda.core  # noqa: F401
     except ImportError as error:
         return f"{error}: pip install 'seqconv[cuda]'"

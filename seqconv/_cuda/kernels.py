@@ -1,6 +1,10 @@
-"""The kernels' source: one string for any compiler, and every instantiation that a plan can ask for."""
+"""The kernels' source: one string for any compiler, and every instantiation that a plan can ask for.
+
+Imports nothing but the standard library: setup.py loads this file alone.
+"""
 
 import functools
+import hashlib
 import re
 from pathlib import Path
 
@@ -59,3 +63,9 @@ def source(name: str) -> str:
         f"{headers()}\nSEQCONV_KERNEL({threads}, {blocks}) {name}(const Args a) {{\n"
         f"  SEQCONV_SHARED(shared);\n  {body}(a, shared);\n}}\n"
     )
+
+
+def cubin_name(name: str, arch: str) -> str:
+    """A prebuilt kernel's file: it fits one state of the source only."""
+    digest = hashlib.sha256(source(name).encode()).hexdigest()[:16]
+    return f"{name}-{arch}-{digest}.cubin"

@@ -12,7 +12,7 @@ RADICES = (2, 3, 4, 5, 8, 16)  # butterflies that exist
 LAST = 16  # the last radix of every transform
 INNER = 256  # points that the tensor cores keep in registers
 MAX_THREADS = 512  # of a block: more would leave too few registers for 16 complex points
-MAX_PARTS = 8  # partial sums of a kernel's gradient
+MAX_PARTS = 8  # partial sums of a kernel's gradient; more only where channels are too few to fill the device
 LAUNCH = 3e-6  # seconds
 # Warp instructions for a point and pass, there and back: counted from the kernels' loops (float32) and from the machine
 # code of a product of three passes over 4096 points (tensor cores; fast and accurate).
@@ -207,7 +207,11 @@ def _groups(problem: Problem, limits: Limits, rows: int, slots: int, backward: b
     steps = -(-rows // slots)
     across = max(1, problem.sets * problem.channels)
     groups = min(steps, -(-4 * limits.processors // across))
-    groups = min(groups, max(1, MAX_PARTS // slots)) if backward else max(groups, -(-steps // 8))
+    if backward:
+        most = MAX_PARTS if across * MAX_PARTS >= limits.processors else max(MAX_PARTS, rows // 2)
+        groups = min(groups, max(1, most // slots))
+    else:
+        groups = max(groups, -(-steps // 8))
     return -(-rows // -(-rows // groups))  # none without rows
 
 
@@ -244,7 +248,7 @@ def make_plan(problem: Problem, limits: Limits = H100, backward: bool = False) -
         for n in all_sizes:
             if max(2 * halo, INNER) <= n < problem.length:
                 found.append(_one_pass(problem, limits, engine, n, n - halo, planes, backward))
-        if engine == "radix" and not whole:
+        if engine == "radix" and (not whole or problem.length >= 4096):
             found += _three_passes(problem, limits, planes, backward)
     return min((p for p in found if p is not None), key=lambda p: p.seconds)
 
@@ -359,8 +363,9 @@ def _outer(least: int) -> int:
 
 
 def torch_fft_seconds(problem: Problem, limits: Limits = H100, backward: bool = False) -> float:
-    """The torch.fft formulation by the same model: in float32 about 84 bytes of traffic for every input sample (padding,
-    rfft, product, irfft, crop), three times that in backward, and ten launches."""
+    """The torch.fft formulation by the same model: float32, about 84 bytes of traffic for every input
+    sample (padding, rfft, product, irfft, crop), three times that in backward, and ten launches.
+    """
     samples = problem.batch * problem.channels * problem.length
     traffic = 84 * samples * (1 + problem.heads) / 2 + 48 * problem.kernel_rows * problem.length
     return (3 if backward else 1) * (traffic / limits.bandwidth + 10 * LAUNCH)

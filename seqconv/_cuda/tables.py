@@ -54,7 +54,14 @@ def _words(table: Tensor, count: int | None = None) -> Tensor:
 
 
 # Powers of two about 1 / sqrt(radix): the scale of a pass forward and of its inverse.
-SCALES = {2: (0.5, 1.0), 3: (0.5, 0.5), 4: (0.5, 0.5), 5: (0.5, 0.5), 8: (0.5, 0.25), 16: (0.25, 0.25)}
+SCALES = {
+    2: (0.5, 1.0),
+    3: (0.5, 0.5),
+    4: (0.5, 0.5),
+    5: (0.5, 0.5),
+    8: (0.5, 0.25),
+    16: (0.25, 0.25),
+}
 
 
 def _dft(radix: int) -> Tensor:

@@ -1,0 +1,145 @@
+"""The CUDA kernels through the real compilers, which need no GPU: NVRTC for several architectures, nvcc where it is."""
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from seqconv import prebuild
+from seqconv._cuda import driver, kernels
+
+if driver.packages_reason():
+    pytest.skip(f"seqconv: {driver.packages_reason()}", allow_module_level=True)
+
+NAMES = tuple(kernels.KERNELS)
+OTHERS = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
+REGISTERS = 65536  # of a multiprocessor
+# Bytes of registers spilled to memory: none on sm_90 but where products are summed in float32.
+SPILLS = {"sm_90": {"accurate": 64}, "others": {"": 96}}
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every kernel for sm_90, and on the other architectures each one somewhere."""
+    return [("sm_90", name) for name in NAMES] + [
+        (OTHERS[i % len(OTHERS)], name) for i, name in enumerate(NAMES)
+    ]
+
+
+def resources(name: str, arch: str) -> dict:
+    log = io.StringIO()
+    code = driver.compile_kernel(name, arch, cached=False, log=log)
+    text = log.getvalue()
+    assert code[:4] == b"\x7fELF"
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", text)[1]),
+        "spills": max(int(n) for n in re.findall(r"(\d+) bytes spill", text)),
+        "shared": sum(int(n) for n in re.findall(r"(\d+) bytes smem", text)),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, name", pairs(), ids=lambda value: value)
+def test_compiles_within_its_resources(arch, name):
+    used = resources(name, arch)
+    _, threads, blocks = kernels.KERNELS[name]
+    assert used["registers"] * threads * blocks <= REGISTERS
+    assert used["shared"] == 0  # all of it is dynamic, and planned
+    allowed = SPILLS["sm_90" if arch == "sm_90" else "others"]
+    most = max((size for key, size in allowed.items() if key in name), default=0)
+    assert used["spills"] <= most, used
+
+
+def ptx(name: str) -> str:
+    from cuda.bindings import nvrtc
+
+    def call(function, *arguments):
+        status, *values = function(*arguments)
+        assert not status, status
+        return values[0] if values else None
+
+    program = call(nvrtc.nvrtcCreateProgram, kernels.source(name).encode(), b"", 0, [], [])
+    call(nvrtc.nvrtcCompileProgram, program, 2, [b"-arch=compute_90", b"-std=c++17"])
+    text = b" " * call(nvrtc.nvrtcGetPTXSize, program)
+    call(nvrtc.nvrtcGetPTX, program, text)
+    call(nvrtc.nvrtcDestroyProgram, program)
+    return text.decode()
+
+
+@pytest.mark.parametrize("mode", ["fast", "accurate"])
+def test_matrix_instructions(mode):
+    """As many tensor core instructions as products in the source: the loops are over tiles, and nothing is repeated."""
+    there = (
+        4 + 8 + (4 + 8) + 8
+    )  # outer passes of a real row and of a complex one, the inner two
+    back = (
+        8 + (4 + 8) + 8 + 4
+    )  # the inner two, outer passes, the real end of those
+    for name, expected in (("forward", there + back), ("backward", there + back + 4 + 8 + 8)):
+        text = ptx(f"tensor_{name}_bf16_{mode}")
+        assert text.count("mma.sync.aligned.m16n8k16") == expected, name
+
+
+def test_source_is_one_text_without_includes():
+    for name in NAMES:
+        text = kernels.source(name)
+        assert "#include" not in text and f" {name}(const Args a)" in text
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["backward_f32", "tensor_forward_bf16_fast", "spectrum"])
+def test_compiles_with_nvcc(name, tmp_path):
+    unit = tmp_path / f"{name}.cu"
+    unit.write_text(kernels.source(name))
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-cubin",
+        "-arch=sm_90",
+        str(unit),
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_prebuild_into_a_folder_is_found(tmp_path, monkeypatch, capsys):
+    """What prebuild writes is what the loader finds, also for a later minor version, and only for this source."""
+    asked = ["--arch", "sm_80", "--out", str(tmp_path), "--kernels", "^kernel_scales$"]
+    assert prebuild.main(asked) == 0
+    assert "1 kernels" in capsys.readouterr().out
+    monkeypatch.setenv("SEQCONV_CUBINS", str(tmp_path))
+    code = driver.find_prebuilt("kernel_scales", 8, 0)
+    assert code and code[:4] == b"\x7fELF" and driver.find_prebuilt("kernel_scales", 8, 6) == code
+    assert driver.find_prebuilt("kernel_scales", 9, 0) is None
+    assert driver.find_prebuilt("spectrum", 8, 0) is None
+    monkeypatch.setattr(kernels, "source", lambda name: "another state of the source")
+    assert driver.find_prebuilt("kernel_scales", 8, 0) is None
+
+
+def test_prebuild_refuses_what_it_does_not_know(capsys):
+    for arguments in (["--arch", "90"], ["--arch", "sm_90", "--kernels", "nothing"], []):
+        with pytest.raises(SystemExit):
+            prebuild.main(arguments)
+    capsys.readouterr()
+
+
+def test_cache_is_safe_under_concurrent_processes(tmp_path):
+    """Several processes that compile the same kernel into one empty cache all get the same code."""
+    script = (
+        "import sys, hashlib; from seqconv._cuda import driver;"
+        "print(hashlib.sha256(driver.compile_kernel('kernel_scales', 'sm_90')).hexdigest())"
+    )
+    command = [sys.executable, "-c", script]
+    environment = {"SEQCONV_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(3)
+    ]
+    results = {process.communicate()[0] for process in running}
+    assert len(results) == 1 and len(results.pop()) == 65
+    assert [p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size > 1000]

@@ -1,0 +1,232 @@
+"""The road from tensors to the CUDA driver, on a recording driver that runs each launch in the emulator."""
+
+import ctypes
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accuracy import rel_l2
+from cases import Case, double
+from emulated import Emulator, as_backend, build
+
+import seqconv
+from seqconv import _cuda, _ops, fftconv, reference
+from seqconv._cuda import convolution, driver, kernels
+
+H100 = SimpleNamespace(
+    major=9,
+    minor=0,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+    multi_processor_count=132,
+    clock_rate=1755000,
+    memory_clock_rate=2619000,
+    memory_bus_width=5120,
+)
+
+
+class Driver:
+    """The functions of cuda.bindings.driver that the package calls, with their signatures and statuses."""
+
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+
+    def __init__(self, emulator: Emulator):
+        self.emulator, self.names, self.launches, self.limits, self.status = emulator, {}, [], {}, 0
+
+    def cuLibraryLoadData(self, code, *options):
+        assert code[:4] == b"\x7fELF" and options == ([], [], 0, [], [], 0)
+        return 0, code
+
+    def cuLibraryGetKernel(self, library, name):
+        assert name in library
+        handle = len(self.names) + 1000
+        self.names[handle] = name.decode()
+        return 0, handle
+
+    def cuDeviceGet(self, index):
+        return 0, f"device {index}"
+
+    def cuKernelSetAttribute(self, attribute, value, kernel, device):
+        assert (attribute, device) == ("shared", "device 0")
+        self.limits[self.names[kernel]] = value
+        return (0,)
+
+    def CUfunction(self, handle):
+        return handle
+
+    def cuLaunchKernel(self, f, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
+        name = self.names[f]
+        assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0) and shared <= self.limits[name]
+        self.launches.append((name, gx, bx, shared, stream))
+        if self.status:
+            return (self.status,)
+        size = self.emulator.library.arguments_size()
+        address = ctypes.c_void_p.from_address(parameters).value
+        copied = (ctypes.c_char * size).from_buffer_copy(
+            (ctypes.c_char * size).from_address(address)
+        )
+        self.emulator.launch(name, gx, bx, shared, copied)
+        return (0,)
+
+
+class Device(driver.Device):
+    """On tensors of the CPU: what torch would say of a CUDA stream is given."""
+
+    stream, capturing = 77, False
+
+    def _stream(self):
+        return self.stream
+
+    def _capturing(self):
+        return self.capturing
+
+
+@pytest.fixture(scope="module")
+def library():
+    return build()
+
+
+@pytest.fixture
+def device(library, monkeypatch):
+    fake = Driver(Emulator(library))
+    # The code need not be right here, only its name inside: test_cuda_compile compiles all of it.
+    monkeypatch.setattr(driver, "find_prebuilt", lambda name, *_: b"\x7fELF " + name.encode())
+    return Device(0, H100, fake)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(
+            2, 3, 500, 500, taps_rev=499, skip="h", pre_gate=True, post_gate=True, activation="gelu"
+        ),
+        Case(2, 3, 500, 500, heads=2, skip="ch", layout="blh"),
+        Case(2, 3, 500, 500, heads=2, per_sample=True, dtype=torch.bfloat16),
+        Case(2, 3, 501, 40, skip="h", dtype=torch.float16, mode="circular"),
+    ],
+    ids=str,
+)
+def test_results_through_the_driver(device, case):
+    tensors = case.tensors()
+    with as_backend(device):
+        y, grads, dy = case.with_gradients(fftconv, tensors)
+    y64, grads64, _ = case.with_gradients(reference.fftconv_fft, double(tensors), dy.double())
+    bound = 1e-6 if case.dtype == torch.float32 else 8e-3
+    assert rel_l2(y, y64) < bound
+    for name, grad in grads.items():
+        assert grad.dtype == tensors[name].dtype and rel_l2(grad, grads64[name]) < bound
+    assert {launch[4] for launch in device.driver.launches} == {77}
+
+
+def test_any_strides(device):
+    """Slices, transposes, expanded batches, negative views: read as they lie, by their strides."""
+    k = torch.randn(3, 2 * 200)[:, ::2]
+    for u in (
+        torch.randn(2, 3, 400)[..., ::2],
+        torch.randn(200, 3, 2).permute(2, 1, 0),
+        torch.randn(1, 3, 200).expand(2, 3, 200),
+        torch.imag(torch.randn(2, 3, 200, dtype=torch.complex64).conj()),
+        torch.randn(2, 3, 201)[..., 1:],
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            with as_backend(device):
+                y = fftconv(u.to(dtype) if dtype != u.dtype else u, k)
+            y64 = reference.fftconv_fft(u.to(dtype).double(), k.double())
+            assert rel_l2(y, y64) < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+def test_limits_come_from_the_device(device):
+    limits = device.limits
+    assert (limits.shared, limits.processors, limits.tensor_cores) == (232448, 132, True)
+    assert limits.bandwidth == pytest.approx(3.35e12, rel=0.01) and device.arch == "sm_90"
+    old = SimpleNamespace(
+        major=7, minor=5, shared_memory_per_multiprocessor=65536, multi_processor_count=40
+    )
+    old = Device(0, old, device.driver)
+    assert not old.limits.tensor_cores and old.limits.shared == 48 << 10
+
+
+def test_kernels_are_loaded_once_and_allowed_all_shared_memory(device):
+    u, k = torch.randn(1, 2, 300), torch.randn(2, 300)
+    with as_backend(device):
+        fftconv(u, k), fftconv(u, k)
+    names = list(device.driver.names.values())
+    assert sorted(names) == sorted(set(names)) == ["forward_f32", "spectrum"]
+    assert set(device.driver.limits.values()) == {232448}
+    assert len(device.driver.launches) == 4
+
+
+def test_a_failing_launch_raises(device):
+    device.driver.status = 700
+    with as_backend(device), pytest.raises(RuntimeError, match="CUDA driver: 700"):
+        fftconv(torch.randn(1, 2, 300), torch.randn(2, 300))
+
+
+def test_first_call_inside_a_graph_capture_says_so(device):
+    device.capturing = True
+    with as_backend(device), pytest.raises(RuntimeError, match="once before the capture"):
+        fftconv(torch.randn(1, 2, 300), torch.randn(2, 300))
+
+
+def test_scratch_of_long_rows_is_bounded(device, monkeypatch):
+    """Channels are taken in turn where the passes between would need more than WORK_BYTES."""
+    monkeypatch.setattr(convolution, "WORK_BYTES", 1 << 20)
+    device.limits = device.limits.__class__(shared=20000, shared_total=20000, tensor_cores=False)
+    case = Case(2, 5, 9000, 9000, heads=2, skip="ch", activation="silu", post_gate=True)
+    tensors = case.tensors()
+    with as_backend(device):
+        y, grads, dy = case.with_gradients(fftconv, tensors)
+    y64, grads64, _ = case.with_gradients(reference.fftconv_fft, double(tensors), dy.double())
+    assert rel_l2(y, y64) < 1e-6
+    assert all(rel_l2(grad, grads64[name]) < 1e-6 for name, grad in grads.items())
+    assert sum(name == "forward_c32" for name, *_ in device.driver.launches) > 2
+
+
+def test_compile_and_functorch_take_the_same_kernels(device):
+    """The operator is the same object on every device: what wraps it needs no CUDA code."""
+    u, k = torch.randn(2, 3, 64), torch.randn(3, 64)
+    with as_backend(device):
+        y = torch.compile(fftconv, backend="eager", fullgraph=True)(u, k)
+        mapped = torch.vmap(fftconv, in_dims=(0, None))(u[:, None], k)[:, 0]
+        torch.library.opcheck(
+            _ops.fwd, (u, k, None, None, None, None, "none", False),
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+    expected = reference.fftconv_fft(u, k)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mapped, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_why_there_is_no_kernel(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    assert "float64" in _cuda.reason(cuda, torch.float64)
+    monkeypatch.setattr(driver, "packages_reason", lambda: "No module: pip install 'seqconv[cuda]'")
+    driver.device.cache_clear(), driver.reason.cache_clear()
+    try:
+        assert "pip install 'seqconv[cuda]'" in _cuda.reason(cuda, torch.float32)
+    finally:
+        driver.device.cache_clear(), driver.reason.cache_clear()
+
+
+def test_missing_packages_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    assert "pip install 'seqconv[cuda]'" in driver.packages_reason()
+
+
+def test_explain_shows_the_plan(device, monkeypatch):
+    monkeypatch.setattr(driver, "device", lambda index: device)
+    monkeypatch.setattr(_cuda, "_index", lambda device: 0)
+    u = torch.randn(8, 4, 5000, dtype=torch.bfloat16)
+    plan, arch = _cuda.explain(u, torch.randn(4, 5000), None)
+    text = str(
+        seqconv.Explanation(
+            "cuda", "right-angle fft", plan.n, 1, arch, plan.threads, None, str(plan)
+        )
+    )
+    assert "tensor cores" in text and "5120" in text and "predicted" in text and "sm_90" in text
+
+
+def test_every_kernel_has_an_entry(library):
+    for name in kernels.KERNELS:
+        assert getattr(library, f"emulate_{name}")

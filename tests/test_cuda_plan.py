@@ -1,0 +1,119 @@
+"""The planner: a pure function, so thousands of problems on several devices."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+
+from seqconv._cuda.plan import (
+    H100,
+    MAX_PARTS,
+    MAX_THREADS,
+    RADICES,
+    Limits,
+    Problem,
+    factor,
+    make_plan,
+    sizes,
+    torch_fft_seconds,
+)
+
+DEVICES = {
+    "h100": H100,
+    "a100": Limits(166912, 167936, 108, 1.41e9, 1.55e12),
+    "rtx3090": Limits(101376, 102400, 82, 1.7e9, 9.3e11),
+    "t4": Limits(65536, 65536, 40, 1.59e9, 3.2e11, tensor_cores=False),
+}
+
+
+def problems(count: int):
+    generator = random.Random(0)
+    lengths = list(range(1, 300)) + [1000, 4096, 5000, 14113, 16384, 32768, 65537, 1 << 20, 1 << 22]
+    for i in range(count):
+        length = lengths[i] if i < len(lengths) else int(2 ** generator.uniform(0, 22))
+        taps = generator.choice([length, length, 1, min(64, length), generator.randint(0, length)])
+        rev = generator.choice([0, 0, length - 1, min(5, length - 1)])
+        yield Problem(
+            batch=generator.choice([1, 2, 8, 64]),
+            heads=generator.choice([1, 1, 1, 2, 5]),
+            channels=generator.choice([1, 3, 64, 768]),
+            length=length,
+            taps=taps,
+            taps_rev=rev,
+            per_sample=generator.random() < 0.2,
+            element=generator.choice([2, 4]),
+            fast=generator.random() < 0.7,
+        )
+
+
+@pytest.mark.parametrize("limits", DEVICES.values(), ids=DEVICES)
+def test_every_problem_has_a_valid_plan(limits):
+    for problem in problems(1500):
+        for backward in (False, True):
+            plan = make_plan(problem, limits, backward)
+            assert math.prod(plan.radices) == plan.n and set(plan.radices) <= set(RADICES)
+            assert plan.outer * plan.lower == plan.n
+            halo = max(problem.taps, 1) - 1 + problem.taps_rev
+            if plan.windows == 1:
+                assert plan.n >= problem.length
+            else:
+                assert plan.windows * plan.step >= problem.length and plan.step + halo <= plan.n
+                assert (plan.windows - 1) * plan.step < problem.length
+            assert 1 <= plan.threads <= MAX_THREADS
+            assert plan.taps_threads * plan.taps_slots <= MAX_THREADS
+            assert max(plan.shared, plan.taps_shared) <= limits.shared
+            if plan.outer > 1:
+                assert plan.columns_shared <= limits.shared and plan.lower % plan.columns == 0
+            rows = (1 if problem.per_sample else problem.batch) * plan.windows
+            assert plan.groups >= 1 and -(-rows // plan.groups) * (plan.groups - 1) < rows
+            if backward:
+                few = problem.sets * problem.channels * plan.outer * MAX_PARTS < limits.processors
+                assert plan.parts <= (max(MAX_PARTS, rows // 2) if few else MAX_PARTS)
+            if plan.engine == "tensor":
+                assert problem.element == 2 and limits.tensor_cores and plan.row_threads % 32 == 0
+                assert plan.radices[-2:] == (16, 16) and not (backward and problem.heads > 1)
+            assert plan.seconds > 0 and str(plan)
+
+
+@pytest.mark.parametrize("limits", DEVICES.values(), ids=DEVICES)
+def test_no_plan_is_slower_than_torch_fft_by_the_model(limits):
+    for problem in problems(1500):
+        if problem.length < 32:
+            continue  # 32 points are the least
+        for backward in (False, True):
+            plan = make_plan(problem, limits, backward)
+            assert plan.seconds <= torch_fft_seconds(problem, limits, backward), (problem, plan)
+
+
+def test_lengths_do_not_pay_for_the_next_power_of_two():
+    base = Problem(8, 1, 768, 0, 0, 0, False, 2)
+    for length, most in ((1000, 1.1), (5000, 1.1), (14113, 1.2), (65537, 1.3), (100000, 1.1)):
+        problem = replace(base, length=length, taps=length)
+        plan = make_plan(problem)
+        assert plan.n * plan.windows <= most * length + 256, plan
+
+
+def test_one_pass_up_to_32768_points():
+    for length in (256, 1024, 4096, 8192, 16384, 32768):
+        for rev in (0, length - 1):
+            problem = Problem(64, 1, 768, length, length, rev, False, 2)
+            plan = make_plan(problem)
+            assert (plan.engine, plan.n, plan.windows, plan.long) == ("tensor", length, 1, False)
+    for length in (1024, 4096, 16384):
+        plan = make_plan(Problem(64, 1, 768, length, length, length - 1, False, 4))
+        assert (plan.engine, plan.n, plan.long) == ("radix", length, False)
+
+
+def test_two_sided_takes_the_same_transform():
+    for length in (1000, 5000, 16384, 1 << 20):
+        causal = Problem(8, 1, 64, length, length, 0, False, 2)
+        assert make_plan(replace(causal, taps_rev=length - 1)).n == make_plan(causal).n
+
+
+def test_factor_and_sizes():
+    for n in sizes(1 << 16):
+        assert math.prod(factor(n)) == n and factor(n)[-1] == 16 and len(factor(n)) >= 2
+    assert factor(16 * 7) is None and factor(16) is None and factor(100) is None
+    gaps = [b / a for a, b in zip(sizes(1 << 16), sizes(1 << 16)[1:], strict=False)]
+    assert max(gaps[8:]) <= 1.25
