@@ -3,10 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
-SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py pyproject.toml .ci/constraints.txt
-CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+SOURCES := $(shell find csrc/cpu csrc/*.cpp -name '*.h' -o -name '*.cpp') setup.py pyproject.toml .ci/constraints.txt
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
+ARCHS := sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 
-.PHONY: demo test sanitize neon build lint format bench bench-table clean
+.PHONY: demo test sanitize neon device-test device-compile build lint format bench bench-table clean
 
 demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--resume
 	$(BIN)/python -m bench.demo $(ARGS)
@@ -23,12 +24,22 @@ sanitize: .venv/ready  ## the kernels' tests under AddressSanitizer and Undefine
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 ../../$(BIN)/python -m pytest -q -m "not slow" \
 	  tests/test_fftconv.py tests/test_random.py tests/test_plan.py tests/test_kernels.py $(ARGS)
+	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 SEQCONV_EMULATOR_FLAGS="$(SANITIZE)" ../../$(BIN)/python -m pytest -q \
+	  tests/test_device.py -k "operators_cases or edge_lengths or three_passes or windows" $(ARGS)
 
 neon:  ## the kernels for arm64, cross-compiled (Debian: g++-aarch64-linux-gnu) and run in qemu-user
 	mkdir -p build
 	aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Wno-psabi -Icsrc -static -pthread \
 	  tests/standalone.cpp csrc/cpu/*.cpp -o build/standalone-arm64
 	qemu-aarch64 build/standalone-arm64
+
+device-test: .venv/ready  ## everything that needs a GPU; one line where there is none
+	$(BIN)/python -m pytest -q -rs tests/gpu $(ARGS) || [ $$? = 5 ]
+
+device-compile: .venv/ready  ## every CUDA kernel for every architecture, by NVRTC; no GPU needed
+	rm -rf build/cubins
+	$(BIN)/python -m seqconv.prebuild --out build/cubins $(ARCHS:%=--arch %)
 
 build: .venv/ready  ## wheel and sdist in dist/
 	$(BIN)/python -m build --outdir dist .

@@ -94,11 +94,11 @@ class BuildWithCubins(build_py):
         out = Path(self.build_lib, "seqconv", "cubins")
         out.mkdir(parents=True, exist_ok=True)
         only = os.environ.get("SEQCONV_BUILD_KERNELS")  # names, for a quick check
-        for name in only.split(",") if only else kernels.KERNELS:
-            with tempfile.TemporaryDirectory() as folder:
-                unit = Path(folder, f"{name}.cu")
-                unit.write_text(kernels.source(name))
-                for arch in archs:
+        for arch in archs:
+            for name in only.split(",") if only else kernels.names(arch):
+                with tempfile.TemporaryDirectory() as folder:
+                    unit = Path(folder, f"{name}.cu")
+                    unit.write_text(kernels.source(name))
                     cubin = str(out / kernels.cubin_name(name, arch))
                     command = ["nvcc", "-std=c++17", "-cubin", f"-arch={arch}", str(unit)]
                     subprocess.run([*command, "-o", cubin], check=True)

@@ -11,7 +11,7 @@ import einops
 import torch
 
 import seqconv
-from seqconv import _cpu, _ops, reference
+from seqconv import _cpu, _cuda, _ops, reference
 
 
 def check(device: str) -> str | None:
@@ -19,17 +19,19 @@ def check(device: str) -> str | None:
     reason = _ops.fallback_reason(torch.device(device))
     if reason is not None:
         return reason
-    generator = torch.Generator().manual_seed(0)
-    u, k = (torch.randn(shape, generator=generator) for shape in ((2, 9, 500), (9, 500)))
-    results = []
-    for function in (seqconv.fftconv, reference.fftconv_fft):
-        leaves = [t.to(device).requires_grad_() for t in (u, k)]
-        y = function(*leaves, activation="gelu")
-        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
-    for ours, theirs in zip(*results, strict=True):
-        error = ((ours - theirs).norm() / theirs.norm()).item()
-        if not error < 1e-5:
-            return f"WRONG RESULT: relative error {error:.1e} against torch.fft; please report it with this page"
+    for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 1.5e-2)):
+        generator = torch.Generator().manual_seed(0)
+        u, k = (torch.randn(shape, generator=generator) for shape in ((2, 9, 500), (9, 500)))
+        results = []
+        for function in (seqconv.fftconv, reference.fftconv_fft):
+            leaves = [u.to(device, dtype).requires_grad_(), k.to(device).requires_grad_()]
+            y = function(*leaves, activation="gelu")
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+        for ours, theirs in zip(*results, strict=True):
+            error = ((ours - theirs).float().norm() / theirs.float().norm()).item()
+            if not error < allowed:
+                what = f"relative error {error:.1e} in {str(dtype).removeprefix('torch.')}"
+                return f"WRONG RESULT: {what} against torch.fft; please report it with this page"
     return None
 
 
@@ -63,15 +65,26 @@ def report() -> bool:
                 "g++ python3-dev), then pip install --force-reinstall --no-deps --no-cache-dir seqconv",
             )
     gpu = torch.cuda.is_available()
-    if gpu:
+    cuda = check("cuda") if gpu else None
+    packages = _cuda.driver.packages_reason()
+    if gpu and cuda is None:
+        device = _cuda.driver.device(torch.cuda.current_device())
         line(
             "cuda",
-            f"{torch.cuda.get_device_name()}: torch.fft, slower with the same answers: {check('cuda')}",
+            f"{torch.cuda.get_device_name()}: fused kernels work, compiled for {device.arch}",
         )
+    elif gpu:
+        line(
+            "cuda",
+            f"{torch.cuda.get_device_name()}: torch.fft, slower with the same answers: {cuda}",
+        )
+    elif packages is None:
+        line("cuda", "torch sees no CUDA device; what the kernels need is installed")
     else:
-        line("cuda", "torch sees no CUDA device; tensors on one would take torch.fft")
-    line("", "this version has no fused CUDA kernels: there is nothing to install for them")
-    return (check("cuda") if gpu else cpu) is None
+        line("cuda", f"torch sees no CUDA device; for one, the kernels would need: {packages}")
+    if packages is None:
+        line("", f"compiled kernels are kept in {_cuda.driver.cache_folder()}")
+    return (cuda if gpu else cpu) is None
 
 
 if __name__ == "__main__":

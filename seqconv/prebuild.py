@@ -43,12 +43,16 @@ def main(arguments=None) -> int:
     if missing:
         print(f"seqconv: {missing}", file=sys.stderr)
         return 1
-    names = [name for name in kernels.KERNELS if re.search(options.kernels, name)]
-    if not names:
+    work = [
+        (arch, name, options.out)
+        for arch in options.arch
+        for name in kernels.names(arch)
+        if re.search(options.kernels, name)
+    ]
+    if not work:
         parser.error(f"--kernels: none of {', '.join(kernels.KERNELS)} matches {options.kernels!r}")
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-    work = [(arch, name, options.out) for arch in options.arch for name in names]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for (arch, name, _), _done in zip(work, pool.map(lambda w: _one(*w), work), strict=True):
             print(f"{arch} {name}")

@@ -31,7 +31,8 @@ def build(*extra: str) -> ctypes.CDLL:
     text = (HERE / "host.cpp").read_text() + "".join(
         ENTRY.format(name=name, body=body) for name, (body, _, _) in kernels.KERNELS.items()
     )
-    flags = [*FLAGS, *(["-mf16c"] if os.uname().machine == "x86_64" else []), *extra]
+    asked = os.environ.get("SEQCONV_EMULATOR_FLAGS", "").split()  # sanitizers
+    flags = [*FLAGS, *(["-mf16c"] if os.uname().machine == "x86_64" else []), *asked, *extra]
     compiler = os.environ.get("CXX", "g++")
     headers = [*sorted(kernels.folder().iterdir()), HERE / "emulator.h"]
     state = (text, flags, compiler, [path.read_bytes() for path in headers])

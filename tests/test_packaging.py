@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -73,7 +74,9 @@ def test_sdist_is_complete(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     sources = {
-        str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".h", ".cpp")
+        str(p.relative_to(ROOT))
+        for p in (ROOT / "csrc").rglob("*.*")
+        if p.suffix in (".h", ".cpp", ".cuh")
     }
     assert sources <= names
     assert {
@@ -92,6 +95,7 @@ def test_wheel_is_abi3_and_carries_the_sources(wheel):
         names = set(archive.namelist())
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert {"seqconv/_C.abi3.so", "seqconv/csrc/cpu/fft.h", "seqconv/csrc/module.cpp"} <= names
+    assert {"seqconv/_cuda/plan.py", "seqconv/csrc/device/tensor.cuh"} <= names
     assert not any(n.startswith(("tests", "bench")) for n in names)
     required = re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata, re.M)
     assert sorted(r.strip() for r in required) == ["einops>=0.7", "torch>=2.10"]
@@ -107,6 +111,36 @@ def test_wheel_works_from_outside(wheel, tmp_path):
     result = outside(tmp_path, "-W", "error", "-c", code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [str(tmp_path / "seqconv" / "__init__.py"), "None"]
+
+
+def test_installed_copy_compiles_its_cuda_kernels(wheel, tmp_path):
+    """NVRTC finds the device sources inside the installation; no GPU is needed."""
+    site, out = tmp_path / "site", tmp_path / "cubins"
+    pip("install", "--no-deps", "--target", str(site), str(wheel))
+    asked = ["--arch", "sm_90", "--out", str(out), "--kernels", "^kernel_scales$"]
+    # with site's hooks, through which NVRTC's library is found; the copy comes first
+    command = [sys.executable, "-W", "error", "-m", "seqconv.prebuild", *asked]
+    run(*command, PYTHONPATH=str(site))
+    where = "import seqconv._cuda.kernels as k; print(k.folder())"
+    assert str(site) in run(sys.executable, "-c", where, PYTHONPATH=str(site)).stdout
+    (cubin,) = out.iterdir()
+    assert cubin.name.startswith("kernel_scales-sm_90-") and cubin.suffix == ".cubin"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_wheel_with_cubins(sdist, tmp_path):
+    """SEQCONV_BUILD_CUBINS: nvcc's code is in the wheel under the name that the loader looks for."""
+    asked = {"SEQCONV_BUILD_CUBINS": "sm_90,sm_80", "SEQCONV_BUILD_KERNELS": "kernel_scales"}
+    pip("wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist), **asked)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    pip("install", "--no-deps", "--target", str(site), str(wheel))
+    code = (
+        "from seqconv._cuda import driver;"
+        "print([bool(driver.find_prebuilt('kernel_scales', 9, 0)), bool(driver.find_prebuilt('spectrum', 9, 0))])"
+    )
+    result = outside(site, "-W", "error", "-c", code)
+    assert result.stdout.strip() == "[True, False]", result.stderr
 
 
 def without_compiler(folder: Path) -> dict[str, str]:

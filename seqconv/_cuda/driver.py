@@ -1,6 +1,6 @@
 """The kernels on a real device: found prebuilt or compiled by NVRTC, loaded and launched through the CUDA driver.
 
-Needs the packages of the extra `cuda` (cuda-core, cuda-bindings, NVRTC), and imports them when the first CUDA tensor comes.
+Needs the packages of the extra `cuda` (cuda-core, cuda-bindings, NVRTC), imported when the first CUDA tensor comes.
 """
 
 import ctypes
@@ -162,5 +162,6 @@ def reason(index: int) -> str | None:
     try:
         device(index)
     except Exception as error:  # cuda-bindings raise what they like where a library is missing
-        return str(error)
+        hint = ": pip install 'seqconv[cuda]'" if "nvrtc" in str(error).lower() else ""
+        return " ".join(str(error).split()) + hint
     return None

@@ -65,6 +65,12 @@ def source(name: str) -> str:
     )
 
 
+def names(arch: str) -> list[str]:
+    """What runs on sm_XY: the tensor cores' instructions came with 8.0."""
+    older = int(arch.removeprefix("sm_")) < 80
+    return [name for name in KERNELS if not (older and name.startswith("tensor"))]
+
+
 def cubin_name(name: str, arch: str) -> str:
     """A prebuilt kernel's file: it fits one state of the source only."""
     digest = hashlib.sha256(source(name).encode()).hexdigest()[:16]

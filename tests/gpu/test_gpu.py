@@ -1,0 +1,186 @@
+"""The CUDA backend on a real GPU. Without one the file is skipped, in one line."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("torch sees no CUDA device", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from accuracy import assert_accurate, rel_l2
+from cases import Case, double
+from test_device import LENGTHS, LONG, OPTIONS, ROUNDING, STATED
+from test_fftconv import CASES
+
+import seqconv
+from seqconv import fftconv, reference
+from seqconv._cuda import driver
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fused():
+    reason = driver.reason(torch.cuda.current_device())
+    if reason is not None:
+        pytest.exit(f"the tests would only test torch.fft: {reason}", returncode=3)
+
+
+def on(device, tensors: dict) -> dict:
+    return {name: None if t is None else t.to(device) for name, t in tensors.items()}
+
+
+def check(case: Case) -> None:
+    tensors = on("cuda", case.tensors())
+    y, grads, dy = case.with_gradients(fftconv, tensors)
+    exact = replace(case, dtype=torch.float64)
+    y64, grads64, _ = exact.with_gradients(reference.fftconv_fft, double(tensors), dy.double())
+    y_fft, grads_fft, _ = case.with_gradients(reference.fftconv_fft, tensors, dy)
+    for name, value in {"y": y, **grads}.items():
+        oracle = y64 if name == "y" else grads64[name]
+        baseline = y_fft if name == "y" else grads_fft[name]
+        if case.dtype in (torch.float32, torch.float64) or not oracle.any():
+            assert_accurate(value, baseline, oracle, factor=3.0, what=name, ulps=8.0)
+        else:
+            stated = STATED["fast"] * {"y": 2, "dskip": 4}.get(name, 2)
+            assert rel_l2(value, oracle) <= stated + ROUNDING.get(value.dtype, 0), name
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.activation != "relu"], ids=str)
+def test_the_operators_cases(case):
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("length", (*LENGTHS, 16384, 32768))
+def test_lengths(length, dtype):
+    for options in OPTIONS:
+        options = dict(options)
+        if "taps_rev" in options:
+            options["taps_rev"] = length - 1
+        check(Case(3, 2, length, length, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("length", [65537, 1 << 20, (1 << 22) - 5])
+def test_long_rows(length, dtype):
+    check(Case(2, 2, length, length, taps_rev=length - 1, skip="h", post_gate=True, dtype=dtype))
+
+
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_cases_of_the_long_kernels(case):
+    check(case)
+
+
+def test_explain_names_the_backend():
+    u, k = torch.zeros(2, 3, 500, device="cuda"), torch.zeros(3, 500, device="cuda")
+    explanation = seqconv.explain(u, k)
+    assert explanation.backend == "cuda" and explanation.fallback is None and explanation.plan
+    assert "float64" in seqconv.explain(u.double(), k.double()).fallback
+
+
+def test_repeatable():
+    for dtype in FLOATS:
+        case = Case(16, 5, 3000, 3000, taps_rev=100, skip="h", activation="gelu", dtype=dtype)
+        tensors = on("cuda", case.tensors())
+        y, grads, dy = case.with_gradients(fftconv, tensors)
+        for _ in range(3):
+            again, grads_again, _ = case.with_gradients(fftconv, tensors, dy)
+            assert torch.equal(y, again)
+            assert all(torch.equal(grads[n], grads_again[n]) for n in grads)
+
+
+def test_graph_capture_and_replay():
+    for dtype in FLOATS:
+        u = torch.randn(4, 6, 1000, device="cuda", dtype=dtype)
+        k = torch.randn(6, 1000, device="cuda")
+        fftconv(u, k)  # compiles and makes the tables
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = fftconv(u, k)
+        u.copy_(torch.randn_like(u))
+        graph.replay()
+        assert torch.equal(y, fftconv(u, k))
+
+
+def test_two_streams():
+    k = torch.randn(8, 4096, device="cuda")
+    inputs = [torch.randn(8, 8, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    expected = [fftconv(u, k) for u in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for u, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(fftconv(u, k))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_compile_export_vmap_and_autocast():
+    u = torch.randn(2, 3, 500, device="cuda", requires_grad=True)
+    k = torch.randn(3, 500, device="cuda", requires_grad=True)
+    y = fftconv(u, k)
+    compiled = torch.compile(fftconv, fullgraph=True)(u, k)
+    torch.testing.assert_close(compiled, y)
+    grads = torch.autograd.grad(compiled.square().sum(), (u, k))
+    expected = torch.autograd.grad(y.square().sum(), (u, k))
+    torch.testing.assert_close(grads, expected)
+    mapped = torch.vmap(fftconv, in_dims=(0, None))(u[:, None], k)[:, 0]
+    torch.testing.assert_close(mapped, y, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(fftconv(u, k), y)
+
+
+def test_layers():
+    for layer in (seqconv.S4D(8), seqconv.LongConv(8, l_max=700)):
+        layer = layer.cuda().eval()
+        x = torch.randn(2, 700, 8, device="cuda", requires_grad=True)
+        y = layer(x)
+        y.square().sum().backward()
+        assert torch.isfinite(x.grad).all()
+        on_cpu = layer.cpu()(x.detach().cpu())
+        torch.testing.assert_close(y.detach().cpu(), on_cpu, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")
+def test_second_device():
+    u, k = torch.randn(2, 3, 500, device="cuda:1"), torch.randn(3, 500, device="cuda:1")
+    torch.testing.assert_close(fftconv(u, k), reference.fftconv_fft(u, k), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not installed")
+    script = (
+        "import torch; from seqconv import fftconv\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
+        "    for length in (100, 1000, 5000):\n"
+        "        u = torch.randn(3, 2, length, device='cuda', dtype=dtype, requires_grad=True)\n"
+        "        k = torch.randn(2, length, device='cuda', requires_grad=True)\n"
+        "        fftconv(u, k, activation='gelu').float().sum().backward()\n"
+        "torch.cuda.synchronize()\n"
+    )
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-c",
+        script,
+    ]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout[-3000:]
