@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc/cpu csrc/*.cpp -name '*.h' -o -name '*.cpp') setup.
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 ARCHS := sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 
-.PHONY: demo test sanitize neon device-test device-compile build lint format bench bench-table clean
+.PHONY: demo test sanitize neon device-test device-compile build lint format bench bench-gpu bench-table clean
 
 demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--resume
 	$(BIN)/python -m bench.demo $(ARGS)
@@ -56,6 +56,9 @@ format: .venv/ready
 
 bench: .venv/ready  ## every microbenchmark, under an hour; goes on where it was stopped
 	$(BIN)/python -m bench.fftconv --full --json bench/results/fftconv.jsonl --plot bench/results/fftconv.png
+
+bench-gpu: .venv/ready  ## the same on a CUDA device; every case that time allows, the most telling first
+	$(BIN)/python -m bench.fftconv --full --device cuda --budget 0.3 --json bench/results/fftconv-gpu.jsonl $(ARGS)
 
 bench-table: .venv/ready  ## the README's table and picture, from bench/results
 	$(BIN)/python -m bench.fftconv --table

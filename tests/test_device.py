@@ -13,7 +13,7 @@ from test_fftconv import CASES
 
 from seqconv import fftconv, reference
 from seqconv._cuda import convolution
-from seqconv._cuda.plan import H100, Limits
+from seqconv._cuda.plan import H100, OPERAND_ERROR, Limits
 
 A100 = Limits(shared=166912, shared_total=167936, processors=108, clock=1.41e9, bandwidth=1.55e12)
 TURING = Limits(65536, 65536, 40, 1.59e9, 3.2e11, tensor_cores=False)
@@ -24,7 +24,7 @@ FEW = replace(H100, processors=1)
 # Relative L2 error of the tensor cores' fp16 operands, beside the rounding of the stored result;
 # behind an activation, which may leave little of its input, and in gradients, where two such
 # transforms meet, twice that. The largest error over the root mean square stays below 8 times it.
-STATED = {"fast": 1.5e-3, "accurate": 8e-4}
+STATED = {"fast": OPERAND_ERROR[True], "accurate": OPERAND_ERROR[False]}
 ROUNDING = {torch.float16: 2.9e-4, torch.bfloat16: 2.3e-3}  # of a result, at most
 
 
