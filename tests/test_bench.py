@@ -70,13 +70,13 @@ def test_a_wrong_result_gets_no_time(monkeypatch, fault):
 
 
 def test_cases_are_compared_per_element_and_with_their_own_threads():
-    case, longer = Case(channels=64, length=1024), Case(channels=256, length=1024)
+    case, longer = Case(channels=64, length=1024), Case(channels=1024, length=1024)
     clock, before = timing.Clock("cpu"), torch.get_num_threads()
     beside = [(longer, 2, 0.5), (case, 1, 0.5)]
     (row,) = fftconv.measure(case, ["seqconv"], 0.2, "cpu", clock, 1e9, beside)
     low, middle, high = row["beside"]
     assert low <= middle <= high
-    assert 0.4 < middle < 2.5  # a ratio of times per call would be 1/2 of it or less
+    assert 0.3 < middle < 3.3  # a ratio of times per call would be 1/4 of it or less
     assert torch.get_num_threads() == before
 
 
