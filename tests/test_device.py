@@ -113,7 +113,7 @@ def test_edge_lengths(library, mode, dtype, length):
         )
 
 
-@pytest.mark.parametrize("length", [16384, 32768])
+@pytest.mark.parametrize("length", [16384, 32768, 51200])
 def test_longest_single_passes(library, mode, length):
     """One launch for a whole row of 16-bit numbers, at exactly the row's own length, two-sided too."""
     case = Case(1, 140, length, length, taps_rev=length - 1, skip="h", dtype=torch.bfloat16)
