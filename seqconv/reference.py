@@ -204,6 +204,39 @@ def backward(dy, u, k, k_rev, skip, pre_gate, post_gate, activation):
     return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
 
 
+def butterfly(x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...]) -> Tensor:
+    """The transform of real rows by passes of small matrices with fixed twiddles between them; exact Fourier
+    matrices give the discrete Fourier transform.
+
+    Pass d takes the r_d points at distance s_d = r_{d+1} r_{d+2} ... through its matrix and multiplies
+    result p of column j by exp(-2 pi i p j / (r_d s_d)). Source: arXiv 2302.06646, section 3.4.
+
+    Args:
+        x: (batch, channels, length), padded with zeros to n = product of radices.
+        factors: for every radix (heads, radix, radix, 2), real and imaginary parts; channels are split
+            evenly among heads. Shared by all passes of that radix.
+
+    Returns:
+        (batch, channels, n, 2), frequencies in natural order.
+    """
+    batch, channels, length = x.shape
+    n = math.prod(radices)
+    z = torch.complex(F.pad(x, (0, n - length)), torch.zeros_like(F.pad(x, (0, n - length))))
+    z = z.reshape(batch, channels, 1, n)
+    for radix in radices:
+        heads = factors[radix].shape[0]
+        matrix = torch.view_as_complex(factors[radix].to(x.dtype).contiguous())
+        s = z.shape[-1] // radix
+        parts = z.reshape(batch, heads, channels // heads, -1, radix, s)
+        z = torch.einsum("hpi,bhcmis->bhcmps", matrix, parts)
+        turn = torch.arange(radix)[:, None] * torch.arange(s) * (-2 * math.pi / (radix * s))
+        z = z * torch.polar(torch.ones_like(turn), turn).to(z.dtype).to(z.device)
+        z = z.reshape(batch, channels, -1, s)
+    # the digits of the frequency, the first pass's lowest, lie from the slowest axis on
+    z = z.reshape(batch, channels, *radices).permute(0, 1, *range(len(radices) + 1, 1, -1))
+    return torch.view_as_real(z.reshape(batch, channels, n).contiguous())
+
+
 def s4d_kernel(log_dt, log_neg_real, imag, c, length):
     """S4D's kernel by its definition, zero-order hold, B = 1 (arXiv 2206.11893, section 3.2):
 

@@ -42,6 +42,9 @@ struct Args {
   i64 parts;
   c32* work;    // long rows: (batch, heads, channels, n)
   float* wide;  // dv (batch, heads, channels, length), where it is not simply post_gate * dy
+  const c32* matrices;    // the learned butterfly: (head), see butterfly.cuh
+  c32* partial_matrices;  // (block): sums of their gradients
+  i64 matrix_channels;    // channels of a head
   Tensor u, k, k_rev, skip, pre_gate, post_gate,
       y;  // k, k_rev, skip of any dtype, the others of the kernel's
   Tensor dy, du, dk, dk_rev, dpre_gate, dpost_gate;

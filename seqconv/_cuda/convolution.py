@@ -33,7 +33,8 @@ WORK_BYTES = 1 << 28  # of scratch for long rows, more only where one channel ne
 # The kernels' Args, field by field; tensors are six integers each.
 _NUMBERS = (
     "batch heads channels length taps taps_rev per_sample activation n count radices tables row_threads slots groups "
-    "blocks step lead outer lower columns order scale scales spectrum partial partial_skip parts work wide"
+    "blocks step lead outer lower columns order scale scales spectrum partial partial_skip parts work wide "
+    "matrices partial_matrices matrix_channels"
 ).split()
 _TENSORS = "u k k_rev skip pre_gate post_gate y dy du dk dk_rev dpre_gate dpost_gate".split()
 _TABLES = {"k": KERNEL, "k_rev": KERNEL, "dk": KERNEL, "dk_rev": KERNEL, "skip": SKIP}

@@ -18,6 +18,8 @@ KERNELS: dict[str, tuple[str, int, int]] = {
     "kernel_scales": ("kernel_scales", _ROWS, 1),
     "taps_gradient": ("taps_gradient_kernel", _ROWS, 1),
     "long_taps": ("long_taps", _ROWS, 1),
+    "butterfly": ("butterfly", 256, 1),
+    "butterfly_backward": ("butterfly_backward", 256, 1),
     "long_taps_gradient": ("long_taps_gradient", _ROWS, 1),
 }
 for _suffix, _type in (*_IO.items(), ("c32", "c32")):
@@ -42,7 +44,7 @@ def folder() -> Path:
 
 
 @functools.cache
-def headers(root: str = "tensor.cuh") -> str:
+def headers() -> str:
     """The headers in the order of their includes, as one text: NVRTC's cache knows no include paths."""
     seen: list[str] = []
 
@@ -53,7 +55,7 @@ def headers(root: str = "tensor.cuh") -> str:
         text = (folder() / name).read_text().replace("#pragma once\n", "")
         return re.sub(r'#include "(\S+)"\n', lambda match: read(match[1]), text)
 
-    return read(root)
+    return read("tensor.cuh") + read("butterfly.cuh")
 
 
 def source(name: str) -> str:

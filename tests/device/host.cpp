@@ -2,6 +2,7 @@
 // is built (tests/emulated.py).
 #include "emulator.h"
 
+#include "butterfly.cuh"
 #include "tensor.cuh"
 
 static std::string last;
