@@ -181,7 +181,6 @@ SEQCONV_DEVICE void butterfly_backward(const Args& a, unsigned char* shared) {
       for (int i = rank; i < (int)a.length; i += r.team.size)
         store_any(a.du.data, a.du.dtype, row + i * a.du.time, load_shared(r.plane.at(i)).re);
     }
-    sync_block();
   }
   c32* out = a.partial_matrices + (i64)blockIdx.x * kMatrices;
   if (rank < 256) out[matrix_offset(16) + rank] = sum_of_16;
