@@ -135,7 +135,6 @@ SEQCONV_DEVICE void butterfly_backward(const Args& a, unsigned char* shared) {
   int rest = 0;
   for (int b = r.first; b < r.last; ++b) {
     butterfly_passes(a, r, b, inputs);
-    sync_block();
     const c32* gradient = a.work + (b * a.channels + r.h) * t.n;
     for (int f = rank; f < n; f += r.team.size)
       store_shared(r.plane.at(position_of(t, f)), gradient[f]);
