@@ -1,6 +1,8 @@
 """The road from tensors to the CUDA driver, on a recording driver that runs each launch in the emulator."""
 
 import ctypes
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -8,31 +10,33 @@ import pytest
 import torch
 from accuracy import rel_l2
 from cases import Case, double
-from emulated import Emulator, as_backend, build
+from emulated import HERE, Emulator, as_backend, build
 
 import seqconv
 from seqconv import _cuda, _ops, fftconv, reference
 from seqconv._cuda import convolution, driver, kernels
 
-H100 = SimpleNamespace(
-    major=9,
-    minor=0,
-    shared_memory_per_block_optin=232448,
-    shared_memory_per_multiprocessor=233472,
-    multi_processor_count=132,
-    clock_rate=1755000,
-    memory_clock_rate=2619000,
-    memory_bus_width=5120,
-)
+ATTRIBUTES = {
+    "COMPUTE_CAPABILITY_MAJOR": 9,
+    "COMPUTE_CAPABILITY_MINOR": 0,
+    "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": 232448,
+    "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR": 233472,
+    "MULTIPROCESSOR_COUNT": 132,
+    "CLOCK_RATE": 1755000,
+    "MEMORY_CLOCK_RATE": 2619000,
+    "GLOBAL_MEMORY_BUS_WIDTH": 5120,
+}
 
 
 class Driver:
     """The functions of cuda.bindings.driver that the package calls, with their signatures and statuses."""
 
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+    CUdevice_attribute = SimpleNamespace(**{f"CU_DEVICE_ATTRIBUTE_{n}": n for n in ATTRIBUTES})
 
     def __init__(self, emulator: Emulator):
         self.emulator, self.names, self.launches, self.limits, self.status = emulator, {}, [], {}, 0
+        self.attributes, self.context = dict(ATTRIBUTES), 0
 
     def cuLibraryLoadData(self, code, *options):
         assert code[:4] == b"\x7fELF" and options == ([], [], 0, [], [], 0)
@@ -47,6 +51,19 @@ class Driver:
     def cuDeviceGet(self, index):
         return 0, f"device {index}"
 
+    def cuDeviceGetAttribute(self, attribute, device):
+        return 0, self.attributes[attribute]
+
+    def cuCtxGetCurrent(self):
+        return 0, self.context
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return 0, 5
+
+    def cuCtxSetCurrent(self, context):
+        self.context = context
+        return (0,)
+
     def cuKernelSetAttribute(self, attribute, value, kernel, device):
         assert (attribute, device) == ("shared", "device 0")
         self.limits[self.names[kernel]] = value
@@ -57,6 +74,7 @@ class Driver:
 
     def cuLaunchKernel(self, f, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
         name = self.names[f]
+        assert self.context == 5
         assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0) and shared <= self.limits[name]
         self.launches.append((name, gx, bx, shared, stream))
         if self.status:
@@ -92,7 +110,7 @@ def device(library, monkeypatch):
     fake = Driver(Emulator(library))
     # The code need not be right here, only its name inside: test_cuda_compile compiles all of it.
     monkeypatch.setattr(driver, "find_prebuilt", lambda name, *_: b"\x7fELF " + name.encode())
-    return Device(0, H100, fake)
+    return Device(0, fake)
 
 
 @pytest.mark.parametrize(
@@ -140,11 +158,12 @@ def test_limits_come_from_the_device(device):
     limits = device.limits
     assert (limits.shared, limits.processors, limits.tensor_cores) == (232448, 132, True)
     assert limits.bandwidth == pytest.approx(3.35e12, rel=0.01) and device.arch == "sm_90"
-    old = SimpleNamespace(
-        major=7, minor=5, shared_memory_per_multiprocessor=65536, multi_processor_count=40
-    )
-    old = Device(0, old, device.driver)
-    assert not old.limits.tensor_cores and old.limits.shared == 48 << 10
+    turing = Driver(device.driver.emulator)
+    turing.attributes |= {"COMPUTE_CAPABILITY_MAJOR": 7, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": 65536}
+    turing.attributes |= {"COMPUTE_CAPABILITY_MINOR": 5, "CLOCK_RATE": 0}
+    turing = Device(0, turing)
+    assert (turing.arch, turing.limits.shared) == ("sm_75", 65536)
+    assert not turing.limits.tensor_cores and turing.limits.clock > 1e9
 
 
 def test_kernels_are_loaded_once_and_allowed_all_shared_memory(device):
@@ -230,3 +249,59 @@ def test_explain_shows_the_plan(device, monkeypatch):
 def test_every_kernel_has_an_entry(library):
     for name in kernels.KERNELS:
         assert getattr(library, f"emulate_{name}")
+
+
+SCRIPT = """
+import sys, torch
+from cuda.bindings import driver as bindings
+from emulated import as_backend
+from seqconv import fftconv, reference
+from seqconv._cuda import driver
+
+class Device(driver.Device):
+    def _stream(self): return 0
+    def _capturing(self): return False
+
+device = Device(0, bindings)
+assert device.arch == "sm_90" and device.limits.shared == 232448 and device.limits.processors == 132
+for dtype in (torch.float32, torch.bfloat16):
+    u, k = torch.randn(3, 2, 300, dtype=dtype, requires_grad=True), torch.randn(2, 300, requires_grad=True)
+    with as_backend(device):
+        y = fftconv(u, k)
+        grads = torch.autograd.grad(y.float().square().sum(), (u, k))
+    y64 = reference.fftconv_fft(u.double(), k.double())
+    grads64 = torch.autograd.grad(y64.square().sum(), (u, k))
+    for a, b in zip((y, *grads), (y64, *grads64)):
+        error = ((a.double() - b.double()).norm() / b.double().norm()).item()
+        assert error < (1e-6 if dtype == torch.float32 else 6e-3), error
+print("launched", len(device._kernels), "kernels")
+"""
+
+
+def test_real_bindings_and_machine_code(library, tmp_path):
+    """NVRTC's code through the real cuda.bindings into the tests' own driver library, launched in the emulator."""
+    if driver.packages_reason():
+        pytest.skip(driver.packages_reason())
+    source = HERE / "libcuda.cpp"
+    stub = str(tmp_path / "libcuda.so.1")
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-ldl", "-o", stub]
+    subprocess.run(command, check=True)
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    # NVRTC itself looks for a driver and would take this one: compiled without it, found as prebuilt.
+    needed = "^(spectrum|taps_gradient|(tensor_)?(for|back)ward_(f32|bf16|bf16_fast))$"
+    folder = tmp_path / "cubins"
+    asked = ["--arch", "sm_90", "--out", str(folder), "--kernels", needed]
+    subprocess.run(
+        [sys.executable, "-m", "seqconv.prebuild", *asked], check=True, stdout=subprocess.DEVNULL
+    )
+    assert len(list(folder.iterdir())) == 8
+    environment = {
+        "SEQCONV_CUBINS": str(folder),
+        "LD_LIBRARY_PATH": str(tmp_path),
+        "SEQCONV_EMULATOR": library._name,
+        "PYTHONPATH": path,
+    }
+    command = [sys.executable, "-W", "error", "-c", SCRIPT]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.startswith("launched")

@@ -77,27 +77,32 @@ def _check(result):
 
 
 class Device:
-    """One GPU: `launch` is what seqconv._cuda.convolution needs."""
+    """One GPU: `launch` is what seqconv._cuda.convolution needs. `driver` is cuda.bindings.driver."""
 
-    def __init__(self, index: int, properties, driver):
+    def __init__(self, index: int, driver):
         self.index, self.driver = index, driver
-        self.major, self.minor = properties.major, properties.minor
-        shared = getattr(properties, "shared_memory_per_block_optin", 0)
-        clock, memory = (
-            getattr(properties, name, 0) for name in ("clock_rate", "memory_clock_rate")
-        )
-        width = getattr(properties, "memory_bus_width", 0)
-        known = {
-            "shared": shared or 48 << 10,
-            "shared_total": properties.shared_memory_per_multiprocessor,
-            "processors": properties.multi_processor_count,
-            "clock": 1e3 * clock,
-            "bandwidth": 2e3 * memory * width / 8,
-            "tensor_cores": properties.major >= 8,
+        self.handle = _check(driver.cuDeviceGet(index))
+        kind = driver.CUdevice_attribute
+
+        def attribute(name: str) -> int:
+            which = getattr(kind, f"CU_DEVICE_ATTRIBUTE_{name}")
+            return _check(driver.cuDeviceGetAttribute(which, self.handle))
+
+        self.major = attribute("COMPUTE_CAPABILITY_MAJOR")
+        self.minor = attribute("COMPUTE_CAPABILITY_MINOR")
+        width = attribute("GLOBAL_MEMORY_BUS_WIDTH")
+        known = {  # 0 where a driver does not say
+            "shared": attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+            "shared_total": attribute("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR"),
+            "processors": attribute("MULTIPROCESSOR_COUNT"),
+            "clock": 1e3 * attribute("CLOCK_RATE"),
+            "bandwidth": 2e3 * attribute("MEMORY_CLOCK_RATE") * width / 8,
         }
-        self.limits = Limits(**{k: v for k, v in known.items() if v or k == "tensor_cores"})
+        known = {name: value for name, value in known.items() if value}
+        self.limits = Limits(**known, tensor_cores=self.major >= 8)
         self._kernels: dict = {}
         self._lock = threading.Lock()
+        self._thread = threading.local()
 
     @property
     def arch(self) -> str:
@@ -122,8 +127,7 @@ class Device:
         library = _check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
         kernel = _check(driver.cuLibraryGetKernel(library, name.encode()))
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        device = _check(driver.cuDeviceGet(self.index))
-        _check(driver.cuKernelSetAttribute(limit, self.limits.shared, kernel, device))
+        _check(driver.cuKernelSetAttribute(limit, self.limits.shared, kernel, self.handle))
         return driver.CUfunction(int(kernel))  # a kernel handle launches in every context
 
     def _capturing(self) -> bool:
@@ -132,8 +136,17 @@ class Device:
     def _stream(self) -> int:
         return torch.cuda.current_stream(self.index).cuda_stream
 
+    def _bind_thread(self) -> None:
+        """The driver knows no current device in a thread where nothing has called CUDA's runtime yet."""
+        if not int(_check(self.driver.cuCtxGetCurrent())):
+            context = _check(self.driver.cuDevicePrimaryCtxRetain(self.handle))
+            _check(self.driver.cuCtxSetCurrent(context))
+        self._thread.bound = True
+
     def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments) -> None:
         """On torch's current stream of this device, which the caller has made current."""
+        if not getattr(self._thread, "bound", False):
+            self._bind_thread()
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         result = self.driver.cuLaunchKernel(
             self.kernel(kernel), grid, 1, 1, threads, 1, 1, shared, self._stream(),
@@ -150,8 +163,8 @@ def device(index: int) -> Device:
         raise RuntimeError(missing)
     from cuda.bindings import driver
 
-    made = Device(index, torch.cuda.get_device_properties(index), driver)
     with torch.cuda.device(index):
+        made = Device(index, driver)
         made.kernel("kernel_scales")  # the smallest: does anything compile, load and stay?
     return made
 
