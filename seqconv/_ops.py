@@ -29,14 +29,16 @@ bwd = torch.ops.seqconv.fftconv_bwd.default
 forced_reference = os.environ.get("SEQCONV_BACKEND") == "reference"
 
 
-def fallback_reason(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+def fallback_reason(
+    device: torch.device, dtype: torch.dtype = torch.float32, length: int = 1
+) -> str | None:
     """Why a call on this device takes torch.fft instead of a fused kernel; None if it does not."""
     if forced_reference:
         return "SEQCONV_BACKEND=reference asks for it"
     if device.type == "cpu":
         return _cpu.missing or None
     if device.type == "cuda":
-        return _cuda.reason(device, dtype)
+        return _cuda.reason(device, dtype, length)
     return f"there is no fused kernel for device type {device.type!r}"
 
 
@@ -73,7 +75,7 @@ def _empty_gradients(inputs, channels_last: bool, wanted):
 
 
 def _fwd_fused(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last):
-    if fallback_reason(u.device, u.dtype):
+    if fallback_reason(u.device, u.dtype, u.shape[-1]):
         return _fwd_reference(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last)
     y = _empty_output(u, k, channels_last)
     backend = _cpu if u.device.type == "cpu" else _cuda
@@ -83,7 +85,7 @@ def _fwd_fused(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last
 
 def _bwd_fused(dy, u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last, wanted):
     inputs = (u, k, k_rev, skip, pre_gate, post_gate)
-    if fallback_reason(u.device, u.dtype):
+    if fallback_reason(u.device, u.dtype, u.shape[-1]):
         return _bwd_reference(dy, *inputs, activation, channels_last, wanted)
     grads = _empty_gradients(inputs, channels_last, wanted)
     asked = [

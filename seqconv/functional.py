@@ -185,7 +185,7 @@ def explain(
         True
     """
     u, k, k_rev, *_ = _validate(u, k, skip, k_rev, pre_gate, post_gate, activation, mode, layout)
-    reason = _ops.fallback_reason(u.device, u.dtype)
+    reason = _ops.fallback_reason(u.device, u.dtype, u.shape[-1])
     length = u.shape[-1]
     taps = min(k.shape[-1], length)
     taps_rev = 0 if k_rev is None else min(k_rev.shape[-1], max(length - 1, 0))

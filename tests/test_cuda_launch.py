@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,8 @@ from emulated import HERE, Emulator, as_backend, build
 
 import seqconv
 from seqconv import _cuda, _ops, fftconv, reference
-from seqconv._cuda import convolution, driver, kernels
+from seqconv._cuda import convolution, driver, kernels, tables
+from seqconv._cuda.plan import longest
 
 ATTRIBUTES = {
     "COMPUTE_CAPABILITY_MAJOR": 9,
@@ -36,7 +38,7 @@ class Driver:
 
     def __init__(self, emulator: Emulator):
         self.emulator, self.names, self.launches, self.limits, self.status = emulator, {}, [], {}, 0
-        self.attributes, self.context = dict(ATTRIBUTES), 0
+        self.attributes, self.thread = dict(ATTRIBUTES), threading.local()
 
     def cuLibraryLoadData(self, code, *options):
         assert code[:4] == b"\x7fELF" and options == ([], [], 0, [], [], 0)
@@ -55,13 +57,13 @@ class Driver:
         return 0, self.attributes[attribute]
 
     def cuCtxGetCurrent(self):
-        return 0, self.context
+        return 0, getattr(self.thread, "context", 0)
 
     def cuDevicePrimaryCtxRetain(self, device):
         return 0, 5
 
     def cuCtxSetCurrent(self, context):
-        self.context = context
+        self.thread.context = context
         return (0,)
 
     def cuKernelSetAttribute(self, attribute, value, kernel, device):
@@ -74,7 +76,7 @@ class Driver:
 
     def cuLaunchKernel(self, f, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
         name = self.names[f]
-        assert self.context == 5
+        assert self.thread.context == 5  # of this thread: else 201, invalid context
         assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0) and shared <= self.limits[name]
         self.launches.append((name, gx, bx, shared, stream))
         if self.status:
@@ -182,6 +184,19 @@ def test_a_failing_launch_raises(device):
         fftconv(torch.randn(1, 2, 300), torch.randn(2, 300))
 
 
+def test_a_thread_that_has_not_used_the_device_yet(device):
+    """The gradient in a thread of its own, whose first use of the driver it is."""
+    u, k = torch.randn(2, 2, 300, requires_grad=True), torch.randn(2, 300)
+    with as_backend(device):
+        y = fftconv(u, k)
+        found = []
+        work = threading.Thread(target=lambda: found.extend(torch.autograd.grad(y.sum(), u)))
+        work.start(), work.join()
+    u64 = u.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.fftconv_fft(u64, k.double()).sum(), u64)
+    assert rel_l2(found[0], expected) < 1e-6
+
+
 def test_first_call_inside_a_graph_capture_says_so(device):
     device.capturing = True
     with as_backend(device), pytest.raises(RuntimeError, match="once before the capture"):
@@ -217,15 +232,60 @@ def test_compile_and_functorch_take_the_same_kernels(device):
     torch.testing.assert_close(mapped, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_why_there_is_no_kernel(monkeypatch):
+@pytest.fixture
+def fresh(monkeypatch):
+    """What is known of devices is forgotten before and after."""
+    known = driver.device
+    monkeypatch.setattr(driver, "_failures", {})
+    known.cache_clear()
+    yield
+    known.cache_clear()
+
+
+def test_why_there_is_no_kernel(monkeypatch, fresh):
     cuda = torch.device("cuda", 0)
-    assert "float64" in _cuda.reason(cuda, torch.float64)
+    assert "float64" in _cuda.reason(cuda, torch.float64, 5)
     monkeypatch.setattr(driver, "packages_reason", lambda: "No module: pip install 'seqconv[cuda]'")
-    driver.device.cache_clear(), driver.reason.cache_clear()
-    try:
-        assert "pip install 'seqconv[cuda]'" in _cuda.reason(cuda, torch.float32)
-    finally:
-        driver.device.cache_clear(), driver.reason.cache_clear()
+    assert "pip install 'seqconv[cuda]'" in _cuda.reason(cuda, torch.float32, 5)
+
+
+def test_rows_without_a_plan_take_the_fallback(device, monkeypatch, fresh):
+    monkeypatch.setattr(driver, "device", lambda index: device)
+    cuda, most = torch.device("cuda", 0), longest(device.limits)
+    assert most > 1 << 26 and _cuda.reason(cuda, torch.float32, most) is None
+    assert str(most) in _cuda.reason(cuda, torch.float32, most + 1)
+
+
+def test_failures_are_tried_again_but_not_for_ever(monkeypatch, fresh):
+    """A device that failed once, out of memory perhaps, is not given up; a capture is an error, not a fallback."""
+    calls = []
+
+    def failing(index):
+        calls.append(index)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(driver, "device", failing)
+    assert [driver.reason(0) for _ in range(5)] == ["no memory"] * 5 and len(calls) == 3
+
+    def captured(index):
+        raise tables.CaptureError(tables.FIRST_CALL)
+
+    monkeypatch.setattr(driver, "device", captured)
+    with pytest.raises(RuntimeError, match="once before the capture"):
+        driver.reason(1)
+    monkeypatch.setattr(driver, "device", lambda index: device)
+    assert driver.reason(1) is None
+
+
+def test_tables_in_a_graph_are_kept(monkeypatch):
+    """A captured graph knows addresses only: its tables outlive any number of others."""
+    cpu = torch.device("cpu")
+    kept = tables.on_device(cpu, tables.build, 512, (2, 16, 16), 2, True)
+    monkeypatch.setitem(tables._captured, (cpu, tables.build, 512, (2, 16, 16), 2, True), kept)
+    for n in range(32, 32 + 16 * 80, 16):
+        tables.on_device(cpu, lambda n: torch.zeros(n), n)
+    assert len(tables._cache) <= 64
+    assert tables.on_device(cpu, tables.build, 512, (2, 16, 16), 2, True) is kept
 
 
 def test_missing_packages_name_the_extra(monkeypatch):

@@ -9,11 +9,13 @@ import pytest
 from seqconv._cuda.plan import (
     H100,
     MAX_PARTS,
+    MAX_PASSES,
     MAX_THREADS,
     RADICES,
     Limits,
     Problem,
     factor,
+    longest,
     make_plan,
     sizes,
     torch_fft_seconds,
@@ -84,6 +86,20 @@ def test_no_plan_is_slower_than_torch_fft_by_the_model(limits):
         for backward in (False, True):
             plan = make_plan(problem, limits, backward)
             assert plan.seconds <= torch_fft_seconds(problem, limits, backward), (problem, plan)
+
+
+@pytest.mark.parametrize("limits", DEVICES.values(), ids=DEVICES)
+def test_the_longest_rows(limits):
+    """Up to `longest` every kind of call has a plan, whose passes fit where the kernels read them."""
+    for length in (longest(limits), 3**9 * 2048, 200_000_000):
+        if length > longest(limits):
+            continue
+        for heads in (1, 3):
+            for backward in (False, True):
+                problem = Problem(1, heads, 1, length, length, length - 1, False, 4)
+                plan = make_plan(problem, limits, backward)
+                assert plan.n >= length and max(plan.shared, plan.columns_shared) <= limits.shared
+                assert max(len(plan.outer_radices), len(plan.lower_radices)) <= MAX_PASSES
 
 
 def test_lengths_do_not_pay_for_the_next_power_of_two():

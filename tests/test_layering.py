@@ -19,7 +19,7 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "_cuda.tables": set(),
     "_cuda.convolution": {"_pack", "_cuda.plan", "_cuda.tables"},
     "_cuda.butterfly": {"_cuda.convolution", "_cuda.plan", "_cuda.tables", "_pack"},
-    "_cuda.driver": {"_cuda.kernels", "_cuda.plan"},
+    "_cuda.driver": {"_cuda.kernels", "_cuda.plan", "_cuda.tables"},
     "_cuda": {"_cuda.convolution", "_cuda.driver", "_cuda.plan"},
     "_ops": {"_cpu", "_cuda", "reference"},
     "_autograd": {"_ops", "reference"},

@@ -93,26 +93,42 @@ SEQCONV_DEVICE KernelRow kernel_row(const Args& a) {
   return {team, slot, row < rows ? row : rows - 1, row < rows};
 }
 
-// The power of two above the kernel's length (its spectrum's root mean square), for half orders;
-// the same in all threads.
-SEQCONV_DEVICE float kernel_scale(const KernelRow& r, const Taps& source, float* shared) {
-  float sum = 0.f;
-  for (int t = r.team.rank; t < source.n; t += r.team.size) {
-    const c32 z = source(t);
-    sum += z.re * z.re + z.im * z.im;
-  }
-  float* mine = shared + r.slot * r.team.size;
-  store_shared(mine + r.team.rank, sum);
+// op over the team's values, the same in all threads; `shared` has a float for each.
+template <class Op>
+SEQCONV_DEVICE float team_reduce(Team team, float value, float* shared, Op op) {
+  store_shared(shared + team.rank, value);
   sync_block();
   for (int width = 256; width > 0; width /= 2) {
-    if (r.team.rank < width && r.team.rank + width < r.team.size)
-      store_shared(mine + r.team.rank,
-                   load_shared(mine + r.team.rank) + load_shared(mine + r.team.rank + width));
+    if (team.rank < width && team.rank + width < team.size)
+      store_shared(shared + team.rank,
+                   op(load_shared(shared + team.rank), load_shared(shared + team.rank + width)));
     sync_block();
   }
-  const float scale = power_of_two(exponent_above(sqrtf(load_shared(mine))));
+  const float all = load_shared(shared);
   sync_block();
-  return scale;
+  return all;
+}
+// The power of two above the kernel's length (its spectrum's root mean square), for tensor cores.
+// The taps are brought near 1 first: their squares may leave float32's range.
+SEQCONV_DEVICE float kernel_scale(const KernelRow& r, const Taps& source, float* shared) {
+  float* mine = shared + r.slot * r.team.size;
+  float largest = 0.f;
+  for (int t = r.team.rank; t < source.n; t += r.team.size) {
+    const c32 z = source(t);
+    const float size = fabsf(z.re) > fabsf(z.im) ? fabsf(z.re) : fabsf(z.im);
+    largest = size > largest ? size : largest;
+  }
+  largest = team_reduce(r.team, largest, mine, [](float a, float b) { return a > b ? a : b; });
+  const int exponent = exponent_above(largest);
+  const float near = power_of_two(-exponent);
+  float sum = 0.f;
+  for (int t = r.team.rank; t < source.n; t += r.team.size) {
+    const c32 z = source(t) * near;
+    sum += z.re * z.re + z.im * z.im;
+  }
+  sum = team_reduce(r.team, sum, mine, [](float a, float b) { return a + b; });
+  const int all = exponent + exponent_above(sqrtf(sum));
+  return power_of_two(all < -124 ? -124 : all > 125 ? 125 : all);
 }
 SEQCONV_DEVICE void kernel_scales(const Args& a, unsigned char* shared) {
   const KernelRow r = kernel_row(a);

@@ -529,7 +529,7 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
             for (int e = 0; e < 4; ++e) {
               Pair re = to_pair(z.re[e >> 1][e & 1]), im = to_pair(z.im[e >> 1][e & 1]);
               multiply<true>(re, im, to_pair(x.re[e >> 1][e & 1]), to_pair(x.im[e >> 1][e & 1]));
-              c32x2 d{c32{re.x, im.x} * up_x * up_g, c32{re.y, im.y} * up_x * up_g};
+              c32x2 d{c32{re.x, im.x} * (up_x * up_g), c32{re.y, im.y} * (up_x * up_g)};
               if (!begins) d = {d.x + dk[e].x, d.y + dk[e].y};
               dk[e] = d;
             }

@@ -4,14 +4,18 @@ import torch
 from torch import Tensor
 
 from seqconv._cuda import convolution, driver
-from seqconv._cuda.plan import Plan, make_plan
+from seqconv._cuda.plan import Plan, longest, make_plan
 
 
-def reason(device: torch.device, dtype: torch.dtype) -> str | None:
+def reason(device: torch.device, dtype: torch.dtype, length: int) -> str | None:
     """Why a call takes torch.fft instead of the kernels, or None."""
     if dtype == torch.float64:
         return "float64 has no CUDA kernels"
-    return driver.reason(_index(device))
+    index = _index(device)
+    missing = driver.reason(index)
+    if missing is None and length > longest(driver.device(index).limits):
+        return f"rows of more than {longest(driver.device(index).limits)} steps have no CUDA plan"
+    return missing
 
 
 def _index(device: torch.device) -> int:

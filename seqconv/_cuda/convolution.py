@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from seqconv._cuda.plan import Plan, Problem, make_plan
+from seqconv._cuda.plan import MAX_PASSES, Plan, Problem, make_plan
 from seqconv._cuda.tables import SCALES, build, build_tensor, on_device
 from seqconv._pack import (
     ABSENT,
@@ -142,6 +142,7 @@ class _Call:
         return self._transform(n, radices, table)
 
     def _transform(self, n: int, radices: tuple[int, ...], table: Tensor) -> dict:
+        assert len(radices) <= MAX_PASSES
         packed = sum(r << (8 * i) for i, r in enumerate(radices))
         return {"n": n, "count": len(radices), "radices": packed, "tables": table}
 
@@ -277,20 +278,23 @@ class _Call:
         return sums["partial_skip"].sum((0, 1, 4)) if skip else None
 
 
-def _channels_at_once(problem: Problem, plan: Plan, signals: int) -> int:
-    """Channels of a long call whose scratch stays within WORK_BYTES."""
-    if not plan.long:
-        return problem.channels
-    each = 8 * plan.n * (problem.batch * signals + 3 * problem.heads * problem.sets)
-    return max(1, min(problem.channels, WORK_BYTES // each))
+def _channels_at_once(problem: Problem, plans: list[Plan]) -> int:
+    """Channels of a call whose scratch for long rows stays within WORK_BYTES."""
+    count = problem.channels
+    for plan in plans:
+        if plan.long:
+            signals = 2 + 2 * problem.heads
+            each = 8 * plan.n * (problem.batch * signals + 3 * problem.heads * problem.sets)
+            count = max(1, min(count, WORK_BYTES // each))
+    return count
 
 
 def _cut(t: Tensor | None, axis: int, start: int, count: int) -> Tensor | None:
     return None if t is None else t.narrow(axis, start, count)
 
 
-def _slices(problem: Problem, plan: Plan, signals: int):
-    count = _channels_at_once(problem, plan, signals)
+def _slices(problem: Problem, plans: list[Plan]):
+    count = _channels_at_once(problem, plans)
     for start in range(0, problem.channels, count):
         yield start, min(count, problem.channels - start)
 
@@ -304,7 +308,7 @@ def forward(device, y, u, k, k_rev, skip, pre_gate, post_gate, activation) -> No
     )
     problem = describe(u, k, k_rev)
     chosen = make_plan(problem, device.limits)
-    for start, count in _slices(problem, chosen, 1 + problem.heads):
+    for start, count in _slices(problem, [chosen]):
         part = [_cut(t, -2, start, count) for t in (y, u, k, k_rev, pre_gate, post_gate)]
         y_, u_, k_, k_rev_, pre_, post_ = part
         call = _Call(device, replace(problem, channels=count), chosen, u, activation)
@@ -324,7 +328,7 @@ def backward(device, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activati
     problem = describe(inputs[1], inputs[2], inputs[3])
     # The pre-activation, where it is needed, comes from a forward pass of its own; then everything is linear.
     plans = [make_plan(problem, device.limits, backward=backward) for backward in (False, True)]
-    for start, count in _slices(problem, plans[1], 2 + 2 * problem.heads):
+    for start, count in _slices(problem, plans):
         axes = (-2, -2, -2, -2, -1, -2, -2)
         part = [_cut(t, axis, start, count) for t, axis in zip(inputs, axes, strict=True)]
         wanted = [_cut(t, axis, start, count) for t, axis in zip(grads, axes[1:], strict=True)]

@@ -13,6 +13,7 @@ import torch
 
 from seqconv._cuda import kernels
 from seqconv._cuda.plan import Limits
+from seqconv._cuda.tables import FIRST_CALL, CaptureError
 
 OPTIONS = {"std": "c++17"}
 PACKAGED = Path(__file__).parent.parent / "cubins"
@@ -118,10 +119,7 @@ class Device:
 
     def _load(self, name: str):
         if self._capturing():
-            raise RuntimeError(
-                "fftconv: the first call of its kind must not be captured in a CUDA graph; "
-                "run the same call once before the capture"
-            )
+            raise CaptureError(FIRST_CALL)
         driver = self.driver
         code = find_prebuilt(name, self.major, self.minor) or compile_kernel(name, self.arch)
         library = _check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
@@ -169,12 +167,20 @@ def device(index: int) -> Device:
     return made
 
 
-@functools.cache
+_failures: dict[int, list[str]] = {}
+
+
 def reason(index: int) -> str | None:
-    """Why the kernels do not run on this GPU, or None."""
+    """Why the kernels do not run on this GPU, or None. What fails three times is taken for final."""
+    failed = _failures.setdefault(index, [])
+    if len(failed) >= 3:
+        return failed[-1]
     try:
         device(index)
+    except CaptureError:
+        raise
     except Exception as error:  # cuda-bindings raise what they like where a library is missing
         hint = ": pip install 'seqconv[cuda]'" if "nvrtc" in str(error).lower() else ""
-        return " ".join(str(error).split()) + hint
+        failed.append(" ".join(str(error).split()) + hint)
+        return failed[-1]
     return None

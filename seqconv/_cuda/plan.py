@@ -12,6 +12,7 @@ RADICES = (2, 3, 4, 5, 8, 16)  # butterflies that exist
 LAST = 16  # the last radix of every transform
 INNER = 256  # points that the tensor cores keep in registers
 MAX_THREADS = 512  # of a block: more would leave too few registers for 16 complex points
+MAX_PASSES = 8  # the kernels take the radices as the bytes of one number
 MAX_PARTS = 8  # partial sums of a kernel's gradient; more only where channels are too few to fill the device
 # Relative L2 error of the tensor cores' fp16 operands, sums in fp16 (True, fast) or in float32, beside
 # the rounding of the result itself; the tests hold it.
@@ -234,7 +235,7 @@ def _seconds(limits: Limits, moved: float, work: float, blocks: int, launches: i
 
 @functools.lru_cache(4096)
 def make_plan(problem: Problem, limits: Limits = H100, backward: bool = False) -> Plan:
-    """The plan of the smallest predicted time. Every problem with length >= 1 has one."""
+    """The plan of the smallest predicted time. Every problem of 1 to `longest(limits)` steps has one."""
     halo = max(problem.taps, 1) - 1 + problem.taps_rev
     found = []
     engines = ["radix"]
@@ -362,7 +363,15 @@ def _three_passes(problem, limits, planes, backward) -> list[Plan]:
 @functools.lru_cache(1024)
 def _outer(least: int) -> int:
     """The smallest outer length from `least` on that the radices give."""
-    return next(m for m in range(max(least, 2), 2 * least + 3) if _split(m))
+    fits = lambda m: len(_split(m) or range(99)) <= MAX_PASSES  # noqa: E731
+    return next(m for m in range(max(least, 2), 2 * least + 3) if fits(m))
+
+
+def longest(limits: Limits) -> int:
+    """Steps of a row that every kind of call can take: gradients with several heads need most memory."""
+    power = lambda n: 1 << (n.bit_length() - 1)  # noqa: E731
+    outer = power(limits.shared // 9)  # one column at a time
+    return outer * power(_largest(limits, "radix", 3))
 
 
 def torch_fft_seconds(problem: Problem, limits: Limits = H100, backward: bool = False) -> float:

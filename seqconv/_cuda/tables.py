@@ -1,6 +1,7 @@
 """The constants of a transform: the twist at its inputs and the twiddles of its passes, in float64, rounded once."""
 
 import math
+import threading
 from collections import OrderedDict
 
 import torch
@@ -8,6 +9,17 @@ from torch import Tensor
 
 _FIRST = 16  # room for the factors of the first inputs
 _cache: OrderedDict[tuple, Tensor] = OrderedDict()
+_captured: dict[tuple, Tensor] = {}  # a graph knows only their address
+_lock = threading.Lock()
+
+FIRST_CALL = (
+    "fftconv: the first call of its kind must not be captured in a CUDA graph, because it compiles kernels "
+    "and makes tables; run the same call once before the capture"
+)
+
+
+class CaptureError(RuntimeError):
+    """Something that a capture cannot hold was still to be done."""
 
 
 def _roots(numerator: Tensor, denominator: int) -> Tensor:
@@ -105,20 +117,21 @@ def build_tensor(n: int, radices: tuple[int, ...]) -> Tensor:
 
 
 def on_device(device: torch.device, function, *arguments) -> Tensor:
-    """function(*arguments) on a device, kept for the next call (the 64 used last)."""
+    """function(*arguments) on a device, kept for the next call: the 64 used last, and for good what a CUDA graph uses."""
     key = (device, function, *arguments)
-    found = _cache.get(key)
-    if found is None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "fftconv: the first call with a length must not be captured in a CUDA graph; "
-                "run the same call once before the capture"
-            )
-        found = _cache[key] = function(*arguments).to(device)
-        while len(_cache) > 64:
-            _cache.popitem(last=False)
-    else:
-        _cache.move_to_end(key)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    with _lock:
+        found = _captured.get(key, _cache.get(key))
+        if found is None:
+            if capturing:
+                raise CaptureError(FIRST_CALL)
+            found = _cache[key] = function(*arguments).to(device)
+            while len(_cache) > 64:
+                _cache.popitem(last=False)
+        elif capturing:
+            _captured[key] = found
+        elif key in _cache:
+            _cache.move_to_end(key)
     if device.type == "cuda":
         found.record_stream(torch.cuda.current_stream(device))
     return found
