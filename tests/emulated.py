@@ -69,7 +69,8 @@ class Emulator:
         run = getattr(self.library, f"emulate_{kernel}")
         run.restype = ctypes.c_char_p
         without = self.without.encode()
-        error = run(arguments, grid, threads, ctypes.c_size_t(shared), self.order, without)
+        address = ctypes.c_void_p(arguments.buffer_info()[0])
+        error = run(address, grid, threads, ctypes.c_size_t(shared), self.order, without)
         if error:
             raise RuntimeError(f"{kernel}: {error.decode()}")
 

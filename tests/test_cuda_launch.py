@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from array import array
 from types import SimpleNamespace
 
 import pytest
@@ -83,9 +84,7 @@ class Driver:
             return (self.status,)
         size = self.emulator.library.arguments_size()
         address = ctypes.c_void_p.from_address(parameters).value
-        copied = (ctypes.c_char * size).from_buffer_copy(
-            (ctypes.c_char * size).from_address(address)
-        )
+        copied = array("q", ctypes.string_at(address, size))
         self.emulator.launch(name, gx, bx, shared, copied)
         return (0,)
 

@@ -11,7 +11,10 @@ def reason(device: torch.device, dtype: torch.dtype, length: int) -> str | None:
     """Why a call takes torch.fft instead of the kernels, or None."""
     if dtype == torch.float64:
         return "float64 has no CUDA kernels"
-    index = _index(device)
+    try:
+        index = _index(device)
+    except (AssertionError, RuntimeError) as error:  # a torch without CUDA, or no device
+        return str(error)
     missing = driver.reason(index)
     if missing is None and length > longest(driver.device(index).limits):
         return f"rows of more than {longest(driver.device(index).limits)} steps have no CUDA plan"

@@ -4,9 +4,10 @@ A device is anything with `limits`, and `launch(kernel, grid, threads, shared, a
 csrc/device (see kernels.py) on the tensors' memory: the CUDA driver, or the tests' emulator.
 """
 
-import ctypes
+import functools
 import math
 import struct
+from array import array
 from dataclasses import replace
 
 import torch
@@ -40,17 +41,29 @@ _TENSORS = "u k k_rev skip pre_gate post_gate y dy du dk dk_rev dpre_gate dpost_
 _TABLES = {"k": KERNEL, "k_rev": KERNEL, "dk": KERNEL, "dk_rev": KERNEL, "skip": SKIP}
 
 
-def arguments(**fields):
-    """One flat array of 64-bit integers; tensors are packed, absent fields are zero."""
-    values = []
-    for name in _NUMBERS:
-        value = fields.pop(name, 0)
-        values.append(value.data_ptr() if isinstance(value, Tensor) else int(value or 0))
-    for name in _TENSORS:
-        value = fields.pop(name, None)
-        values += value if isinstance(value, tuple) else pack(value, _TABLES.get(name, SIGNAL))
-    assert not fields, f"unknown fields {sorted(fields)}"
-    return (ctypes.c_int64 * len(values))(*values)
+_PLACES = {name: i for i, name in enumerate(_NUMBERS)}
+_PLACES |= {name: len(_NUMBERS) + 6 * i for i, name in enumerate(_TENSORS)}
+_COUNT = len(_NUMBERS) + 6 * len(_TENSORS)
+
+
+def _fill(values: list[int], fields: dict) -> list[int]:
+    """Writes fields to their places; tensors are packed, or give their address where a number is wanted."""
+    for name, value in fields.items():
+        if value is None:
+            continue
+        at = _PLACES[name]
+        if at < len(_NUMBERS):
+            values[at] = value.data_ptr() if isinstance(value, Tensor) else int(value)
+        else:
+            packed = type(value) is tuple
+            values[at : at + 6] = value if packed else pack(value, _TABLES.get(name, SIGNAL))
+    return values
+
+
+def arguments(values: list[int] | None = None, **fields) -> array:
+    """One flat array of 64-bit integers, of a copy of `values` (zeros) with the fields written to it."""
+    values = _fill([0] * _COUNT if values is None else values.copy(), fields)
+    return array("q", values)
 
 
 def _bits(x: float) -> int:
@@ -68,24 +81,25 @@ def describe(u: Tensor, k: Tensor, k_rev: Tensor | None) -> Problem:
     batch, channels, length = u.shape
     heads = 1 if k.dim() == 2 else k.shape[-3]
     taps, taps_rev = reach(length, k, k_rev)
-    matmul = torch.backends.cuda.matmul
-    fast = {
-        torch.bfloat16: matmul.allow_bf16_reduced_precision_reduction,
-        torch.float16: matmul.allow_fp16_reduced_precision_reduction,
-    }.get(u.dtype, True)
+    fast = True
+    if u.dtype == torch.bfloat16:
+        fast = bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+    elif u.dtype == torch.float16:
+        fast = bool(torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction)
     per_sample, element = k.dim() == 4, u.element_size()
-    return Problem(batch, heads, channels, length, taps, taps_rev, per_sample, element, bool(fast))
+    return Problem(batch, heads, channels, length, taps, taps_rev, per_sample, element, fast)
 
 
-class _Call:
-    """What all launches of one call share."""
+class _Layout:
+    """What all calls of one plan share: for each kind of kernel its arguments but for tensors, the
+    constants it needs, and its threads. Made once."""
 
-    def __init__(
-        self, device, problem: Problem, plan: Plan, like: Tensor, activation: str, backward=False
-    ):
-        self.device, self.problem, self.plan, self.like = device, problem, plan, like
-        self.suffix = SUFFIX[like.dtype]
+    def __init__(self, problem: Problem, plan: Plan, activation: str, backward: bool):
+        self.n, self.outer, self.lower, self.long = plan.n, plan.outer, plan.lower, plan.long
+        self.parts, self.row_threads = plan.parts, plan.row_threads
         self.mode = ("_fast" if problem.fast else "_accurate") if plan.engine == "tensor" else ""
+        self.prefix = "tensor_" if plan.engine == "tensor" else ""
+        lead = problem.taps_rev if backward else max(problem.taps, 1) - 1
         fields = {
             "batch": problem.batch,
             "heads": problem.heads,
@@ -101,19 +115,26 @@ class _Call:
             "parts": plan.parts,
             "blocks": plan.windows,
             "step": plan.step,
-            "lead": self._lead(backward),
+            "lead": 0
+            if plan.windows == 1
+            else lead,  # into the past: of x in forward, of dv in backward
             "order": {"": 0, "_accurate": 1, "_fast": 2}[self.mode],
         }
-        whole, outer = len(plan.radices), len(plan.outer_radices)
+        taps = {"row_threads": plan.taps_threads, "slots": plan.taps_slots}
+        taps |= {"scale": self._scale(plan, gradient=backward)}
+        passes, outer = len(plan.radices), len(plan.outer_radices)
         if outer:
             # The passes over the columns, and the rows between them as convolutions of complex numbers.
-            self.columns = fields | {
+            of_columns = fields | {
                 "outer": plan.outer,
                 "lower": plan.lower,
                 "columns": plan.columns,
             }
-            self.columns |= self._radix(plan.n, plan.outer_radices, outer, True)
-            self.inner = fields | {
+            self.columns = self._radix(of_columns, plan.n, plan.outer_radices, outer, True)
+            self.column_taps = self._radix(
+                of_columns | taps, plan.n, plan.outer_radices, outer, True
+            )
+            inner = fields | {
                 "channels": problem.channels * plan.outer,
                 "length": plan.lower,
                 "taps": plan.lower,
@@ -122,100 +143,106 @@ class _Call:
                 "step": plan.lower,
                 "outer": plan.outer,
             }
-            self.inner |= self._radix(plan.lower, plan.lower_radices, whole - outer - 1, False)
+            last = (plan.lower, plan.lower_radices, passes - outer - 1, False)
+            self.rows, self.taps = self._radix(inner, *last), self._radix(inner | taps, *last)
+            self.tiles = plan.lower // plan.columns
+            widest = max(plan.outer_radices)
+            self.column_threads = min(512, max(32, plan.outer * plan.columns // widest // 32 * 32))
         else:
-            self.direct = fields | self._radix(plan.n, plan.radices, whole - 1, True)
+            whole = (plan.n, plan.radices, passes - 1, True)
+            self.rows, self.taps = self._radix(fields, *whole), self._radix(fields | taps, *whole)
         if plan.engine == "tensor":
-            table = on_device(like.device, build_tensor, plan.n, plan.radices)
-            self.rows = fields | self._transform(plan.n, plan.radices, table)
-        else:
-            self.rows = self.inner if outer else self.direct
+            table = (build_tensor, plan.n, plan.radices)
+            self.rows = self._transform(fields, plan.n, plan.radices, table)
+        channels = problem.sets * problem.channels * (plan.outer if plan.long else 1)
+        self.rows_launch = (channels * plan.groups, plan.threads, plan.shared)
+        self.taps_launch = (plan.taps_slots, plan.taps_threads * plan.taps_slots, plan.taps_shared)
+        self.columns_shared = plan.columns_shared
 
-    def _lead(self, backward: bool) -> int:
-        """How far a window reaches into the past: of x in forward, of dv in backward."""
-        if self.plan.windows == 1:
-            return 0
-        return self.problem.taps_rev if backward else max(self.problem.taps, 1) - 1
+    @staticmethod
+    def _scale(plan: Plan, gradient: bool) -> int:
+        """What undoes the scale of the transforms: of the taps' spectra, or of their gradients' inverse."""
+        if plan.engine == "radix":
+            return _bits(1 / plan.lower)  # the outer passes carry the rest
+        there, back = (math.prod(SCALES[r][i] for r in plan.radices) for i in (0, 1))
+        return _bits(1 / (plan.n * there * (there if gradient else back)))
 
-    def _radix(self, n: int, radices: tuple[int, ...], passes: int, twist: bool) -> dict:
-        table = on_device(self.like.device, build, n, radices, passes, twist)
-        return self._transform(n, radices, table)
+    def _radix(self, fields, n: int, radices: tuple[int, ...], passes: int, twist: bool):
+        return self._transform(fields, n, radices, (build, n, radices, passes, twist))
 
-    def _transform(self, n: int, radices: tuple[int, ...], table: Tensor) -> dict:
+    def _transform(self, fields: dict, n: int, radices: tuple[int, ...], table: tuple):
         assert len(radices) <= MAX_PASSES
         packed = sum(r << (8 * i) for i, r in enumerate(radices))
-        return {"n": n, "count": len(radices), "radices": packed, "tables": table}
+        fields = fields | {"n": n, "count": len(radices), "radices": packed}
+        return _fill([0] * _COUNT, fields), table
+
+
+_layout = functools.lru_cache(1024)(_Layout)
+
+
+class _Call:
+    """The launches of one call."""
+
+    def __init__(
+        self, device, problem: Problem, plan: Plan, like: Tensor, activation: str, backward=False
+    ):
+        self.device, self.problem, self.like = device, problem, like
+        self.layout = _layout(problem, plan, activation, backward)
+        # The taps' spectra have one scale, their gradients' inverse another.
+        self.spectra = _layout(problem, plan, activation, False) if backward else self.layout
+        self.suffix = SUFFIX[like.dtype]
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.like.device)
 
-    def run(self, kernel: str, grid: int, threads: int, shared: int, fields: dict) -> None:
-        self.device.launch(kernel, grid, threads, shared, arguments(**fields))
+    def run(self, kernel: str, launch: tuple[int, int, int], base, fields: dict) -> None:
+        values, table = base
+        fields["tables"] = on_device(self.like.device, *table)
+        self.device.launch(kernel, *launch, arguments(values, **fields))
 
-    def of_taps(self, kernel: str, common: dict, pieces: int, **fields) -> None:
+    def of_taps(self, kernel: str, base, pieces: int, **fields) -> None:
         """A kernel with one slot for each of the `pieces` of every kernel row."""
-        p = self.plan
-        grid = -(-self.problem.kernel_rows * pieces // p.taps_slots)
-        threads = {"row_threads": p.taps_threads, "slots": p.taps_slots}
-        scale = self.scale(gradient=kernel == "taps_gradient")
-        fields = common | threads | {"scale": scale} | fields
-        self.run(kernel, grid, p.taps_threads * p.taps_slots, p.taps_shared, fields)
+        slots, threads, shared = self.layout.taps_launch
+        grid = -(-self.problem.kernel_rows * pieces // slots)
+        self.run(kernel, (grid, threads, shared), base, fields)
 
     def of_rows(self, kernel: str, **fields) -> None:
-        p = self.plan
-        channels = self.problem.channels * (p.outer if p.long else 1)
-        grid = self.problem.sets * channels * p.groups
-        self.run(kernel, grid, p.threads, p.shared, self.rows | fields)
+        self.run(kernel, self.layout.rows_launch, self.layout.rows, fields)
 
     def of_columns(self, kernel: str, rows: int, **fields) -> None:
         """A pass over the columns of long rows."""
-        p = self.plan
-        grid = rows * (p.lower // p.columns)
-        self.run(kernel, grid, self.column_threads, p.columns_shared, self.columns | fields)
-
-    def scale(self, gradient: bool) -> int:
-        """What undoes the scale of the transforms: of the taps' spectra, or of their gradients' inverse."""
-        p = self.plan
-        if p.engine == "radix":
-            return _bits(1 / p.lower)  # the outer passes carry the rest
-        there, back = (math.prod(SCALES[r][i] for r in p.radices) for i in (0, 1))
-        return _bits(1 / (p.n * there * (there if gradient else back)))
-
-    @property
-    def column_threads(self) -> int:
-        widest = max(self.plan.outer_radices)
-        return min(512, max(32, self.plan.outer * self.plan.columns // widest // 32 * 32))
+        at = self.layout
+        launch = (rows * at.tiles, at.column_threads, at.columns_shared)
+        self.run(kernel, launch, at.columns, fields)
 
     def work(self, heads: int, batch: int | None = None) -> Tensor:
         batch = self.problem.batch if batch is None else batch
-        return self.empty(batch, heads, self.problem.channels, 2 * self.plan.n)
+        return self.empty(batch, heads, self.problem.channels, 2 * self.layout.n)
 
     def kernel(self, name: str) -> str:
-        prefix = "tensor_" if self.plan.engine == "tensor" else ""
-        return f"{prefix}{name}_{self.suffix}{self.mode}"
+        return f"{self.layout.prefix}{name}_{self.suffix}{self.layout.mode}"
 
     def spectrum(self, k: Tensor, k_rev, skip) -> dict:
         """The fields that hold it: (kernel row, n) complex in the order that the passes leave, and its scales."""
-        p, problem = self.plan, self.problem
+        at, rows = self.spectra, self.problem.kernel_rows
         given = {"k": k, "k_rev": k_rev, "skip": skip}
-        out = {
-            "spectrum": self.empty(problem.kernel_rows, (1 if self.mode == "_fast" else 2) * p.n)
-        }
-        if p.engine == "tensor":
-            out["scales"] = self.empty(problem.kernel_rows)
-        if p.outer == 1:
-            self.of_taps("spectrum", self.direct, 1, **out, **given)
+        out = {"spectrum": self.empty(rows, (1 if at.mode == "_fast" else 2) * at.n)}
+        if at.mode:
+            out["scales"] = self.empty(rows)
+        if at.outer == 1:
+            self.of_taps("spectrum", at.taps, 1, **out, **given)
             return out
-        if p.engine == "tensor":
-            self.of_taps("kernel_scales", self.columns, 1, **out, **given)
-        work = self.work(problem.heads, problem.sets)
-        self.of_columns("long_taps", problem.kernel_rows, work=work, **given)
-        self.of_taps("spectrum", self.inner, p.outer, **out, k=_rows(work, p.outer, p.lower))
+        if at.mode:
+            self.of_taps("kernel_scales", at.column_taps, 1, **out, **given)
+        work = self.work(self.problem.heads, self.problem.sets)
+        self.of_columns("long_taps", rows, work=work, **given)
+        pieces = _rows(work, at.outer, at.lower)
+        self.of_taps("spectrum", at.taps, at.outer, **out, k=pieces)
         return out
 
     def convolve(self, spectrum: dict, u, pre_gate, **sink) -> None:
         """sink: y and post_gate, or dy, post_gate, wide and dpost_gate, as the kernels' Output takes them."""
-        if not self.plan.long:
+        if not self.layout.long:
             self.of_rows(self.kernel("forward"), **spectrum, u=u, pre_gate=pre_gate, **sink)
             return
         batch, channels, heads = self.problem.batch, self.problem.channels, self.problem.heads
@@ -223,38 +250,36 @@ class _Call:
         self.of_columns(
             f"long_input_{self.suffix}", batch * channels, work=x, u=u, pre_gate=pre_gate
         )
-        rows = [_rows(t, self.plan.outer, self.plan.lower) for t in (x, v)]
+        rows = [_rows(t, self.layout.outer, self.layout.lower) for t in (x, v)]
         self.of_rows("forward_c32", **spectrum, u=rows[0], y=rows[1])
         self.of_columns(f"long_output_{self.suffix}", batch * heads * channels, work=v, **sink)
 
     def gradients(self, spectrum: dict, source: dict, du, dpre_gate, dk, dk_rev, skip: bool):
         """Gradients from u, pre_gate, dy, post_gate and wide in `source`; returns the skip's, (heads, channels)."""
-        plan, p = self.plan, self.problem
+        at, p = self.layout, self.problem
         with_dk, with_dx = (
             dk is not None or dk_rev is not None,
             du is not None or dpre_gate is not None,
         )
-        partial = self.empty(plan.parts, p.kernel_rows, 2 * plan.n) if with_dk else None
+        partial = self.empty(at.parts, p.kernel_rows, 2 * at.n) if with_dk else None
         sums = {"partial": partial}
         sink = {"du": du, "dpre_gate": dpre_gate}
         taps = {"dk": dk, "dk_rev": dk_rev}
-        if not plan.long:
+        if not at.long:
             sums["partial_skip"] = (
-                self.empty(plan.parts, p.sets, p.heads, p.channels, plan.row_threads)
-                if skip
-                else None
+                self.empty(at.parts, p.sets, p.heads, p.channels, at.row_threads) if skip else None
             )
             self.of_rows(self.kernel("backward"), **spectrum, **sums, **source, **sink)
             if with_dk:
-                self.of_taps("taps_gradient", self.direct, 1, partial=partial, **taps)
+                self.of_taps("taps_gradient", at.taps, 1, partial=partial, **taps)
         else:
-            rows = lambda t: _rows(t, plan.outer, plan.lower)  # noqa: E731
+            rows = lambda t: _rows(t, at.outer, at.lower)  # noqa: E731
             x, dv = self.work(1), self.work(p.heads)
             dx = x if with_dx else None  # a row of x is read before its gradient is written
             signals = {name: source.get(name) for name in ("u", "pre_gate")}
-            tiles = plan.lower // plan.columns
+            tiles = at.tiles
             partial_skip = (
-                self.empty(p.batch * tiles, 1, p.heads, p.channels, self.column_threads)
+                self.empty(p.batch * tiles, 1, p.heads, p.channels, at.column_threads)
                 if skip
                 else None
             )
@@ -271,9 +296,7 @@ class _Call:
                 self.of_columns(name, p.batch * p.channels, work=dx, **sink, **signals)
             if with_dk:
                 work = self.work(p.heads, p.sets)
-                self.of_taps(
-                    "taps_gradient", self.inner, plan.outer, partial=partial, dk=rows(work)
-                )
+                self.of_taps("taps_gradient", at.taps, at.outer, partial=partial, dk=rows(work))
                 self.of_columns("long_taps_gradient", p.kernel_rows, work=work, **taps)
         return sums["partial_skip"].sum((0, 1, 4)) if skip else None
 
@@ -290,7 +313,11 @@ def _channels_at_once(problem: Problem, plans: list[Plan]) -> int:
 
 
 def _cut(t: Tensor | None, axis: int, start: int, count: int) -> Tensor | None:
-    return None if t is None else t.narrow(axis, start, count)
+    return t if t is None or t.shape[axis] == count else t.narrow(axis, start, count)
+
+
+def _of_channels(problem: Problem, count: int) -> Problem:
+    return problem if count == problem.channels else replace(problem, channels=count)
 
 
 def _slices(problem: Problem, plans: list[Plan]):
@@ -311,7 +338,7 @@ def forward(device, y, u, k, k_rev, skip, pre_gate, post_gate, activation) -> No
     for start, count in _slices(problem, [chosen]):
         part = [_cut(t, -2, start, count) for t in (y, u, k, k_rev, pre_gate, post_gate)]
         y_, u_, k_, k_rev_, pre_, post_ = part
-        call = _Call(device, replace(problem, channels=count), chosen, u, activation)
+        call = _Call(device, _of_channels(problem, count), chosen, u, activation)
         spectrum = call.spectrum(k_, k_rev_, _cut(skip, -1, start, count))
         call.convolve(spectrum, u_, pre_, y=y_, post_gate=post_)
 
@@ -332,7 +359,7 @@ def backward(device, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activati
         axes = (-2, -2, -2, -2, -1, -2, -2)
         part = [_cut(t, axis, start, count) for t, axis in zip(inputs, axes, strict=True)]
         wanted = [_cut(t, axis, start, count) for t, axis in zip(grads, axes[1:], strict=True)]
-        _backward(device, replace(problem, channels=count), plans, wanted, *part, activation)
+        _backward(device, _of_channels(problem, count), plans, wanted, *part, activation)
 
 
 def _backward(

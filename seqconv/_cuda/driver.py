@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 import threading
+from array import array
 from pathlib import Path
 
 import torch
@@ -141,11 +142,11 @@ class Device:
             _check(self.driver.cuCtxSetCurrent(context))
         self._thread.bound = True
 
-    def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments) -> None:
+    def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments: array) -> None:
         """On torch's current stream of this device, which the caller has made current."""
         if not getattr(self._thread, "bound", False):
             self._bind_thread()
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        pointers = (ctypes.c_void_p * 1)(arguments.buffer_info()[0])
         result = self.driver.cuLaunchKernel(
             self.kernel(kernel), grid, 1, 1, threads, 1, 1, shared, self._stream(),
             ctypes.addressof(pointers), 0,

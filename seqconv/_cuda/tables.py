@@ -117,7 +117,7 @@ def build_tensor(n: int, radices: tuple[int, ...]) -> Tensor:
 
 
 def on_device(device: torch.device, function, *arguments) -> Tensor:
-    """function(*arguments) on a device, kept for the next call: the 64 used last, and for good what a CUDA graph uses."""
+    """function(*arguments) on a device, kept for the next call: the 64 used last, and what a CUDA graph uses."""
     key = (device, function, *arguments)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     with _lock:
