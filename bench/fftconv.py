@@ -196,6 +196,8 @@ def measure(
             if BASELINE in times:
                 low, mid, high = ratios(times[BASELINE], times[name])
                 row |= {"ratio_q1": low, "ratio": mid, "ratio_q3": high}
+        if name == "seqconv" and device != "cpu":
+            row |= {"predicted": gpu.predicted(case, tensors)}
         if name == "seqconv" and beside and green[name]:
             seconds = [t / case.elements for t in times[name]]
             for i, (other, _, weight) in enumerate(beside):

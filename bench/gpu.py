@@ -5,6 +5,7 @@ from statistics import median
 
 from bench import report
 from bench.contenders import BASELINE, Case
+from seqconv import _cuda, _ops
 
 CHANNELS = 768
 LENGTHS = (256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 1 << 20)
@@ -45,6 +46,19 @@ def cases() -> list[tuple[Case, tuple[str, ...], list]]:
             found.append((sized(length, 8, op=op, dtype="bfloat16"), pair, []))
             found.append((sized(length, 8, op=op, dtype="float16"), pair, []))
     return found
+
+
+def predicted(case: Case, tensors) -> float | None:
+    """Seconds by the planner's model, where the fused kernels take the case."""
+    u, k, _, k_rev, *_ = tensors
+    if _ops.fallback_reason(u.device, u.dtype, case.length) or u.device.type == "cpu":
+        return None
+    if case.layout == "blh":
+        u = u.transpose(1, 2)
+    seconds = _cuda.explain(u, k, k_rev)[0].seconds
+    return (
+        seconds if case.op == "forward" else seconds + _cuda.explain(u, k, k_rev, True)[0].seconds
+    )
 
 
 def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:

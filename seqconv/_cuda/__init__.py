@@ -37,7 +37,7 @@ def backward(grads, dy: Tensor, *inputs) -> None:
         convolution.backward(driver.device(index), grads, dy, *inputs)
 
 
-def explain(u: Tensor, k: Tensor, k_rev: Tensor | None) -> tuple[Plan, str]:
-    """The plan of forward and the architecture that its kernels are compiled for."""
+def explain(u: Tensor, k: Tensor, k_rev: Tensor | None, backward: bool = False) -> tuple[Plan, str]:
+    """The plan and the architecture that its kernels are compiled for."""
     made = driver.device(_index(u.device))
-    return make_plan(convolution.describe(u, k, k_rev), made.limits), made.arch
+    return make_plan(convolution.describe(u, k, k_rev), made.limits, backward), made.arch

@@ -22,7 +22,7 @@ from test_fftconv import CASES
 
 import seqconv
 from seqconv import fftconv, reference
-from seqconv._cuda import driver
+from seqconv._cuda import butterfly, driver
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -150,6 +150,20 @@ def test_layers():
         assert torch.isfinite(x.grad).all()
         on_cpu = layer.cpu()(x.detach().cpu())
         torch.testing.assert_close(y.detach().cpu(), on_cpu, rtol=1e-4, atol=1e-4)
+
+
+def test_learned_butterfly():
+    device, radices = driver.device(torch.cuda.current_device()), (16, 16, 8)
+    x = torch.randn(9, 4, 1500, device="cuda")
+    factors = {r: torch.randn(2, r, r, 2, device="cuda") / r for r in radices}
+    z = butterfly.transform(device, x, factors, radices)
+    found = butterfly.gradients(device, torch.ones_like(z), x, factors, radices)
+    leaves = [x.double().requires_grad_(), *[f.double().requires_grad_() for f in factors.values()]]
+    z64 = reference.butterfly(leaves[0], dict(zip(factors, leaves[1:], strict=True)), radices)
+    assert rel_l2(z, z64.detach()) < 1e-6
+    expected = torch.autograd.grad(z64, leaves, torch.ones_like(z64))
+    for a, b in zip((found[0], *found[1].values()), expected, strict=True):
+        assert rel_l2(a, b) < 2e-6
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")
