@@ -13,6 +13,7 @@ from test_fftconv import CASES
 
 from seqconv import fftconv, reference
 from seqconv._cuda import convolution
+from seqconv._cuda.arguments import arguments
 from seqconv._cuda.plan import H100, OPERAND_ERROR, Limits
 
 A100 = Limits(shared=166912, shared_total=167936, processors=108, clock=1.41e9, bandwidth=1.55e12)
@@ -333,4 +334,4 @@ def test_tensor_core_instructions_match_the_formula(library, mode):
 
 
 def test_arguments_match_the_kernels(library):
-    assert library.arguments_size() == 8 * len(convolution.arguments())
+    assert library.arguments_size() == 8 * len(arguments())

@@ -7,7 +7,7 @@ passes of 16 points and at most one of fewer.
 import torch
 from torch import Tensor
 
-from seqconv._cuda.convolution import arguments
+from seqconv._cuda.arguments import arguments
 from seqconv._cuda.plan import RADICES, radix_bytes
 from seqconv._cuda.tables import build, on_device
 from seqconv._pack import materialise

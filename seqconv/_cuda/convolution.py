@@ -7,22 +7,18 @@ csrc/device (see kernels.py) on the tensors' memory: the CUDA driver, or the tes
 import functools
 import math
 import struct
-from array import array
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from seqconv._cuda.arguments import arguments, fill
 from seqconv._cuda.plan import MAX_PASSES, Plan, Problem, make_plan
 from seqconv._cuda.tables import SCALES, build, build_tensor, on_device
 from seqconv._pack import (
     ABSENT,
     ACTIVATIONS,
-    KERNEL,
-    SIGNAL,
-    SKIP,
     materialise,
-    pack,
     reach,
     zero_unreached,
 )
@@ -30,40 +26,6 @@ from seqconv._pack import (
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 COMPLEX = 4  # dtype code of rows between the passes of a long transform
 WORK_BYTES = 1 << 28  # of scratch for long rows, more only where one channel needs it
-
-# The kernels' Args, field by field; tensors are six integers each.
-_NUMBERS = (
-    "batch heads channels length taps taps_rev per_sample activation n count radices tables row_threads slots groups "
-    "blocks step lead outer lower columns order scale scales spectrum partial partial_skip parts work wide "
-    "matrices partial_matrices matrix_channels"
-).split()
-_TENSORS = "u k k_rev skip pre_gate post_gate y dy du dk dk_rev dpre_gate dpost_gate".split()
-_TABLES = {"k": KERNEL, "k_rev": KERNEL, "dk": KERNEL, "dk_rev": KERNEL, "skip": SKIP}
-
-
-_PLACES = {name: i for i, name in enumerate(_NUMBERS)}
-_PLACES |= {name: len(_NUMBERS) + 6 * i for i, name in enumerate(_TENSORS)}
-_COUNT = len(_NUMBERS) + 6 * len(_TENSORS)
-
-
-def _fill(values: list[int], fields: dict) -> list[int]:
-    """Writes fields to their places; tensors are packed, or give their address where a number is wanted."""
-    for name, value in fields.items():
-        if value is None:
-            continue
-        at = _PLACES[name]
-        if at < len(_NUMBERS):
-            values[at] = value.data_ptr() if isinstance(value, Tensor) else int(value)
-        else:
-            packed = type(value) is tuple
-            values[at : at + 6] = value if packed else pack(value, _TABLES.get(name, SIGNAL))
-    return values
-
-
-def arguments(values: list[int] | None = None, **fields) -> array:
-    """One flat array of 64-bit integers, of a copy of `values` (zeros) with the fields written to it."""
-    values = _fill([0] * _COUNT if values is None else values.copy(), fields)
-    return array("q", values)
 
 
 def _bits(x: float) -> int:
@@ -174,7 +136,7 @@ class _Layout:
         assert len(radices) <= MAX_PASSES
         packed = sum(r << (8 * i) for i, r in enumerate(radices))
         fields = fields | {"n": n, "count": len(radices), "radices": packed}
-        return _fill([0] * _COUNT, fields), table
+        return fill(fields), table
 
 
 _layout = functools.lru_cache(1024)(_Layout)

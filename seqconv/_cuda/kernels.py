@@ -55,7 +55,7 @@ def headers() -> str:
         text = (folder() / name).read_text().replace("#pragma once\n", "")
         return re.sub(r'#include "(\S+)"\n', lambda match: read(match[1]), text)
 
-    return read("tensor.cuh") + read("butterfly.cuh")
+    return read("tensor_fftconv.cuh") + read("butterfly.cuh")
 
 
 def source(name: str) -> str:

@@ -3,7 +3,7 @@
 #include "emulator.h"
 
 #include "butterfly.cuh"
-#include "tensor.cuh"
+#include "tensor_fftconv.cuh"
 
 static std::string last;
 template <class F> static const char *guarded(F &&f) {

@@ -1,0 +1,127 @@
+// The convolution and its gradients on tensor cores: the passes of tensor.cuh between reading and
+// writing, with the grid and the work of fftconv.cuh's kernels.
+#pragma once
+#include "tensor.cuh"
+
+// A slot's planes; after all of them the room of team_max.
+struct TensorShared {
+  HalfPlane x, g;  // g is x where one is enough
+  float* largest;
+};
+SEQCONV_DEVICE TensorShared tensor_shared(const Args& a, const Work& w, unsigned char* shared,
+                                          int planes) {
+  const int size = half_plane_size((int)a.transform.n);
+  unsigned short* first = (unsigned short*)shared + w.slot * planes * 2 * size;
+  unsigned short* second = planes > 1 ? first + 2 * size : first;
+  float* largest = (float*)((unsigned short*)shared + (int)a.slots * planes * 2 * size);
+  return {{first, first + size}, {second, second + size}, largest + w.slot * (w.team.size / 32)};
+}
+
+template <class Sink>
+struct Scaled {
+  Sink sink;
+  float scale;
+
+  SEQCONV_DEVICE void operator()(int t, const float* low, const float* high) const {
+    if (sink.fits(t)) {
+      const uint4 a = load_shared((const uint4*)low), b = load_shared((const uint4*)high);
+      const u32 bits[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+      float v[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = __int_as_float((int)bits[i]) * scale;
+      sink.piece(t, v);
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i)
+      sink(t + i, c32{load_shared((i < 4 ? low : high) + (i & 3)) * scale, 0.f});
+  }
+};
+template <class Sink>
+SEQCONV_DEVICE Scaled<Sink> scaled(const Sink& sink, float scale) {
+  return {sink, scale};
+}
+
+template <class T, class Number>
+SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
+  const Work work_ = work(a);
+  const Warp w = warp_of(work_.team);
+  const Transform& t = a.transform;
+  const TensorShared s = tensor_shared(a, work_, shared, a.heads > 1 ? 2 : 1);
+  const HalfPlane x = s.x, v = s.g;
+  for (int first = work_.first; first < work_.last; first += (int)a.slots) {
+    const int exponent =
+        stage(x, (int)t.n, input<T>(a, place(a, work_, first)), s.largest, work_.team);
+    tensor_forward_passes<Number>(t, x, w);
+    for (int head = 0; head < (int)a.heads; ++head) {
+      const i64 row = kernel_row(a, work_, head);
+      const u32* k = (const u32*)a.spectrum + row * t.n * (sizeof(Number) / 4);
+      tensor_inverse<Number>(
+          t, v, w,
+          [&](int tile, const Matrix& f, const Twiddles<Number>& twiddles) {
+            Result<Number> z = inner_forward<Number>(t, x, tile, f, twiddles, w);
+            multiply<false>(z,
+                            load_spectrum(k + tile * 256 * (sizeof(Number) / 4), w.lane, Number{}));
+            return z;
+          },
+          [&] {
+            const Output<T> out = Sinks<T>::output(a, inside(a, place(a, work_, first)), head);
+            return scaled(out, power_of_two(exponent) * a.scales[row]);
+          });
+    }
+  }
+}
+
+// One head: several would need a third plane for the sum of their gradients.
+template <class T, class Number>
+SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
+  const Work work_ = work(a);
+  const Warp w = warp_of(work_.team);
+  const Transform& t = a.transform;
+  const TensorShared s = tensor_shared(a, work_, shared, 2);
+  const i64 rows = (a.per_sample ? a.batch : 1) * a.channels, row = kernel_row(a, work_, 0);
+  const i64 part = (i64)work_.group * a.slots + work_.slot;
+  for (int first = work_.first; first < work_.last; first += (int)a.slots) {
+    const bool begins = first == work_.first;
+    float up_x = 1.f, up_g = 1.f;  // what undoes the scaling of x and dv
+    for (int signal = 0; signal < 2; ++signal) {
+      const Place p = place(a, work_, first);
+      const Gated<T> source = signal == 0 ? input<T>(a, inside(a, p)) : gradient<T>(a, p, 0);
+      const HalfPlane plane = signal == 0 ? s.x : s.g;
+      const float up = power_of_two(stage(plane, (int)t.n, source, s.largest, work_.team));
+      signal == 0 ? up_x = up : up_g = up;
+      tensor_forward_passes<Number>(t, plane, w);
+    }
+    if (a.partial_skip != nullptr) {
+      const Place p = place(a, work_, first);
+      float* mine = a.partial_skip + (part * rows + row) * a.row_threads + work_.team.rank;
+      const float dskip =
+          skip_sum(gradient<T>(a, p, 0), input<T>(a, inside(a, p)), (int)t.n, work_.team);
+      *mine = begins ? dskip : *mine + dskip;
+    }
+    tensor_inverse<Number>(
+        t, s.g, w,
+        [&](int tile, const Matrix& f, const Twiddles<Number>& twiddles) {
+          Result<Number> z = inner_forward<Number>(t, s.g, tile, f, twiddles, w);
+          if (a.partial != nullptr) {
+            const Result<Number> x = inner_forward<Number>(t, s.x, tile, f, twiddles, w);
+            c32x2* dk = (c32x2*)(a.partial + (part * rows + row) * t.n) + tile * 128 + w.lane * 4;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              Pair re = to_pair(z.re[e >> 1][e & 1]), im = to_pair(z.im[e >> 1][e & 1]);
+              multiply<true>(re, im, to_pair(x.re[e >> 1][e & 1]), to_pair(x.im[e >> 1][e & 1]));
+              c32x2 d{c32{re.x, im.x} * (up_x * up_g), c32{re.y, im.y} * (up_x * up_g)};
+              if (!begins) d = {d.x + dk[e].x, d.y + dk[e].y};
+              dk[e] = d;
+            }
+          }
+          const u32* k = (const u32*)a.spectrum + (row * t.n + tile * 256) * (sizeof(Number) / 4);
+          multiply<true>(z, load_spectrum(k, w.lane, Number{}));
+          return z;
+        },
+        [&] {
+          const InputGradient<T> out = input_gradient<T>(a, inside(a, place(a, work_, first)));
+          return scaled(out, up_g * a.scales[row]);
+        });
+  }
+}

@@ -1,0 +1,41 @@
+"""The arguments of every kernel, Args of csrc/device/problem.cuh, as one flat array of 64-bit integers."""
+
+from array import array
+
+from torch import Tensor
+
+from seqconv._pack import KERNEL, SIGNAL, SKIP, pack
+
+# Args, field by field; tensors are six integers each.
+_NUMBERS = (
+    "batch heads channels length taps taps_rev per_sample activation n count radices tables row_threads slots groups "
+    "blocks step lead outer lower columns order scale scales spectrum partial partial_skip parts work wide "
+    "matrices partial_matrices matrix_channels"
+).split()
+_TENSORS = "u k k_rev skip pre_gate post_gate y dy du dk dk_rev dpre_gate dpost_gate".split()
+_TABLES = {"k": KERNEL, "k_rev": KERNEL, "dk": KERNEL, "dk_rev": KERNEL, "skip": SKIP}
+
+
+_PLACES = {name: i for i, name in enumerate(_NUMBERS)}
+_PLACES |= {name: len(_NUMBERS) + 6 * i for i, name in enumerate(_TENSORS)}
+_COUNT = len(_NUMBERS) + 6 * len(_TENSORS)
+
+
+def fill(fields: dict, values: list[int] | None = None) -> list[int]:
+    """Writes fields to their places in `values`, or in zeros: tensors packed, or their address for a number."""
+    values = [0] * _COUNT if values is None else values
+    for name, value in fields.items():
+        if value is None:
+            continue
+        at = _PLACES[name]
+        if at < len(_NUMBERS):
+            values[at] = value.data_ptr() if isinstance(value, Tensor) else int(value)
+        else:
+            packed = type(value) is tuple
+            values[at : at + 6] = value if packed else pack(value, _TABLES.get(name, SIGNAL))
+    return values
+
+
+def arguments(values: list[int] | None = None, **fields) -> array:
+    """One flat array of 64-bit integers, of a copy of `values` (zeros) with the fields written to it."""
+    return array("q", fill(fields, None if values is None else values.copy()))
