@@ -27,6 +27,8 @@ SEQCONV_DEVICE float shuffle_xor(float x, int lanes) {
   return __shfl_xor_sync(0xffffffffu, x, lanes);
 }
 
+SEQCONV_DEVICE int log2_of(int power) { return 31 - __clz(power); }
+
 // Every access to shared memory goes through these two (the emulator looks for races there).
 template <class T>
 SEQCONV_DEVICE void store_shared(T* p, T value) {

@@ -54,8 +54,8 @@ SEQCONV_DEVICE void inverse_passes(const Transform& t, Plane plane, Sink sink, T
 // (tile.cuh), 256 to a tile, and the kernel's spectrum divided by a power of two. kHalfTiles: the
 // same as fp16 pairs, real parts then imaginary ones for every lane.
 enum Order { kColumns = 0, kTiles = 1, kHalfTiles = 2 };
-SEQCONV_DEVICE int spectrum_index(int at, int n, i64 order) {
-  if (order == kColumns) return at % 16 * (n / 16) + at / 16;
+SEQCONV_DEVICE int spectrum_index(int f, int at, i64 order) {
+  if (order == kColumns) return f;
   const int row = at >> 4 & 15, column = at & 15, lane = (row & 7) * 4 + (column & 7) / 2;
   const int pair = (column >> 3) * 2 + (row >> 3);
   return at / 256 * 256 + lane * 8 + pair * 2 + (column & 1);
@@ -153,9 +153,8 @@ SEQCONV_DEVICE void spectrum(const Args& a, unsigned char* shared) {
   c32* out = (c32*)((u32*)a.spectrum + r.row * t.n * (a.order == kHalfTiles ? 1 : 2));
   middle<kForwardOnly>(
       t, plane,
-      [&](int f, c32 z) {
-        const int at = f % ((int)t.n / 16) * 16 + f / ((int)t.n / 16);
-        if (r.real) store_spectrum(out, spectrum_index(at, (int)t.n, a.order), a.order, z * scale);
+      [&](int f, int at, c32 z) {
+        if (r.real) store_spectrum(out, spectrum_index(f, at, a.order), a.order, z * scale);
         return z;
       },
       r.team);
@@ -171,9 +170,8 @@ SEQCONV_DEVICE void taps_gradient_kernel(const Args& a, unsigned char* shared) {
   const c32* partial = a.partial + r.row * t.n;
   middle<kInverseOnly>(
       t, plane,
-      [&](int f, c32) {
-        const int at = f % ((int)t.n / 16) * 16 + f / ((int)t.n / 16);
-        const c32* from = partial + spectrum_index(at, (int)t.n, a.order);
+      [&](int f, int at, c32) {
+        const c32* from = partial + spectrum_index(f, at, a.order);
         c32 sum = *from;
         for (i64 part = 1; part < a.parts; ++part) sum = sum + from[part * rows * t.n];
         return sum * scale;
@@ -199,24 +197,21 @@ SEQCONV_DEVICE void forward(const Args& a, unsigned char* shared) {
     const Place p = place(a, w, first);
     forward_passes(t, x, input<T>(a, p), w.team);
     if (a.heads > 1) {
-      const int count = (int)t.n / 16;
       middle<kForwardOnly>(
           t, x,
-          [&](int f, c32 z) {
-            store_shared(x.at(f % count * 16 + f / count), z);
+          [&](int, int at, c32 z) {
+            store_shared(x.at(at), z);
             return z;
           },
           w.team);
     }
     for (int head = 0; head < (int)a.heads; ++head) {
       const c32* k = a.spectrum + kernel_row(a, w, head) * t.n;
-      const int count = (int)t.n / 16;
       if (a.heads > 1) {
         middle<kInverseOnly>(
-            t, v, [&](int f, c32) { return load_shared(x.at(f % count * 16 + f / count)) * k[f]; },
-            w.team);
+            t, v, [&](int f, int at, c32) { return load_shared(x.at(at)) * k[f]; }, w.team);
       } else {
-        middle<kBoth>(t, v, [&](int f, c32 z) { return z * k[f]; }, w.team);
+        middle<kBoth>(t, v, [&](int f, int, c32 z) { return z * k[f]; }, w.team);
       }
       inverse_passes(t, v, Sinks<T>::output(a, inside(a, p), head), w.team);
     }
@@ -241,7 +236,7 @@ template <class T>
 SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
   const Work w = work(a);
   const Transform& t = a.transform;
-  const int size = plane_size(t.n), count = (int)t.n / 16;
+  const int size = plane_size(t.n);
   const int stride = (int)a.slots * size;
   const i64 rows = (a.per_sample ? a.batch : 1) * a.heads * a.channels;
   const i64 part = w.group * a.slots + w.slot;
@@ -250,25 +245,27 @@ SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
   const Plane g{(c32*)shared + w.slot * size}, x{g.data + (with_dk ? stride : 0)};
   const Plane sum{a.heads > 1 ? x.data + stride : g.data};
   for (int first = w.first; first < w.last; first += (int)a.slots) {
-    const Place p = place(a, w, first), q = inside(a, p);
+    // made where they are needed: kept, they would cost the butterflies their registers
+    const auto whole = [&] { return place(a, w, first); };
+    const auto outputs = [&] { return inside(a, whole()); };
     const bool begins = first == w.first;
     for (int signal = with_dk ? -1 : 0; signal < (int)a.heads;
          ++signal) {  // x, then dv of every head
       const bool is_x = signal < 0;
       const Plane plane = is_x ? x : g;
-      const Gated<T> source = is_x ? input<T>(a, q) : gradient<T>(a, p, signal);
+      const Gated<T> source = is_x ? input<T>(a, outputs()) : gradient<T>(a, whole(), signal);
       forward_passes(t, plane, source, w.team);
       const i64 row = kernel_row(a, w, is_x ? 0 : signal);
       if (!is_x && a.partial_skip != nullptr) {
         float* mine = a.partial_skip + (part * rows + row) * a.row_threads + w.team.rank;
-        const float dskip = skip_sum(source, input<T>(a, q), (int)t.n, w.team);
+        const float dskip = skip_sum(source, input<T>(a, outputs()), (int)t.n, w.team);
         *mine = begins ? dskip : *mine + dskip;
       }
       const c32* k = a.spectrum + row * t.n;
       c32* dk = with_dk ? a.partial + (part * rows + row) * t.n : nullptr;
-      const auto product = [&](int f, c32 z) {
+      const auto product = [&](int f, int at, c32 z) {
         if (with_dk) {
-          const c32 d = z * conj(load_shared(x.at(f % count * 16 + f / count)));
+          const c32 d = z * conj(load_shared(x.at(at)));
           dk[f] = begins ? d : dk[f] + d;
         }
         return with_dx ? z * conj(k[f]) : z;
@@ -279,10 +276,11 @@ SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
       }
       middle<kForwardOnly>(
           t, plane,
-          [&](int f, c32 z) {
-            c32* at = (is_x ? x : sum).at(f % count * 16 + f / count);
-            if (!is_x) z = product(f, z);
-            if (is_x || with_dx) store_shared(at, is_x || signal == 0 ? z : load_shared(at) + z);
+          [&](int f, int at, c32 z) {
+            c32* kept = (is_x ? x : sum).at(at);
+            if (!is_x) z = product(f, at, z);
+            if (is_x || with_dx)
+              store_shared(kept, is_x || signal == 0 ? z : load_shared(kept) + z);
             return z;
           },
           w.team);
@@ -291,10 +289,9 @@ SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
     if (!with_dx) continue;
     if (a.heads > 1) {
       middle<kInverseOnly>(
-          t, sum, [&](int f, c32) { return load_shared(sum.at(f % count * 16 + f / count)); },
-          w.team);
+          t, sum, [&](int, int at, c32) { return load_shared(sum.at(at)); }, w.team);
     }
-    inverse_passes(t, sum, input_gradient<T>(a, q), w.team);
+    inverse_passes(t, sum, input_gradient<T>(a, outputs()), w.team);
   }
 }
 
@@ -312,7 +309,7 @@ SEQCONV_DEVICE LongWork long_work(const Args& a, int heads) {
   const int tiles = lower / columns, tile = blockIdx.x % tiles, row = blockIdx.x / tiles;
   const int b = row / channels / heads;
   return {{(int)threadIdx.x, (int)blockDim.x},
-          {columns, lower, tile * columns},
+          {log2_of(columns), lower, tile * columns},
           b,
           row / channels % heads,
           row % channels,

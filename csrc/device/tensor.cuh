@@ -23,6 +23,8 @@ struct HalfPlane {
 SEQCONV_DEVICE int half_at(int i) {
   return (((i >> 3) ^ ((i >> 6) & 1)) + (i >> 8) + (i >> 12)) * 8 + (i & 7);
 }
+// half_at(256 tile + i) for i < 256 is their sum.
+SEQCONV_DEVICE int half_at_tile(int tile) { return (33 * tile + (tile >> 4)) * 8; }
 SEQCONV_DEVICE int half_plane_size(int n) { return n + 8 * (n >> 8) + 8 * (n >> 12) + 8; }
 
 // Words of the table: the 16-point matrix, the twiddles of 256 points and their transpose; then for
@@ -109,7 +111,7 @@ SEQCONV_DEVICE float team_max(float x, float* shared, Team team) {
 template <class T>
 SEQCONV_DEVICE int stage(const HalfPlane& plane, int n, const Gated<T>& source, float* shared,
                          Team team) {
-  constexpr int kKept = 2;
+  constexpr int kKept = 1;
   const int stride = team.size * 8;
   const bool in_pieces = source.in_pieces();
   float kept[kKept][8];
@@ -177,19 +179,36 @@ struct OuterPass {
     return ((const c32*)(words + 2 * kMatrixWords + kColumnWords))[group * radix + p];
   }
 };
-// A row of a tile: result p (or input i) of a group of columns; valid only where there is such a
-// group.
+// A row of a tile: result p (or input i) of a group of columns, a group that no tile has where
+// there is no such row.
 struct TileRow {
-  int p, columns, position;
-  bool valid;
+  int p, group;
 };
-SEQCONV_DEVICE TileRow tile_row(const OuterPass& pass, int tile, int row) {
-  const int block = tile / pass.tiles, first = tile % pass.tiles * pass.groups;
+SEQCONV_DEVICE TileRow tile_row(const OuterPass& pass, int row) {
   const int group = row / pass.radix, p = row - group * pass.radix;
-  const bool valid = group < pass.groups && (first + group) * 16 < pass.distance;
-  const int columns = valid ? first + group : first, q = valid ? p : 0;
-  return {q, columns, (block * pass.radix + q) * pass.distance + columns * 16, valid};
+  return {group < pass.groups ? p : 0, group < pass.groups ? group : 1 << 24};
 }
+// A warp's tiles, one after another: division is slow.
+struct TileCursor {
+  int block, tile;
+
+  SEQCONV_DEVICE TileCursor(const OuterPass& pass, const Warp& w)
+      : block(w.index / pass.tiles), tile(w.index % pass.tiles) {}
+  SEQCONV_DEVICE void next(const OuterPass& pass, const Warp& w) {
+    for (tile += w.count; tile >= pass.tiles; tile -= pass.tiles) ++block;
+  }
+  // Of the group of 16 columns; the first where there are no more.
+  SEQCONV_DEVICE int columns(const OuterPass& pass, const TileRow& row) const {
+    const int found = tile * pass.groups + row.group;
+    return found < pass.distance / 16 ? found : tile * pass.groups;
+  }
+  SEQCONV_DEVICE bool has(const OuterPass& pass, const TileRow& row) const {
+    return tile * pass.groups + row.group < pass.distance / 16;
+  }
+  SEQCONV_DEVICE int position(const OuterPass& pass, const TileRow& row) const {
+    return (block * pass.radix + row.p) * pass.distance + columns(pass, row) * 16;
+  }
+};
 SEQCONV_DEVICE OuterPass outer_pass(const Transform& t, int d) {
   const u32* words = (const u32*)t.tables + kInnerWords;
   int block = (int)t.n, blocks = 1;
@@ -203,17 +222,17 @@ SEQCONV_DEVICE OuterPass outer_pass(const Transform& t, int d) {
 }
 
 template <class Number>
-SEQCONV_DEVICE void store_tile(const HalfPlane& plane, const OuterPass& pass, int tile,
-                               const Result<Number>& x, const Warp& w) {
+SEQCONV_DEVICE void store_tile(const HalfPlane& plane, const OuterPass& pass, const TileCursor& at,
+                               const TileRow (&rows)[2], const Result<Number>& x, const Warp& w) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const TileRow row = tile_row(pass, tile, w.group + 8 * half);
-    if (!row.valid) continue;
+    if (!at.has(pass, rows[half])) continue;
+    const int position = at.position(pass, rows[half]) + 2 * w.thread;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int at = half_at(row.position + 8 * j + 2 * w.thread);
-      store_shared((u32*)(plane.re + at), to_operand(x.re[j][half]));
-      store_shared((u32*)(plane.im + at), to_operand(x.im[j][half]));
+      const int place = half_at(position + 8 * j);
+      store_shared((u32*)(plane.re + place), to_operand(x.re[j][half]));
+      store_shared((u32*)(plane.im + place), to_operand(x.im[j][half]));
     }
   }
 }
@@ -221,18 +240,19 @@ SEQCONV_DEVICE void store_tile(const HalfPlane& plane, const OuterPass& pass, in
 template <class Number, bool kReal>
 SEQCONV_DEVICE void outer_forward(const HalfPlane& plane, const OuterPass& pass, const Warp& w) {
   const Matrix f = pass.matrix(false, w.lane);
+  const TileRow loaded = tile_row(pass, w.lane & 15);
+  const TileRow rows[2] = {tile_row(pass, w.group), tile_row(pass, w.group + 8)};
   Factors<Number> column;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int p = tile_row(pass, 0, w.group + 8 * half).p;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int c = 8 * j + 2 * w.thread;
+      const int p = rows[half].p, c = 8 * j + 2 * w.thread;
       column.set(j, half, pass.column_factor(p, c), pass.column_factor(p, c + 1));
     }
   }
-  for (int tile = w.index; tile < pass.tiles * pass.blocks; tile += w.count) {
-    const int from = half_at(tile_row(pass, tile, w.lane & 15).position + (w.lane >> 4) * 8);
+  for (TileCursor at(pass, w); at.block < pass.blocks; at.next(pass, w)) {
+    const int from = half_at(at.position(pass, loaded) + (w.lane >> 4) * 8);
     u32 re[4], im[4];
     load_transposed(im, plane.im + from);
     if (!kReal) load_transposed(re, plane.re + from);
@@ -249,34 +269,36 @@ SEQCONV_DEVICE void outer_forward(const HalfPlane& plane, const OuterPass& pass,
     Factors<Number> group;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const TileRow row = tile_row(pass, tile, w.group + 8 * half);
-      const c32 v = pass.group_factor(row.p, row.columns);
+      const c32 v = pass.group_factor(rows[half].p, at.columns(pass, rows[half]));
       group.set(0, half, v, v);
       group.set(1, half, v, v);
     }
     multiply<false>(x, group);
-    store_tile(plane, pass, tile, x, w);
+    store_tile(plane, pass, at, rows, x, w);
   }
 }
 
-// The mirror image; store(tile, matrix, columns) takes the last product: to the plane, or as real
+// The mirror image; store(at, matrix, columns) takes the last product: to the plane, or as real
 // numbers out of it.
 template <class Number, class Store>
 SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass, const Warp& w,
                                   Store store) {
   const Matrix f = pass.matrix(true, w.lane);
-  Factors<Number> column;  // of a right operand: rows 2 thread, 2 thread + 1 of column `group`
+  const TileRow loaded = tile_row(pass, w.lane & 15);
+  TileRow rows[2]
+              [2];  // of a right operand: 2 thread and 2 thread + 1, and 8 below, in column `group`
+  Factors<Number> column;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int p = tile_row(pass, 0, 2 * w.thread + 8 * half).p,
-              q = tile_row(pass, 0, 2 * w.thread + 1 + 8 * half).p;
+    rows[half][0] = tile_row(pass, 2 * w.thread + 8 * half);
+    rows[half][1] = tile_row(pass, 2 * w.thread + 1 + 8 * half);
 #pragma unroll
     for (int j = 0; j < 2; ++j)
-      column.set(j, half, pass.column_factor(p, 8 * j + w.group),
-                 pass.column_factor(q, 8 * j + w.group));
+      column.set(j, half, pass.column_factor(rows[half][0].p, 8 * j + w.group),
+                 pass.column_factor(rows[half][1].p, 8 * j + w.group));
   }
-  for (int tile = w.index; tile < pass.tiles * pass.blocks; tile += w.count) {
-    const int from = half_at(tile_row(pass, tile, w.lane & 15).position + (w.lane >> 4) * 8);
+  for (TileCursor at(pass, w); at.block < pass.blocks; at.next(pass, w)) {
+    const int from = half_at(at.position(pass, loaded) + (w.lane >> 4) * 8);
     u32 re[4], im[4];
     load_transposed(re, plane.re + from);
     load_transposed(im, plane.im + from);
@@ -285,15 +307,15 @@ SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass,
     Factors<Number> group;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const TileRow p = tile_row(pass, tile, 2 * w.thread + 8 * half),
-                    q = tile_row(pass, tile, 2 * w.thread + 1 + 8 * half);
-      group.set(0, half, pass.group_factor(p.p, p.columns), pass.group_factor(q.p, q.columns));
+      const TileRow &p = rows[half][0], &q = rows[half][1];
+      group.set(0, half, pass.group_factor(p.p, at.columns(pass, p)),
+                pass.group_factor(q.p, at.columns(pass, q)));
       group.re[1][half] = group.re[0][half];
       group.im[1][half] = group.im[0][half];
     }
     multiply<true>(x, group);
     multiply<true>(x, column);
-    store(tile, f, x);
+    store(at, f, x);
   }
 }
 
@@ -319,7 +341,7 @@ template <class Number>
 SEQCONV_DEVICE Result<Number> inner_forward(const Transform& t, const HalfPlane& plane, int tile,
                                             const Matrix& f, const Twiddles<Number>& twiddles,
                                             const Warp& w) {
-  const int from = half_at(tile * 256 + (w.lane & 15) * 16 + (w.lane >> 4) * 8);
+  const int from = half_at_tile(tile) + half_at((w.lane & 15) * 16 + (w.lane >> 4) * 8);
   u32 re[4], im[4];
   load_transposed(im, plane.im + from);
   Result<Number> x;
@@ -347,13 +369,14 @@ SEQCONV_DEVICE Columns inner_inverse(const Result<Number>& spectrum, const Matri
 
 // A tile of results out of the product's registers: through the tile's own place in the planes,
 // whose 16 bytes of fp16 hold 4 of them, so that every lane has 8 neighbours for the sink.
-// position(row) is -1 where there is no row.
-template <class Position, class Sink>
-SEQCONV_DEVICE void emit(const HalfPlane& plane, const Pair (&v)[2][2], const Warp& w,
-                         Position position, Sink sink) {
+// Positions of the lane's two rows of results, and of the one it passes on, are -1 where there is
+// no row.
+template <class Sink>
+SEQCONV_DEVICE void emit(const HalfPlane& plane, const Pair (&v)[2][2], const Warp& w, int first,
+                         int second, int passed, Sink sink) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int at = position(w.group + 8 * half);
+    const int at = half == 0 ? first : second;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       unsigned short* row = (w.thread < 2 ? plane.re : plane.im) + half_at(at + 8 * j);
@@ -361,10 +384,9 @@ SEQCONV_DEVICE void emit(const HalfPlane& plane, const Pair (&v)[2][2], const Wa
     }
   }
   sync_warp();
-  const int at = position(w.lane >> 1);
-  if (at >= 0) {
-    const int t = at + (w.lane & 1) * 8;
-    sink(t, (const float*)(plane.re + half_at(t)), (const float*)(plane.im + half_at(t)));
+  if (passed >= 0) {
+    const int t = passed + (w.lane & 1) * 8, place = half_at(t);
+    sink(t, (const float*)(plane.re + place), (const float*)(plane.im + place));
   }
 }
 
@@ -385,7 +407,7 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
       if (outer == 0) {
         Pair v[2][2];
         real_product(v, load_matrix(table + kInnerWords + kMatrixWords, w.lane), x);
-        emit(plane, v, w, [](int row) { return row * 16; }, make_sink());
+        emit(plane, v, w, w.group * 16, (w.group + 8) * 16, (w.lane >> 1) * 16, make_sink());
         continue;
       }
       const Result<Number> y = product<Number>(conj(f), x);
@@ -393,7 +415,8 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
       for (int j = 0; j < 2; ++j)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int at = half_at(tile * 256 + (w.group + 8 * half) * 16 + 8 * j + 2 * w.thread);
+          const int row = (w.group + 8 * half) * 16 + 8 * j + 2 * w.thread;
+          const int at = half_at_tile(tile) + half_at(row);
           store_shared((u32*)(plane.re + at), to_operand(y.re[j][half]));
           store_shared((u32*)(plane.im + at), to_operand(y.im[j][half]));
         }
@@ -402,22 +425,25 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
   sync_block();
   for (int d = outer - 1; d > 0; --d) {
     const OuterPass pass = outer_pass(t, d);
-    outer_inverse<Number>(plane, pass, w, [&](int tile, const Matrix& m, const Columns& x) {
-      store_tile(plane, pass, tile, product<Number>(m, x), w);
-    });
+    const TileRow rows[2] = {tile_row(pass, w.group), tile_row(pass, w.group + 8)};
+    outer_inverse<Number>(plane, pass, w,
+                          [&](const TileCursor& at, const Matrix& m, const Columns& x) {
+                            store_tile(plane, pass, at, rows, product<Number>(m, x), w);
+                          });
     sync_block();
   }
   if (outer == 0) return;
   const OuterPass pass = outer_pass(t, 0);
-  const auto sink = make_sink();
-  outer_inverse<Number>(plane, pass, w, [&](int tile, const Matrix& m, const Columns& x) {
-    Pair v[2][2];
-    real_product(v, m, x);
-    const auto position = [&](int index) {
-      const TileRow row = tile_row(pass, tile, index);
-      return row.valid ? row.position : -1;
-    };
-    emit(plane, v, w, position, sink);
-  });
+  const TileRow first = tile_row(pass, w.group), second = tile_row(pass, w.group + 8);
+  const TileRow passed = tile_row(pass, w.lane >> 1);
+  outer_inverse<Number>(
+      plane, pass, w, [&](const TileCursor& at, const Matrix& m, const Columns& x) {
+        Pair v[2][2];
+        real_product(v, m, x);
+        const auto position = [&](const TileRow& row) {
+          return at.has(pass, row) ? at.position(pass, row) : -1;
+        };
+        emit(plane, v, w, position(first), position(second), position(passed), make_sink());
+      });
   sync_block();
 }

@@ -27,14 +27,23 @@ SEQCONV_DEVICE int radix_of(const Transform& t, int pass) {
   return (int)(t.radices >> (8 * pass)) & 255;
 }
 
+// Divides by a number that is a power of two more often than not.
+struct Divisor {
+  int by, shift;  // shift < 0: not a power of two
+  SEQCONV_DEVICE explicit Divisor(int d) : by(d), shift((d & (d - 1)) == 0 ? log2_of(d) : -1) {}
+  SEQCONV_DEVICE int quotient(int x) const { return shift >= 0 ? x >> shift : x / by; }
+};
+
 // The columns of a pass that a plane holds: all of them, or a window of neighbours of a row too
 // long for shared memory.
 struct AllColumns {
   SEQCONV_DEVICE int global(int i) const { return i; }
 };
 struct SomeColumns {
-  int width, lower, first;  // of `lower` neighbours, `width` from `first` on
-  SEQCONV_DEVICE int global(int i) const { return i / width * lower + first + i % width; }
+  int shift, lower, first;  // of `lower` neighbours, 2^shift from `first` on
+  SEQCONV_DEVICE int global(int i) const {
+    return (i >> shift) * lower + first + (i & ((1 << shift) - 1));
+  }
 };
 
 // Pass 0 from where the row comes from: kRadix points at distance s, s * kRadix of them in the
@@ -96,21 +105,23 @@ SEQCONV_DEVICE void pass(int radix, const c32* twiddles, int distance, Plane pla
   with_radix(radix, [&](auto constant) {
     constexpr int R = decltype(constant)::value;
     const int s = block / R, count = points / R;
+    const Divisor by_columns(s);
     for (int c = team.rank; c < count; c += team.size) {
-      const int j = c % s, base = c / s * block + j;
+      const int of_block = by_columns.quotient(c), j = c - of_block * s,
+                base = of_block * block + j;
       const c32* w = twiddles + columns.global(j);
       c32 z[R];
 #pragma unroll
       for (int i = 0; i < R; ++i) {
         z[i] = load_shared(plane.at(base + i * s));
         if (kInverse) z[i] = z[i] * conj(w[i * distance]);
-        if (i % 4 == 3) keep_order();
+        if (i % 2 == 1) keep_order();
       }
       dft<kInverse>(z);
 #pragma unroll
       for (int i = 0; i < R; ++i) {
         store_shared(plane.at(base + i * s), kInverse ? z[i] : z[i] * w[i * distance]);
-        if (i % 4 == 3) keep_order();
+        if (i % 2 == 1) keep_order();
       }
     }
   });
@@ -147,8 +158,9 @@ SEQCONV_DEVICE void middle_passes(const Transform& t, Plane plane, int points, i
   }
 }
 
-// The last pass, op, and the inverse's first pass in registers. op(f, z): f numbers the spectrum in
-// the order in which it is kept in global memory, neighbours for neighbouring threads.
+// The last pass, op, and the inverse's first pass in registers. op(f, at, z): `at` is the element's
+// place in the plane, f its number in the spectrum as it is kept in global memory, neighbours for
+// neighbouring threads.
 enum Middle { kForwardOnly = 1, kInverseOnly = 2, kBoth = 3 };
 template <Middle kWhich, class Op>
 SEQCONV_DEVICE void middle(const Transform& t, Plane plane, Op op, Team team) {
@@ -162,7 +174,7 @@ SEQCONV_DEVICE void middle(const Transform& t, Plane plane, Op op, Team team) {
     }
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      z[i] = op(i * count + c, z[i]);
+      z[i] = op(i * count + c, c * 16 + i, z[i]);
       if (i % 2 == 1) keep_order();
     }
     if (kWhich & kInverseOnly) {
