@@ -117,9 +117,11 @@ struct Gated {
   const float* wide;
   i64 step, gate_step;
   int begin, end;
+  bool plain;  // neighbours in memory, without a gate
 
   SEQCONV_DEVICE float operator()(int t) const {
     if (t < begin || t >= end) return 0.f;
+    if (plain) return to_float(data[t]);
     if (wide != nullptr) return wide[t];
     const float x = to_float(data[t * step]);
     return gate == nullptr ? x : x * to_float(gate[t * gate_step]);
@@ -154,6 +156,7 @@ struct Gated<c32> {
   const float* wide;
   i64 step, gate_step;
   int begin, end;
+  bool plain;
 
   SEQCONV_DEVICE c32 operator()(int t) const {
     return t < begin || t >= end ? c32{0.f, 0.f} : data[t * step];
@@ -170,7 +173,8 @@ SEQCONV_DEVICE Gated<T> gated(const Tensor& value, const Tensor& gate, const Pla
           value.time,
           gate.time,
           p.begin,
-          p.end};
+          p.end,
+          by == nullptr && value.time == 1};
 }
 template <class T>
 SEQCONV_DEVICE Gated<T> input(const Args& a, const Place& p) {  // x
@@ -182,7 +186,9 @@ SEQCONV_DEVICE i64 wide_row(const Args& a, const Place& p, i64 head) {
 template <class T>
 SEQCONV_DEVICE Gated<T> gradient(const Args& a, const Place& p, i64 head) {  // dv
   Gated<T> g = gated<T>(a.dy, a.post_gate, p, head);
-  if (a.wide != nullptr) g.wide = a.wide + wide_row(a, p, head);
+  if (a.wide == nullptr) return g;
+  g.wide = a.wide + wide_row(a, p, head);
+  g.plain = false;
   return g;
 }
 
@@ -195,9 +201,11 @@ struct Output {
   float* wide;
   i64 y_step, post_step, dy_step, dpost_step, activation;
   int begin, end;
+  bool plain;  // y = v, neighbours in memory
 
   SEQCONV_DEVICE void operator()(int t, c32 z) const {
     if (t < begin || t >= end) return;
+    if (plain) return from_float(y[t], z.re);
     const float gate = post == nullptr ? 1.f : to_float(post[t * post_step]);
     if (dy == nullptr) return from_float(y[t * y_step], gate * activate(z.re, activation));
     const float g = to_float(dy[t * dy_step]);
@@ -250,7 +258,9 @@ struct Sinks {
             a.dpost_gate.time,
             a.activation,
             p.begin,
-            p.end};
+            p.end,
+            a.activation == kNone && a.dy.data == nullptr && a.post_gate.data == nullptr &&
+                a.y.time == 1};
   }
 };
 template <>
@@ -267,9 +277,11 @@ struct InputGradient {
   const T *u, *pre;
   i64 du_step, dpre_step, u_step, pre_step;
   int begin, end;
+  bool plain;  // du = dx, neighbours in memory
 
   SEQCONV_DEVICE void operator()(int t, c32 z) const {
     if (t < begin || t >= end) return;
+    if (plain) return from_float(du[t], z.re);
     if (du != nullptr)
       from_float(du[t * du_step], pre == nullptr ? z.re : z.re * to_float(pre[t * pre_step]));
     if (dpre != nullptr) from_float(dpre[t * dpre_step], z.re * to_float(u[t * u_step]));
@@ -293,6 +305,7 @@ struct InputGradient<c32> {
   const c32 *u, *pre;
   i64 du_step, dpre_step, u_step, pre_step;
   int begin, end;
+  bool plain;
 
   SEQCONV_DEVICE void operator()(int t, c32 z) const {
     if (t >= begin && t < end) du[t * du_step] = z;
@@ -309,7 +322,9 @@ SEQCONV_DEVICE InputGradient<T> input_gradient(const Args& a, const Place& p) {
           a.u.time,
           a.pre_gate.time,
           p.begin,
-          p.end};
+          p.end,
+          a.du.data != nullptr && a.du.time == 1 && a.pre_gate.data == nullptr &&
+              a.dpre_gate.data == nullptr};
 }
 
 // The kernel as one complex row: k, plus the skip at lag 0, and the future's taps on the imaginary

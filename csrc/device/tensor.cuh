@@ -23,6 +23,13 @@ struct HalfPlane {
 SEQCONV_DEVICE int half_at(int i) {
   return (((i >> 3) ^ ((i >> 6) & 1)) + (i >> 8) + (i >> 12)) * 8 + (i & 7);
 }
+// 16 neighbours from a multiple of 16 on: two pieces of 8, the second first every other 64.
+struct HalfRow {
+  int base, flip;
+  SEQCONV_DEVICE explicit HalfRow(int i)
+      : base(i + ((i >> 8) + (i >> 12)) * 8), flip(((i >> 6) & 1) * 8) {}
+  SEQCONV_DEVICE int at(int j) const { return base + ((8 * j) ^ flip); }
+};
 // half_at(256 tile + i) for i < 256 is their sum.
 SEQCONV_DEVICE int half_at_tile(int tile) { return (33 * tile + (tile >> 4)) * 8; }
 SEQCONV_DEVICE int half_plane_size(int n) { return n + 8 * (n >> 8) + 8 * (n >> 12) + 8; }
@@ -106,56 +113,35 @@ SEQCONV_DEVICE float team_max(float x, float* shared, Team team) {
   }
   return all;
 }
-// The row, scaled, into plane.im as it lies; returns the exponent that undoes the scaling. The
-// first pieces of 8 wait in registers for the scale, the rest is read again.
+// The row, scaled, into plane.im as it lies; returns the exponent that undoes the scaling. It is
+// read twice, the second time out of the cache: kept in registers, it would push out other things.
 template <class T>
 SEQCONV_DEVICE int stage(const HalfPlane& plane, int n, const Gated<T>& source, float* shared,
                          Team team) {
-  constexpr int kKept = 1;
-  const int stride = team.size * 8;
   const bool in_pieces = source.in_pieces();
-  float kept[kKept][8];
   float largest = 0.f;
   const auto measure = [&](float x) { largest = fabsf(x) > largest ? fabsf(x) : largest; };
   if (in_pieces) {
-#pragma unroll
-    for (int piece = 0; piece < kKept; ++piece) {
-      source.piece(team.rank * 8 + piece * stride, kept[piece]);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) measure(kept[piece][i]);
-    }
-#pragma unroll 1
-    for (int t = team.rank * 8 + kKept * stride; t < n; t += stride) {
+    for (int t = team.rank * 8; t < n; t += team.size * 8) {
       float v[8];
       source.piece(t, v);
 #pragma unroll
       for (int i = 0; i < 8; ++i) measure(v[i]);
     }
   } else {
-#pragma unroll 1
     for (int t = team.rank; t < n; t += team.size) measure(source(t));
   }
   const int exponent = exponent_above(team_max(largest, shared, team));
   const float scale = power_of_two(-exponent);
-  const auto store = [&](int t, const float (&v)[8]) {
-    const uint4 packed{pack(v[0] * scale, v[1] * scale), pack(v[2] * scale, v[3] * scale),
-                       pack(v[4] * scale, v[5] * scale), pack(v[6] * scale, v[7] * scale)};
-    store_shared((uint4*)(plane.im + half_at(t)), packed);
-  };
   if (in_pieces) {
-#pragma unroll
-    for (int piece = 0; piece < kKept; ++piece) {
-      const int t = team.rank * 8 + piece * stride;
-      if (t < n) store(t, kept[piece]);
-    }
-#pragma unroll 1
-    for (int t = team.rank * 8 + kKept * stride; t < n; t += stride) {
+    for (int t = team.rank * 8; t < n; t += team.size * 8) {
       float v[8];
       source.piece(t, v);
-      store(t, v);
+      const uint4 packed{pack(v[0] * scale, v[1] * scale), pack(v[2] * scale, v[3] * scale),
+                         pack(v[4] * scale, v[5] * scale), pack(v[6] * scale, v[7] * scale)};
+      store_shared((uint4*)(plane.im + half_at(t)), packed);
     }
   } else {
-#pragma unroll 1
     for (int t = 2 * team.rank; t < n; t += 2 * team.size)
       store_shared((u32*)(plane.im + half_at(t)), pack(source(t) * scale, source(t + 1) * scale));
   }
@@ -227,10 +213,10 @@ SEQCONV_DEVICE void store_tile(const HalfPlane& plane, const OuterPass& pass, co
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (!at.has(pass, rows[half])) continue;
-    const int position = at.position(pass, rows[half]) + 2 * w.thread;
+    const HalfRow row(at.position(pass, rows[half]));
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int place = half_at(position + 8 * j);
+      const int place = row.at(j) + 2 * w.thread;
       store_shared((u32*)(plane.re + place), to_operand(x.re[j][half]));
       store_shared((u32*)(plane.im + place), to_operand(x.im[j][half]));
     }
@@ -252,7 +238,7 @@ SEQCONV_DEVICE void outer_forward(const HalfPlane& plane, const OuterPass& pass,
     }
   }
   for (TileCursor at(pass, w); at.block < pass.blocks; at.next(pass, w)) {
-    const int from = half_at(at.position(pass, loaded) + (w.lane >> 4) * 8);
+    const int from = HalfRow(at.position(pass, loaded)).at(w.lane >> 4);
     u32 re[4], im[4];
     load_transposed(im, plane.im + from);
     if (!kReal) load_transposed(re, plane.re + from);
@@ -298,7 +284,7 @@ SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass,
                  pass.column_factor(rows[half][1].p, 8 * j + w.group));
   }
   for (TileCursor at(pass, w); at.block < pass.blocks; at.next(pass, w)) {
-    const int from = half_at(at.position(pass, loaded) + (w.lane >> 4) * 8);
+    const int from = HalfRow(at.position(pass, loaded)).at(w.lane >> 4);
     u32 re[4], im[4];
     load_transposed(re, plane.re + from);
     load_transposed(im, plane.im + from);
@@ -376,26 +362,26 @@ SEQCONV_DEVICE void emit(const HalfPlane& plane, const Pair (&v)[2][2], const Wa
                          int second, int passed, Sink sink) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int at = half == 0 ? first : second;
+    const int position = half == 0 ? first : second;
+    if (position < 0) continue;
+    const HalfRow row(position);
+    Pair* place = (Pair*)(w.thread < 2 ? plane.re : plane.im) + (w.thread & 1);
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      unsigned short* row = (w.thread < 2 ? plane.re : plane.im) + half_at(at + 8 * j);
-      if (at >= 0) store_shared((Pair*)row + (w.thread & 1), v[j][half]);
-    }
+    for (int j = 0; j < 2; ++j) store_shared(place + row.at(j) / 4, v[j][half]);
   }
   sync_warp();
   if (passed >= 0) {
-    const int t = passed + (w.lane & 1) * 8, place = half_at(t);
-    sink(t, (const float*)(plane.re + place), (const float*)(plane.im + place));
+    const int half = w.lane & 1, place = HalfRow(passed).at(half);
+    sink(passed + 8 * half, (const float*)(plane.re + place), (const float*)(plane.im + place));
   }
 }
 
 // Everything from the innermost 256 points on: `spectra(tile, f, twiddles)` gives the product with
 // the kernel; the sink takes 8 results from time t on, 4 and 4 in shared memory. What only the
-// inner loop needs is loaded for it, and the sink made after it: registers.
-template <class Number, class Spectra, class MakeSink>
+// inner loop needs is loaded for it, and that its registers are free after it: registers.
+template <class Number, class Spectra, class Sink>
 SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, const Warp& w,
-                                   Spectra spectra, MakeSink make_sink) {
+                                   Spectra spectra, Sink sink) {
   const int outer = (int)t.count - 2, tiles = (int)t.n / 256;
   const u32* table = (const u32*)t.tables;
   {
@@ -407,7 +393,7 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
       if (outer == 0) {
         Pair v[2][2];
         real_product(v, load_matrix(table + kInnerWords + kMatrixWords, w.lane), x);
-        emit(plane, v, w, w.group * 16, (w.group + 8) * 16, (w.lane >> 1) * 16, make_sink());
+        emit(plane, v, w, w.group * 16, (w.group + 8) * 16, (w.lane >> 1) * 16, sink);
         continue;
       }
       const Result<Number> y = product<Number>(conj(f), x);
@@ -443,7 +429,7 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
         const auto position = [&](const TileRow& row) {
           return at.has(pass, row) ? at.position(pass, row) : -1;
         };
-        emit(plane, v, w, position(first), position(second), position(passed), make_sink());
+        emit(plane, v, w, position(first), position(second), position(passed), sink);
       });
   sync_block();
 }

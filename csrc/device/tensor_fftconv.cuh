@@ -17,29 +17,46 @@ SEQCONV_DEVICE TensorShared tensor_shared(const Args& a, const Work& w, unsigned
   return {{first, first + size}, {second, second + size}, largest + w.slot * (w.team.size / 32)};
 }
 
-template <class Sink>
-struct Scaled {
-  Sink sink;
+// Takes 8 results from shared memory. A plain row (no gates, no activation, neighbours in memory)
+// needs its address alone, which stays in a register; everything else is made anew each time by
+// `make`.
+template <class T, class Make>
+struct Results {
+  T* plain;  // or null
+  int begin, end;
   float scale;
+  Make make;
 
   SEQCONV_DEVICE void operator()(int t, const float* low, const float* high) const {
+    const bool whole = t >= begin && t + 8 <= end;
+    if (plain != nullptr && !whole && (t + 8 <= begin || t >= end)) return;
+    if (plain != nullptr && whole) {
+      Eight<T> out;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) from_float(out.at[i], load(low, high, i));
+      *(Eight<T>*)(plain + t) = out;
+      return;
+    }
+    const auto sink = make();
     if (sink.fits(t)) {
-      const uint4 a = load_shared((const uint4*)low), b = load_shared((const uint4*)high);
-      const u32 bits[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
       float v[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = __int_as_float((int)bits[i]) * scale;
+      for (int i = 0; i < 8; ++i) v[i] = load(low, high, i);
       sink.piece(t, v);
       return;
     }
 #pragma unroll 1
-    for (int i = 0; i < 8; ++i)
-      sink(t + i, c32{load_shared((i < 4 ? low : high) + (i & 3)) * scale, 0.f});
+    for (int i = 0; i < 8; ++i) sink(t + i, c32{load(low, high, i), 0.f});
+  }
+  SEQCONV_DEVICE float load(const float* low, const float* high, int i) const {
+    return load_shared((i < 4 ? low : high) + (i & 3)) * scale;
   }
 };
-template <class Sink>
-SEQCONV_DEVICE Scaled<Sink> scaled(const Sink& sink, float scale) {
-  return {sink, scale};
+template <class T, class Make>
+SEQCONV_DEVICE Results<T, Make> results(T* row, i64 step, bool is_plain, const Place& p,
+                                        float scale, Make make) {
+  T* plain = is_plain && row != nullptr && aligned(row, step, 16) ? row : nullptr;
+  return {plain, p.begin, p.end, scale, make};
 }
 
 template <class T, class Number>
@@ -49,10 +66,13 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
   const Transform& t = a.transform;
   const TensorShared s = tensor_shared(a, work_, shared, a.heads > 1 ? 2 : 1);
   const HalfPlane x = s.x, v = s.g;
+  const bool is_plain =
+      a.activation == kNone && a.post_gate.data == nullptr && a.dy.data == nullptr;
   for (int first = work_.first; first < work_.last; first += (int)a.slots) {
     const int exponent =
         stage(x, (int)t.n, input<T>(a, place(a, work_, first)), s.largest, work_.team);
     tensor_forward_passes<Number>(t, x, w);
+    const Place p = place(a, work_, first);
     for (int head = 0; head < (int)a.heads; ++head) {
       const i64 row = kernel_row(a, work_, head);
       const u32* k = (const u32*)a.spectrum + row * t.n * (sizeof(Number) / 4);
@@ -64,10 +84,9 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
                             load_spectrum(k + tile * 256 * (sizeof(Number) / 4), w.lane, Number{}));
             return z;
           },
-          [&] {
-            const Output<T> out = Sinks<T>::output(a, inside(a, place(a, work_, first)), head);
-            return scaled(out, power_of_two(exponent) * a.scales[row]);
-          });
+          results(shifted<T>(a.y, p, head), a.y.time, is_plain, inside(a, p),
+                  power_of_two(exponent) * a.scales[row],
+                  [&] { return Sinks<T>::output(a, inside(a, place(a, work_, first)), head); }));
     }
   }
 }
@@ -81,6 +100,7 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
   const TensorShared s = tensor_shared(a, work_, shared, 2);
   const i64 rows = (a.per_sample ? a.batch : 1) * a.channels, row = kernel_row(a, work_, 0);
   const i64 part = (i64)work_.group * a.slots + work_.slot;
+  const bool is_plain = a.pre_gate.data == nullptr && a.dpre_gate.data == nullptr;
   for (int first = work_.first; first < work_.last; first += (int)a.slots) {
     const bool begins = first == work_.first;
     float up_x = 1.f, up_g = 1.f;  // what undoes the scaling of x and dv
@@ -99,6 +119,7 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
           skip_sum(gradient<T>(a, p, 0), input<T>(a, inside(a, p)), (int)t.n, work_.team);
       *mine = begins ? dskip : *mine + dskip;
     }
+    const Place p = place(a, work_, first);
     tensor_inverse<Number>(
         t, s.g, w,
         [&](int tile, const Matrix& f, const Twiddles<Number>& twiddles) {
@@ -119,9 +140,7 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
           multiply<true>(z, load_spectrum(k, w.lane, Number{}));
           return z;
         },
-        [&] {
-          const InputGradient<T> out = input_gradient<T>(a, inside(a, place(a, work_, first)));
-          return scaled(out, up_g * a.scales[row]);
-        });
+        results(shifted<T>(a.du, p, 0), a.du.time, is_plain, inside(a, p), up_g * a.scales[row],
+                [&] { return input_gradient<T>(a, inside(a, place(a, work_, first))); }));
   }
 }

@@ -18,10 +18,12 @@ MAX_PARTS = 8  # partial sums of a kernel's gradient; more only where channels a
 # the rounding of the result itself; the tests hold it.
 OPERAND_ERROR = {True: 1.5e-3, False: 8e-4}
 LAUNCH = 3e-6  # seconds
-# Warp instructions for a point and pass, there and back: counted from the kernels' loops (float32) and from the machine
-# code of a product of three passes over 4096 points (tensor cores; fast and accurate).
-RADIX_COST = {2: 16, 3: 14, 4: 13, 5: 15, 8: 15, 16: 16}
-TENSOR_COST = {True: 0.28, False: 0.55}
+# Instructions counted in sm_90's machine code, on the path of plain rows. Float32, for a point: the first
+# and the last pass, the middle one there and back, reading and writing; then every other pass.
+RADIX_ENDS, RADIX_PASS = 100, 49
+# Tensor cores, for a tile of 256 points: reading and the inner 256 points, the first outer pass with
+# writing, every other outer pass, writing where there is no outer pass; sums in float32 cost more.
+TENSOR_INNER, TENSOR_FIRST, TENSOR_PASS, TENSOR_WRITE, TENSOR_ACCURATE = 305, 390, 340, 200, 1.4
 
 
 @dataclass(frozen=True)
@@ -221,9 +223,11 @@ def _groups(problem: Problem, limits: Limits, rows: int, slots: int, backward: b
 
 def _instructions(problem: Problem, engine: str, n: int, radices: tuple[int, ...]) -> float:
     """Warp instructions of one transform there and back."""
-    if engine == "tensor":
-        return n * TENSOR_COST[problem.fast] * len(radices)
-    return 2 * n * sum(RADIX_COST[r] for r in radices) / 32
+    if engine == "radix":
+        return n * (RADIX_ENDS + RADIX_PASS * (len(radices) - 2)) / 32
+    outer = len(radices) - 2
+    tile = TENSOR_INNER + (TENSOR_FIRST + TENSOR_PASS * (outer - 1) if outer else TENSOR_WRITE)
+    return n / INNER * tile * (1 if problem.fast else TENSOR_ACCURATE)
 
 
 def _seconds(limits: Limits, moved: float, work: float, blocks: int, launches: int) -> float:
@@ -337,7 +341,7 @@ def _three_passes(problem, limits, planes, backward) -> list[Plan]:
         moved = _signal_bytes(problem, backward) + 16 * n * signals + 48 * n * problem.kernel_rows
         moved += 16 * n * problem.kernel_rows * groups * slots if backward else 0
         work = outer * _instructions(problem, "radix", lower, radices)
-        work += 2 * n * sum(RADIX_COST[r] for r in outer_radices) / 32
+        work += n * (RADIX_ENDS + RADIX_PASS * (len(outer_radices) - 1)) / 32
         work *= (signals + problem.kernel_rows) / 2
         found.append(
             Plan(
@@ -376,8 +380,10 @@ def longest(limits: Limits) -> int:
 
 def torch_fft_seconds(problem: Problem, limits: Limits = H100, backward: bool = False) -> float:
     """The torch.fft formulation by the same model: float32, about 84 bytes of traffic for every input
-    sample (padding, rfft, product, irfft, crop), three times that in backward, and ten launches.
+    sample (padding, rfft, product, irfft, crop), three times that in backward, and ten launches,
+    three more to put the taps of the future in place.
     """
     samples = problem.batch * problem.channels * problem.length
+    launches = 13 if problem.taps_rev else 10
     traffic = 84 * samples * (1 + problem.heads) / 2 + 48 * problem.kernel_rows * problem.length
-    return (3 if backward else 1) * (traffic / limits.bandwidth + 10 * LAUNCH)
+    return (3 if backward else 1) * (traffic / limits.bandwidth + launches * LAUNCH)
