@@ -326,7 +326,7 @@ def test_tensor_core_instructions_match_the_formula(library, mode):
     for length, outer in ((256, 0), (4096, 1), (8192, 2)):
         case = Case(1, 1, length, length, dtype=torch.float16)
         before = library.tensor_products()
-        with as_backend(Emulator(library)):
+        with as_backend(Emulator(library, FEW)):
             fftconv(*[case.tensors()[n] for n in ("u", "k")])
         tiles, passes = length // 256, 2 + outer
         expected = tiles * (2 * 4 + (2 * passes - 2) * 8)
