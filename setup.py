@@ -7,6 +7,7 @@ into the wheel, which then needs no NVRTC on those architectures.
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -83,6 +84,8 @@ class BuildWithCubins(build_py):
 
     def run(self):
         super().run()
+        out = Path(self.build_lib, "seqconv", "cubins")
+        shutil.rmtree(out, ignore_errors=True)  # of an earlier build
         asked = os.environ.get("SEQCONV_BUILD_CUBINS", "0")
         if asked == "0" or self.editable_mode:
             return
@@ -91,7 +94,8 @@ class BuildWithCubins(build_py):
         spec = importlib.util.spec_from_file_location("kernels", path)
         kernels = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(kernels)
-        out = Path(self.build_lib, "seqconv", "cubins")
+        if shutil.which("nvcc") is None:
+            raise SystemExit("seqconv: SEQCONV_BUILD_CUBINS needs nvcc, which is not on the PATH")
         out.mkdir(parents=True, exist_ok=True)
         only = os.environ.get("SEQCONV_BUILD_KERNELS")  # names, for a quick check
         for arch in archs:

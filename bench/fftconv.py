@@ -487,7 +487,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--lengths", **numbers, default=[256, 4096, 65536])
     parser.add_argument("--batch", **numbers, default=[8])
     parser.add_argument("--threads", **numbers, default=[1])
-    parser.add_argument("--dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(DTYPES))
     parser.add_argument(
         "--modes", nargs="+", default=["causal"], choices=["causal", "two_sided", "gated", "heads"]
     )
@@ -528,6 +528,10 @@ def main() -> None:
         report.replace_between(report.ROOT / "README.md", "bench", readme_table(rows))
         report.plot(rows, args.plot or report.RESULTS / "fftconv.png")
         return None
+    if min(*args.lengths, *args.batch, args.elements, 1) < 1:
+        raise SystemExit("--lengths, --batch and --elements must be at least 1")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {args.device} needs a CUDA device, and torch sees none")
     reason = _ops.fallback_reason(torch.device(args.device))
     if reason:
         raise SystemExit(f"seqconv would take its fallback: {reason}")

@@ -23,7 +23,13 @@ try:
     from seqconv import _C
 except ImportError as error:
     _C = None
+    _folder = Path(__file__).resolve().parent.parent
     missing = f"the compiled extension seqconv._C is not installed ({error})"
+    if (_folder / "setup.py").exists():
+        missing = (
+            f"the compiled extension seqconv._C is not installed in the source folder {_folder}, which Python took for "
+            "the package: start it in another folder, or pip install --editable this one"
+        )
     text = f"seqconv: {missing}; fftconv takes torch.fft, slower: see python -m seqconv"
     warnings.warn(text, RuntimeWarning, stacklevel=2)
 else:

@@ -26,7 +26,10 @@ library.define(
 fwd = torch.ops.seqconv.fftconv_fwd.default
 bwd = torch.ops.seqconv.fftconv_bwd.default
 
-forced_reference = os.environ.get("SEQCONV_BACKEND") == "reference"
+_asked = os.environ.get("SEQCONV_BACKEND", "")
+if _asked not in ("", "reference"):
+    raise ValueError(f"SEQCONV_BACKEND must be 'reference' or unset, got {_asked!r}")
+forced_reference = _asked == "reference"
 
 
 def fallback_reason(

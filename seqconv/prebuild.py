@@ -26,6 +26,16 @@ def _one(arch: str, name: str, out: Path | None) -> None:
 def _arch(text: str) -> str:
     if not re.fullmatch(r"sm_\d{2,3}", text):
         raise argparse.ArgumentTypeError(f"wanted sm_XY, such as sm_90, got {text!r}")
+    if int(text.removeprefix("sm_")) < 75:
+        raise argparse.ArgumentTypeError(f"wanted compute capability 7.5 or later, got {text!r}")
+    return text
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"no regular expression: {error}") from None
     return text
 
 
@@ -36,7 +46,10 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("--out", type=Path, help="a folder for the cubins instead of the cache")
     parser.add_argument(
-        "--kernels", default="", help="a regular expression: only kernels whose names match"
+        "--kernels",
+        type=_pattern,
+        default="",
+        help="a regular expression: only kernels whose names match",
     )
     options = parser.parse_args(arguments)
     missing = driver.packages_reason()
@@ -51,12 +64,25 @@ def main(arguments=None) -> int:
     ]
     if not work:
         parser.error(f"--kernels: none of {', '.join(kernels.KERNELS)} matches {options.kernels!r}")
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
+    folder = options.out or driver.cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"seqconv: {error}", file=sys.stderr)
+        return 1
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (arch, name, _), _done in zip(work, pool.map(lambda w: _one(*w), work), strict=True):
+        running = [(arch, name, pool.submit(_one, arch, name, out)) for arch, name, out in work]
+        for arch, name, job in running:
+            try:
+                job.result()
+            except Exception as error:  # NVRTC's own, for an architecture it does not know
+                pool.shutdown(cancel_futures=True)
+                print(
+                    f"seqconv: {arch} {name}: {' '.join(str(error).split())[:300]}", file=sys.stderr
+                )
+                return 1
             print(f"{arch} {name}")
-    print(f"{len(work)} kernels in {options.out or driver.cache_folder()}")
+    print(f"{len(work)} kernels in {folder}")
     return 0
 
 

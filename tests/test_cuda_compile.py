@@ -118,10 +118,20 @@ def test_prebuild_into_a_folder_is_found(tmp_path, monkeypatch, capsys):
 
 
 def test_prebuild_refuses_what_it_does_not_know(capsys):
-    for arguments in (["--arch", "90"], ["--arch", "sm_90", "--kernels", "nothing"], []):
+    for arguments in (
+        ["--arch", "90"],
+        ["--arch", "sm_50"],
+        ["--arch", "sm_90", "--kernels", "nothing"],
+        ["--arch", "sm_90", "--kernels", "("],
+        [],
+    ):
         with pytest.raises(SystemExit):
             prebuild.main(arguments)
     capsys.readouterr()
+    for arguments in (["--arch", "sm_999"], ["--arch", "sm_90", "--out", "/proc/nothing"]):
+        assert prebuild.main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("seqconv: ") and error.count("\n") == 1
 
 
 def test_cache_is_safe_under_concurrent_processes(tmp_path):
