@@ -286,7 +286,8 @@ def test_thread_order_does_not_matter(library, case, limits):
 def test_every_barrier_is_needed(library):
     """Each left out in turn: a race is found, or the result is another one."""
     right = [results(library, case, limits, 0) for case, limits in ORDERS]
-    sites = library.emulator_visited().decode().split()
+    visited = library.emulator_visited().decode().split()
+    sites = [site for site in visited if not site.startswith("butterfly")]  # test_cuda_butterfly's
     assert len(sites) > 20
 
     def noticed(site: str) -> bool:
