@@ -83,14 +83,13 @@ SEQCONV_DEVICE float slope(float v, i64 activation) {
 struct Place {
   int b, h;
   int shift;       // time of local position 0
-  int begin, end;  // local positions whose time lies inside the row
-  bool real;       // false: a slot without a row, which reads zeros and writes nothing
+  int begin, end;  // local positions whose time lies inside the row; none in a slot without one
 };
 
 SEQCONV_DEVICE Place place(const Args& a, int b, int h, int window, bool real) {
   const int shift = window * (int)a.step - (int)a.lead, end = (int)a.length - shift,
             n = (int)a.transform.n;
-  return {b, h, shift, real && shift < 0 ? -shift : 0, real ? end < n ? end : n : 0, real};
+  return {b, h, shift, real && shift < 0 ? -shift : 0, real ? end < n ? end : n : 0};
 }
 // Only the outputs of the window, not what lies around them.
 SEQCONV_DEVICE Place inside(const Args& a, Place p) {

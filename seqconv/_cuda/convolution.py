@@ -239,9 +239,8 @@ class _Call:
             x, dv = self.work(1), self.work(p.heads)
             dx = x if with_dx else None  # a row of x is read before its gradient is written
             signals = {name: source.get(name) for name in ("u", "pre_gate")}
-            tiles = at.tiles
             partial_skip = (
-                self.empty(p.batch * tiles, 1, p.heads, p.channels, at.column_threads)
+                self.empty(p.batch * at.tiles, 1, p.heads, p.channels, at.column_threads)
                 if skip
                 else None
             )
