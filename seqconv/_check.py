@@ -60,6 +60,12 @@ def check_positive(function: str, **sizes: int) -> None:
             raise ValueError(f"{function}: {name} must be an integer >= 1, got {value!r}")
 
 
+def check_flag(function: str, **flags: bool) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{function}: {name} must be True or False, got {value!r}")
+
+
 def check_length(function: str, length) -> None:
     if not isinstance(length, (int, torch.SymInt)) or length < 0:
         raise ValueError(f"{function}: length must be an integer >= 0, got {length!r}")

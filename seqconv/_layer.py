@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seqconv._check import FLOATS, check_shape, check_tensor
-from seqconv.functional import fftconv
+from seqconv._check import FLOATS, check_choice, check_flag, check_shape, check_tensor
+from seqconv.functional import ACTIVATIONS, fftconv
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -35,13 +35,23 @@ class KernelGenerator(nn.Module):
         return super()._apply(keep_precision, recurse)
 
 
+class TiedDropout(nn.Dropout):
+    """Dropout of whole channels of a sample: (batch, length, channels) with one mask for all times."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x.new_ones(x.shape[0], 1, x.shape[2])
+        return x * F.dropout(mask, self.p, self.training)
+
+
 class ConvLayer(nn.Module):
     """(batch, length, d_model) -> the same: y = GLU(W dropout(gelu(k * x + skip x)) + b).
 
     Parameters: the generator's; skip (heads, d_model) ~ N(0, 1); linear (2 d_model, heads d_model),
     torch's default. A two-sided layer's generator makes 2 heads kernels, the second half for the
-    future.
+    future. `resamples` says that the generator takes a rate.
     """
+
+    resamples = False
 
     def __init__(
         self,
@@ -50,24 +60,39 @@ class ConvLayer(nn.Module):
         *,
         heads: int,
         bidirectional: bool,
-        dropout: float,
+        activation: str | None = "gelu",
+        dropout: float = 0.0,
+        tie_dropout: bool = False,
+        postact: str | None = "glu",
     ):
         super().__init__()
-        if not isinstance(bidirectional, bool):
-            name = type(self).__name__
-            raise ValueError(f"{name}: bidirectional must be True or False, got {bidirectional!r}")
+        name = type(self).__name__
+        check_choice(name, "activation", activation, ACTIVATIONS)
+        check_choice(name, "postact", postact, ("glu", None))
+        check_flag(name, bidirectional=bidirectional, tie_dropout=tie_dropout)
         self.d_model = d_model
         self.heads = heads
         self.bidirectional = bidirectional
+        self.activation = activation
+        self.postact = postact
         self.kernel = kernel
         self.skip = nn.Parameter(torch.randn(heads, d_model))
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(heads * d_model, 2 * d_model)
+        self.dropout = (TiedDropout if tie_dropout else nn.Dropout)(dropout)
+        self.linear = nn.Linear(heads * d_model, 2 * d_model if postact == "glu" else d_model)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        rate: float = 1.0,
+    ) -> Tensor:
         """x (batch, length, d_model), in the layer's dtype unless under autocast. mask (batch, length)
         marks padding, by True or by -inf (0 elsewhere), as in torch's attention: x is read as zeros
         there. The output there is not zero: every layer needs the mask, and so does a mean.
+        lengths (batch,), integers, is a mask of everything from lengths[i] on. rate: steps of the
+        kernel per step of x, for inputs sampled 1 / rate times as often as those of training.
         """
         name = type(self).__name__
         check_tensor(name, "x", x)
@@ -75,30 +100,59 @@ class ConvLayer(nn.Module):
             why = " (the layer's dtype) outside autocast"
             check_tensor(name, "x", x, dtypes=(self.linear.weight.dtype,), why=why)
         check_shape(name, "x", x, (("batch", None), ("length", None), ("d_model", self.d_model)))
-        batch, length, _ = x.shape
-        if mask is not None:
-            check_tensor(name, "mask", mask, dtypes=(torch.bool, *FLOATS), device=x.device)
-            check_shape(name, "mask", mask, (("batch", batch), ("length", length)))
-            x = x.masked_fill(_padding(name, mask).unsqueeze(-1), 0.0)
-        k, k_rev = self.kernel(length), None
+        padding = _padding(name, x, mask, lengths)
+        if padding is not None:
+            x = x.masked_fill(padding.unsqueeze(-1), 0.0)
+        k, k_rev = self._kernel(x.shape[1], rate), None
         if self.bidirectional:
             k, k_rev = k[: self.heads], k[self.heads :]
-        y = fftconv(x, k, self.skip, k_rev=k_rev, activation="gelu", layout="blh")
-        return F.glu(self.linear(self.dropout(rearrange(y, "b l c h -> b l (c h)"))), dim=-1)
+        y = fftconv(x, k, self.skip, k_rev=k_rev, activation=self.activation, layout="blh")
+        return self._mix(rearrange(y, "b l c h -> b l (c h)"))
+
+    def _kernel(self, length: int, rate: float) -> Tensor:
+        if rate == 1.0:
+            return self.kernel(length)
+        name = type(self).__name__
+        if not self.resamples:
+            raise ValueError(f"{name}: rate must be 1 (its taps have no time scale), got {rate!r}")
+        return self.kernel(length, rate=rate)
+
+    def _mix(self, y: Tensor) -> Tensor:
+        """(batch, length, heads d_model) after the activation -> (batch, length, d_model)."""
+        y = self.linear(self.dropout(y))
+        return F.glu(y, dim=-1) if self.postact == "glu" else y
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, heads={self.heads}, bidirectional={self.bidirectional}"
 
 
-def _padding(function: str, mask: Tensor) -> Tensor:
-    """mask as bool, True at padding."""
+def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:
+    """(batch, length), True at padding."""
+    batch, length, _ = x.shape
+    if lengths is not None:
+        if mask is not None:
+            raise ValueError(f"{function}: mask and lengths exclude each other, got both")
+        check_tensor(
+            function, "lengths", lengths, dtypes=(torch.int64, torch.int32), device=x.device
+        )
+        check_shape(function, "lengths", lengths, (("batch", batch),))
+        valid = ((lengths >= 0) & (lengths <= length)).all()
+        _require(valid, f"{function}: lengths must be between 0 and length={length}")
+        return torch.arange(length, device=x.device) >= lengths.unsqueeze(1)
+    if mask is None:
+        return None
+    check_tensor(function, "mask", mask, dtypes=(torch.bool, *FLOATS), device=x.device)
+    check_shape(function, "mask", mask, (("batch", batch), ("length", length)))
     if mask.dtype == torch.bool:
         return mask
     padding = mask == -torch.inf
-    valid = (padding | (mask == 0)).all()
     text = f"{function}: mask must be bool (True is padding) or float with 0 and -inf only"
+    _require((padding | (mask == 0)).all(), text)
+    return padding
+
+
+def _require(valid: Tensor, text: str) -> None:
     if torch.compiler.is_compiling():
         torch._assert_async(valid, text)
     elif not valid:
         raise ValueError(text)
-    return padding

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv._check import check_length, check_positive
+from seqconv._check import check_flag, check_length, check_positive
 from seqconv._layer import ConvLayer, KernelGenerator
 
 
@@ -65,7 +65,9 @@ class LongConv(ConvLayer):
             the past's.
         lam: threshold of the squash, which zeroes the taps below it.
         kernel_dropout: of single taps, in training.
-        dropout: after the activation.
+        activation: of the convolution: "gelu", "silu", "relu" or None.
+        dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
+        postact: "glu", or None for a plain linear map.
         kernel_lr: learning rate that param_groups gives to the taps, or its own lr if that is
             smaller.
 
@@ -86,10 +88,11 @@ class LongConv(ConvLayer):
         bidirectional: bool = False,
         lam: float = 0.003,
         kernel_dropout: float = 0.2,
-        dropout: float = 0.0,
         kernel_lr: float = 1e-3,
+        **block,
     ):
+        check_flag("LongConv", bidirectional=bidirectional)
         check_positive("LongConv", d_model=d_model, l_max=l_max, heads=heads)
         options = {"l_max": l_max, "lam": lam, "kernel_dropout": kernel_dropout, "lr": kernel_lr}
         kernel = LongConvKernel(d_model, heads=heads * (1 + bidirectional), **options)
-        super().__init__(d_model, kernel, heads=heads, bidirectional=bidirectional, dropout=dropout)
+        super().__init__(d_model, kernel, heads=heads, bidirectional=bidirectional, **block)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv._check import check_length, check_positive
+from seqconv._check import check_flag, check_length, check_positive
 from seqconv._layer import ConvLayer, KernelGenerator
 
 
@@ -136,7 +136,9 @@ class S4D(ConvLayer):
         bidirectional: add as many kernels for the future, shifted by one so that lag 0 belongs to
             the past's.
         dt_min, dt_max: range of the initial steps, in steps of the sequence.
-        dropout: after the activation.
+        activation: of the convolution: "gelu", "silu", "relu" or None.
+        dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
+        postact: "glu", or None for a plain linear map.
         kernel_lr: learning rate that param_groups gives to dt and A, or its own lr if that is
             smaller; C is trained like any weight.
 
@@ -157,10 +159,11 @@ class S4D(ConvLayer):
         bidirectional: bool = False,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
-        dropout: float = 0.0,
         kernel_lr: float = 1e-3,
+        **block,
     ):
+        check_flag("S4D", bidirectional=bidirectional)
         check_positive("S4D", d_model=d_model, d_state=d_state, heads=heads)
         options = {"d_state": d_state, "dt_min": dt_min, "dt_max": dt_max, "lr": kernel_lr}
         kernel = S4DKernel(d_model, heads=heads * (1 + bidirectional), **options)
-        super().__init__(d_model, kernel, heads=heads, bidirectional=bidirectional, dropout=dropout)
+        super().__init__(d_model, kernel, heads=heads, bidirectional=bidirectional, **block)
