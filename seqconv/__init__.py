@@ -4,7 +4,8 @@ from seqconv._version import __version__
 from seqconv.functional import Explanation, explain, fftconv
 from seqconv.long_conv import LongConv, LongConvKernel
 from seqconv.optim import param_groups
-from seqconv.s4d import S4D, S4DKernel, s4d_kernel
+from seqconv.s4d import S4D, S4DKernel
+from seqconv.ssm import ssm_kernel
 
 __all__ = [
     "S4D",
@@ -16,5 +17,5 @@ __all__ = [
     "explain",
     "fftconv",
     "param_groups",
-    "s4d_kernel",
+    "ssm_kernel",
 ]
