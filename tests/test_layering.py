@@ -29,8 +29,10 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "_layer": {"_check", "functional"},
     "s4d": LAYER,
     "long_conv": LAYER,
+    # Not another layer but its kernel generator: the taps are LongConv's, only the transforms differ.
+    "butterfly_conv": LAYER | {"_butterfly", "long_conv", "reference"},
     "optim": {"_layer"},
-    "__init__": {"_version", "functional", "long_conv", "optim", "s4d"},
+    "__init__": {"_version", "butterfly_conv", "functional", "long_conv", "optim", "s4d"},
     "__main__": {"_cpu", "_cuda", "_ops", "reference"},
     "prebuild": {"_cuda.driver", "_cuda.kernels"},
 }
