@@ -1,6 +1,7 @@
 """Convolutions as long as their sequence: one fused operator and the layers that generate its kernel."""
 
 from seqconv._version import __version__
+from seqconv.butterfly_conv import ButterflyConv
 from seqconv.functional import Explanation, explain, fftconv
 from seqconv.long_conv import LongConv, LongConvKernel
 from seqconv.optim import param_groups
@@ -9,6 +10,7 @@ from seqconv.ssm import ssm_kernel
 
 __all__ = [
     "S4D",
+    "ButterflyConv",
     "Explanation",
     "LongConv",
     "LongConvKernel",
