@@ -20,6 +20,7 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "_cuda.arguments": {"_pack"},
     "_cuda.convolution": {"_pack", "_cuda.arguments", "_cuda.plan", "_cuda.tables"},
     "_cuda.butterfly": {"_cuda.arguments", "_cuda.plan", "_cuda.tables", "_pack"},
+    "_cuda.ssm": {"_cuda.arguments", "_pack"},
     "_cuda.driver": {"_cuda.kernels", "_cuda.plan", "_cuda.tables"},
     "_cuda": {"_cuda.convolution", "_cuda.driver", "_cuda.plan"},
     "_ops": {"_cpu", "_cuda", "reference"},
