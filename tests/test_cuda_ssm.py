@@ -101,6 +101,13 @@ def test_long_rows_of_barely_damped_modes(device):
     check(device, a.contiguous(), w, dense(a.contiguous(), w, length).float())
 
 
+def test_a_phase_is_reduced_exactly(device):
+    """Of any size in one step: here all of the oracle's products are exact too."""
+    a = torch.tensor([[[-(2.0**-20), 100000000.5]]], dtype=torch.float64)
+    w = torch.tensor([[[[0.75, -0.5]]]], dtype=torch.float64)
+    check(device, a, w, torch.randn(1, 1, 65536))
+
+
 def test_a_row_of_two_million(library):
     length = (1 << 21) + 5
     a = torch.tensor([[[-1e-9, 100.3]]], dtype=torch.float64)
