@@ -27,7 +27,7 @@ def device(library):
 
 def dense(a, w, length):
     """The definition: (c, h, length) from every term of it, in float64."""
-    t = torch.arange(length, dtype=torch.float64)
+    t = torch.arange(length, dtype=torch.float64, device=a.device)
     terms = torch.exp(torch.view_as_complex(a)[..., None] * t)  # (h n l)
     return (torch.view_as_complex(w)[..., None] * terms).real.sum(-2)
 
@@ -44,7 +44,7 @@ PRODUCTS = ("ssm_forward", "ssm_backward")
 
 
 def results(device, a, w, dk):
-    k, da, dw = torch.empty(dk.shape), torch.full_like(a, torch.nan), torch.full_like(w, torch.nan)
+    k, da, dw = dk.new_empty(dk.shape), torch.full_like(a, torch.nan), torch.full_like(w, torch.nan)
     ssm.forward(device, k, a, w)
     ssm.backward(device, da, dw, dk, a, w)
     return k, da, dw
@@ -77,6 +77,7 @@ SIZES = [
     (1, 3, 4, 2047),
     (2, 1, 5, 2049),
     (2, 3, 17, 5000),
+    (1, 1, 3001, 130),
 ]
 
 

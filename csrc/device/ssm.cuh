@@ -2,16 +2,16 @@
 // gradients of w and a (S4D, arXiv 2206.11893).
 //
 // Written in base 8, l = d0 + 8 d1 + 64 d2 + ..., exp(a l) is a product of one power for each
-// digit. Only those powers are formed in float64, `digits` times 8 for a mode whatever the length,
-// and rounded once; with D digits exp(a l) is then D rounded factors and D - 1 rounded products,
-// whose errors do not grow with l otherwise. A tile of 32 rows of 64 positions is the product of
-// two tables in shared memory, one of a row's positions and one of the rows, which holds w too.
+// digit. Only those powers, 8 for each digit of a mode, are formed in float64 and rounded once: the
+// error of exp(a l) is that of a few factors and products in float32, however many turns its phase
+// has made. A tile of 32 rows of 64 positions is the product of two tables in shared memory, one of
+// a row's positions and one of the rows, which holds w too.
 //
-// Floor: 4 n flops for an element of k and 8 n for one of its gradient (n rounded up to a power of
-// two up to 32, then to a multiple of 32), as fused multiply-adds; 4 bytes for an element, in
-// backward once for every 32 modes; 8 digits powers for a mode. Prediction, from sm_90's machine
-// code: 42 warp instructions for a mode of 512 elements and 165 for 32 modes of 32, over the issue
-// rate, or the bytes over the bandwidth, whichever is more. Nothing is as large as (h, n, length).
+// Floor: 4 n flops for an element of k, 8 n for one of its gradient (there n counts as a power of
+// two, or a multiple of 32), in fused multiply-adds; 4 bytes for an element, in backward once for
+// every 32 modes. Prediction, from sm_90's machine code: 42 warp instructions for a mode of 512
+// elements of k, 165 for 32 modes of 32 elements of its gradient, over the issue rate; or the bytes
+// over the bandwidth, if that is more. Nothing is as large as (h, n, length).
 #pragma once
 #include "problem.cuh"
 
@@ -110,7 +110,7 @@ SEQCONV_DEVICE void ssm_forward(const Args& a, unsigned char* shared) {
     const i64 begin = (i64)tile * kTile + row * kRowLength;  // of the warp
     for (i64 c = 0; c < a.heads; ++c) {
       const c32* weights = a.work + (c * a.channels + r.h) * n;
-      float sum[kWarpRows][2] = {};
+      float total[kWarpRows][2] = {};  // group by group: thousands of modes would add up errors
       for (int first = 0; first < n; first += kModes) {
         const int modes = n - first < kModes ? n - first : kModes;
         const c32* powers = r.powers + first * e.digits * 8;
@@ -122,6 +122,7 @@ SEQCONV_DEVICE void ssm_forward(const Args& a, unsigned char* shared) {
         });
         sync_block();
         if (begin >= a.length) continue;
+        float sum[kWarpRows][2] = {};
         for (int m = 0; m < modes; ++m) {
           const c32 x = load_shared(columns.at(m, lane)), y = load_shared(columns.at(m, lane + 32));
 #pragma unroll
@@ -136,12 +137,14 @@ SEQCONV_DEVICE void ssm_forward(const Args& a, unsigned char* shared) {
             }
           }
         }
+#pragma unroll
+        for (int i = 0; i < 2 * kWarpRows; ++i) total[i / 2][i % 2] += sum[i / 2][i % 2];
       }
       float* out = a.k.row<float>(0, c, r.h);
 #pragma unroll
       for (int i = 0; i < 2 * kWarpRows; ++i) {
         const i64 l = begin + i * 32 + lane;
-        if (l < a.length) out[l * a.k.time] = sum[i / 2][i % 2];
+        if (l < a.length) out[l * a.k.time] = total[i / 2][i % 2];
       }
     }
   }
