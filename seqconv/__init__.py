@@ -5,6 +5,7 @@ from seqconv.functional import Explanation, explain, fftconv
 from seqconv.long_conv import LongConv, LongConvKernel
 from seqconv.optim import param_groups
 from seqconv.s4d import S4D, S4DKernel, s4d_kernel
+from seqconv.sgconv import SGConv, SGConvKernel
 
 __all__ = [
     "S4D",
@@ -12,6 +13,8 @@ __all__ = [
     "LongConv",
     "LongConvKernel",
     "S4DKernel",
+    "SGConv",
+    "SGConvKernel",
     "__version__",
     "explain",
     "fftconv",

@@ -28,8 +28,9 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "_layer": {"_check", "functional"},
     "s4d": LAYER,
     "long_conv": LAYER,
+    "sgconv": LAYER,
     "optim": {"_layer"},
-    "__init__": {"_version", "functional", "long_conv", "optim", "s4d"},
+    "__init__": {"_version", "functional", "long_conv", "optim", "s4d", "sgconv"},
     "__main__": {"_cpu", "_cuda", "_ops", "reference"},
     "prebuild": {"_cuda.driver", "_cuda.kernels"},
 }
