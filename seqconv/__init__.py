@@ -2,6 +2,7 @@
 
 from seqconv._version import __version__
 from seqconv.functional import Explanation, explain, fftconv
+from seqconv.hyena import Hyena, HyenaFilter
 from seqconv.long_conv import LongConv, LongConvKernel
 from seqconv.optim import param_groups
 from seqconv.s4d import S4D, S4DKernel, s4d_kernel
@@ -10,6 +11,8 @@ from seqconv.sgconv import SGConv, SGConvKernel
 __all__ = [
     "S4D",
     "Explanation",
+    "Hyena",
+    "HyenaFilter",
     "LongConv",
     "LongConvKernel",
     "S4DKernel",

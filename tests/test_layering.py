@@ -29,8 +29,9 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "s4d": LAYER,
     "long_conv": LAYER,
     "sgconv": LAYER,
+    "hyena": LAYER | {"functional"},
     "optim": {"_layer"},
-    "__init__": {"_version", "functional", "long_conv", "optim", "s4d", "sgconv"},
+    "__init__": {"_version", "functional", "hyena", "long_conv", "optim", "s4d", "sgconv"},
     "__main__": {"_cpu", "_cuda", "_ops", "reference"},
     "prebuild": {"_cuda.driver", "_cuda.kernels"},
 }

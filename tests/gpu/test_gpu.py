@@ -142,7 +142,8 @@ def test_compile_export_vmap_and_autocast():
 
 
 def test_layers():
-    for layer in (seqconv.S4D(8), seqconv.LongConv(8, l_max=700)):
+    made = [cls(8, l_max=700) for cls in (seqconv.LongConv, seqconv.SGConv, seqconv.Hyena)]
+    for layer in (seqconv.S4D(8), *made):
         layer = layer.cuda().eval()
         x = torch.randn(2, 700, 8, device="cuda", requires_grad=True)
         y = layer(x)
