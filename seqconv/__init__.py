@@ -1,5 +1,6 @@
 """Convolutions as long as their sequence: one fused operator and the layers that generate its kernel."""
 
+from seqconv import nn
 from seqconv._version import __version__
 from seqconv.functional import Explanation, explain, fftconv
 from seqconv.long_conv import LongConv, LongConvKernel
@@ -15,6 +16,7 @@ __all__ = [
     "__version__",
     "explain",
     "fftconv",
+    "nn",
     "param_groups",
     "s4d_kernel",
 ]

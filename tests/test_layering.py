@@ -29,7 +29,8 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "s4d": LAYER,
     "long_conv": LAYER,
     "optim": {"_layer"},
-    "__init__": {"_version", "functional", "long_conv", "optim", "s4d"},
+    "nn": LAYER,
+    "__init__": {"_version", "functional", "long_conv", "nn", "optim", "s4d"},
     "__main__": {"_cpu", "_cuda", "_ops", "reference"},
     "prebuild": {"_cuda.driver", "_cuda.kernels"},
 }
