@@ -1,6 +1,6 @@
 """Convolutions as long as their sequence: one fused operator and the layers that generate its kernel."""
 
-from seqconv import nn
+from seqconv import convert, nn
 from seqconv._version import __version__
 from seqconv.functional import Explanation, explain, fftconv
 from seqconv.long_conv import LongConv, LongConvKernel
@@ -14,6 +14,7 @@ __all__ = [
     "LongConvKernel",
     "S4DKernel",
     "__version__",
+    "convert",
     "explain",
     "fftconv",
     "nn",

@@ -30,7 +30,8 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "long_conv": LAYER,
     "optim": {"_layer"},
     "nn": LAYER,
-    "__init__": {"_version", "functional", "long_conv", "nn", "optim", "s4d"},
+    "convert": {*LAYER, "long_conv", "s4d"},
+    "__init__": {"_version", "convert", "functional", "long_conv", "nn", "optim", "s4d"},
     "__main__": {"_cpu", "_cuda", "_ops", "reference"},
     "prebuild": {"_cuda.driver", "_cuda.kernels"},
 }

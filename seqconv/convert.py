@@ -1,0 +1,260 @@
+"""Checkpoints of the reference implementations, and nn.Conv1d's weights, as layers and taps of this package."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqconv._check import check_choice, check_shape, check_tensor
+from seqconv._layer import ConvLayer
+from seqconv.long_conv import LongConv
+from seqconv.s4d import S4D
+
+
+class _Checkpoint:
+    """The part of a state_dict below a prefix; every key must be asked for."""
+
+    def __init__(self, function: str, state_dict: dict[str, Tensor], prefix: str):
+        self.function, self.prefix = function, prefix
+        self.rest = {
+            k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)
+        }
+        if not self.rest:
+            some = ", ".join(list(state_dict)[:3])
+            raise ValueError(
+                f"{function}: state_dict has no key that starts with {prefix!r}: {some} ..."
+            )
+
+    def find(self, *names: str) -> str | None:
+        return next((name for name in names if name in self.rest), None)
+
+    def take(self, *names: str) -> Tensor:
+        """The tensor by any of its names; complex ones as (..., 2)."""
+        name = self.find(*names)
+        if name is None:
+            wanted = " or ".join(repr(self.prefix + n) for n in names)
+            raise ValueError(f"{self.function}: state_dict must have {wanted}")
+        tensor = self.rest.pop(name).detach()
+        return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+    def check(self, name: str, tensor: Tensor, *patterns: tuple) -> Tensor:
+        check_shape(self.function, name, tensor, *patterns)
+        return tensor
+
+    def block(self) -> tuple[dict[str, Tensor], dict]:
+        """What every layer has, as our parameters and as options of our layer."""
+        skip = self.take("D", "layer.D")
+        skip = skip.reshape(1, -1) if skip.dim() == 1 else skip
+        self.check("D", skip, (("heads", None), ("d_model", None)))
+        heads, d_model = skip.shape
+        # A convolution of width 1, or a product on the left, have the same numbers as a Linear.
+        weight = self.take("output_linear.0.weight", "output_linear.weight")
+        weight = weight.squeeze(-1) if weight.dim() == 3 else weight
+        columns = ("heads d_model", heads * d_model)
+        rows = ((("2 d_model", 2 * d_model), columns), (("d_model", d_model), columns))
+        self.check("output_linear's weight", weight, *rows)
+        bias = self.take("output_linear.0.bias", "output_linear.bias").reshape(-1)
+        self.check("output_linear's bias", bias, (("rows of its weight", len(weight)),))
+        values = {"skip": skip, "linear.weight": weight, "linear.bias": bias}
+        postact = "glu" if len(weight) == 2 * d_model else None
+        return values, {"d_model": d_model, "heads": heads, "postact": postact}
+
+    def directions(self, name: str, kernels: int, heads: int) -> bool:
+        """Whether there are kernels for the future."""
+        if kernels not in (heads, 2 * heads):
+            wanted = f"heads={heads} kernels or twice as many (two-sided)"
+            raise ValueError(f"{self.function}: {name} must hold {wanted}, got {kernels}")
+        return kernels == 2 * heads
+
+    def fill(self, layer: ConvLayer, values: dict[str, Tensor]) -> ConvLayer:
+        if self.rest:
+            keys = ", ".join(repr(self.prefix + name) for name in self.rest)
+            raise ValueError(f"{self.function}: unknown keys in state_dict: {keys}")
+        like = values["skip"]
+        layer.to(device=like.device, dtype=like.dtype)
+        layer.load_state_dict(values)
+        return layer
+
+
+_POSITIVE = {
+    "exp": torch.exp,
+    "softplus": F.softplus,
+    "relu": lambda p: F.relu(p) + 1e-4,
+    "sigmoid": torch.sigmoid,
+    "none": lambda p: p,
+}
+
+
+def load_s4d(
+    state_dict: dict[str, Tensor],
+    *,
+    prefix: str = "",
+    disc: str = "zoh",
+    real_transform: str = "exp",
+    dt_transform: str | None = None,
+    **options,
+) -> S4D:
+    """An S4D with the weights of a layer of state-spaces/s4, or of safari, that computes the same.
+
+    Takes, below prefix, the keys of the minimal S4D (D, kernel.log_dt, .log_A_real, .A_imag, .C), of
+    S4Block with a diagonal kernel (layer.D, layer.kernel.inv_dt, .A_real, .A_imag, .B, .C) and of its
+    predecessors (D, kernel.kernel.log_dt, .inv_A_real or .log_w_real, .A_imag or .w_imag, .C, and
+    .B), each with output_linear's weight and bias. Sizes, heads, sides and the GLU follow from shapes.
+
+    Args:
+        state_dict: of the layer, or of a model that holds it.
+        prefix: of the layer's keys, "layers.0.layer." for instance.
+        disc: discretisation the layer was trained with, "zoh" (the minimal S4D's); its checkpoint
+            does not tell. real_transform: what made -Re A of the parameter, "exp", "softplus", "relu",
+            "sigmoid" or "none"; it does not matter to the minimal S4D.
+        dt_transform: what made the step of inv_dt, "exp" or "softplus": the class's default and its
+            configurations' differ, so a checkpoint with inv_dt needs it.
+        options: of S4D that a checkpoint does not hold: dropout, tie_dropout, activation, kernel_lr.
+
+    Returns:
+        An S4D in D's dtype, on its device. Outputs are (batch, length, d_model).
+
+    Raises:
+        ValueError: a key is missing or unknown (P, for one: S4 with a low-rank term is not S4D), or has
+            a shape that does not fit the others.
+
+    Source: arXiv 2206.11893.
+    """
+    name = "load_s4d"
+    check_choice(name, "disc", disc, ("zoh",))
+    check_choice(name, "real_transform", real_transform, tuple(_POSITIVE))
+    check_choice(name, "dt_transform", dt_transform, (None, "exp", "softplus"))
+    checkpoint = _Checkpoint(name, state_dict, prefix)
+    values, shape = checkpoint.block()
+    d, heads = shape["d_model"], shape["heads"]
+
+    def named(*names: str) -> list[str]:
+        return [p + n for n in names for p in ("layer.kernel.", "kernel.kernel.", "kernel.")]
+
+    C = checkpoint.take(*named("C"))
+    C = C.unsqueeze(0) if C.dim() == 3 else C
+    pattern = (("kernels", None), ("d_model", d), ("modes", None), ("real and imaginary", 2))
+    modes = checkpoint.check("C", C, pattern).shape[2]
+
+    if checkpoint.find(*named("inv_dt")):
+        if dt_transform is None:
+            raise ValueError(
+                f"{name}: dt_transform must be 'exp' or 'softplus' for a checkpoint with inv_dt"
+            )
+        log_dt = _POSITIVE[dt_transform](checkpoint.take(*named("inv_dt"))).log()
+    else:
+        log_dt = checkpoint.take(*named("log_dt"))
+    log_dt = log_dt.squeeze(-1) if log_dt.dim() == 2 and log_dt.shape[-1] == 1 else log_dt
+    checkpoint.check("dt", log_dt, (("d_model", d),))
+
+    # S4Block is the only one that stores the imaginary part's negative.
+    sign = -1 if checkpoint.find(*named("A_real")) else 1
+    if checkpoint.find(*named("log_A_real", "log_w_real")):
+        real_transform = "exp"
+    A_real = checkpoint.take(*named("A_real", "inv_A_real", "log_A_real", "log_w_real"))
+    sets = (("sets", None), ("modes", modes))
+    n_ssm = checkpoint.check("A's real part", A_real, sets).shape[0]
+    if d % n_ssm:
+        raise ValueError(f"{name}: A must have sets that divide d_model={d}, got {n_ssm}")
+    A_imag = sign * checkpoint.take(*named("A_imag", "w_imag"))
+    checkpoint.check("A's imaginary part", A_imag, (("sets", n_ssm), ("modes", modes)))
+    # Channel h has set h mod sets.
+    A_real = _POSITIVE[real_transform](A_real).log().repeat(d // n_ssm, 1)
+    A_imag = A_imag.repeat(d // n_ssm, 1)
+    if checkpoint.find(*named("B")):
+        B = checkpoint.take(*named("B"))
+        B = B.squeeze(0) if B.dim() == 4 else B
+        checkpoint.check("B", B, (("sets", n_ssm), ("modes", modes), ("real and imaginary", 2)))
+        B = B.repeat(d // n_ssm, 1, 1)
+        C = torch.view_as_real(_complex(B) * _complex(C))
+
+    two_sided = checkpoint.directions("C", len(C), heads)
+    layer = S4D(**shape, d_state=2 * modes, bidirectional=two_sided, **options)
+    values |= {"kernel.log_dt": log_dt, "kernel.log_A_real": A_real, "kernel.A_imag": A_imag}
+    return checkpoint.fill(layer, values | {"kernel.C": C})
+
+
+def _complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.contiguous())
+
+
+def load_longconv(
+    state_dict: dict[str, Tensor], *, prefix: str = "", lam: float, **options
+) -> LongConv:
+    """A LongConv with the weights of safari's, or of its standalone one, that computes the same.
+
+    Takes, below prefix, the keys D, kernel.kernel (kernels, d_model, l_max), output_linear's weight and
+    bias; or those of the standalone file, whose kernel (heads, d_model, 2 l_max) is two-sided, as its
+    transform has its own length: the second half, read backwards, is for the future.
+
+    The same for inputs of length l_max (and for longer ones to a kernel.kernel). For shorter ones
+    safari's layers let the taps beyond the input wrap around to the future; here they are cut.
+
+    Args:
+        state_dict: of the layer, or of a model that holds it.
+        prefix: of the layer's keys, "layers.0.layer." for instance.
+        lam: threshold of the squash, which the checkpoint does not hold: 0.1 if safari's layer was made
+            without one, 0.001 to 0.004 in its Long Range Arena configurations.
+        options: of LongConv that a checkpoint does not hold: kernel_dropout, dropout, tie_dropout,
+            activation, kernel_lr.
+
+    Returns:
+        A LongConv in D's dtype, on its device. Outputs are (batch, length, d_model).
+
+    Raises:
+        ValueError: a key is missing or unknown, or has a shape that does not fit the others.
+
+    Source: arXiv 2302.06646.
+    """
+    checkpoint = _Checkpoint("load_longconv", state_dict, prefix)
+    values, shape = checkpoint.block()
+    standalone = checkpoint.find("kernel") is not None
+    kernel = checkpoint.take("kernel", "kernel.kernel")
+    pattern = (("kernels", None), ("d_model", shape["d_model"]), ("taps", None))
+    checkpoint.check("kernel", kernel, pattern)
+    if standalone:
+        if kernel.shape[-1] % 2:
+            raise ValueError(
+                f"load_longconv: kernel must have an even number of taps, got {kernel.shape[-1]}"
+            )
+        past, future = kernel.chunk(2, dim=-1)
+        kernel = torch.cat([past, future.flip(-1)])
+    two_sided = checkpoint.directions("kernel", len(kernel), shape["heads"])
+    size = {"l_max": kernel.shape[-1], "bidirectional": two_sided, "lam": lam}
+    layer = LongConv(**shape, **size, **options)
+    return checkpoint.fill(layer, values | {"kernel.kernel": kernel})
+
+
+def conv1d_taps(weight: Tensor, padding: str = "causal") -> tuple[Tensor, Tensor | None]:
+    """k and k_rev with which fftconv computes a depthwise nn.Conv1d of stride 1.
+
+    y = fftconv(u, k, k_rev=k_rev) + bias.unsqueeze(-1) (without the bias where there is none). A
+    convolution layer correlates, so k is the weight read backwards.
+
+    Args:
+        weight: (channels, 1, taps), of nn.Conv1d(channels, channels, taps, groups=channels).
+        padding: "causal" for inputs padded by taps - 1 zeros on the left, or outputs of
+            padding=taps - 1 cut to the input's length: k_rev is None. "same" for padding="same", or
+            padding=taps // 2 with an odd number of taps.
+
+    Returns:
+        k (channels, taps) and None; for "same" k (channels, (taps + 1) // 2) and k_rev
+        (channels, taps // 2). Views of weight where they can be: gradients reach it.
+
+    Raises:
+        ValueError: weight or padding is not one of those above.
+
+    Example:
+        >>> conv = torch.nn.Conv1d(8, 8, 5, groups=8, padding="same", bias=False)
+        >>> k, k_rev = conv1d_taps(conv.weight, "same")
+        >>> k.shape, k_rev.shape
+        (torch.Size([8, 3]), torch.Size([8, 2]))
+    """
+    check_choice("conv1d_taps", "padding", padding, ("causal", "same"))
+    check_tensor("conv1d_taps", "weight", weight)
+    pattern = (("channels", None), ("per group", 1), ("taps", None))
+    check_shape("conv1d_taps", "weight", weight, pattern, why=" (depthwise)")
+    taps = weight.squeeze(1)
+    if padding == "causal":
+        return taps.flip(-1), None
+    past = (taps.shape[-1] + 1) // 2
+    return taps[:, :past].flip(-1), taps[:, past:]
