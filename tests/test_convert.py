@@ -95,7 +95,9 @@ def minimal_kernel(state):
 def test_minimal_s4d(width_1, prefix):
     state, x = minimal(width_1), rand(BATCH, L, D)
     wanted = block(x, state, minimal_kernel(state))
-    check(load_s4d(under(prefix, state) if prefix else state, prefix=prefix), wanted, x)
+    given = under(prefix, state) if prefix else state
+    check(load_s4d(given, prefix=prefix), wanted, x)
+    check(load_s4d(given, prefix=prefix, real_transform="relu"), wanted, x)  # it knows better
 
 
 def test_options_reach_the_layer():
@@ -207,6 +209,33 @@ def test_standalone_longconv():
     circular = torch.fft.ifft(spectrum).real[..., :L]
     torch.testing.assert_close(convolve(x.mT, k[..., :L], future), circular)
     check(load_longconv(state, lam=lam), block(x, state, k[..., :L], future), x)
+
+
+# ---- what the README says of calls ----
+
+
+def test_calls_of_other_packages():
+    u, k, k_rev, bias, w = rand(BATCH, D, L), rand(D, L), rand(D, L), rand(D), rand(D, 4)
+
+    def transformed(spectrum, n):
+        return torch.fft.irfft(torch.fft.rfft(u, n) * spectrum, n)[..., :L]
+
+    # A transform of n points wraps at n.
+    long = torch.cat([k, k_rev], -1)
+    for n, taps, ours in [
+        (L, k, fftconv(u, k, mode="circular")),
+        (2 * L, k, fftconv(u, k)),
+        (2 * L, long, fftconv(u, long[:, :L], k_rev=long[:, L:].flip(-1))),
+    ]:
+        torch.testing.assert_close(ours, transformed(torch.fft.rfft(taps, n), n))
+    # safari adds the conjugate of k_rev's spectrum, D u and GELU.
+    spectrum = torch.fft.rfft(k, 2 * L) + torch.fft.rfft(k_rev, 2 * L).conj()
+    theirs = F.gelu(transformed(spectrum, 2 * L) + bias[:, None] * u)
+    first = F.pad(k_rev[:, :1], (0, k.shape[1] - 1))
+    ours = fftconv(u, k + first, bias, k_rev=k_rev[:, 1:], activation="gelu")
+    torch.testing.assert_close(ours, theirs)
+    theirs = F.silu(F.conv1d(u, w[:, None], bias, padding=3, groups=D)[..., :L])
+    torch.testing.assert_close(F.silu(fftconv(u, w.flip(-1)) + bias[:, None]), theirs)
 
 
 # ---- refusals ----
