@@ -31,8 +31,8 @@ class AsAttention(nn.Module):
     only, are declined. All layers of an nn.TransformerEncoder are copies: give each its own weights.
 
     Args:
-        layer: maps (batch, length, d_model) and a padding mask to the same shape; has d_model and
-            bidirectional, as every layer of seqconv.
+        layer: maps (batch, length, d_model) and a padding mask to the same shape; has d_model, and causal,
+            True if no output sees a later input, as every layer of seqconv.
         batch_first: (batch, length, d_model), or (length, batch, d_model) if False. The encoder layer
             must have been built with the same value, of which torch's default is False.
 
@@ -53,8 +53,8 @@ class AsAttention(nn.Module):
 
     def __init__(self, layer: nn.Module, *, batch_first: bool = True):
         super().__init__()
-        if not (hasattr(layer, "d_model") and hasattr(layer, "bidirectional")):
-            wanted = "a layer with d_model and bidirectional"
+        if not (hasattr(layer, "d_model") and hasattr(layer, "causal")):
+            wanted = "a layer with d_model and causal"
             raise TypeError(f"AsAttention: layer must be {wanted}, got {type(layer).__name__}")
         check_flag("AsAttention", batch_first=batch_first)
         self.layer = layer
@@ -76,7 +76,7 @@ class AsAttention(nn.Module):
         if not batch_first, or (length, d_model). key_padding_mask (batch, length), or (length,), as
         the layer's mask. attn_mask and is_causal may ask for what the layer does: a causal layer takes
         the mask of nn.Transformer.generate_square_subsequent_mask, as floats or as bool, and
-        is_causal=True, with or without it; a two-sided layer a mask that hides nothing. Anything else
+        is_causal=True, with or without it; any other a mask that hides nothing. Anything else
         is a ValueError. There are no weights to return: None stands for them.
         """
         if not (query is key and key is value):
@@ -105,23 +105,23 @@ class AsAttention(nn.Module):
         return y, None
 
     def _check_attn_mask(self, attn_mask: Tensor | None, is_causal: bool, length: int) -> None:
-        two_sided = self.layer.bidirectional
-        if is_causal and two_sided:
-            raise ValueError("AsAttention: is_causal must be False for a bidirectional layer")
+        causal = self.layer.causal
+        if is_causal and not causal:
+            raise ValueError(
+                "AsAttention: is_causal must be False for a layer that sees the future"
+            )
         if attn_mask is None:
             return
         check_tensor("AsAttention", "attn_mask", attn_mask, dtypes=(torch.bool, *FLOATS))
         check_shape("AsAttention", "attn_mask", attn_mask, (("length", length),) * 2)
         hidden = torch.ones(length, length, dtype=torch.bool, device=attn_mask.device)
-        hidden = hidden.triu(length if two_sided else 1)
+        hidden = hidden.triu(1 if causal else length)
         if attn_mask.dtype != torch.bool:
             hidden = torch.zeros_like(attn_mask).masked_fill(hidden, -torch.inf)
-        layer, wanted = (
-            ("bidirectional", "hide nothing")
-            if two_sided
-            else ("causal", "hide exactly the future")
+        wanted = (
+            "exactly the future (the layer is causal)"
+            if causal
+            else "nothing (the layer is not causal)"
         )
-        _require(
-            (attn_mask == hidden).all(),
-            f"AsAttention: attn_mask must {wanted} (the layer is {layer}), got another mask",
-        )
+        text = f"AsAttention: attn_mask must hide {wanted}, got another mask"
+        _require((attn_mask == hidden).all(), text)
