@@ -118,10 +118,6 @@ class AsAttention(nn.Module):
         hidden = hidden.triu(1 if causal else length)
         if attn_mask.dtype != torch.bool:
             hidden = torch.zeros_like(attn_mask).masked_fill(hidden, -torch.inf)
-        wanted = (
-            "exactly the future (the layer is causal)"
-            if causal
-            else "nothing (the layer is not causal)"
-        )
-        text = f"AsAttention: attn_mask must hide {wanted}, got another mask"
+        layer, wanted = ("causal", "exactly the future") if causal else ("not causal", "nothing")
+        text = f"AsAttention: attn_mask must hide {wanted} (the layer is {layer}), got another mask"
         _require((attn_mask == hidden).all(), text)
