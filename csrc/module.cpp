@@ -10,6 +10,7 @@
 #include <initializer_list>
 
 #include "cpu/fftconv.h"
+#include "cpu/ssm.h"
 
 namespace {
 
@@ -88,6 +89,42 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return call(args, count, true);
 }
 
+// heads, channels, modes, length, single, threads; addresses of a and w; then of k, or of dk, its
+// three strides, and the addresses of da and dw.
+PyObject* ssm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  const bool backward = count == 14;
+  if (count != 9 && !backward) {
+    PyErr_Format(PyExc_TypeError, "seqconv._C: 9 or 14 integers wanted, got %zd", count);
+    return nullptr;
+  }
+  Reader read{args};
+  const auto address = [&] { return reinterpret_cast<char*>(static_cast<intptr_t>(read.next())); };
+  seqconv::SsmProblem p{};
+  p.heads = read.next();
+  p.channels = read.next();
+  p.modes = read.next();
+  p.length = read.next();
+  p.single = read.next();
+  p.threads = static_cast<int>(read.next());
+  p.a = reinterpret_cast<const double*>(address());
+  p.w = reinterpret_cast<const double*>(address());
+  if (backward) {
+    p.dk = address();
+    for (int64_t& stride : p.dk_stride) stride = read.next();
+    p.da = reinterpret_cast<double*>(address());
+    p.dw = reinterpret_cast<double*>(address());
+  } else {
+    p.k = address();
+  }
+  if (!read.ok) return nullptr;
+  seqconv::Status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = backward ? seqconv::ssm_backward(p) : seqconv::ssm_forward(p);
+  Py_END_ALLOW_THREADS;
+  if (status == seqconv::Status::kOutOfMemory) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
 PyObject* set_parallel_for(PyObject*, PyObject* address) {
   void* function = PyLong_AsVoidPtr(address);
   if (!function && PyErr_Occurred()) return nullptr;
@@ -128,6 +165,7 @@ PyCFunction fastcall(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize
 PyMethodDef methods[] = {
     {"forward", fastcall(forward), METH_FASTCALL, "Runs the operator on packed arguments."},
     {"backward", fastcall(backward), METH_FASTCALL, "Runs its gradient on packed arguments."},
+    {"ssm", fastcall(ssm), METH_FASTCALL, "A state space model's kernel, or its gradient."},
     {"set_parallel_for", set_parallel_for, METH_O, "Takes the address of torch_parallel_for."},
     {"set_isa", set_isa, METH_VARARGS, "Selects an instruction set; False if it cannot run here."},
     {"isa", isa, METH_NOARGS, "The instruction set in use."},

@@ -5,7 +5,8 @@ from seqconv._version import __version__
 from seqconv.functional import Explanation, explain, fftconv
 from seqconv.long_conv import LongConv, LongConvKernel
 from seqconv.optim import param_groups
-from seqconv.s4d import S4D, S4DKernel, s4d_kernel
+from seqconv.s4d import S4D, S4DKernel
+from seqconv.ssm import ssm_kernel
 
 __all__ = [
     "S4D",
@@ -15,9 +16,10 @@ __all__ = [
     "S4DKernel",
     "__version__",
     "convert",
+    "convert",
     "explain",
     "fftconv",
     "nn",
     "param_groups",
-    "s4d_kernel",
+    "ssm_kernel",
 ]

@@ -66,6 +66,6 @@ def check_flag(function: str, **flags: bool) -> None:
             raise ValueError(f"{function}: {name} must be True or False, got {value!r}")
 
 
-def check_length(function: str, length) -> None:
-    if not isinstance(length, (int, torch.SymInt)) or length < 0:
-        raise ValueError(f"{function}: length must be an integer >= 0, got {length!r}")
+def check_length(function: str, length, name: str = "length") -> None:
+    if not isinstance(length, (int, torch.SymInt)) or isinstance(length, bool) or length < 0:
+        raise ValueError(f"{function}: {name} must be an integer >= 0, got {length!r}")

@@ -133,3 +133,22 @@ def backward(grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activation) -> N
         *pack(dpre_gate, SIGNAL),
         *pack(dpost_gate, SIGNAL),
     )
+
+
+def _ssm_problem(k, a, w):
+    heads, channels, modes, _ = w.shape
+    asked = torch.get_num_threads() if threaded else 1
+    sizes = (heads, channels, modes, k.shape[-1], k.dtype == torch.float32, asked)
+    return (*sizes, a.data_ptr(), w.data_ptr())
+
+
+def ssm_forward(k, a, w) -> None:
+    """Writes k, contiguous; see seqconv._ssm for the shapes."""
+    _C.ssm(*_ssm_problem(k, a, w), k.data_ptr())
+
+
+def ssm_backward(da, dw, dk, a, w) -> None:
+    """Writes da and dw, contiguous; dk may have any strides."""
+    dk = materialise(dk)
+    addresses = (da.data_ptr(), dw.data_ptr())
+    _C.ssm(*_ssm_problem(dk, a, w), dk.data_ptr(), *dk.stride(), *addresses)

@@ -100,11 +100,7 @@ class ConvLayer(nn.Module):
         kernel per step of x, for inputs sampled 1 / rate times as often as those of training.
         """
         name = type(self).__name__
-        check_tensor(name, "x", x)
-        if not torch.is_autocast_enabled(x.device.type):
-            why = " (the layer's dtype) outside autocast"
-            check_tensor(name, "x", x, dtypes=(self.linear.weight.dtype,), why=why)
-        check_shape(name, "x", x, (("batch", None), ("length", None), ("d_model", self.d_model)))
+        self._check_input(name, x, ("batch", None), ("length", None))
         padding = _padding(name, x, mask, lengths)
         if padding is not None:
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
@@ -113,6 +109,13 @@ class ConvLayer(nn.Module):
             k, k_rev = k[: self.heads], k[self.heads :]
         y = fftconv(x, k, self.skip, k_rev=k_rev, activation=self.activation, layout="blh")
         return self._mix(rearrange(y, "b l c h -> b l (c h)"))
+
+    def _check_input(self, function: str, x: Tensor, *axes: tuple[str, None]) -> None:
+        check_tensor(function, "x", x)
+        if not torch.is_autocast_enabled(x.device.type):
+            why = " (the layer's dtype) outside autocast"
+            check_tensor(function, "x", x, dtypes=(self.linear.weight.dtype,), why=why)
+        check_shape(function, "x", x, (*axes, ("d_model", self.d_model)))
 
     def _kernel(self, length: int, rate: float) -> Tensor:
         if rate == 1.0:

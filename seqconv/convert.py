@@ -1,7 +1,6 @@
 """Checkpoints of the reference implementations, and nn.Conv1d's weights, as layers and taps of this package."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv._check import check_choice, check_shape, check_tensor
@@ -75,40 +74,23 @@ class _Checkpoint:
         return layer
 
 
-_POSITIVE = {
-    "exp": torch.exp,
-    "softplus": F.softplus,
-    "relu": lambda p: F.relu(p) + 1e-4,
-    "sigmoid": torch.sigmoid,
-    "none": lambda p: p,
-}
-
-
-def load_s4d(
-    state_dict: dict[str, Tensor],
-    *,
-    prefix: str = "",
-    disc: str = "zoh",
-    real_transform: str = "exp",
-    dt_transform: str | None = None,
-    **options,
-) -> S4D:
+def load_s4d(state_dict: dict[str, Tensor], *, prefix: str = "", **options) -> S4D:
     """An S4D with the weights of a layer of state-spaces/s4, or of safari, that computes the same.
 
     Takes, below prefix, the keys of the minimal S4D (D, kernel.log_dt, .log_A_real, .A_imag, .C), of
     S4Block with a diagonal kernel (layer.D, layer.kernel.inv_dt, .A_real, .A_imag, .B, .C) and of its
     predecessors (D, kernel.kernel.log_dt, .inv_A_real or .log_w_real, .A_imag or .w_imag, .C, and
-    .B), each with output_linear's weight and bias. Sizes, heads, sides and the GLU follow from shapes.
+    .B), each with output_linear's weight and bias. Sizes, heads, sides, ties, real modes (no
+    imaginary part) and the GLU follow from names and shapes. Parameters keep their parameterisation,
+    so that training can go on; a B that a checkpoint lacks is 1 and stays so.
 
     Args:
         state_dict: of the layer, or of a model that holds it.
         prefix: of the layer's keys, "layers.0.layer." for instance.
-        disc: discretisation the layer was trained with, "zoh" (the minimal S4D's); its checkpoint
-            does not tell. real_transform: what made -Re A of the parameter, "exp", "softplus", "relu",
-            "sigmoid" or "none"; it does not matter to the minimal S4D.
-        dt_transform: what made the step of inv_dt, "exp" or "softplus": the class's default and its
-            configurations' differ, so a checkpoint with inv_dt needs it.
-        options: of S4D that a checkpoint does not hold: dropout, tie_dropout, activation, kernel_lr.
+        options: of S4D that a checkpoint does not hold: discretization ("zoh" is the minimal S4D's and
+            S4Block's default), real_transform ("exp" likewise), imag_transform, dt_sinh, bandlimit,
+            dropout, tie_dropout, activation, kernel_lr, ...; and dt_transform, which a checkpoint with
+            inv_dt needs: the default of the class ("exp") is not that of its configurations ("softplus").
 
     Returns:
         An S4D in D's dtype, on its device. Outputs are (batch, length, d_model).
@@ -120,9 +102,6 @@ def load_s4d(
     Source: arXiv 2206.11893.
     """
     name = "load_s4d"
-    check_choice(name, "disc", disc, ("zoh",))
-    check_choice(name, "real_transform", real_transform, tuple(_POSITIVE))
-    check_choice(name, "dt_transform", dt_transform, (None, "exp", "softplus"))
     checkpoint = _Checkpoint(name, state_dict, prefix)
     values, shape = checkpoint.block()
     d, heads = shape["d_model"], shape["heads"]
@@ -130,51 +109,51 @@ def load_s4d(
     def named(*names: str) -> list[str]:
         return [p + n for n in names for p in ("layer.kernel.", "kernel.kernel.", "kernel.")]
 
-    C = checkpoint.take(*named("C"))
-    C = C.unsqueeze(0) if C.dim() == 3 else C
-    pattern = (("kernels", None), ("d_model", d), ("modes", None), ("real and imaginary", 2))
-    modes = checkpoint.check("C", C, pattern).shape[2]
-
-    if checkpoint.find(*named("inv_dt")):
-        if dt_transform is None:
-            raise ValueError(
-                f"{name}: dt_transform must be 'exp' or 'softplus' for a checkpoint with inv_dt"
-            )
-        log_dt = _POSITIVE[dt_transform](checkpoint.take(*named("inv_dt"))).log()
-    else:
-        log_dt = checkpoint.take(*named("log_dt"))
-    log_dt = log_dt.squeeze(-1) if log_dt.dim() == 2 and log_dt.shape[-1] == 1 else log_dt
-    checkpoint.check("dt", log_dt, (("d_model", d),))
-
-    # S4Block is the only one that stores the imaginary part's negative.
-    sign = -1 if checkpoint.find(*named("A_real")) else 1
-    if checkpoint.find(*named("log_A_real", "log_w_real")):
-        real_transform = "exp"
+    # S4Block stores the imaginary part's negative.
+    conjugate = checkpoint.find(*named("A_real")) is not None
+    is_real = conjugate and checkpoint.find(*named("A_imag")) is None
+    parts = () if is_real else (("real and imaginary", 2),)
     A_real = checkpoint.take(*named("A_real", "inv_A_real", "log_A_real", "log_w_real"))
-    sets = (("sets", None), ("modes", modes))
-    n_ssm = checkpoint.check("A's real part", A_real, sets).shape[0]
+    checkpoint.check("A's real part", A_real, (("sets", None), ("modes", None)))
+    n_ssm, modes = A_real.shape
+    sets = (("sets", n_ssm), ("modes", modes))
     if d % n_ssm:
         raise ValueError(f"{name}: A must have sets that divide d_model={d}, got {n_ssm}")
-    A_imag = sign * checkpoint.take(*named("A_imag", "w_imag"))
-    checkpoint.check("A's imaginary part", A_imag, (("sets", n_ssm), ("modes", modes)))
-    # Channel h has set h mod sets.
-    A_real = _POSITIVE[real_transform](A_real).log().repeat(d // n_ssm, 1)
-    A_imag = A_imag.repeat(d // n_ssm, 1)
-    if checkpoint.find(*named("B")):
-        B = checkpoint.take(*named("B"))
-        B = B.squeeze(0) if B.dim() == 4 else B
-        checkpoint.check("B", B, (("sets", n_ssm), ("modes", modes), ("real and imaginary", 2)))
-        B = B.repeat(d // n_ssm, 1, 1)
-        C = torch.view_as_real(_complex(B) * _complex(C))
+    kernel = {"inv_A_real": A_real}
+    if not is_real:
+        A_imag = checkpoint.take(*named("A_imag", "w_imag"))
+        kernel["inv_A_imag"] = checkpoint.check("A's imaginary part", A_imag, sets)
 
-    two_sided = checkpoint.directions("C", len(C), heads)
-    layer = S4D(**shape, d_state=2 * modes, bidirectional=two_sided, **options)
-    values |= {"kernel.log_dt": log_dt, "kernel.log_A_real": A_real, "kernel.A_imag": A_imag}
-    return checkpoint.fill(layer, values | {"kernel.C": C})
+    C = checkpoint.take(*named("C"))
+    C = C.unsqueeze(0) if C.dim() == 2 + len(parts) else C
+    checkpoint.check("C", C, (("kernels", None), ("d_model", d), ("modes", modes), *parts))
+    has_B = checkpoint.find(*named("B")) is not None
+    B = checkpoint.take(*named("B")) if has_B else C.new_tensor([1.0, 0.0]).repeat(*A_real.shape, 1)
+    B = B.squeeze(0) if B.dim() == 3 + len(parts) else B
+    checkpoint.check("B", B, (*sets, *parts))
+    if conjugate and not is_real:  # of all complex numbers, which leaves the kernel as it is
+        B, C = (t * t.new_tensor([1.0, -1.0]) for t in (B, C))
 
+    if checkpoint.find(*named("inv_dt")) and "dt_transform" not in options:
+        wanted = "dt_transform must be 'exp' or 'softplus' for a checkpoint with inv_dt"
+        raise ValueError(f"{name}: {wanted}, got none")
+    dt = checkpoint.take(*named("inv_dt", "log_dt"))
+    dt = dt.squeeze(-1) if dt.dim() == 2 and dt.shape[1] == 1 else dt
+    checkpoint.check("dt", dt, (("d_model", d),), (("d_model", d), ("modes", modes)))
+    kernel |= {"inv_dt": dt, "B": B, "C": C}
 
-def _complex(x: Tensor) -> Tensor:
-    return torch.view_as_complex(x.contiguous())
+    layer = S4D(
+        **shape,
+        d_state=modes if is_real else 2 * modes,
+        bidirectional=checkpoint.directions("C", len(C), heads),
+        n_ssm=n_ssm,
+        is_real=is_real,
+        init="real" if is_real else "lin",  # all of it is replaced
+        train_B=has_B,
+        dt_tie=dt.dim() == 1,
+        **options,
+    )
+    return checkpoint.fill(layer, values | {f"kernel.{n}": t for n, t in kernel.items()})
 
 
 def load_longconv(

@@ -20,7 +20,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         >>> from seqconv import S4D
         >>> groups = param_groups(S4D(8), lr=1e-2, weight_decay=0.05)
         >>> [(len(g["params"]), g["lr"], g["weight_decay"]) for g in groups]
-        [(4, 0.01, 0.05), (3, 0.001, 0.0)]
+        [(4, 0.01, 0.05), (4, 0.001, 0.0)]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups: model must be a module, got {type(model).__name__}")

@@ -2,7 +2,7 @@
 
 `fftconv` is the O(L K) sum itself, `fftconv_fft` the usual torch.fft formulation (zero-padded rfft,
 product, irfft); both have the signature of `seqconv.fftconv` and take any real dtype. `backward` is
-the gradient of `fftconv_fft` in closed form. `s4d_kernel` is the Vandermonde sum of S4D. No
+the gradient of `fftconv_fft` in closed form. `ssm_kernel` is the Vandermonde sum of S4D. No
 argument is checked here.
 """
 
@@ -237,18 +237,20 @@ def butterfly(x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...]) -
     return torch.view_as_real(z.reshape(batch, channels, n).contiguous())
 
 
-def s4d_kernel(log_dt, log_neg_real, imag, c, length):
-    """S4D's kernel by its definition, zero-order hold, B = 1 (arXiv 2206.11893, section 3.2):
-
-    K[head, h, t] = 2 Re sum_n c[head, h, n] (exp(dt A) - 1) / A exp(dt A t),   A =
-    -exp(log_neg_real) + i imag
-
-    log_dt (channels,), log_neg_real and imag (channels, modes), c (heads, channels, modes, 2), all
-    real; returns (heads, channels, length) in c's dtype. Computed in float64; takes memory channels
-    x modes x length.
-    """
-    a = torch.complex(-log_neg_real.double().exp(), imag.double())
-    dt_a = log_dt.double().exp().unsqueeze(-1) * a
-    weight = torch.view_as_complex(c.double().contiguous()) * torch.expm1(dt_a) / a
-    powers = torch.exp(dt_a.unsqueeze(-1) * torch.arange(length, device=c.device))  # (h n l)
-    return 2 * torch.einsum("chn,hnl->chl", weight, powers).real.to(c.dtype)
+def ssm_kernel(log_dt, A, C, length, *, B=None, discretization="zoh"):
+    """seqconv.ssm_kernel by its definition, in complex float64; takes memory channels x modes x length."""
+    a, c = (torch.view_as_complex(t.double().contiguous()) for t in (A, C))
+    dt = log_dt.double().exp()
+    dt = dt if dt.dim() == 2 else dt.unsqueeze(-1)
+    log, b = dt * a, torch.expm1(dt * a) / a
+    if discretization == "bilinear":
+        log, b = torch.log((1 + dt * a / 2) / (1 - dt * a / 2)), dt / (1 - dt * a / 2)
+    if B is not None:
+        b = b * torch.view_as_complex(B.double().contiguous())
+    powers = torch.exp(log.unsqueeze(-1) * torch.arange(length, device=C.device))  # (h n l)
+    if discretization == "dss_softmax":
+        powers = powers / powers.sum(-1, keepdim=True)
+        b = b / torch.expm1(dt * a)
+    k = torch.einsum("chn,hn,hnl->chl", c, b, powers).real
+    k = k if discretization.startswith("dss") else 2 * k
+    return k if C.dtype == torch.float64 else k.float()

@@ -4,85 +4,56 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from seqconv._check import check_flag, check_length, check_positive
+from seqconv import s4d_init
+from seqconv._check import (
+    check_choice,
+    check_flag,
+    check_length,
+    check_positive,
+    check_shape,
+    check_tensor,
+)
 from seqconv._layer import ConvLayer, KernelGenerator
+from seqconv._ssm import mode_sum, moments
+from seqconv.functional import fftconv
+from seqconv.reference import activate
+from seqconv.ssm import DISCRETIZATIONS, discretize, multiply, ssm_kernel
 
-
-def _cis(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of exp(x + i y)."""
-    size = x.exp()
-    return size * y.cos(), size * y.sin()
-
-
-def s4d_kernel(
-    log_dt: Tensor, log_A_real: Tensor, A_imag: Tensor, C: Tensor, length: int
-) -> Tensor:
-    """K[head, h, t] = 2 Re sum_n C (exp(dt A) - 1) / A exp(dt A t), A = -exp(log_A_real) + i A_imag, dt = exp(log_dt).
-
-    Zero-order hold with B = 1 (paper, section 3.2 and table 1). With t = Q p + q, q < Q, the sum
-    over n is a product of a (p, n) and an (n, q) matrix: memory channels x modes x (Q + length /
-    Q), not channels x modes x length. Exponents are formed in float64, where the phase dt Im(A) t
-    keeps its digits, and rounded once.
-
-    Args:
-        log_dt: (channels,) logarithm of the step, in steps of the sequence.
-        log_A_real, A_imag: (channels, modes), one of each conjugate pair.
-        C: (heads, channels, modes, 2), real and imaginary part.
-        length: of the kernel, >= 0.
-
-    Returns:
-        (heads, channels, length) in C's dtype.
-
-    Twin: seqconv.reference.s4d_kernel.
-    """
-    dt = log_dt.double().exp().unsqueeze(-1)  # (h 1)
-    a_re, a_im = -log_A_real.double().exp(), A_imag.double()
-    x, y = dt * a_re, dt * a_im  # (h n)
-
-    # (exp(x + i y) - 1) / A, without cancellation for small steps.
-    m_re = torch.expm1(x) * y.cos() - 2 * (y / 2).sin() ** 2
-    m_im = x.exp() * y.sin()
-    square = a_re**2 + a_im**2
-    b_re, b_im = (m_re * a_re + m_im * a_im) / square, (m_im * a_re - m_re * a_im) / square
-    c_re, c_im = C.double().unbind(-1)  # (c h n)
-    w_re, w_im = c_re * b_re - c_im * b_im, c_re * b_im + c_im * b_re
-
-    # About sqrt(length); but traced graphs must serve every length, and a size of 1 would tie them
-    # to it.
-    fine = 64 if torch.compiler.is_compiling() or length < 1 << 15 else 512
-    coarse = length // fine + 2
-    q = torch.arange(fine, dtype=torch.float64, device=C.device)
-    p = torch.arange(coarse, dtype=torch.float64, device=C.device) * fine
-    x, y = x.unsqueeze(-1), y.unsqueeze(-1)
-    q_re, q_im = _cis(x * q, y * q)  # (h n q)
-    p_re, p_im = _cis(x * p, y * p)  # (h n p)
-    w_re, w_im = w_re.unsqueeze(-1), w_im.unsqueeze(-1)
-    left = torch.cat(
-        [w_re * p_re - w_im * p_im, -(w_re * p_im + w_im * p_re)], dim=-2
-    )  # (c h 2n p)
-    right = torch.cat([q_re, q_im], dim=-2)  # (h 2n q)
-    if torch.is_autocast_enabled(C.device.type):
-        with torch.autocast(C.device.type, enabled=False):
-            k = 2 * left.mT.to(C.dtype) @ right.to(C.dtype)  # (c h p q)
-    else:
-        k = 2 * left.mT.to(C.dtype) @ right.to(C.dtype)
-    k = k.flatten(-2)
-    return F.pad(
-        k, (0, length - k.shape[-1])
-    )  # a slice here would tie exported graphs to their length
+_FLOOR = 1e-4  # of what a positive transform has to give
+POSITIVE = {  # name: (transform, inverse)
+    "exp": (torch.exp, torch.log),
+    "relu": (lambda p: F.relu(p) + _FLOOR, lambda x: x - _FLOOR),
+    "softplus": (F.softplus, lambda x: torch.log(torch.expm1(x))),
+    "sigmoid": (torch.sigmoid, torch.logit),
+    "none": (lambda p: p, lambda x: x),
+}
 
 
 class S4DKernel(KernelGenerator):
     """Kernel generator of S4D; S4DKernel(...)(length) -> (heads, d_model, length), any length.
 
-    Parameters, all real, N = d_state // 2 conjugate pairs of modes:
-        log_dt (d_model,): uniform in [log dt_min, log dt_max]; dt is in steps of the sequence.
-        log_A_real (d_model, N): log(1/2). A_imag (d_model, N): pi n (S4D-Lin, paper eq. 9).
+    K = seqconv.ssm_kernel(log dt, A, C, length, B=B), with N = d_state // 2 modes, one of each
+    conjugate pair, and n_ssm sets of (A, B), of which channel h takes number h mod n_ssm.
+
+    Parameters, all real:
+        inv_dt (d_model,), or (d_model, N) with dt_tie=False: dt = f(inv_dt), f being exp or
+            softplus; log dt is uniform in [log dt_min, log dt_max]. dt is in steps of the sequence.
+            dt_sinh=True: dt = f(sinh(inv_dt)).
+        inv_A_real (n_ssm, N): Re A = -g(inv_A_real), g by real_transform. inv_A_imag (n_ssm, N): Im
+            A = g'(inv_A_imag), g' by imag_transform. Both from `init`, see seqconv.s4d_init.
+        B (n_ssm, N, 2): from `init` or `B_init`; a buffer with train_B=False.
         C (heads, d_model, N, 2): complex standard normal.
-    Optimiser: log_dt, log_A_real and A_imag take min(lr, `lr` here) and no weight decay; C is
-    trained like any weight.
+    is_real=True: d_state real modes; no imaginary parts, B (n_ssm, d_state), C (heads, d_model,
+    d_state) standard normal; the factor 2 of the kernel stays. deterministic=True: log dt evenly
+    spaced over the channels and C = (1, 0, 0, ...), nothing drawn.
+
+    Optimiser: inv_dt, inv_A_real, inv_A_imag and B take min(lr, `lr` here) and no weight decay; C
+    is trained like any weight.
+
+    Options are those of S4D.
     """
 
     def __init__(
@@ -91,43 +62,140 @@ class S4DKernel(KernelGenerator):
         *,
         d_state: int = 64,
         heads: int = 1,
+        n_ssm: int | None = None,
+        init: str = "lin",
+        discretization: str = "zoh",
+        real_transform: str = "exp",
+        imag_transform: str = "none",
+        is_real: bool = False,
+        real_scale: float = 1.0,
+        imag_scale: float = 1.0,
+        real_random: bool = False,
+        imag_random: bool = False,
+        B_init: str | None = None,
+        B_scale: float = 1.0,
+        normalize_B: bool = False,
+        train_B: bool = True,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
+        dt_tie: bool = True,
+        dt_transform: str = "exp",
+        dt_sinh: bool = False,
+        deterministic: bool = False,
+        bandlimit: float | None = None,
+        kernel_dropout: float = 0.0,
         lr: float = 1e-3,
+        backend: str = "auto",
     ):
         super().__init__()
-        check_positive("S4DKernel", d_model=d_model, d_state=d_state, heads=heads)
-        if d_state % 2:
+        name = "S4DKernel"
+        n_ssm = d_model if n_ssm is None else n_ssm
+        check_positive(name, d_model=d_model, d_state=d_state, heads=heads, n_ssm=n_ssm)
+        check_choice(name, "discretization", discretization, DISCRETIZATIONS)
+        check_choice(name, "real_transform", real_transform, tuple(POSITIVE))
+        check_choice(name, "imag_transform", imag_transform, tuple(POSITIVE))
+        check_choice(name, "dt_transform", dt_transform, ("exp", "softplus"))
+        check_flag(name, is_real=is_real, train_B=train_B, dt_tie=dt_tie, dt_sinh=dt_sinh)
+        check_flag(name, deterministic=deterministic)
+        if d_state % 2 and not is_real:
             raise ValueError(
                 f"S4DKernel: d_state must be even (modes come in conjugate pairs), got {d_state}"
             )
+        if d_model % n_ssm:
+            raise ValueError(f"S4DKernel: n_ssm must divide d_model={d_model}, got {n_ssm}")
         if not 0 < dt_min <= dt_max:
             raise ValueError(
                 f"S4DKernel: 0 < dt_min <= dt_max wanted, got dt_min={dt_min}, dt_max={dt_max}"
             )
-        modes = d_state // 2
-        self.log_dt = nn.Parameter(
-            torch.empty(d_model).uniform_(math.log(dt_min), math.log(dt_max))
+        if bandlimit is not None and not bandlimit > 0:
+            raise ValueError(f"S4DKernel: bandlimit must be positive or None, got {bandlimit}")
+        modes = d_state if is_real else d_state // 2
+        A, B = s4d_init.modes(
+            init,
+            n_ssm,
+            modes,
+            is_real=is_real,
+            real_scale=real_scale,
+            imag_scale=imag_scale,
+            real_random=real_random,
+            imag_random=imag_random,
+            B_init=B_init,
+            B_scale=B_scale,
+            normalize_B=normalize_B,
         )
-        self.log_A_real = nn.Parameter(torch.full((d_model, modes), math.log(0.5)))
-        self.A_imag = nn.Parameter(
-            math.pi * torch.arange(modes, dtype=torch.float32).repeat(d_model, 1)
-        )
-        self.C = nn.Parameter(torch.randn(heads, d_model, modes, 2) * math.sqrt(0.5))
-        self.overrides = {
-            name: {"lr": lr, "weight_decay": 0.0} for name in ("log_dt", "log_A_real", "A_imag")
-        }
+        low, high = math.log(dt_min), math.log(dt_max)
+        if deterministic:
+            log_dt = torch.linspace(low, high, d_model, dtype=torch.float64)
+            log_dt = log_dt if dt_tie else log_dt.unsqueeze(-1).repeat(1, modes)
+            C = torch.zeros(heads, d_model, modes, 2)
+            C[..., 0, 0] = 1
+        else:
+            shape = (d_model,) if dt_tie else (d_model, modes)
+            log_dt = torch.empty(shape, dtype=torch.float64).uniform_(low, high)
+            C = torch.randn(heads, d_model, modes, 2) * (1 if is_real else math.sqrt(0.5))
+        dt = log_dt.exp()
+        inv_dt = log_dt if dt_transform == "exp" else POSITIVE["softplus"][1](dt.clamp(min=_FLOOR))
+        inv_dt = torch.asinh(inv_dt) if dt_sinh else inv_dt
+        self.inv_dt = nn.Parameter(inv_dt.float())
+        self.inv_A_real = nn.Parameter(_inverse(-A[..., 0], real_transform))
+        if not is_real:
+            self.inv_A_imag = nn.Parameter(_inverse(A[..., 1], imag_transform))
+        B = B[..., 0] if is_real else B
+        if train_B:
+            self.B = nn.Parameter(B.float())
+        else:
+            self.register_buffer("B", B.float())
+        self.C = nn.Parameter(C[..., 0].clone() if is_real else C)
+        self.d_model, self.is_real, self.n_ssm, self.modes = d_model, is_real, n_ssm, modes
+        self.discretization, self.backend = discretization, backend
+        self.real_transform, self.imag_transform = real_transform, imag_transform
+        self.dt_transform, self.dt_sinh, self.bandlimit = dt_transform, dt_sinh, bandlimit
+        self.kernel_dropout = nn.Dropout(kernel_dropout)
+        names = ("inv_dt", "inv_A_real", "inv_A_imag", "B")
+        self.overrides = {name: {"lr": lr, "weight_decay": 0.0} for name in names}
 
-    def forward(self, length: int) -> Tensor:
+    def system(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log dt (d_model,) or (d_model, N), A and B (d_model, N, 2), C (heads, d_model, N, 2), float64."""
+        p = self.inv_dt.double()
+        p = torch.sinh(p) if self.dt_sinh else p
+        log_dt = p if self.dt_transform == "exp" else F.softplus(p).log()
+        real = -POSITIVE[self.real_transform][0](self.inv_A_real.double())
+        B, C = self.B.double(), self.C.double()
+        if self.is_real:
+            imag = torch.zeros_like(real)
+            B, C = (torch.stack([t, torch.zeros_like(t)], -1) for t in (B, C))
+        else:
+            imag = POSITIVE[self.imag_transform][0](self.inv_A_imag.double())
+        copies = (self.d_model // self.n_ssm, 1, 1)
+        A, B = torch.stack([real, imag], -1).repeat(copies), B.repeat(copies)
+        if self.bandlimit is not None:
+            dt = log_dt.exp() if log_dt.dim() == 2 else log_dt.exp().unsqueeze(-1)
+            frequency = dt * A[..., 1].abs() / (2 * math.pi)
+            C = torch.where((frequency < self.bandlimit / 2).unsqueeze(-1), C, 0.0)
+        return log_dt + math.log(rate), A, B, C
+
+    def forward(self, length: int, rate: float = 1.0) -> Tensor:
+        """rate multiplies dt: the kernel for inputs sampled 1 / rate times as often."""
         check_length("S4DKernel", length)
-        return s4d_kernel(self.log_dt, self.log_A_real, self.A_imag, self.C, length)
+        if not rate > 0:
+            raise ValueError(f"S4DKernel: rate must be positive, got {rate!r}")
+        log_dt, A, B, C = self.system(rate)
+        options = {"discretization": self.discretization, "backend": self.backend}
+        k = ssm_kernel(log_dt, A, C.to(self.C.dtype), length, B=B, **options)
+        return self.kernel_dropout(k)
+
+
+def _inverse(x: Tensor, transform: str) -> Tensor:
+    if transform != "none":
+        x = x.clamp(min=_FLOOR)
+    return POSITIVE[transform][1](x).float()
 
 
 class S4D(ConvLayer):
     """Diagonal state space layer, (batch, length, d_model) -> the same.
 
-    y = GLU(W dropout(gelu(K * x + skip x)) + b), K from S4DKernel. The state_dict does not depend
-    on the length.
+    y = GLU(W dropout(gelu(K * x + skip x)) + b), K from S4DKernel, which lists the parameters. The
+    state_dict does not depend on the length.
 
     Args:
         d_model: channels.
@@ -135,20 +203,38 @@ class S4D(ConvLayer):
         heads: kernels per channel; the linear map takes heads * d_model inputs.
         bidirectional: add as many kernels for the future, shifted by one so that lag 0 belongs to
             the past's.
-        dt_min, dt_max: range of the initial steps, in steps of the sequence.
+        n_ssm: sets of (A, B) shared by the channels in turn; must divide d_model. None: one each.
+        init: "lin", "inv", "inv2", "quad", "real", "rand", "legs", "fout", "foud", "diag" or
+            "hippo"; formulas in seqconv.s4d_init.
+        discretization: "zoh", "bilinear", "dss" or "dss_softmax", see seqconv.ssm_kernel. The last
+            depends on the length and has no step().
+        real_transform, imag_transform: "exp", "relu", "softplus", "sigmoid" or "none", which give
+            -Re A and Im A from their parameters. "none" for the real part may become unstable.
+        is_real, real_scale, imag_scale, real_random, imag_random, B_init, B_scale, normalize_B,
+            deterministic: variants of the initialisation, see S4DKernel and seqconv.s4d_init.
+        train_B: False keeps B as it is.
+        dt_min, dt_max: range of the initial steps, in steps of the sequence. dt_tie: one for all
+            modes of a channel. dt_transform: "exp" or "softplus". dt_sinh: see S4DKernel.
+        bandlimit: modes with dt |Im A| / pi at or above it are left out; 1 is the Nyquist limit.
+        kernel_dropout: of single taps, in training.
         activation: of the convolution: "gelu", "silu", "relu" or None.
         dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
         postact: "glu", or None for a plain linear map.
-        kernel_lr: learning rate that param_groups gives to dt and A, or its own lr if that is
-            smaller; C is trained like any weight.
+        kernel_lr: learning rate that param_groups gives to dt, A and B, or its own lr if that is
+            smaller, without weight decay; C is trained like any weight.
+        backend: of seqconv.ssm_kernel.
 
-    dt, A and C stay float32 under .to(bfloat16) and .half().
+    dt, A, B and C stay float32 under .to(bfloat16) and .half(). layer(x, rate=2.0) takes inputs
+    sampled half as often as those of training. init_state, step and prefill run a causal layer as
+    a recurrence.
 
     Source: arXiv 2206.11893. Example:
         >>> layer = S4D(8)
         >>> layer(torch.randn(2, 100, 8)).shape
         torch.Size([2, 100, 8])
     """
+
+    resamples = True
 
     def __init__(
         self,
@@ -157,13 +243,108 @@ class S4D(ConvLayer):
         d_state: int = 64,
         heads: int = 1,
         bidirectional: bool = False,
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
+        activation: str | None = "gelu",
+        dropout: float = 0.0,
+        tie_dropout: bool = False,
+        postact: str | None = "glu",
         kernel_lr: float = 1e-3,
-        **block,
+        **kernel,
     ):
         check_flag("S4D", bidirectional=bidirectional)
         check_positive("S4D", d_model=d_model, d_state=d_state, heads=heads)
-        options = {"d_state": d_state, "dt_min": dt_min, "dt_max": dt_max, "lr": kernel_lr}
-        kernel = S4DKernel(d_model, heads=heads * (1 + bidirectional), **options)
-        super().__init__(d_model, kernel, heads=heads, bidirectional=bidirectional, **block)
+        directions = heads * (1 + bidirectional)
+        generator = S4DKernel(d_model, d_state=d_state, heads=directions, lr=kernel_lr, **kernel)
+        super().__init__(
+            d_model,
+            generator,
+            heads=heads,
+            bidirectional=bidirectional,
+            activation=activation,
+            dropout=dropout,
+            tie_dropout=tie_dropout,
+            postact=postact,
+        )
+        self._kept = None  # of the recurrence: what it was made from, and the system
+
+    # ---- as a recurrence: x <- exp(a) x + b u, v = Re(c x) + skip u ----
+
+    def init_state(self, batch: int) -> Tensor:
+        """Zeros (batch, d_model, modes, 2), real and imaginary part, in float32 or float64."""
+        self._check_recurrent()
+        check_length("S4D.init_state", batch, name="batch")
+        return self.kernel.C.new_zeros(batch, self.d_model, self.kernel.modes, 2)
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """x (batch, d_model) of one time -> y of that time, and the state after it.
+
+        The convolution's y to round-off, at a cost that does not grow with time. Differentiable;
+        without gradients the discrete system is kept until a parameter changes.
+        """
+        self._check_input("S4D.step", x, ("batch", None))
+        self._check_state("S4D.step", x, state)
+        a, b, c = self._recurrence()
+        u = x.to(state.dtype)
+        state = multiply(a, state) + b * u[..., None, None]
+        v = torch.einsum("chnr,bhnr->bch", c, state) + self.skip * u.unsqueeze(1)
+        return self._mix(activate(v, self.activation).flatten(1).to(x.dtype)), state
+
+    def prefill(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """x (batch, length, d_model), going on where `state` is -> y and the state after it, as length
+        calls of step() give them, in one convolution."""
+        self._check_input("S4D.prefill", x, ("batch", None), ("length", None))
+        self._check_state("S4D.prefill", x, state)
+        batch, length, _ = x.shape
+        a, b, c = self._discrete()
+        u = x.movedim(1, 2).to(state.dtype)  # (b h l)
+        # What the state still gives is a kernel per sample and head: Re c exp(a (l + 1)) state.
+        left = multiply(_exp(a), state.double())
+        weight = multiply(c * c.new_tensor([1.0, -1.0]), left.unsqueeze(1))  # (b c h n 2)
+        rest = mode_sum(a, weight.flatten(0, 1), length, state.dtype == torch.float32)
+        v = fftconv(u, self.kernel(length), self.skip.to(u.dtype)) + rest.unflatten(0, (batch, -1))
+        arrived = b * moments(a, u.flip(-1))
+        state = (multiply(_exp(length * a), state.double()) + arrived).to(state.dtype)
+        y = activate(v, self.activation).to(x.dtype)
+        return self._mix(rearrange(y, "b c h l -> b l (c h)")), state
+
+    def _discrete(self) -> tuple[Tensor, Tensor, Tensor]:
+        """a, b (d_model, modes, 2), and c (heads, d_model, modes, 2) such that v = sum c * state."""
+        discretization = self.kernel.discretization
+        log_dt, A, B, C = self.kernel.system()
+        a, b = discretize(log_dt, A, discretization)
+        factor = 1.0 if discretization == "dss" else 2.0
+        c = C * C.new_tensor([factor, -factor])
+        return a, multiply(b, B), c
+
+    def _recurrence(self) -> tuple[Tensor, ...]:
+        """exp(a), b and c in the state's dtype."""
+
+        def make():
+            a, b, c = self._discrete()
+            return tuple(t.to(self.kernel.C.dtype) for t in (_exp(a), b, c))
+
+        parameters = (*self.kernel.parameters(), *self.kernel.buffers())
+        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        if wanted or torch.compiler.is_compiling():
+            return make()
+        key = [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, make()
+        return self._kept[1]
+
+    def _check_recurrent(self) -> None:
+        if self.bidirectional:
+            raise TypeError("S4D: a two-sided layer has no recurrence")
+        if self.kernel.discretization == "dss_softmax":
+            raise TypeError("S4D: dss_softmax depends on the length and has no recurrence")
+
+    def _check_state(self, function: str, x: Tensor, state: Tensor) -> None:
+        self._check_recurrent()
+        check_tensor(function, "state", state, dtypes=(self.kernel.C.dtype,), device=x.device)
+        parts = (("d_model", self.d_model), ("modes", self.kernel.modes), ("real and imaginary", 2))
+        check_shape(function, "state", state, (("batch", x.shape[0]), *parts))
+
+
+def _exp(a: Tensor) -> Tensor:
+    """exp of complex numbers, (..., 2)."""
+    re, im = a.unbind(-1)
+    return re.exp().unsqueeze(-1) * torch.stack([im.cos(), im.sin()], -1)

@@ -64,8 +64,8 @@ def check(layer, wanted, x):
 
 
 def modes(dt, A, B, C):
-    """2 Re sum_n C B (exp(dt A) - 1) / A exp(dt A l), zero-order hold; dt (h,), A, B (h n), C (c h n)."""
-    a = dt.unsqueeze(-1) * A
+    """2 Re sum_n C B (exp(dt A) - 1) / A exp(dt A l), zero-order hold; dt (h 1) or (h n), A, B (h n), C (c h n)."""
+    a = dt * A
     steps = torch.exp(a.unsqueeze(-1) * torch.arange(L))  # (h n l)
     return 2 * torch.einsum("chn,hnl->chl", C * B * (a.exp() - 1) / A, steps).real
 
@@ -87,7 +87,7 @@ def minimal(width_1=True):
 def minimal_kernel(state):
     A = torch.complex(-state["kernel.log_A_real"].exp(), state["kernel.A_imag"])
     C = torch.view_as_complex(state["kernel.C"])
-    return modes(state["kernel.log_dt"].exp(), A, torch.ones_like(A), C[None])
+    return modes(state["kernel.log_dt"].exp()[:, None], A, torch.ones_like(A), C[None])
 
 
 @pytest.mark.parametrize("width_1", [True, False])
@@ -97,13 +97,13 @@ def test_minimal_s4d(width_1, prefix):
     wanted = block(x, state, minimal_kernel(state))
     given = under(prefix, state) if prefix else state
     check(load_s4d(given, prefix=prefix), wanted, x)
-    check(load_s4d(given, prefix=prefix, real_transform="relu"), wanted, x)  # it knows better
 
 
 def test_options_reach_the_layer():
     layer = load_s4d(minimal(), dropout=0.3, tie_dropout=True, activation="silu", kernel_lr=1e-4)
     assert layer.dropout.p == 0.3 and layer.activation == "silu"
-    assert layer.kernel.overrides["log_dt"]["lr"] == 1e-4
+    assert layer.kernel.overrides["inv_dt"]["lr"] == 1e-4
+    assert "B" not in dict(layer.kernel.named_parameters())  # the minimal S4D has none to train
     with pytest.raises(TypeError, match="unknown"):
         load_s4d(minimal(), unknown=1)
 
@@ -127,15 +127,15 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("heads, two_sided", [(1, False), (1, True), (2, True)])
-@pytest.mark.parametrize("dt_transform", ["exp", "softplus"])
+@pytest.mark.parametrize("dt", ["exp", "softplus", "untied", "sinh"])
 @pytest.mark.parametrize("sets, real", list(zip([1, 2, D, 2, 1], TRANSFORMS, strict=True)))
-def test_s4block(heads, two_sided, dt_transform, sets, real):
+def test_s4block(heads, two_sided, dt, sets, real):
     """A, B tied over channels or not (channel h has set h mod sets); the stored imaginary part is -Im A."""
     names = common(heads)
     state = {
         "layer.D": names.pop("D"),
         **names,
-        "layer.kernel.inv_dt": rand(D, 1) - 2,
+        "layer.kernel.inv_dt": rand(D, N if dt == "untied" else 1) - 2,
         "layer.kernel.A_real": rand(sets, N).abs() + 0.1,
         "layer.kernel.A_imag": 3 * rand(sets, N),
         "layer.kernel.B": rand(1, sets, N, 2),
@@ -147,15 +147,57 @@ def test_s4block(heads, two_sided, dt_transform, sets, real):
     )
     B, C = (torch.view_as_complex(state[f"layer.kernel.{n}"]) for n in "BC")
     channel = torch.arange(D) % sets
-    dt = TRANSFORMS[dt_transform](state["layer.kernel.inv_dt"][:, 0])
-    k = modes(dt, A[channel], B[0, channel], C)
+    step = state["layer.kernel.inv_dt"]
+    step = TRANSFORMS["softplus" if dt == "softplus" else "exp"](
+        step.sinh() if dt == "sinh" else step
+    )
+    k = modes(step, A[channel], B[0, channel], C)
     wanted = block(x, state, k[:heads], k[heads:] if two_sided else None)
-    options = {"real_transform": real, "dt_transform": dt_transform}
-    layer = load_s4d(state, **options)
-    assert (layer.heads, layer.bidirectional) == (heads, two_sided)
+    options = {"real_transform": real, "dt_transform": "softplus" if dt == "softplus" else "exp"}
+    layer = load_s4d(state, dt_sinh=dt == "sinh", **options)
+    assert (layer.heads, layer.bidirectional, layer.kernel.n_ssm) == (heads, two_sided, sets)
     check(layer, wanted, x)
     with pytest.raises(ValueError, match="dt_transform must be 'exp' or 'softplus'"):
         load_s4d(state)
+
+
+@pytest.mark.parametrize("variant", ["real", "bilinear", "imag_exp", "bandlimit"])
+def test_s4block_variants(variant):
+    names, sets = common(), 3
+    state = {
+        "layer.D": names.pop("D"),
+        **names,
+        "layer.kernel.inv_dt": rand(D, 1) - 1,
+        "layer.kernel.A_real": rand(sets, N),
+        "layer.kernel.A_imag": rand(sets, N) + 1,
+        "layer.kernel.B": rand(1, sets, N, 2),
+        "layer.kernel.C": rand(1, D, N, 2),
+    }
+    imag = state["layer.kernel.A_imag"]
+    imag = imag.exp() if variant == "imag_exp" else imag
+    A = torch.complex(-state["layer.kernel.A_real"].exp(), -imag)
+    B, C = (torch.view_as_complex(state[f"layer.kernel.{n}"]) for n in "BC")
+    if variant == "real":
+        A, B, C = (t.real + 0j for t in (A, B, C))
+        del state["layer.kernel.A_imag"]
+        state |= {"layer.kernel.B": B.real, "layer.kernel.C": C.real}
+    channel, dt = torch.arange(D) % sets, state["layer.kernel.inv_dt"].exp()
+    A, B, options = A[channel], B[0, channel], {"dt_transform": "exp"}
+    if variant == "bandlimit":
+        options["bandlimit"] = 0.3
+        kept = dt * A.imag.abs() / (2 * math.pi) < 0.15
+        assert 0 < kept.sum() < kept.numel()
+        C = C * kept
+    k = modes(dt, A, B, C)
+    if variant == "bilinear":
+        options["discretization"] = "bilinear"
+        half = dt * A / 2
+        powers = ((1 + half) / (1 - half)).unsqueeze(-1) ** torch.arange(L)
+        k = 2 * torch.einsum("chn,hnl->chl", C * B * dt / (1 - half), powers).real
+    elif variant == "imag_exp":
+        options["imag_transform"] = "exp"
+    x = rand(BATCH, L, D)
+    check(load_s4d(state, **options), block(x, state, k), x)
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -178,7 +220,7 @@ def test_s4_before_version_4(old, glu):
     dt, C = state["kernel.kernel.log_dt"].exp(), torch.view_as_complex(state["kernel.kernel.C"])
     x = rand(BATCH, L, D)
     linear = "output_linear.0." if glu else "output_linear."
-    check(load_s4d(state), block(x, state, modes(dt, A, B, C), linear=linear), x)
+    check(load_s4d(state), block(x, state, modes(dt[:, None], A, B, C), linear=linear), x)
 
 
 # ---- LongConv ----
@@ -261,9 +303,10 @@ def test_refusals():
     wrong = {
         "D": (rand(D, 2, 2), r"D must be \(heads, d_model\)"),
         "kernel.C": (rand(3, D, N, 2), "C must hold heads=1 kernels or twice as many .* got 3"),
-        "kernel.log_dt": (rand(D + 1), r"dt must be \(d_model=6,\), got \(7,\)"),
+        "kernel.log_dt": (rand(D + 1), r"dt must be \(d_model=6,\) or .* got \(7,\)"),
         "kernel.log_A_real": (rand(4, N), "A must have sets that divide d_model=6, got 4"),
         "kernel.A_imag": (rand(D, N - 1), "A's imaginary part must be .*modes=5"),
+        "kernel.B": (rand(2, D, N, 2), "B must be .*sets=6, modes=5"),
         "output_linear.0.weight": (rand(2 * D, D + 1), "output_linear's weight must be .*got"),
         "output_linear.0.bias": (rand(D), r"output_linear's bias must be \(rows of its weight=12"),
     }

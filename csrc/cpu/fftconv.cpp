@@ -6,11 +6,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 
 #include "kernel.h"
+#include "parallel.h"
 #include "plan.h"
 
 namespace seqconv {
@@ -34,6 +34,8 @@ const IsaKernels* const kIsas[] = {
 
 std::atomic<const IsaKernels*> chosen{nullptr};
 
+}  // namespace
+
 const IsaKernels& kernels() {
   const IsaKernels* current = chosen.load();
   if (!current) {
@@ -44,6 +46,14 @@ const IsaKernels& kernels() {
   return *current;
 }
 
+int threads_for(int asked) { return !parallel_for || forked() ? 1 : asked; }
+
+void run_parallel(int64_t count, RangeFunction run, void* context) {
+  if (!parallel_for || parallel_for(0, count, 1, run, context)) run(0, count, context);
+}
+
+namespace {
+
 template <class T>
 const Kernel<T>& kernel_for(int64_t length) {
   const IsaKernels* isa = &kernels();
@@ -52,15 +62,6 @@ const Kernel<T>& kernel_for(int64_t length) {
     return isa->f32;
   else
     return isa->f64;
-}
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-Memory allocate(size_t bytes) {
-  return Memory(static_cast<char*>(std::aligned_alloc(64, (bytes / 64 + 1) * 64)));
 }
 
 constexpr int64_t kSerialWork = 1 << 14;  // points: below, waking threads costs more than it saves
@@ -87,7 +88,7 @@ class Run {
       if (!plan_) return Status::kOutOfMemory;
     }
     const int64_t points = p_.batch * p_.heads * p_.channels * p_.length;
-    threads_ = !parallel_for || forked() || points < kSerialWork ? 1 : p_.threads;
+    threads_ = points < kSerialWork ? 1 : threads_for(p_.threads);
     choose_group();
     const bool sums = backward_ && (p_.dk || p_.dk_rev || p_.dskip);
     // Sums over the batch are cut by shape alone, so that they do not depend on the threads.
@@ -158,16 +159,6 @@ class Run {
       if (!scratch) return failed_.store(true);
       for (int64_t i; (i = next.fetch_add(1)) < units;) op(i, scratch.get());
     });
-  }
-
-  // op() on `count` threads, or one after another.
-  template <class Op>
-  void in_parallel(int64_t count, const Op& op) {
-    if (count == 1) return op();
-    const auto run = [](int64_t begin, int64_t end, void* context) {
-      for (int64_t i = begin; i < end; ++i) (*static_cast<const Op*>(context))();
-    };
-    if (parallel_for(0, count, 1, run, const_cast<void*>(static_cast<const void*>(&op)))) op();
   }
 
   void run_units(int64_t groups, int64_t split, bool share) {

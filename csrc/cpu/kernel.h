@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "fftconv.h"
+#include "ssm.h"
 
 namespace seqconv {
 
@@ -78,11 +79,21 @@ struct Kernel {
                  int64_t parts);
 };
 
+// A unit is a channel and a range of its blocks of outputs.
+struct SsmKernel {
+  int64_t (*blocks)(const SsmProblem&, bool backward);
+  size_t (*scratch_bytes)(const SsmProblem&, bool backward);
+  void (*forward)(const SsmProblem&, int64_t channel, int64_t begin, int64_t end, char* scratch);
+  void (*backward)(const SsmProblem&, int64_t channel, int64_t begin, int64_t end, double* sums,
+                   char* scratch);
+};
+
 struct IsaKernels {
   const char* name;
   bool (*runnable)();
   Kernel<float> f32;
   Kernel<double> f64;
+  SsmKernel ssm_f32, ssm_f64;
   const IsaKernels* shorter = nullptr;  // for rows of fewer points than kShort, if not this one
 };
 constexpr int64_t kShort = 65;

@@ -24,6 +24,8 @@ namespace avx2 {
 #include "rows.h"
 //
 #include "conv.h"
+//
+#include "modes.h"
 }  // namespace avx2
 }  // namespace seqconv
 
@@ -36,8 +38,12 @@ namespace avx2 {
 namespace seqconv {
 
 const IsaKernels kAvx2 = {
-    "avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-    avx2::kKernel<float>, avx2::kKernel<double>};
+    "avx2",
+    [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+    avx2::kKernel<float>,
+    avx2::kKernel<double>,
+    avx2::kSsmKernel<float>,
+    avx2::kSsmKernel<double>};
 
 }  // namespace seqconv
 #endif

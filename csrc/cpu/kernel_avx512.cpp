@@ -28,6 +28,8 @@ namespace avx512 {
 #include "rows.h"
 //
 #include "conv.h"
+//
+#include "modes.h"
 }  // namespace avx512
 }  // namespace seqconv
 
@@ -46,7 +48,11 @@ const IsaKernels kAvx512 = {"avx512",
                                      __builtin_cpu_supports("avx512bw") &&
                                      __builtin_cpu_supports("avx512vl") && kAvx2.runnable();
                             },
-                            avx512::kKernel<float>, avx512::kKernel<double>, &kAvx2};
+                            avx512::kKernel<float>,
+                            avx512::kKernel<double>,
+                            avx512::kSsmKernel<float>,
+                            avx512::kSsmKernel<double>,
+                            &kAvx2};
 
 }  // namespace seqconv
 #endif

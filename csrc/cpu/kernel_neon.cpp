@@ -14,9 +14,16 @@ namespace neon {
 #include "rows.h"
 //
 #include "conv.h"
+//
+#include "modes.h"
 }  // namespace neon
 
-const IsaKernels kNeon = {"neon", [] { return true; }, neon::kKernel<float>, neon::kKernel<double>};
+const IsaKernels kNeon = {"neon",
+                          [] { return true; },
+                          neon::kKernel<float>,
+                          neon::kKernel<double>,
+                          neon::kSsmKernel<float>,
+                          neon::kSsmKernel<double>};
 
 }  // namespace seqconv
 #endif

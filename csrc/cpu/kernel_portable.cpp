@@ -13,9 +13,15 @@ namespace portable {
 #include "rows.h"
 //
 #include "conv.h"
+//
+#include "modes.h"
 }  // namespace portable
 
-const IsaKernels kPortable = {"portable", [] { return true; }, portable::kKernel<float>,
-                              portable::kKernel<double>};
+const IsaKernels kPortable = {"portable",
+                              [] { return true; },
+                              portable::kKernel<float>,
+                              portable::kKernel<double>,
+                              portable::kSsmKernel<float>,
+                              portable::kSsmKernel<double>};
 
 }  // namespace seqconv

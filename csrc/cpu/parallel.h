@@ -1,0 +1,37 @@
+// Memory and threads for the drivers of the kernels (fftconv.cpp, ssm.cpp).
+#pragma once
+#include <cstdlib>
+#include <memory>
+
+#include "fftconv.h"
+#include "kernel.h"
+
+namespace seqconv {
+
+const IsaKernels& kernels();
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+inline Memory allocate(size_t bytes) {
+  return Memory(static_cast<char*>(std::aligned_alloc(64, (bytes / 64 + 1) * 64)));
+}
+
+// Threads that a call may use which asks for `asked`.
+int threads_for(int asked);
+
+void run_parallel(int64_t count, RangeFunction run, void* context);
+
+// op() on `count` threads, or one after another.
+template <class Op>
+void in_parallel(int64_t count, const Op& op) {
+  if (count == 1) return op();
+  const auto run = [](int64_t begin, int64_t end, void* context) {
+    for (int64_t i = begin; i < end; ++i) (*static_cast<const Op*>(context))();
+  };
+  run_parallel(count, run, const_cast<void*>(static_cast<const void*>(&op)));
+}
+
+}  // namespace seqconv
