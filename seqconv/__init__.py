@@ -2,6 +2,7 @@
 
 from seqconv import convert, nn
 from seqconv._version import __version__
+from seqconv.butterfly_conv import ButterflyConv
 from seqconv.functional import Explanation, explain, fftconv
 from seqconv.long_conv import LongConv, LongConvKernel
 from seqconv.optim import param_groups
@@ -10,12 +11,12 @@ from seqconv.ssm import ssm_kernel
 
 __all__ = [
     "S4D",
+    "ButterflyConv",
     "Explanation",
     "LongConv",
     "LongConvKernel",
     "S4DKernel",
     "__version__",
-    "convert",
     "convert",
     "explain",
     "fftconv",

@@ -28,7 +28,7 @@ from seqconv import _ops
 from seqconv.reference import activate
 
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-_below_autograd = torch._C._AutoDispatchBelowAutograd
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def apply(u, k, k_rev, skip, pre_gate, post_gate, activation: str, channels_last: bool):
@@ -43,7 +43,7 @@ def apply(u, k, k_rev, skip, pre_gate, post_gate, activation: str, channels_last
         return _composed(*args)
     if _needs_gradient(args):
         return _Fused.apply(*args)
-    with _below_autograd():
+    with below_autograd():
         return _ops.fwd(*args)
 
 
@@ -59,7 +59,7 @@ class _Fused(Function):
         *tensors, activation, channels_last = args
         ctx.save_for_backward(*tensors)
         ctx.options = (activation, channels_last)
-        with _below_autograd():
+        with below_autograd():
             return _ops.fwd(*args)
 
     @staticmethod
@@ -77,14 +77,14 @@ class _FusedBackward(Function):
         ctx.save_for_backward(*tensors)
         ctx.options = (activation, channels_last)
         ctx.wanted = [want and t is not None for want, t in zip(wanted, tensors[1:], strict=True)]
-        with _below_autograd():
+        with below_autograd():
             return _ops.bwd(*args)
 
     @staticmethod
     def backward(ctx, *grads):
         needed = ctx.needs_input_grad[:7]
         with torch.enable_grad():
-            own = [_own(t) for t in ctx.saved_tensors]
+            own = [as_node(t) for t in ctx.saved_tensors]
             y = _composed(*own[1:], *ctx.options)
             inputs = [t for t, want in zip(own[1:], ctx.wanted, strict=True) if want]
             outputs = torch.autograd.grad(y, inputs, own[0], create_graph=True)
@@ -95,7 +95,7 @@ class _FusedBackward(Function):
         return (*[next(found) if need else None for need in needed], None, None, None)
 
 
-def _own(t):
+def as_node(t):
     """t as a node of its own: one tensor may be passed as two arguments, whose gradients differ."""
     if t is None or not t.requires_grad:
         return t if t is None else t.detach().requires_grad_()
@@ -228,19 +228,24 @@ class _LinearBackward(Function):
 # Road 1: what the raw operators do when called from outside this file.
 
 
-def _kernel(op, function):
+def kernel(op, function):
     def run(*args):
-        if _transforms_active() or _has_tangent(args):
+        if transformed(args):
             raise RuntimeError(
                 f"{op.name()}: torch.func transforms and forward-mode differentiation work through seqconv.fftconv "
-                "in eager mode only, not inside torch.compile and not on the raw operator"
+                "and the layers in eager mode only, not inside torch.compile and not on the raw operator"
             )
         if _needs_gradient(args):
             return function.apply(*args)
-        with _below_autograd():
+        with below_autograd():
             return op(*args)
 
     return run
+
+
+def transformed(args) -> bool:
+    """Whether a functorch transform or forward-mode differentiation watches the call."""
+    return _transforms_active() or _has_tangent(args)
 
 
 def _has_tangent(args) -> bool:
@@ -250,5 +255,5 @@ def _has_tangent(args) -> bool:
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-_ops.library.impl("fftconv_fwd", _kernel(_ops.fwd, _Fused), "Autograd")
-_ops.library.impl("fftconv_bwd", _kernel(_ops.bwd, _FusedBackward), "Autograd")
+_ops.library.impl("fftconv_fwd", kernel(_ops.fwd, _Fused), "Autograd")
+_ops.library.impl("fftconv_bwd", kernel(_ops.bwd, _FusedBackward), "Autograd")

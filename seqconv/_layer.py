@@ -104,11 +104,14 @@ class ConvLayer(nn.Module):
         padding = _padding(name, x, mask, lengths)
         if padding is not None:
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
+        return self._mix(rearrange(self._convolve(x, rate), "b l c h -> b l (c h)"))
+
+    def _convolve(self, x: Tensor, rate: float) -> Tensor:
+        """activation(k * x + skip x), (batch, length, heads, d_model)."""
         k, k_rev = self._kernel(x.shape[1], rate), None
         if self.bidirectional:
             k, k_rev = k[: self.heads], k[self.heads :]
-        y = fftconv(x, k, self.skip, k_rev=k_rev, activation=self.activation, layout="blh")
-        return self._mix(rearrange(y, "b l c h -> b l (c h)"))
+        return fftconv(x, k, self.skip, k_rev=k_rev, activation=self.activation, layout="blh")
 
     def _check_input(self, function: str, x: Tensor, *axes: tuple[str, None]) -> None:
         check_tensor(function, "x", x)

@@ -8,38 +8,35 @@ none is (channels, modes, length).
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function
 
-from seqconv import _cpu, _ops
+from seqconv import _autograd, _cpu, _cuda, _ops
 
 _ops.library.define("ssm_fwd(Tensor a, Tensor w, SymInt length, bool single) -> Tensor")
 _ops.library.define("ssm_bwd(Tensor dk, Tensor a, Tensor w) -> (Tensor, Tensor)")
 fwd = torch.ops.seqconv.ssm_fwd.default
 bwd = torch.ops.seqconv.ssm_bwd.default
 
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _CHUNK = 1 << 22  # elements of a table of the torch formulation
 
 
 def mode_sum(a: Tensor, w: Tensor, length: int, single: bool, backend: str = "auto") -> Tensor:
     if backend == "keops":
         return keops(a, w, length).to(torch.float32 if single else torch.float64)
-    if backend == "torch" or _plain():
+    if backend == "torch" or _plain(a, w):
         return _chunked(a, w, length, single)
     return fwd(a, w, length, single)
 
 
-def _plain() -> bool:
+def _plain(*tensors: Tensor) -> bool:
     """Torch's own operations are closed under every transform, which these operators are not."""
-    if torch.compiler.is_compiling():
-        return False
-    return _transforms_active() or forward_ad._current_level >= 0
+    return not torch.compiler.is_compiling() and _autograd.transformed(tensors)
 
 
 def moments(a: Tensor, u: Tensor) -> Tensor:
     """S_0[b,h,n] = sum_l u[b,h,l] exp(a[h,n] l) for u (batch, channels, length), as (b, h, n, 2)."""
     none = a.new_zeros(u.shape[0], *a.shape)
-    backward = _chunked_bwd if _plain() else bwd
+    backward = _chunked_bwd if _plain(a, u) else bwd
     return backward(u, a, none)[1] * a.new_tensor([1.0, -1.0])
 
 
@@ -160,28 +157,32 @@ def keops(a: Tensor, w: Tensor, length: int, dtype: torch.dtype = torch.float64)
 # ---- the operators ----
 
 
-def _shapes(a: Tensor, w: Tensor) -> tuple[int, int, int]:
-    return w.shape[0], a.shape[0], a.shape[1]
+def _fused(t: Tensor, dtype: torch.dtype):
+    """The backend with kernels for tensors where t is, None if there is none."""
+    if _ops.fallback_reason(t.device, dtype) is not None:
+        return None
+    return _cpu if t.device.type == "cpu" else _cuda
 
 
 def _fwd(a: Tensor, w: Tensor, length: int, single: bool) -> Tensor:
-    reason = _ops.fallback_reason(a.device, _dtype(single))
     if length == 0 or w.numel() == 0:
         return w.new_zeros(*w.shape[:2], length, dtype=_dtype(single))
-    if reason is not None or a.device.type != "cpu":
+    backend = _fused(a, _dtype(single))
+    if backend is None:
         return _chunked(a, w, length, single)
     k = w.new_empty(*w.shape[:2], length, dtype=_dtype(single))
-    _cpu.ssm_forward(k, a.contiguous(), w.contiguous())
+    backend.ssm_forward(k, a.contiguous(), w.contiguous())
     return k
 
 
 def _bwd(dk: Tensor, a: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     if dk.numel() == 0 or w.numel() == 0:
         return torch.zeros_like(a), torch.zeros_like(w)
-    if _ops.fallback_reason(a.device, dk.dtype) is not None or a.device.type != "cpu":
+    backend = _fused(a, dk.dtype)
+    if backend is None:
         return _chunked_bwd(dk, a, w)
     da, dw = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, w))
-    _cpu.ssm_backward(da, dw, dk, a.contiguous(), w.contiguous())
+    backend.ssm_backward(da, dw, dk, a.contiguous(), w.contiguous())
     return da, dw
 
 
@@ -199,40 +200,39 @@ torch.library.register_fake("seqconv::ssm_fwd", _fwd_fake, lib=_ops.library)
 torch.library.register_fake("seqconv::ssm_bwd", _bwd_fake, lib=_ops.library)
 
 
-def _save_fwd(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
+class _Forward(Function):
+    @staticmethod
+    def forward(ctx, a, w, length, single):
+        ctx.save_for_backward(a, w)
+        with _autograd.below_autograd():
+            return fwd(a, w, length, single)
+
+    @staticmethod
+    def backward(ctx, dk):
+        return (*bwd(dk, *ctx.saved_tensors), None, None)
 
 
-def _fwd_gradient(ctx, dk):
-    da, dw = bwd(dk, *ctx.saved_tensors)
-    return da, dw, None, None
+class _Backward(Function):
+    @staticmethod
+    def forward(ctx, dk, a, w):
+        ctx.save_for_backward(dk, a, w)
+        with _autograd.below_autograd():
+            return bwd(dk, a, w)
 
-
-def _save_bwd(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _bwd_gradient(ctx, *grads):
-    """Second derivatives and higher, composed of the torch formulation."""
-    needed, create = ctx.needs_input_grad, torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Nodes of their own, of which the gradient can be asked.
-        own = [
-            t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in ctx.saved_tensors
-        ]
-        dk, a, w = own
-        k = _chunked(a, w, dk.shape[-1], dk.dtype == torch.float32)
-        outputs = torch.autograd.grad(k, (a, w), dk, create_graph=True)
+    @staticmethod
+    def backward(ctx, *grads):
+        """Second derivatives and higher, composed of the torch formulation."""
+        needed, create = ctx.needs_input_grad, torch.is_grad_enabled()
+        with torch.enable_grad():
+            own = [_autograd.as_node(t) for t in ctx.saved_tensors]
+            dk, a, w = own
+            k = _chunked(a, w, dk.shape[-1], dk.dtype == torch.float32)
+            outputs = torch.autograd.grad(k, (a, w), dk, create_graph=True)
         asked = [t for t, need in zip(own, needed, strict=True) if need]
         options = {"create_graph": create, "allow_unused": True}
         found = iter(torch.autograd.grad(outputs, asked, grads, **options))
-    return tuple(next(found) if need else None for need in needed)
+        return tuple(next(found) if need else None for need in needed)
 
 
-torch.library.register_autograd(
-    "seqconv::ssm_fwd", _fwd_gradient, setup_context=_save_fwd, lib=_ops.library
-)
-torch.library.register_autograd(
-    "seqconv::ssm_bwd", _bwd_gradient, setup_context=_save_bwd, lib=_ops.library
-)
+_ops.library.impl("ssm_fwd", _autograd.kernel(fwd, _Forward), "Autograd")
+_ops.library.impl("ssm_bwd", _autograd.kernel(bwd, _Backward), "Autograd")

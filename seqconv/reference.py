@@ -2,8 +2,8 @@
 
 `fftconv` is the O(L K) sum itself, `fftconv_fft` the usual torch.fft formulation (zero-padded rfft,
 product, irfft); both have the signature of `seqconv.fftconv` and take any real dtype. `backward` is
-the gradient of `fftconv_fft` in closed form. `ssm_kernel` is the Vandermonde sum of S4D. No
-argument is checked here.
+the gradient of `fftconv_fft` in closed form, `butterfly_backward` that of `butterfly`. `ssm_kernel`
+is the Vandermonde sum of S4D. No argument is checked here.
 """
 
 import math
@@ -217,24 +217,56 @@ def butterfly(x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...]) -
             evenly among heads. Shared by all passes of that radix.
 
     Returns:
-        (batch, channels, n, 2), frequencies in natural order.
+        (batch, channels, n, 2), frequencies in natural order; at least in float32.
     """
-    batch, channels, length = x.shape
-    n = math.prod(radices)
-    z = torch.complex(F.pad(x, (0, n - length)), torch.zeros_like(F.pad(x, (0, n - length))))
-    z = z.reshape(batch, channels, 1, n)
-    for radix in radices:
-        heads = factors[radix].shape[0]
-        matrix = torch.view_as_complex(factors[radix].to(x.dtype).contiguous())
-        s = z.shape[-1] // radix
-        parts = z.reshape(batch, heads, channels // heads, -1, radix, s)
-        z = torch.einsum("hpi,bhcmis->bhcmps", matrix, parts)
-        turn = torch.arange(radix)[:, None] * torch.arange(s) * (-2 * math.pi / (radix * s))
-        z = z * torch.polar(torch.ones_like(turn), turn).to(z.dtype).to(z.device)
-        z = z.reshape(batch, channels, -1, s)
+    *_, z = _butterfly_passes(x, factors, radices)
     # the digits of the frequency, the first pass's lowest, lie from the slowest axis on
-    z = z.reshape(batch, channels, *radices).permute(0, 1, *range(len(radices) + 1, 1, -1))
-    return torch.view_as_real(z.reshape(batch, channels, n).contiguous())
+    z = z.reshape(*x.shape[:2], *radices).permute(0, 1, *range(len(radices) + 1, 1, -1))
+    return torch.view_as_real(z.reshape(*x.shape[:2], math.prod(radices)).contiguous())
+
+
+def _butterfly_passes(x, factors, radices) -> list[Tensor]:
+    """What every pass begins with, (batch, heads, channels of one, blocks, radix, s), and what the last one gives."""
+    batch, channels, length = x.shape
+    x = F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, math.prod(radices) - length))
+    z, steps = torch.complex(x, torch.zeros_like(x)), []
+    s, blocks = z.shape[-1], 1
+    for radix in radices:
+        matrix = _complex(factors[radix], z)
+        s //= radix
+        steps.append(z.reshape(batch, len(matrix), channels // len(matrix), blocks, radix, s))
+        z = torch.einsum("hpi,bhcmis->bhcmps", matrix, steps[-1]) * _twiddles(radix, s, z)
+        blocks *= radix
+    return [*steps, z]
+
+
+def _complex(pairs: Tensor, like: Tensor) -> Tensor:
+    return torch.complex(*pairs.to(like.real.dtype).unbind(-1))
+
+
+def _twiddles(radix: int, s: int, like: Tensor) -> Tensor:
+    """(radix, s), from float64."""
+    p, j = (torch.arange(m, dtype=torch.float64, device=like.device) for m in (radix, s))
+    turn = p[:, None] * j * (-2 * math.pi / (radix * s))
+    return torch.polar(torch.ones_like(turn), turn).to(like.dtype)
+
+
+def butterfly_backward(
+    dz: Tensor, x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Gradients of x and of the factors: the passes from last to first, each by its adjoint. A factor's is the
+    sum of outer products with what its passes began with. No lazy conjugates: see `backward`."""
+    *steps, last = _butterfly_passes(x, factors, radices)
+    g = _complex(dz, last).reshape(*x.shape[:2], *radices[::-1])
+    g = g.permute(0, 1, *range(len(radices) + 1, 1, -1))
+    grads = {radix: torch.zeros_like(f) for radix, f in factors.items()}
+    for radix, z in zip(radices[::-1], steps[::-1], strict=True):
+        g = g.reshape(z.shape) * _twiddles(radix, z.shape[-1], z).conj_physical()
+        dmatrix = torch.einsum("bhcmps,bhcmis->hpi", g, z.conj_physical())
+        grads[radix] += torch.view_as_real(dmatrix).to(grads[radix].dtype)
+        g = torch.einsum("hpi,bhcmps->bhcmis", _complex(factors[radix], z).conj_physical(), g)
+    dx = g.real.reshape(*x.shape[:2], math.prod(radices))[..., : x.shape[-1]]
+    return dx.to(x.dtype).contiguous(), grads
 
 
 def ssm_kernel(log_dt, A, C, length, *, B=None, discretization="zoh"):

@@ -301,7 +301,7 @@ class S4D(ConvLayer):
         weight = multiply(c * c.new_tensor([1.0, -1.0]), left.unsqueeze(1))  # (b c h n 2)
         rest = mode_sum(a, weight.flatten(0, 1), length, state.dtype == torch.float32)
         v = fftconv(u, self.kernel(length), self.skip.to(u.dtype)) + rest.unflatten(0, (batch, -1))
-        arrived = b * moments(a, u.flip(-1))
+        arrived = multiply(b, moments(a, u.flip(-1)))
         state = (multiply(_exp(length * a), state.double()) + arrived).to(state.dtype)
         y = activate(v, self.activation).to(x.dtype)
         return self._mix(rearrange(y, "b c h l -> b l (c h)")), state

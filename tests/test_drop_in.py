@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from seqconv import S4D, LongConv
+from seqconv import S4D, ButterflyConv, LongConv
 from seqconv.nn import AsAttention
 
 D, BATCH, LENGTH = 8, 3, 30
@@ -166,14 +166,13 @@ def test_causal_masks(make, dtype, train):
     if dtype.is_floating_point:
         with pytest.raises(ValueError, match="attn_mask must hide exactly the future"):
             attention(x, x, x, attn_mask=causal - 1)  # a bias that attention would not ignore
-    both = AsAttention(make(bidirectional=True))
-    both(x, x, x, attn_mask=torch.zeros_like(causal))
-    with pytest.raises(ValueError, match="attn_mask must hide nothing"):
-        both(x, x, x, attn_mask=causal)
-    with pytest.raises(
-        ValueError, match="is_causal must be False for a layer that sees the future"
-    ):
-        both(x, x, x, is_causal=True)
+    learned = AsAttention(ButterflyConv(D, l_max=LENGTH))  # causal until its transforms are learned
+    for both in (AsAttention(make(bidirectional=True)), learned):
+        both(x, x, x, attn_mask=torch.zeros_like(causal))
+        with pytest.raises(ValueError, match="attn_mask must hide nothing"):
+            both(x, x, x, attn_mask=causal)
+        with pytest.raises(ValueError, match="is_causal must be False for a layer that sees"):
+            both(x, x, x, is_causal=True)
 
 
 def test_decoder_layer(make):

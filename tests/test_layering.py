@@ -20,26 +20,40 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "_cuda.arguments": {"_pack"},
     "_cuda.convolution": {"_pack", "_cuda.arguments", "_cuda.plan", "_cuda.tables"},
     "_cuda.butterfly": {"_cuda.arguments", "_cuda.plan", "_cuda.tables", "_pack"},
+    "_cuda.ssm": {"_cuda.arguments", "_pack"},
     "_cuda.driver": {"_cuda.kernels", "_cuda.plan", "_cuda.tables"},
-    "_cuda": {"_cuda.convolution", "_cuda.driver", "_cuda.plan"},
+    "_cuda": {"_cuda.butterfly", "_cuda.convolution", "_cuda.driver", "_cuda.plan", "_cuda.ssm"},
     "_ops": {"_cpu", "_cuda", "reference"},
+    "_butterfly": {"_autograd", "_cuda", "_ops", "reference"},
     "_autograd": {"_ops", "reference"},
     "functional": {"_autograd", "_check", "_cpu", "_cuda", "_ops", "reference"},
     "_layer": {"_check", "functional"},
-    "_ssm": {"_cpu", "_cuda", "_ops"},
+    "_ssm": {"_autograd", "_cpu", "_cuda", "_ops"},
     "ssm": {"_check", "_ssm"},
     "s4d_init": {"_check"},
     "s4d": LAYER | {"_ssm", "functional", "reference", "s4d_init", "ssm"},
     "long_conv": LAYER,
+    # Not another layer but its kernel generator: the taps are LongConv's, only the transforms differ.
+    "butterfly_conv": LAYER | {"_butterfly", "long_conv", "reference"},
     "optim": {"_layer"},
     "nn": LAYER,
     "convert": {*LAYER, "long_conv", "s4d"},
-    "__init__": {"_version", "convert", "functional", "long_conv", "nn", "optim", "s4d", "ssm"},
+    "__init__": {
+        "_version",
+        "butterfly_conv",
+        "convert",
+        "functional",
+        "long_conv",
+        "nn",
+        "optim",
+        "s4d",
+        "ssm",
+    },
     "__main__": {"_cpu", "_cuda", "_ops", "reference"},
     "prebuild": {"_cuda.driver", "_cuda.kernels"},
 }
 OUTSIDE = {"torch", "einops"}
-LAZY = {"_cuda.driver": {"cuda"}}  # inside functions only
+LAZY = {"_cuda.driver": {"cuda"}, "_ssm": {"pykeops"}}  # inside functions only
 
 
 def imports(path: Path) -> set[str]:

@@ -272,11 +272,11 @@ def test_contract():
         ssm_kernel(log_dt[:2], A, C, 10)
     with pytest.raises(ValueError, match="B must be"):
         ssm_kernel(log_dt, A, C, 10, B=B[..., 0])
-    with pytest.raises(TypeError, match="A must be one of float32.* got complex64"):
+    with pytest.raises(TypeError, match=r"A must be one of float32.* got complex64"):
         ssm_kernel(log_dt, torch.view_as_complex(A), C, 10)
     with pytest.raises(ValueError, match="length must be an integer >= 0, got -1"):
         ssm_kernel(log_dt, A, C, -1)
-    with pytest.raises(ValueError, match="discretization must be one of 'zoh'.* got 'euler'"):
+    with pytest.raises(ValueError, match=r"discretization must be one of 'zoh'.* got 'euler'"):
         ssm_kernel(log_dt, A, C, 10, discretization="euler")
     with pytest.raises(ValueError, match="backend must be one of 'auto'"):
         ssm_kernel(log_dt, A, C, 10, backend="cuda")

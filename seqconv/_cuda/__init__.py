@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from seqconv._cuda import convolution, driver
-from seqconv._cuda.plan import Plan, longest, make_plan
+from seqconv._cuda import butterfly, convolution, driver, ssm
+from seqconv._cuda.plan import Plan, longest, make_plan, radix_bytes
 
 
 def reason(device: torch.device, dtype: torch.dtype, length: int) -> str | None:
@@ -35,6 +35,35 @@ def backward(grads, dy: Tensor, *inputs) -> None:
     index = _index(dy.device)
     with torch.cuda.device(index):
         convolution.backward(driver.device(index), grads, dy, *inputs)
+
+
+def holds(device: torch.device, n: int) -> bool:
+    """Whether a block's memory holds n complex numbers, as the learned butterfly's kernels want."""
+    return radix_bytes(n) <= driver.device(_index(device)).limits.shared
+
+
+def butterfly_transform(x: Tensor, *inputs) -> Tensor:
+    index = _index(x.device)
+    with torch.cuda.device(index):
+        return butterfly.transform(driver.device(index), x, *inputs)
+
+
+def butterfly_gradients(dz: Tensor, *inputs) -> tuple[Tensor, dict[int, Tensor]]:
+    index = _index(dz.device)
+    with torch.cuda.device(index):
+        return butterfly.gradients(driver.device(index), dz, *inputs)
+
+
+def ssm_forward(k: Tensor, a: Tensor, w: Tensor) -> None:
+    index = _index(k.device)
+    with torch.cuda.device(index):
+        ssm.forward(driver.device(index), k, a, w)
+
+
+def ssm_backward(da: Tensor, dw: Tensor, dk: Tensor, a: Tensor, w: Tensor) -> None:
+    index = _index(dk.device)
+    with torch.cuda.device(index):
+        ssm.backward(driver.device(index), da, dw, dk, a, w)
 
 
 def explain(u: Tensor, k: Tensor, k_rev: Tensor | None, backward: bool = False) -> tuple[Plan, str]:

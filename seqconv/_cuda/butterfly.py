@@ -55,7 +55,7 @@ def transform(device, x: Tensor, factors: dict[int, Tensor], radices: tuple[int,
     """reference.butterfly."""
     x = materialise(x)
     fields = _fields(x, factors, radices, _groups(x.shape[0], 64))
-    out = torch.empty(*x.shape[:2], fields["n"], 2, device=x.device)
+    out = torch.empty(*x.shape[:2], fields["n"], 2, dtype=torch.float32, device=x.device)
     _launch(device, "butterfly", fields | {"work": out})
     return out
 
@@ -70,7 +70,7 @@ def gradients(
     blocks = channels * fields["groups"]
     dx = torch.empty_like(x)
     sums = torch.zeros(blocks, fields["matrices"].shape[1], device=x.device)
-    inputs = torch.empty(blocks, len(radices), fields["n"], 2, device=x.device)
+    inputs = torch.empty(blocks, len(radices), fields["n"], 2, dtype=torch.float32, device=x.device)
     more = {"work": dz, "du": dx, "partial": inputs, "partial_matrices": sums}
     _launch(device, "butterfly_backward", fields | more)
     heads = fields["matrices"].shape[0]
