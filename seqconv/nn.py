@@ -10,9 +10,9 @@ from seqconv._layer import _require
 class _Foreign:
     """Stands where torch's fused encoder kernels look for the weights of attention.
 
-    They decline weights that define __torch_function__, in a stack as in a single layer and
-    without a warning; every other reason that a stack knows is looked at, and warned of, only when
-    it is built, before a user can have put another module into its layers.
+    An operand that defines __torch_function__ declines them, in a stack as in a single layer. Any
+    other way to decline makes torch warn when a stack is built around the layer, and is not looked
+    at again in a stack that was built before the layer was put in.
     """
 
     def __init__(self):
