@@ -1,5 +1,7 @@
 """What every layer shares: kernel generator -> fftconv -> GELU, dropout, linear and GLU."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -33,6 +35,13 @@ class KernelGenerator(nn.Module):
             )
 
         return super()._apply(keep_precision, recurse)
+
+
+def full_precision(device: torch.device):
+    """A context in which products keep their operands' precision, whatever autocast says."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 class TiedDropout(nn.Dropout):
@@ -114,11 +123,7 @@ class ConvLayer(nn.Module):
         return fftconv(x, k, self.skip, k_rev=k_rev, activation=self.activation, layout="blh")
 
     def _check_input(self, function: str, x: Tensor, *axes: tuple[str, None]) -> None:
-        check_tensor(function, "x", x)
-        if not torch.is_autocast_enabled(x.device.type):
-            why = " (the layer's dtype) outside autocast"
-            check_tensor(function, "x", x, dtypes=(self.linear.weight.dtype,), why=why)
-        check_shape(function, "x", x, (*axes, ("d_model", self.d_model)))
+        _check_input(function, x, self.d_model, self.linear.weight.dtype, *axes)
 
     def _kernel(self, length: int, rate: float) -> Tensor:
         if rate == 1.0:
@@ -135,6 +140,16 @@ class ConvLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, heads={self.heads}, bidirectional={self.bidirectional}"
+
+
+def _check_input(
+    function: str, x: Tensor, d_model: int, dtype: torch.dtype, *axes: tuple[str, None]
+) -> None:
+    check_tensor(function, "x", x)
+    if not torch.is_autocast_enabled(x.device.type):
+        why = " (the layer's dtype) outside autocast"
+        check_tensor(function, "x", x, dtypes=(dtype,), why=why)
+    check_shape(function, "x", x, (*axes, ("d_model", d_model)))
 
 
 def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:

@@ -7,6 +7,7 @@ from seqconv._check import check_choice, check_shape, check_tensor
 from seqconv._layer import ConvLayer
 from seqconv.long_conv import LongConv
 from seqconv.s4d import S4D
+from seqconv.sgconv import SGConv
 
 
 class _Checkpoint:
@@ -173,8 +174,8 @@ def load_longconv(
         prefix: of the layer's keys, "layers.0.layer." for instance.
         lam: threshold of the squash, which the checkpoint does not hold: 0.1 if safari's layer was made
             without one, 0.001 to 0.004 in its Long Range Arena configurations.
-        options: of LongConv that a checkpoint does not hold: kernel_dropout, dropout, tie_dropout,
-            activation, kernel_lr.
+        options: of LongConv that a checkpoint does not hold: smooth, smooth_window, kernel_dropout,
+            dropout, tie_dropout, activation, kernel_lr.
 
     Returns:
         A LongConv in D's dtype, on its device. Outputs are (batch, length, d_model).
@@ -184,6 +185,8 @@ def load_longconv(
 
     Source: arXiv 2302.06646.
     """
+    if not lam >= 0:
+        raise ValueError(f"load_longconv: lam must be >= 0, got {lam}")
     checkpoint = _Checkpoint("load_longconv", state_dict, prefix)
     values, shape = checkpoint.block()
     standalone = checkpoint.find("kernel") is not None
@@ -198,9 +201,87 @@ def load_longconv(
         past, future = kernel.chunk(2, dim=-1)
         kernel = torch.cat([past, future.flip(-1)])
     two_sided = checkpoint.directions("kernel", len(kernel), shape["heads"])
-    size = {"l_max": kernel.shape[-1], "bidirectional": two_sided, "lam": lam}
-    layer = LongConv(**shape, **size, **options)
+    size = {"l_max": kernel.shape[-1], "bidirectional": two_sided}
+    # The initial taps, which are replaced, need not survive the squash.
+    layer = LongConv(**shape, **size, lam=0.0, **options)
+    layer.kernel.lam = lam
     return checkpoint.fill(layer, values | {"kernel.kernel": kernel})
+
+
+def load_sgconv(
+    state_dict: dict[str, Tensor],
+    *,
+    prefix: str = "",
+    mode: str = "cat_randn",
+    init_scale: int = 0,
+    **options,
+) -> SGConv:
+    """An SGConv with the weights of the reference implementation's GConv that computes the same.
+
+    Takes, below prefix, the keys D, kernel_list.0, .1, ... (kernels, d_model, kernel_dim), multiplier,
+    kernel_norm, kernel_norm_initialized, decay (with "learnable" in the mode), and output_linear's
+    weight and bias. Sizes, heads, sides, scales and the GLU follow from shapes.
+
+    Args:
+        state_dict: of the layer, or of a model that holds it, after its first forward: only then does
+            it hold the kernel's norm.
+        prefix: of the layer's keys, "layers.0.layer." for instance.
+        mode, init_scale: as the layer was made with; its checkpoint does not tell.
+        options: of SGConv that a checkpoint does not hold: dropout, tie_dropout, activation, kernel_lr.
+
+    Returns:
+        An SGConv in D's dtype, on its device. Outputs are (batch, length, d_model).
+
+    Raises:
+        ValueError: a key is missing or unknown, or has a shape that does not fit the others.
+
+    Source: arXiv 2210.09298.
+    """
+    name = "load_sgconv"
+    if "cat" not in mode and "sum" not in mode:
+        raise ValueError(
+            f"{name}: mode must be the layer's, with 'cat' or 'sum' in it, got {mode!r}"
+        )
+    checkpoint = _Checkpoint(name, state_dict, prefix)
+    values, shape = checkpoint.block()
+    d = shape["d_model"]
+    pieces = [checkpoint.take("kernel_list.0")]
+    pattern = (("kernels", None), ("d_model", d), ("kernel_dim", None))
+    kernels, _, dim = checkpoint.check("kernel_list.0", pieces[0], pattern).shape
+    while key := checkpoint.find(f"kernel_list.{len(pieces)}"):
+        pattern = (("kernels", kernels), ("d_model", d), ("kernel_dim", dim))
+        pieces.append(checkpoint.check(key, checkpoint.take(key), pattern))
+    if not checkpoint.take("kernel_norm_initialized"):
+        raise ValueError(f"{name}: kernel_norm must be set by a first forward, but is not")
+    norm, multiplier = checkpoint.take("kernel_norm"), checkpoint.take("multiplier")
+    norm_of = (
+        (("d_model", d), ("single", 1)),
+        (("kernels", kernels), ("d_model", d), ("single", 1)),
+    )
+    checkpoint.check("kernel_norm", norm, *norm_of)  # the older had one norm for all heads
+    power = "learnable" in mode
+    if power:
+        decay = checkpoint.check("decay", checkpoint.take("decay"), (("d_model", d),))
+    else:
+        pattern = (("single", 1), ("d_model", d), ("single", 1))
+        decay = checkpoint.check("multiplier", multiplier, pattern).reshape(d)
+        # There the last piece has weight 1, here the first.
+        norm = norm * multiplier.reshape(d, 1) ** (1 - len(pieces))
+    two_sided = checkpoint.directions("kernel_list.0", kernels, shape["heads"])
+    layer = SGConv(
+        **shape,
+        l_max=dim << (len(pieces) - 1 + init_scale),
+        bidirectional=two_sided,
+        kernel_dim=dim,
+        n_scales=len(pieces),
+        init_scale=init_scale,
+        upsample="nearest" if "nearest" in mode else "linear",
+        combine="sum" if "sum" in mode else "cat",
+        decay=("power_fixed" if "fixed" in mode else "power") if power else "geometric",
+        **options,
+    )
+    values |= {"kernel.pieces": torch.stack(pieces), "kernel.decay": decay}
+    return checkpoint.fill(layer, values | {"kernel.norm": norm.expand(kernels, d, 1)})
 
 
 def conv1d_taps(weight: Tensor, padding: str = "causal") -> tuple[Tensor, Tensor | None]:

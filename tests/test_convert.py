@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from seqconv import fftconv
-from seqconv.convert import conv1d_taps, load_longconv, load_s4d
+from seqconv.convert import conv1d_taps, load_longconv, load_s4d, load_sgconv
 
 D, N, L, BATCH = 6, 5, 24, 2  # channels, stored modes, length
 F64 = {"dtype": torch.float64}
@@ -57,10 +57,10 @@ def under(prefix, state):
     return rest | {prefix + name: tensor for name, tensor in state.items()}
 
 
-def check(layer, wanted, x):
+def check(layer, wanted, x, tolerance=1e-9):
     y = layer.eval()(x)
     assert y.dtype == torch.float64 and wanted.std() > 0.1
-    torch.testing.assert_close(y, wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(y, wanted, rtol=tolerance, atol=tolerance)
 
 
 def modes(dt, A, B, C):
@@ -240,6 +240,17 @@ def test_longconv(heads, two_sided, prefix):
         load_longconv(state)
 
 
+@pytest.mark.parametrize("window", [3, 7])
+def test_smoothed_longconv(window):
+    """A moving average over zeros beyond the ends, before the squash."""
+    state = common() | {"kernel.kernel": rand(1, D, L)}
+    k, lam = F.pad(state["kernel.kernel"], (window // 2, window // 2)), 0.1
+    k = sum(k[..., i : i + L] for i in range(window)) / window
+    k = torch.where(k.abs() > lam, k - lam * k.sign(), 0.0)
+    x, options = rand(BATCH, L, D), {"smooth": "time", "smooth_window": window}
+    check(load_longconv(state, lam=lam, **options), block(x, state, k), x, 1e-6)
+
+
 def test_standalone_longconv():
     """Its 2 l_max taps meet a transform of 2 l_max points: y[t] = sum_s u[s] k[(t - s) mod 2 l_max]."""
     state = common(2) | {"kernel": 0.5 * rand(2, D, 2 * L)}
@@ -251,6 +262,61 @@ def test_standalone_longconv():
     circular = torch.fft.ifft(spectrum).real[..., :L]
     torch.testing.assert_close(convolve(x.mT, k[..., :L], future), circular)
     check(load_longconv(state, lam=lam), block(x, state, k[..., :L], future), x)
+
+
+# ---- SGConv ----
+
+
+def upsampled(w, factor, linear):
+    """Repeated, or interpolated between points at the middle of each stretch, constant beyond the ends."""
+    out = torch.zeros(*w.shape[:-1], w.shape[-1] * factor, **F64)
+    for t in range(out.shape[-1]):
+        place = (t + 0.5) / factor - 0.5
+        low = math.floor(place)
+        left, right = (w[..., min(max(i, 0), w.shape[-1] - 1)] for i in (low, low + 1))
+        share = place - low
+        out[..., t] = (1 - share) * left + share * right if linear else w[..., t // factor]
+    return out
+
+
+@pytest.mark.parametrize("heads, two_sided", [(1, False), (2, True)])
+@pytest.mark.parametrize("init_scale", [0, 1])
+@pytest.mark.parametrize(
+    "mode",
+    ["cat_randn", "sum_randn", "cat_nearest_cos", "cat_randn_learnable", "sum_cos_learnable_fixed"],
+)
+@pytest.mark.parametrize("scales, old_norm", [(3, False), (1, True)])
+def test_sgconv(heads, two_sided, init_scale, mode, scales, old_norm):
+    kernels, dim = heads * (1 + two_sided), 4
+    pieces = [rand(kernels, D, dim) for _ in range(scales)]
+    learnable = "learnable" in mode
+    multiplier = torch.linspace(1.5, 3, D, **F64).reshape(1, D, 1)
+    parts = []
+    for i, w in enumerate(pieces):
+        factor = 2 ** ((i if "sum" in mode else max(i - 1, 0)) + init_scale)
+        part = upsampled(w, factor, "nearest" not in mode)
+        parts.append(part if learnable else part * multiplier ** (scales - 1 - i))
+    if "sum" in mode:
+        k = sum(F.pad(part, (0, parts[-1].shape[-1] - part.shape[-1])) for part in parts)
+    else:
+        k = torch.cat(parts, -1)
+    state = common(heads) | {f"kernel_list.{i}": w for i, w in enumerate(pieces)}
+    if learnable:
+        multiplier, state["decay"] = torch.tensor(1.0, **F64), rand(D).abs()
+        k = k * (torch.arange(k.shape[-1], **F64) + 1) ** -state["decay"].unsqueeze(-1)
+    norm = rand(D, 1).abs() + 1 if old_norm else k.norm(dim=-1, keepdim=True) * 1.3
+    k = k / norm
+    state |= {"multiplier": multiplier, "kernel_norm": norm}
+    state["kernel_norm_initialized"] = torch.tensor(True)
+    x = rand(BATCH, L, D)
+    wanted = block(x, state, k[:heads], k[heads:] if two_sided else None)
+    layer = load_sgconv(state, mode=mode, init_scale=init_scale)
+    check(layer, wanted, x)
+    assert isinstance(layer.kernel.decay, nn.Parameter) == (learnable and "fixed" not in mode)
+    with pytest.raises(ValueError, match="kernel_norm must be set by a first forward"):
+        load_sgconv(state | {"kernel_norm_initialized": torch.tensor(False)}, mode=mode)
+    with pytest.raises(ValueError, match=r"unknown keys in state_dict: 'kernel_list\.5'"):
+        load_sgconv(state | {"kernel_list.5": pieces[0]}, mode=mode, init_scale=init_scale)
 
 
 # ---- what the README says of calls ----
@@ -315,6 +381,10 @@ def test_refusals():
             load_s4d(state | {name: tensor})
     with pytest.raises(ValueError, match="real_transform must be one of"):
         load_s4d(state, real_transform="square")
+    with pytest.raises(ValueError, match="mode must be the layer's, with 'cat' or 'sum' in it"):
+        load_sgconv(state, mode="randn")
+    with pytest.raises(ValueError, match="lam must be >= 0, got nan"):
+        load_longconv(state, lam=math.nan)
     with pytest.raises(ValueError, match="kernel must have an even number of taps, got 7"):
         load_longconv(common() | {"kernel": rand(1, D, 7)}, lam=0.1)
     with pytest.raises(ValueError, match=r"unknown keys in state_dict: 'kernel\.kernel'"):

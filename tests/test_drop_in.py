@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from seqconv import S4D, ButterflyConv, LongConv
+from seqconv import S4D, ButterflyConv, Hyena, LongConv
 from seqconv.nn import AsAttention
 
 D, BATCH, LENGTH = 8, 3, 30
@@ -166,6 +166,8 @@ def test_causal_masks(make, dtype, train):
     if dtype.is_floating_point:
         with pytest.raises(ValueError, match="attn_mask must hide exactly the future"):
             attention(x, x, x, attn_mask=causal - 1)  # a bias that attention would not ignore
+    hyena = AsAttention(Hyena(D, l_max=LENGTH))
+    assert torch.equal(hyena(x, x, x, attn_mask=causal)[0], hyena.layer(x))
     learned = AsAttention(ButterflyConv(D, l_max=LENGTH))  # causal until its transforms are learned
     for both in (AsAttention(make(bidirectional=True)), learned):
         both(x, x, x, attn_mask=torch.zeros_like(causal))

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from seqconv import S4D, LongConv, LongConvKernel, param_groups, reference
+from seqconv import S4D, LongConv, LongConvKernel, SGConv, param_groups, reference
 from seqconv.long_conv import squash
 
 D = 6
 LAYERS = {
     "s4d": lambda **options: S4D(D, **options),
     "long_conv": lambda **options: LongConv(D, l_max=80, **{"kernel_dropout": 0.0} | options),
+    "sgconv": lambda **options: SGConv(D, l_max=80, **options),
 }
 OPTIONS = {"plain": {}, "two-sided": {"bidirectional": True}, "heads": {"heads": 3}}
 
