@@ -109,7 +109,7 @@ class ConvLayer(nn.Module):
         kernel per step of x, for inputs sampled 1 / rate times as often as those of training.
         """
         name = type(self).__name__
-        self._check_input(name, x, ("batch", None), ("length", None))
+        check_input(name, x, self.linear, self.d_model)
         padding = _padding(name, x, mask, lengths)
         if padding is not None:
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
@@ -121,9 +121,6 @@ class ConvLayer(nn.Module):
         if self.bidirectional:
             k, k_rev = k[: self.heads], k[self.heads :]
         return fftconv(x, k, self.skip, k_rev=k_rev, activation=self.activation, layout="blh")
-
-    def _check_input(self, function: str, x: Tensor, *axes: tuple[str, None]) -> None:
-        _check_input(function, x, self.d_model, self.linear.weight.dtype, *axes)
 
     def _kernel(self, length: int, rate: float) -> Tensor:
         if rate == 1.0:
@@ -142,14 +139,15 @@ class ConvLayer(nn.Module):
         return f"{self.d_model}, heads={self.heads}, bidirectional={self.bidirectional}"
 
 
-def _check_input(
-    function: str, x: Tensor, d_model: int, dtype: torch.dtype, *axes: tuple[str, None]
+def check_input(
+    function: str, x: Tensor, layer: nn.Linear, d_model: int, axes=("batch", "length")
 ) -> None:
+    """x (*axes, d_model) in the dtype of the layer, whose linear map this is, unless under autocast."""
     check_tensor(function, "x", x)
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and not torch.is_autocast_enabled(x.device.type):
         why = " (the layer's dtype) outside autocast"
-        check_tensor(function, "x", x, dtypes=(dtype,), why=why)
-    check_shape(function, "x", x, (*axes, ("d_model", d_model)))
+        check_tensor(function, "x", x, dtypes=(layer.weight.dtype,), why=why)
+    check_shape(function, "x", x, (*[(axis, None) for axis in axes], ("d_model", d_model)))
 
 
 def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:

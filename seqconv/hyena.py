@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from seqconv._check import check_length, check_positive
-from seqconv._layer import KernelGenerator, _check_input, _padding, full_precision
+from seqconv._layer import KernelGenerator, _padding, check_input, full_precision
 from seqconv.functional import fftconv
 
 
@@ -149,8 +149,7 @@ class Hyena(nn.Module):
         the same as without those steps' content; with padding on one side, as without those steps.
         lengths (batch,), integers, is a mask of everything from lengths[i] on.
         """
-        axes = (("batch", None), ("length", None))
-        _check_input("Hyena", x, self.d_model, self.in_proj.weight.dtype, *axes)
+        check_input("Hyena", x, self.in_proj, self.d_model)
         padding = _padding("Hyena", x, mask, lengths)
         # Zero thrice: what the input projection's bias and the short convolution's put there would
         # reach the steps after it.
