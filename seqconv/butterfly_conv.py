@@ -120,6 +120,8 @@ class ButterflyConv(ConvLayer):
         torch.Size([2, 100, 8])
     """
 
+    causal = False  # once its transforms are learned
+
     def __init__(
         self,
         d_model: int,
