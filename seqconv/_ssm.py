@@ -94,9 +94,8 @@ def _channels_at_once(a: Tensor, heads: int, length: int) -> int:
 
 def _chunked(a: Tensor, w: Tensor, length: int, single: bool) -> Tensor:
     if length == 0 or w.numel() == 0:
-        return w.new_zeros(*w.shape[:2], length, dtype=_dtype(single)) + 0 * w.sum().to(
-            _dtype(single)
-        )
+        nothing = 0 * (a.sum() + w.sum()).to(_dtype(single))  # a node of the graph
+        return w.new_zeros(*w.shape[:2], length, dtype=_dtype(single)) + nothing
     step = _channels_at_once(a, w.shape[0], length)
     pairs = zip(a.split(step), w.split(step, 1), strict=True)
     return torch.cat([blocked(x, y, length, single) for x, y in pairs], 1)
@@ -105,7 +104,8 @@ def _chunked(a: Tensor, w: Tensor, length: int, single: bool) -> Tensor:
 def _chunked_bwd(dk: Tensor, a: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     step = _channels_at_once(a, w.shape[0], dk.shape[-1])
     parts = zip(dk.split(step, 1), a.split(step), w.split(step, 1), strict=True)
-    grads = [_blocked_bwd(*part) for part in parts]
+    with torch.autocast(a.device.type, enabled=False):
+        grads = [_blocked_bwd(*part) for part in parts]
     return torch.cat([g[0] for g in grads]), torch.cat([g[1] for g in grads], 1)
 
 

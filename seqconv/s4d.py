@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqconv import s4d_init
+from seqconv._autograd import transformed
 from seqconv._check import (
     check_choice,
     check_flag,
@@ -26,7 +27,7 @@ _FLOOR = 1e-4  # of what a positive transform has to give
 POSITIVE = {  # name: (transform, inverse)
     "exp": (torch.exp, torch.log),
     "relu": (lambda p: F.relu(p) + _FLOOR, lambda x: x - _FLOOR),
-    "softplus": (F.softplus, lambda x: torch.log(torch.expm1(x))),
+    "softplus": (F.softplus, lambda x: x + torch.log(-torch.expm1(-x))),
     "sigmoid": (torch.sigmoid, torch.logit),
     "none": (lambda p: p, lambda x: x),
 }
@@ -137,9 +138,9 @@ class S4DKernel(KernelGenerator):
         inv_dt = log_dt if dt_transform == "exp" else POSITIVE["softplus"][1](dt.clamp(min=_FLOOR))
         inv_dt = torch.asinh(inv_dt) if dt_sinh else inv_dt
         self.inv_dt = nn.Parameter(inv_dt.float())
-        self.inv_A_real = nn.Parameter(_inverse(-A[..., 0], real_transform))
+        self.inv_A_real = nn.Parameter(_inverse(-A[..., 0], "real_transform", real_transform))
         if not is_real:
-            self.inv_A_imag = nn.Parameter(_inverse(A[..., 1], imag_transform))
+            self.inv_A_imag = nn.Parameter(_inverse(A[..., 1], "imag_transform", imag_transform))
         B = B[..., 0] if is_real else B
         if train_B:
             self.B = nn.Parameter(B.float())
@@ -185,7 +186,11 @@ class S4DKernel(KernelGenerator):
         return self.kernel_dropout(k)
 
 
-def _inverse(x: Tensor, transform: str) -> Tensor:
+def _inverse(x: Tensor, option: str, transform: str) -> Tensor:
+    if transform == "sigmoid" and not (x < 1).all():
+        raise ValueError(
+            f"S4DKernel: {option}='sigmoid' gives values below 1, got modes up to {x.max():g} from init"
+        )
     if transform != "none":
         x = x.clamp(min=_FLOOR)
     return POSITIVE[transform][1](x).float()
@@ -278,14 +283,15 @@ class S4D(ConvLayer):
         """x (batch, d_model) of one time -> y of that time, and the state after it.
 
         The convolution's y to round-off, at a cost that does not grow with time. Differentiable;
-        without gradients the discrete system is kept until a parameter changes.
+        without gradients the discrete system is kept until a parameter's values change.
         """
         check_input("S4D.step", x, self.linear, self.d_model, ("batch",))
         self._check_state("S4D.step", x, state)
         a, b, c = self._recurrence()
         u = x.to(state.dtype)
         state = multiply(a, state) + b * u[..., None, None]
-        v = torch.einsum("chnr,bhnr->bch", c, state) + self.skip * u.unsqueeze(1)
+        with torch.autocast(x.device.type, enabled=False):
+            v = torch.einsum("chnr,bhnr->bch", c, state) + self.skip * u.unsqueeze(1)
         return self._mix(activate(v, self.activation).flatten(1).to(x.dtype)), state
 
     def prefill(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,7 +306,9 @@ class S4D(ConvLayer):
         left = multiply(_exp(a), state.double())
         weight = multiply(c * c.new_tensor([1.0, -1.0]), left.unsqueeze(1))  # (b c h n 2)
         rest = mode_sum(a, weight.flatten(0, 1), length, state.dtype == torch.float32)
-        v = fftconv(u, self.kernel(length), self.skip.to(u.dtype)) + rest.unflatten(0, (batch, -1))
+        v = fftconv(u, self.kernel(length), self.skip.to(u.dtype)) + rest.unflatten(
+            0, (batch, self.heads)
+        )
         arrived = multiply(b, moments(a, u.flip(-1)))
         state = (multiply(_exp(length * a), state.double()) + arrived).to(state.dtype)
         y = activate(v, self.activation).to(x.dtype)
@@ -324,12 +332,19 @@ class S4D(ConvLayer):
 
         parameters = (*self.kernel.parameters(), *self.kernel.buffers())
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        if wanted or torch.compiler.is_compiling():
+        if wanted or torch.compiler.is_compiling() or transformed(parameters):
             return make()
-        key = [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, make()
-        return self._kept[1]
+        if self.skip.is_cuda and torch.cuda.is_current_stream_capturing():
+            return make()  # comparing would wait for the device
+        # By value: neither a fused optimiser nor writing to .data shows in addresses and versions.
+        kept = self._kept
+        if kept is None or not all(map(_same, kept[0], parameters)):
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._kept = [p.clone() for p in parameters], make()
+        return kept[1]
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_kept": None}
 
     def _check_recurrent(self) -> None:
         if self.bidirectional:
@@ -342,6 +357,10 @@ class S4D(ConvLayer):
         check_tensor(function, "state", state, dtypes=(self.kernel.C.dtype,), device=x.device)
         parts = (("d_model", self.d_model), ("modes", self.kernel.modes), ("real and imaginary", 2))
         check_shape(function, "state", state, (("batch", x.shape[0]), *parts))
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
 
 
 def _exp(a: Tensor) -> Tensor:

@@ -88,6 +88,10 @@ def modes(
     B = B * B_scale
     if normalize_B:
         size = (B.square().sum(-1) / A.square().sum(-1)).sum(-1)
+        if not size.isfinite().all():
+            raise ValueError(
+                f"S4DKernel: normalize_B wants no mode at 0, got one from init={init!r}"
+            )
         B = B / (2 * size).sqrt()[:, None, None]
     return A, B
 

@@ -30,6 +30,17 @@ def expm1(x: Tensor) -> Tensor:
     )
 
 
+def expm1_over(a: Tensor) -> Tensor:
+    """(exp(a) - 1) / a of complex numbers, 1 at zero; derivatives there too."""
+    near = (a.abs() < 1e-3).all(-1, keepdim=True)
+    series = one = a.new_tensor([1.0, 0.0])
+    small = torch.where(near, a, 0.0)
+    for n in (5, 4, 3, 2):  # 1 + a/2 (1 + a/3 (1 + a/4 (1 + a/5)))
+        series = one + multiply(small, series) / n
+    far = torch.where(near, one, a)
+    return torch.where(near, series, divide(expm1(far), far))
+
+
 def discretize(log_dt: Tensor, A: Tensor, discretization: str) -> tuple[Tensor, Tensor]:
     """(a, b): x[t + 1] = exp(a) x[t] + b u[t + 1] follows x' = A x + u, sampled dt apart.
 
@@ -38,18 +49,16 @@ def discretize(log_dt: Tensor, A: Tensor, discretization: str) -> tuple[Tensor, 
     """
     dt = log_dt.double().exp()
     dt = (dt if dt.dim() == 2 else dt.unsqueeze(-1)).unsqueeze(-1)  # (h n 1)
-    A = A.double()
-    a = dt * A
-    one = a.new_tensor([1.0, 0.0])
+    a = dt * A.double()
     if discretization == "bilinear":
+        one = a.new_tensor([1.0, 0.0])
         # log((1 + a/2) / (1 - a/2)), whose real part cancels as it stands.
         x, y = a.unbind(-1)
         below = (1 - x / 2) ** 2 + y * y / 4
         size = 0.5 * torch.log1p((2 * x / below).clamp(min=-1 + 1e-16))
         log = torch.stack([size, torch.atan2(y, 1 - (x * x + y * y) / 4)], -1)
         return log, divide(dt * one, one - a / 2)
-    still = (A == 0).all(-1, keepdim=True)  # (exp(a) - 1) / A -> dt
-    return a, torch.where(still, dt * one, divide(expm1(a), torch.where(still, one, A)))
+    return a, dt * expm1_over(a)
 
 
 def ssm_kernel(
@@ -111,12 +120,12 @@ def ssm_kernel(
     if discretization != "dss_softmax":
         return mode_sum(a, weight, length, single, backend)
     # A growing mode is a decaying one from the end, exp(a (l - length + 1)): a softmax ignores the scale.
-    grows = a[..., :1] > 0
-    falling = torch.where(grows, -a, a)
+    grows = A[..., :1] > 0
+    falling, b = discretize(log_dt, torch.where(grows, -A, A), discretization)
     total = expm1(falling * length)
     conjugate = total * total.new_tensor([1.0, -1.0])
     inverse = conjugate / ((total**2).sum(-1, keepdim=True) + _REGULARISER)
-    share = multiply(divide(expm1(falling), A.double()), inverse)
+    share = multiply(torch.where(grows, -b, b), inverse)
     weight = multiply(C.double(), share if B is None else multiply(share, B.double()))
     none = torch.zeros_like(weight)
     both = torch.cat([torch.where(grows, none, weight), torch.where(grows, weight, none)])

@@ -1,6 +1,8 @@
 """S4D: initial modes, parametrisations, kernel options, recurrence, resampling, and S4 as its limit."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -235,6 +237,99 @@ def test_steps_follow_the_parameters():
         wanted = layer(x.unsqueeze(1)).squeeze(1)
     assert not torch.allclose(after, before)
     torch.testing.assert_close(after, wanted)
+
+
+def _change_by_fused_optimiser(layer):
+    layer.kernel.C.grad = torch.ones_like(layer.kernel.C)
+    torch.optim.AdamW([layer.kernel.C], lr=0.5, fused=True).step()
+
+
+CHANGES = {
+    "fused optimiser": _change_by_fused_optimiser,
+    "in place through data": lambda layer: layer.kernel.C.data.mul_(3),
+    "new data": lambda layer: setattr(layer.kernel.C, "data", layer.kernel.C.data * 3),
+    "load": lambda layer: layer.load_state_dict(S4D(D).state_dict()),
+    "load, assigning": lambda layer: layer.load_state_dict(S4D(D).state_dict(), assign=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_steps_follow_every_way_to_change_parameters(change):
+    layer, x = S4D(D).eval(), torch.randn(2, D)
+    with torch.no_grad():
+        layer.step(x, layer.init_state(2))
+        for changed in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            CHANGES[change](changed)
+            y, _ = changed.step(x, changed.init_state(2))
+            torch.testing.assert_close(y, changed(x.unsqueeze(1)).squeeze(1))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_steps_under_transforms_and_inference_mode():
+    layer, x = S4D(D).eval().requires_grad_(False), torch.randn(2, D, requires_grad=True)
+    with torch.inference_mode():
+        inside = S4D(D)
+        inside.step(x, inside.init_state(2))
+        layer.step(x, layer.init_state(2))  # what it keeps is of use outside
+    layer.step(x, layer.init_state(2))[0].sum().backward()
+
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer.step(x, self.layer.init_state(2))[0]
+
+    def step(C):
+        return torch.func.functional_call(Step(), {"layer.kernel.C": C}, (x.detach(),))
+
+    def convolution(C):
+        y = torch.func.functional_call(layer, {"kernel.C": C}, (x.detach().unsqueeze(1),))
+        return y.squeeze(1)
+
+    C = layer.kernel.C.detach()
+    with torch.no_grad():
+        ours, wanted = (torch.func.jvp(f, (C,), (C,))[1] for f in (step, convolution))
+        torch.testing.assert_close(ours, wanted)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(C, C)
+            tangent = torch.autograd.forward_ad.unpack_dual(step(dual)).tangent
+        torch.testing.assert_close(tangent, wanted)
+        ours = torch.func.vmap(step)(torch.stack([C, 2 * C]))[1]
+        torch.testing.assert_close(ours, convolution(2 * C))
+
+
+def test_steps_keep_their_precision_under_autocast():
+    layer, x = S4D(D, activation=None).eval(), torch.randn(2, 20, D)
+    outputs = []
+    layer._mix = lambda y: outputs.append(y) or y
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        state = layer.init_state(2)
+        for t in range(20):
+            _, state = layer.step(x[:, t], state)
+        layer(x)
+    assert relative(torch.stack(outputs[:-1], 1), outputs[-1]) < 1e-5
+
+
+def test_an_empty_batch_has_a_recurrence():
+    layer = S4D(D, heads=2)
+    y, state = layer.prefill(torch.randn(0, 4, D), layer.init_state(0))
+    assert y.shape == (0, 4, D) and state.shape == (0, D, 32, 2)
+
+
+def test_modes_out_of_reach_of_their_parameters():
+    for options in ({"imag_transform": "sigmoid"}, {"init": "real", "real_transform": "sigmoid"}):
+        with pytest.raises(ValueError, match="transform='sigmoid' gives values below 1, got modes"):
+            S4DKernel(D, **options)
+    with pytest.raises(
+        ValueError, match="normalize_B wants no mode at 0, got one from init='fout'"
+    ):
+        S4DKernel(D, init="fout", normalize_B=True)
+    for init in ("inv", "quad", "legs"):  # Im A over 1000
+        A = S4DKernel(D, init=init, imag_transform="softplus").system()[1]
+        wanted = s4d_init.modes(init, D, 32)[0]
+        torch.testing.assert_close(A[..., 1], wanted[..., 1], rtol=1e-5, atol=1e-4)
 
 
 def test_steps_in_half_precision_and_their_contract():

@@ -257,6 +257,10 @@ void ssm_backward_unit(const SsmProblem& p, int64_t channel, int64_t begin, int6
   T* packed = by_column + 2 * s.table_row * s.columns;
   const double* a = p.a + 2 * channel * s.modes;
   make_right(s, a, rows, right);
+  // Powers past the end meet zeros, and those of a growing mode may have overflown.
+  for (int64_t r = p.length; r < s.columns; ++r)
+    for (int64_t m = 0; m < 2 * s.modes; ++m)
+      right[(r / kColumns<T> * s.table_row + m) * kColumns<T> + r % kColumns<T>] = 0;
   for (int64_t head = 0; head < p.heads; ++head) {
     const T* dk =
         reinterpret_cast<const T*>(p.dk) + head * p.dk_stride[0] + channel * p.dk_stride[1];
