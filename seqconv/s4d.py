@@ -302,13 +302,14 @@ class S4D(ConvLayer):
         batch, length, _ = x.shape
         a, b, c = self._discrete()
         u = x.movedim(1, 2).to(state.dtype)  # (b h l)
+        single = state.dtype == torch.float32
+        c = c * c.new_tensor([1.0, -1.0])
+        k = mode_sum(a, multiply(c, b), length, single)
         # What the state still gives is a kernel per sample and head: Re c exp(a (l + 1)) state.
         left = multiply(_exp(a), state.double())
-        weight = multiply(c * c.new_tensor([1.0, -1.0]), left.unsqueeze(1))  # (b c h n 2)
-        rest = mode_sum(a, weight.flatten(0, 1), length, state.dtype == torch.float32)
-        v = fftconv(u, self.kernel(length), self.skip.to(u.dtype)) + rest.unflatten(
-            0, (batch, self.heads)
-        )
+        rest = mode_sum(a, multiply(c, left.unsqueeze(1)).flatten(0, 1), length, single)
+        rest = rest.unflatten(0, (batch, self.heads))
+        v = fftconv(u, k, self.skip.to(u.dtype)) + rest
         arrived = multiply(b, moments(a, u.flip(-1)))
         state = (multiply(_exp(length * a), state.double()) + arrived).to(state.dtype)
         y = activate(v, self.activation).to(x.dtype)
