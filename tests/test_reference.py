@@ -89,15 +89,18 @@ def test_blh_is_a_transposition():
     assert torch.equal(turned, y.movedim(-1, 1))
 
 
-def test_s4d_kernel_of_the_published_vector():
-    """A = -1/2 + i pi n, N = 64, dt = 0.01, B = C = 1, zero-order hold."""
+def test_ssm_kernel_of_the_published_vectors():
+    """A = -1/2 + i pi n, N = 64, dt = 0.01, B = C = 1."""
     f64 = {"dtype": torch.float64}
-    log_dt, half = torch.tensor([0.01], **f64).log(), torch.full((1, 32), 0.5, **f64).log()
-    imag = torch.pi * torch.arange(32, **f64).unsqueeze(0)
-    c = torch.tensor([1.0, 0.0], **f64).expand(1, 1, 32, 2)
-    wanted = [0.605249, 0.426175, 0.167921, -0.040841, -0.118517, -0.072227, 0.022057, 0.080778]
-    k = reference.s4d_kernel(log_dt, half, imag, c, 8)
-    torch.testing.assert_close(k[0, 0], torch.tensor(wanted, **f64), rtol=0, atol=5e-7)
+    imag = torch.pi * torch.arange(32, **f64)
+    A = torch.stack([torch.full_like(imag, -0.5), imag], -1).unsqueeze(0)
+    C = torch.tensor([1.0, 0.0], **f64).expand(1, 1, 32, 2)
+    zoh = [0.605249, 0.426175, 0.167921, -0.040841, -0.118517, -0.072227, 0.022057, 0.080778]
+    bilinear = [0.593748, 0.434323, 0.194666, -0.017574, -0.122405, -0.106117, -0.018720, 0.064432]
+    for name, wanted in (("zoh", zoh), ("bilinear", bilinear)):
+        log_dt = torch.tensor([0.01], **f64).log()
+        k = reference.ssm_kernel(log_dt, A, C, 8, discretization=name)
+        torch.testing.assert_close(k[0, 0], torch.tensor(wanted, **f64), rtol=0, atol=6e-7)
 
 
 @pytest.mark.parametrize("wrong", ["zeros", "one element", "shifted", "small bias everywhere"])
