@@ -1,4 +1,4 @@
-"""Pictures of training runs."""
+"""Pictures of training runs, kernels and times."""
 
 from pathlib import Path
 
@@ -8,6 +8,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
+
+from bench import report
 
 
 def plot_curve(rows: list[dict], path: Path) -> None:
@@ -59,4 +61,43 @@ def plot_kernels(
             if row == len(after) - 1:
                 axis.set_xlabel("lag (pixels)")
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_ssm_kernel(rows: list[dict], path: Path) -> None:
+    """Time per element with its floor, and how many times seqconv's others take, against length."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    styles = {"forward": "-", "forward+backward": "--"}
+    for op, line in styles.items():
+        here = sorted((r for r in rows if r["op"] == op and r["gate"]), key=lambda r: r["length"])
+        for i, name in enumerate(names):
+            found = [r for r in here if r["contender"] == name]
+            if not found:
+                continue
+            x = [r["length"] for r in found]
+            label = name if op == "forward" else f"{name}, with gradients"
+            style = {"color": f"C{i}", "marker": "os^Dv"[i % 5], "markersize": 5}
+            left.plot(x, [r["median"] for r in found], line, label=label, **style)
+            q1, q3 = ([r[q] for r in found] for q in ("q1", "q3"))
+            left.fill_between(x, q1, q3, color=style["color"], alpha=0.15, linewidth=0)
+            if not name.startswith("seqconv") and all("over_seqconv" in r for r in found):
+                right.plot(x, [r["over_seqconv"] for r in found], line, **style)
+        floor = [(r["length"], r["floor"]) for r in here]
+        if floor:
+            label = "floor: the multiply-adds" + (", with gradients" if op != "forward" else "")
+            left.plot(*zip(*floor, strict=True), line, color="black", linewidth=1, label=label)
+    left.set(yscale="log", ylabel="ns per element", title="Time of the kernel")
+    right.set(yscale="log", ylabel="times seqconv's time", title="Speed-up of seqconv")
+    right.axhline(1, color="black", linewidth=0.8)
+    for axis in (left, right):
+        report.length_axis(axis, sorted({row["length"] for row in rows}))
+        axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    handles = left.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    first = rows[0]
+    shape = f"{first['channels']} channels, {first['modes']} modes, float32"
+    threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
+    figure.suptitle(f"{first['device']} ({first['isa']}), {shape}, {threads}", fontsize=10)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
