@@ -23,10 +23,11 @@ sanitize: .venv/ready  ## the kernels' tests under AddressSanitizer and Undefine
 	cd build/sanitize && CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 ../../$(BIN)/python -m pytest -q -m "not slow" \
-	  tests/test_fftconv.py tests/test_random.py tests/test_plan.py tests/test_kernels.py $(ARGS)
+	  tests/test_fftconv.py tests/test_random.py tests/test_plan.py tests/test_kernels.py tests/test_ssm.py $(ARGS)
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SEQCONV_EMULATOR_FLAGS="$(SANITIZE)" ../../$(BIN)/python -m pytest -q \
-	  tests/test_device.py -k "operators_cases or edge_lengths or three_passes or windows" $(ARGS)
+	  tests/test_device.py tests/test_cuda_ssm.py \
+	  -k "operators_cases or edge_lengths or three_passes or windows or sizes or growing" $(ARGS)
 
 neon:  ## the kernels for arm64, cross-compiled (Debian: g++-aarch64-linux-gnu) and run in qemu-user
 	mkdir -p build

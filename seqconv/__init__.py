@@ -3,18 +3,24 @@
 from seqconv._version import __version__
 from seqconv.butterfly_conv import ButterflyConv
 from seqconv.functional import Explanation, explain, fftconv
+from seqconv.hyena import Hyena, HyenaFilter
 from seqconv.long_conv import LongConv, LongConvKernel
 from seqconv.optim import param_groups
 from seqconv.s4d import S4D, S4DKernel
+from seqconv.sgconv import SGConv, SGConvKernel
 from seqconv.ssm import ssm_kernel
 
 __all__ = [
     "S4D",
     "ButterflyConv",
     "Explanation",
+    "Hyena",
+    "HyenaFilter",
     "LongConv",
     "LongConvKernel",
     "S4DKernel",
+    "SGConv",
+    "SGConvKernel",
     "__version__",
     "explain",
     "fftconv",

@@ -15,23 +15,41 @@ from seqconv import _cpu, _cuda, _ops, reference
 
 
 def check(device: str) -> str | None:
-    """Runs fftconv and its gradient on the device; what is wrong, or None."""
+    """Runs the operators and their gradients on the device; what is wrong, or None."""
     reason = _ops.fallback_reason(torch.device(device))
     if reason is not None:
         return reason
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
     for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 1.5e-2)):
-        generator = torch.Generator().manual_seed(0)
-        u, k = (torch.randn(shape, generator=generator) for shape in ((2, 9, 500), (9, 500)))
-        results = []
-        for function in (seqconv.fftconv, reference.fftconv_fft):
-            leaves = [u.to(device, dtype).requires_grad_(), k.to(device).requires_grad_()]
-            y = function(*leaves, activation="gelu")
-            results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
-        for ours, theirs in zip(*results, strict=True):
-            error = ((ours - theirs).float().norm() / theirs.float().norm()).item()
-            if not error < allowed:
-                what = f"relative error {error:.1e} in {str(dtype).removeprefix('torch.')}"
-                return f"WRONG RESULT: {what} against torch.fft; please report it with this page"
+        values = [random(2, 9, 500).to(device, dtype), random(9, 500).to(device)]
+        options = {"activation": "gelu"}
+        wrong = compare(seqconv.fftconv, reference.fftconv_fft, values, allowed, options)
+        if wrong is not None:
+            return f"WRONG RESULT: fftconv, {str(dtype).removeprefix('torch.')}, {wrong}"
+    A, C = -random(9, 4, 2).abs(), random(1, 9, 4, 2)
+    values = [t.to(device) for t in (random(9) - 3, A, C)]
+    options = {"length": 500}
+    wrong = compare(seqconv.ssm_kernel, reference.ssm_kernel, values, 1e-5, options)
+    return wrong if wrong is None else f"WRONG RESULT: ssm_kernel, {wrong}"
+
+
+def compare(ours, theirs, values, allowed: float, options: dict) -> str | None:
+    """What differs between two functions of `values` or their gradients by more than `allowed`, or None."""
+    results = []
+    for function in (ours, theirs):
+        leaves = [t.clone().requires_grad_() for t in values]
+        y = function(*leaves, **options)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    for mine, other in zip(*results, strict=True):
+        error = ((mine - other).float().norm() / other.float().norm()).item()
+        if not error < allowed:
+            return (
+                f"relative error {error:.1e} against plain torch; please report it with this page"
+            )
     return None
 
 

@@ -1,5 +1,7 @@
 """What every layer shares: kernel generator -> fftconv -> GELU, dropout, linear and GLU."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -33,6 +35,13 @@ class KernelGenerator(nn.Module):
             )
 
         return super()._apply(keep_precision, recurse)
+
+
+def full_precision(device: torch.device):
+    """A context in which products keep their operands' precision, whatever autocast says."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 class TiedDropout(nn.Dropout):
@@ -95,7 +104,7 @@ class ConvLayer(nn.Module):
         kernel per step of x, for inputs sampled 1 / rate times as often as those of training.
         """
         name = type(self).__name__
-        self._check_input(name, x, ("batch", None), ("length", None))
+        check_input(name, x, self.linear, self.d_model)
         padding = _padding(name, x, mask, lengths)
         if padding is not None:
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
@@ -107,13 +116,6 @@ class ConvLayer(nn.Module):
         if self.bidirectional:
             k, k_rev = k[: self.heads], k[self.heads :]
         return fftconv(x, k, self.skip, k_rev=k_rev, activation=self.activation, layout="blh")
-
-    def _check_input(self, function: str, x: Tensor, *axes: tuple[str, None]) -> None:
-        check_tensor(function, "x", x)
-        if not torch.is_autocast_enabled(x.device.type):
-            why = " (the layer's dtype) outside autocast"
-            check_tensor(function, "x", x, dtypes=(self.linear.weight.dtype,), why=why)
-        check_shape(function, "x", x, (*axes, ("d_model", self.d_model)))
 
     def _kernel(self, length: int, rate: float) -> Tensor:
         if rate == 1.0:
@@ -130,6 +132,17 @@ class ConvLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, heads={self.heads}, bidirectional={self.bidirectional}"
+
+
+def check_input(
+    function: str, x: Tensor, layer: nn.Linear, d_model: int, axes=("batch", "length")
+) -> None:
+    """x (*axes, d_model) in the dtype of the layer, whose linear map this is, unless under autocast."""
+    check_tensor(function, "x", x)
+    if x.device.type != "meta" and not torch.is_autocast_enabled(x.device.type):
+        why = " (the layer's dtype) outside autocast"
+        check_tensor(function, "x", x, dtypes=(layer.weight.dtype,), why=why)
+    check_shape(function, "x", x, (*[(axis, None) for axis in axes], ("d_model", d_model)))
 
 
 def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from seqconv import _autograd, _cpu, _ops
+from seqconv import _autograd, _cpu, _cuda, _ops
 
 _ops.library.define("ssm_fwd(Tensor a, Tensor w, SymInt length, bool single) -> Tensor")
 _ops.library.define("ssm_bwd(Tensor dk, Tensor a, Tensor w) -> (Tensor, Tensor)")
@@ -157,28 +157,32 @@ def keops(a: Tensor, w: Tensor, length: int, dtype: torch.dtype = torch.float64)
 # ---- the operators ----
 
 
-def _shapes(a: Tensor, w: Tensor) -> tuple[int, int, int]:
-    return w.shape[0], a.shape[0], a.shape[1]
+def _fused(t: Tensor, dtype: torch.dtype):
+    """The backend with kernels for tensors where t is, None if there is none."""
+    if _ops.fallback_reason(t.device, dtype) is not None:
+        return None
+    return _cpu if t.device.type == "cpu" else _cuda
 
 
 def _fwd(a: Tensor, w: Tensor, length: int, single: bool) -> Tensor:
-    reason = _ops.fallback_reason(a.device, _dtype(single))
     if length == 0 or w.numel() == 0:
         return w.new_zeros(*w.shape[:2], length, dtype=_dtype(single))
-    if reason is not None or a.device.type != "cpu":
+    backend = _fused(a, _dtype(single))
+    if backend is None:
         return _chunked(a, w, length, single)
     k = w.new_empty(*w.shape[:2], length, dtype=_dtype(single))
-    _cpu.ssm_forward(k, a.contiguous(), w.contiguous())
+    backend.ssm_forward(k, a.contiguous(), w.contiguous())
     return k
 
 
 def _bwd(dk: Tensor, a: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     if dk.numel() == 0 or w.numel() == 0:
         return torch.zeros_like(a), torch.zeros_like(w)
-    if _ops.fallback_reason(a.device, dk.dtype) is not None or a.device.type != "cpu":
+    backend = _fused(a, dk.dtype)
+    if backend is None:
         return _chunked_bwd(dk, a, w)
     da, dw = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, w))
-    _cpu.ssm_backward(da, dw, dk, a.contiguous(), w.contiguous())
+    backend.ssm_backward(da, dw, dk, a.contiguous(), w.contiguous())
     return da, dw
 
 

@@ -16,7 +16,7 @@ from seqconv._check import (
     check_shape,
     check_tensor,
 )
-from seqconv._layer import ConvLayer, KernelGenerator
+from seqconv._layer import ConvLayer, KernelGenerator, check_input
 from seqconv._ssm import mode_sum, moments
 from seqconv.functional import fftconv
 from seqconv.reference import activate
@@ -280,7 +280,7 @@ class S4D(ConvLayer):
         The convolution's y to round-off, at a cost that does not grow with time. Differentiable;
         without gradients the discrete system is kept until a parameter changes.
         """
-        self._check_input("S4D.step", x, ("batch", None))
+        check_input("S4D.step", x, self.linear, self.d_model, ("batch",))
         self._check_state("S4D.step", x, state)
         a, b, c = self._recurrence()
         u = x.to(state.dtype)
@@ -291,7 +291,7 @@ class S4D(ConvLayer):
     def prefill(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """x (batch, length, d_model), going on where `state` is -> y and the state after it, as length
         calls of step() give them, in one convolution."""
-        self._check_input("S4D.prefill", x, ("batch", None), ("length", None))
+        check_input("S4D.prefill", x, self.linear, self.d_model)
         self._check_state("S4D.prefill", x, state)
         batch, length, _ = x.shape
         a, b, c = self._discrete()

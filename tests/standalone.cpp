@@ -2,12 +2,14 @@
 // machines that are reached by a cross compiler and an emulator only. Prints
 // the worst relative errors.
 #include <cmath>
+#include <complex>
 #include <cstdio>
 #include <cstring>
 #include <random>
 #include <vector>
 
 #include "cpu/fftconv.h"
+#include "cpu/ssm.h"
 
 using seqconv::Dtype;
 using seqconv::Problem;
@@ -134,6 +136,86 @@ bool check(int64_t length, int64_t taps, int64_t taps_rev, double limit) {
   return fine;
 }
 
+// A state space model's kernel and its gradient against their definition.
+template <class T>
+bool check_ssm(int64_t heads, int64_t modes, int64_t length, double limit) {
+  using Complex = std::complex<double>;
+  const int64_t channels = 2;
+  std::mt19937 random(2);
+  std::normal_distribution<double> normal;
+  std::vector<double> a(static_cast<size_t>(2 * channels * modes)),
+      da(a.size());
+  std::vector<double> w(static_cast<size_t>(2 * heads * channels * modes)),
+      dw(w.size());
+  std::vector<T> k(static_cast<size_t>(heads * channels * length)),
+      dk(k.size());
+  for (size_t i = 0; i < a.size(); i += 2) {
+    a[i] = -1e-3 * std::fabs(normal(random));
+    a[i + 1] = normal(random);
+  }
+  for (double &x : w)
+    x = normal(random);
+  for (T &x : dk)
+    x = static_cast<T>(normal(random));
+  seqconv::SsmProblem p{};
+  p.heads = heads;
+  p.channels = channels;
+  p.modes = modes;
+  p.length = length;
+  p.single = sizeof(T) == 4;
+  p.threads = 1;
+  p.a = a.data();
+  p.w = w.data();
+  p.k = reinterpret_cast<char *>(k.data());
+  p.dk = reinterpret_cast<const char *>(dk.data());
+  p.dk_stride[0] = channels * length;
+  p.dk_stride[1] = length;
+  p.dk_stride[2] = 1;
+  p.da = da.data();
+  p.dw = dw.data();
+  const bool ok = seqconv::ssm_forward(p) == seqconv::Status::kOk &&
+                  seqconv::ssm_backward(p) == seqconv::Status::kOk;
+  std::vector<double> k64(k.size()), da64(a.size()), dw64(w.size());
+  for (int64_t row = 0; row < heads * channels; ++row) {
+    for (int64_t n = 0; n < modes; ++n) {
+      const auto from = static_cast<size_t>(2 * (row % channels * modes + n));
+      const auto to = static_cast<size_t>(2 * (row * modes + n));
+      const Complex rate(a[from], a[from + 1]), weight(w[to], w[to + 1]);
+      Complex zero, one;
+      for (int64_t l = 0; l < length; ++l) {
+        const auto at = static_cast<size_t>(row * length + l);
+        const Complex e = std::exp(rate * static_cast<double>(l));
+        k64[at] += (weight * e).real();
+        zero += static_cast<double>(dk[at]) * e;
+        one += static_cast<double>(l) * static_cast<double>(dk[at]) * e;
+      }
+      dw64[to] = zero.real();
+      dw64[to + 1] = -zero.imag();
+      da64[from] += (weight * one).real();
+      da64[from + 1] -= (weight * one).imag();
+    }
+  }
+  Run<T> run{};
+  run.compare(k, k64);
+  const auto distance = [](const std::vector<double> &x,
+                           const std::vector<double> &y) {
+    double error = 0, norm = 0;
+    for (size_t i = 0; i < x.size(); ++i) {
+      error += (x[i] - y[i]) * (x[i] - y[i]);
+      norm += y[i] * y[i];
+    }
+    return std::sqrt(error / std::fmax(norm, 1e-300));
+  };
+  const double worst =
+      std::fmax(run.worst, std::fmax(distance(da, da64), distance(dw, dw64)));
+  const bool fine = ok && worst < limit;
+  std::printf("%s ssm, %ld heads, %3ld modes, length %5ld: %.1e%s\n",
+              sizeof(T) == 4 ? "float " : "double", static_cast<long>(heads),
+              static_cast<long>(modes), static_cast<long>(length), worst,
+              fine ? "" : "  WRONG");
+  return fine;
+}
+
 } // namespace
 
 int main() {
@@ -145,6 +227,12 @@ int main() {
         fine = check<float>(length, taps, taps_rev, 6e-7) && fine;
         fine = check<double>(length, taps, taps_rev, 1e-14) && fine;
       }
+    }
+  }
+  for (int64_t length : {2, 13, 100, 3000}) {
+    for (int64_t modes : {1, 9, 40}) {
+      fine = check_ssm<float>(2, modes, length, 1e-6) && fine;
+      fine = check_ssm<double>(2, modes, length, 3e-12) && fine;
     }
   }
   return fine ? 0 : 1;

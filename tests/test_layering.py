@@ -20,8 +20,9 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "_cuda.arguments": {"_pack"},
     "_cuda.convolution": {"_pack", "_cuda.arguments", "_cuda.plan", "_cuda.tables"},
     "_cuda.butterfly": {"_cuda.arguments", "_cuda.plan", "_cuda.tables", "_pack"},
+    "_cuda.ssm": {"_cuda.arguments", "_pack"},
     "_cuda.driver": {"_cuda.kernels", "_cuda.plan", "_cuda.tables"},
-    "_cuda": {"_cuda.butterfly", "_cuda.convolution", "_cuda.driver", "_cuda.plan"},
+    "_cuda": {"_cuda.butterfly", "_cuda.convolution", "_cuda.driver", "_cuda.plan", "_cuda.ssm"},
     "_ops": {"_cpu", "_cuda", "reference"},
     "_butterfly": {"_autograd", "_cuda", "_ops", "reference"},
     "_autograd": {"_ops", "reference"},
@@ -32,10 +33,13 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "s4d_init": {"_check"},
     "s4d": LAYER | {"_ssm", "functional", "reference", "s4d_init", "ssm"},
     "long_conv": LAYER,
+    "sgconv": LAYER,
+    "hyena": LAYER | {"functional"},
     # Not another layer but its kernel generator: the taps are LongConv's, only the transforms differ.
     "butterfly_conv": LAYER | {"_butterfly", "long_conv", "reference"},
     "optim": {"_layer"},
-    "__init__": {"_version", "butterfly_conv", "functional", "long_conv", "optim", "s4d", "ssm"},
+    "__init__": {"_version", "functional", "optim", "s4d", "ssm"}
+    | {"butterfly_conv", "hyena", "long_conv", "sgconv"},
     "__main__": {"_cpu", "_cuda", "_ops", "reference"},
     "prebuild": {"_cuda.driver", "_cuda.kernels"},
 }

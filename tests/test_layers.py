@@ -3,19 +3,23 @@
 import copy
 import math
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from seqconv import S4D, LongConv, LongConvKernel, param_groups, reference
+from seqconv import S4D, LongConv, LongConvKernel, SGConv, param_groups, reference
 from seqconv.long_conv import squash
 
 D = 6
 LAYERS = {
     "s4d": lambda **options: S4D(D, **options),
     "long_conv": lambda **options: LongConv(D, l_max=80, **{"kernel_dropout": 0.0} | options),
+    "sgconv": lambda **options: SGConv(D, l_max=80, **options),
 }
 OPTIONS = {"plain": {}, "two-sided": {"bidirectional": True}, "heads": {"heads": 3}}
 
@@ -61,6 +65,73 @@ def test_causality(make):
     assert change[:25].max() < 1e-4 and change[25:].min() > 1e-3
     both = make(bidirectional=True)
     assert (both(moved) - both(x))[:, :25].abs().max() > 1e-3
+
+
+def test_options_of_the_block(make):
+    x = torch.randn(2, 40, D, dtype=torch.float64)
+    plain = make(activation="silu", postact=None).double()
+    k = plain.kernel(40)
+    v = reference.fftconv(x, k, plain.skip, layout="blh").flatten(2)
+    wanted = F.silu(v) @ plain.linear.weight.T + plain.linear.bias
+    torch.testing.assert_close(plain(x), wanted, rtol=1e-10, atol=1e-10)
+    tied = make(activation=None, postact=None, dropout=0.4, tie_dropout=True)
+    with torch.no_grad():
+        tied.linear.weight.copy_(torch.eye(D))
+        tied.linear.bias.zero_()
+    x = torch.randn(50, 9, D)
+    kept = (tied(x) != 0).float().mean(1)
+    assert ((kept == 0) | (kept == 1)).all() and abs(kept.mean() - 0.6) < 0.1
+    scaled = tied.train()(x)
+    wanted = tied.eval()(x) / 0.6
+    torch.testing.assert_close(scaled, torch.where(scaled == 0, 0.0, wanted))
+    for options, text in (
+        ({"activation": "tanh"}, "activation must be one of None, 'gelu'"),
+        ({"postact": "relu"}, "postact must be one of 'glu', None"),
+        ({"tie_dropout": 1}, "tie_dropout must be True or False, got 1"),
+        ({"bidirectional": "yes"}, "bidirectional must be True or False, got 'yes'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            make(**options)
+
+
+def test_lengths(make):
+    layer, x = make(bidirectional=True), torch.randn(3, 50, D)
+    lengths = torch.tensor([50, 20, 0])
+    padding = torch.arange(50) >= lengths[:, None]
+    assert torch.equal(layer(x, lengths=lengths), layer(x, padding))
+    with pytest.raises(ValueError, match="lengths must be between 0 and length=50"):
+        layer(x, lengths=lengths + 1)
+    with pytest.raises(TypeError, match="lengths must be one of int64, int32"):
+        layer(x, lengths=lengths.float())
+    with pytest.raises(ValueError, match="mask and lengths exclude each other"):
+        layer(x, padding, lengths=lengths)
+
+
+def test_gradients_are_finite_for_huge_inputs(make):
+    layer = make()
+    for length in (1, 70):
+        layer.zero_grad()
+        (layer(1e15 * torch.randn(1, length, D)) * 1e-15).sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+def test_rate(make):
+    layer, x = make(), torch.randn(1, 50, D)
+    if layer.resamples:
+        torch.testing.assert_close(
+            layer(x, rate=2.0), make_like(layer, layer.kernel(50, rate=2.0))(x)
+        )
+    else:
+        with pytest.raises(
+            ValueError, match=r"rate must be 1 \(its taps have no time scale\), got 2"
+        ):
+            layer(x, rate=2.0)
+
+
+def make_like(layer, k):
+    """layer with a given kernel."""
+    twin = copy.copy(layer)
+    return lambda x: twin._mix(F.gelu(reference.fftconv(x, k, layer.skip, layout="blh")).flatten(2))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -177,6 +248,17 @@ def test_compile_and_export(make):
     program = torch.export.export(layer.eval(), (x,), dynamic_shapes=shapes)
     other = torch.randn(3, min(longest, 777) - 2, D)
     torch.testing.assert_close(program.module()(other), layer(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_distributed_data_parallel(tmp_path):
+    script = str(Path(__file__).with_name("two_processes.py"))
+    commands = [[sys.executable, script, str(rank), str(tmp_path / "meet")] for rank in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [subprocess.Popen(command, **pipes) for command in commands]
+    for rank in ranks:
+        output, _ = rank.communicate(timeout=300)
+        assert rank.returncode == 0, output
 
 
 @pytest.mark.slow

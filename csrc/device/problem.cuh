@@ -25,6 +25,16 @@ struct Transform {
                       // but the last
 };
 
+// Sums of exponentials, see ssm.cuh; complex numbers in float64 are pairs.
+struct Exponentials {
+  i64 modes, digits;
+  const double* exponents;  // (channels, modes)
+  const double* weights;    // (heads, channels, modes); `work` has them rounded
+  c32* powers;              // (channels, modes, digits, 8)
+  double* sums;             // (group, heads, channels, modes, 4)
+  double *dexponents, *dweights;
+};
+
 struct Args {
   i64 batch, heads, channels, length, taps, taps_rev, per_sample, activation;
   Transform transform;
@@ -45,6 +55,7 @@ struct Args {
   const c32* matrices;    // the learned butterfly: (head), see butterfly.cuh
   c32* partial_matrices;  // (block): sums of their gradients
   i64 matrix_channels;    // channels of a head
+  Exponentials exponentials;
   Tensor u, k, k_rev, skip, pre_gate, post_gate,
       y;  // k, k_rev, skip of any dtype, the others of the kernel's
   Tensor dy, du, dk, dk_rev, dpre_gate, dpost_gate;

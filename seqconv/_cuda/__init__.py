@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from seqconv._cuda import butterfly, convolution, driver
+from seqconv._cuda import butterfly, convolution, driver, ssm
 from seqconv._cuda.plan import Plan, longest, make_plan, radix_bytes
 
 
@@ -52,6 +52,18 @@ def butterfly_gradients(dz: Tensor, *inputs) -> tuple[Tensor, dict[int, Tensor]]
     index = _index(dz.device)
     with torch.cuda.device(index):
         return butterfly.gradients(driver.device(index), dz, *inputs)
+
+
+def ssm_forward(k: Tensor, a: Tensor, w: Tensor) -> None:
+    index = _index(k.device)
+    with torch.cuda.device(index):
+        ssm.forward(driver.device(index), k, a, w)
+
+
+def ssm_backward(da: Tensor, dw: Tensor, dk: Tensor, a: Tensor, w: Tensor) -> None:
+    index = _index(dk.device)
+    with torch.cuda.device(index):
+        ssm.backward(driver.device(index), da, dw, dk, a, w)
 
 
 def explain(u: Tensor, k: Tensor, k_rev: Tensor | None, backward: bool = False) -> tuple[Plan, str]:

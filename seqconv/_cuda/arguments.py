@@ -10,7 +10,8 @@ from seqconv._pack import KERNEL, SIGNAL, SKIP, pack
 _NUMBERS = (
     "batch heads channels length taps taps_rev per_sample activation n count radices tables row_threads slots groups "
     "blocks step lead outer lower columns order scale scales spectrum partial partial_skip parts work wide "
-    "matrices partial_matrices matrix_channels"
+    "matrices partial_matrices matrix_channels "
+    "modes digits exponents weights powers sums dexponents dweights"
 ).split()
 _TENSORS = "u k k_rev skip pre_gate post_gate y dy du dk dk_rev dpre_gate dpost_gate".split()
 _TABLES = {"k": KERNEL, "k_rev": KERNEL, "dk": KERNEL, "dk_rev": KERNEL, "skip": SKIP}

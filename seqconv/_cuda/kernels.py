@@ -21,6 +21,10 @@ KERNELS: dict[str, tuple[str, int, int]] = {
     "butterfly": ("butterfly", 256, 1),
     "butterfly_backward": ("butterfly_backward", 256, 1),
     "long_taps_gradient": ("long_taps_gradient", _ROWS, 1),
+    "ssm_powers": ("ssm_powers", 128, 4),
+    "ssm_forward": ("ssm_forward", 128, 5),
+    "ssm_backward": ("ssm_backward", 128, 4),
+    "ssm_gradients": ("ssm_gradients", 128, 4),
 }
 for _suffix, _type in (*_IO.items(), ("c32", "c32")):
     for _name in ("forward", "backward"):
@@ -55,7 +59,7 @@ def headers() -> str:
         text = (folder() / name).read_text().replace("#pragma once\n", "")
         return re.sub(r'#include "(\S+)"\n', lambda match: read(match[1]), text)
 
-    return read("tensor_fftconv.cuh") + read("butterfly.cuh")
+    return read("tensor_fftconv.cuh") + read("butterfly.cuh") + read("ssm.cuh")
 
 
 def source(name: str) -> str:

@@ -383,6 +383,10 @@ inline float __int_as_float(int x) {
   std::memcpy(&y, &x, 4);
   return y;
 }
+inline void sincospi(double x, double *sine, double *cosine) {
+  *sine = std::sin(M_PI * x);
+  *cosine = std::cos(M_PI * x);
+}
 inline int __float_as_int(float x) {
   int y;
   std::memcpy(&y, &x, 4);

@@ -3,6 +3,7 @@
 #include "emulator.h"
 
 #include "butterfly.cuh"
+#include "ssm.cuh"
 #include "tensor_fftconv.cuh"
 
 static std::string last;

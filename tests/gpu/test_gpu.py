@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import test_cuda_ssm
 from accuracy import assert_accurate, rel_l2
 from cases import Case, double
 from test_device import LENGTHS, LONG, OPTIONS, ROUNDING, STATED
@@ -142,8 +143,8 @@ def test_compile_export_vmap_and_autocast():
 
 
 def test_layers():
-    layers = (seqconv.S4D(8), seqconv.LongConv(8, l_max=700), seqconv.ButterflyConv(8, l_max=700))
-    for layer in layers:
+    limited = (seqconv.LongConv, seqconv.SGConv, seqconv.Hyena, seqconv.ButterflyConv)
+    for layer in (seqconv.S4D(8), *[cls(8, l_max=700) for cls in limited]):
         layer = layer.cuda().eval()
         x = torch.randn(2, 700, 8, device="cuda", requires_grad=True)
         y = layer(x)
@@ -165,6 +166,13 @@ def test_learned_butterfly():
     expected = torch.autograd.grad(z64, leaves, torch.ones_like(z64))
     for a, b in zip((found[0], *found[1].values()), expected, strict=True):
         assert rel_l2(a, b) < 2e-6
+
+
+@pytest.mark.parametrize("c, h, n, length", [*test_cuda_ssm.SIZES, (1, 40, 32, 16384)])
+def test_sums_of_exponentials(c, h, n, length):
+    a, w = test_cuda_ssm.problem(c, h, n, decay=(1e-6, 0.3), turn=130.0)
+    device = driver.device(torch.cuda.current_device())
+    test_cuda_ssm.check(device, a.cuda(), w.cuda(), torch.randn(c, h, length, device="cuda"))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")

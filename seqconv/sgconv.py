@@ -1,0 +1,236 @@
+"""SGConv: convolution with few weights a scale, coarser and smaller with the lag (arXiv 2210.09298)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqconv._check import check_choice, check_flag, check_length, check_positive
+from seqconv._layer import ConvLayer, KernelGenerator, full_precision
+
+
+class SGConvKernel(KernelGenerator):
+    """Kernel generator of SGConv; SGConvKernel(...)(length) -> (heads, d_model, min(length, taps)).
+
+    k = combine_i(m^-i upsample(pieces[i])) / norm, i < S = n_scales. With d = kernel_dim and
+    s = init_scale piece i is stretched by 2^(s + max(i - 1, 0)) and the stretched pieces follow one
+    another (combine="cat"), or it is stretched by 2^(s + i) and they all start at lag 0 and are
+    added ("sum"). Both have taps = 2^(S - 1 + s) d; unless n_scales is given, S is the smallest for
+    which that is at least l_max. upsample="linear" interpolates between the d weights, put at the
+    centres of the stretches and constant beyond the outermost; "nearest" repeats each.
+
+    decay="geometric": m is linspace(decay_min, decay_max, d_model) over the channels, fixed.
+    "power": instead tap l is multiplied by (l + 1)^-p, p learned; "power_fixed": by a fixed one.
+
+    Parameters:
+        pieces (n_scales, heads, d_model, kernel_dim): init="randn": N(0, 1). "cos": cos(2 pi c j / (d - 1))
+            at weight j, with c a random permutation of the channels for each scale.
+        decay (d_model,): p, uniform in [decay_min, decay_max], with decay="power" only.
+    Buffers: norm (heads, d_model, 1), the L2 norm of all taps at construction, so that k starts with
+    norm 1; decay, where it is not learned. Both are in the state_dict.
+    Optimiser: all take min(lr, `lr` here), and weight decay like any weight.
+
+    rate: taps are samples of a function k(t) of real t >= 0, the above with l = t. With rate r the
+    result is r k(r l), for inputs sampled 1 / r times as often: the same output at the same times,
+    up to the sum's error. That is of second order in the step, because lag 0, where the sum over
+    lags has its edge, gets (1 + r) / 2 k(0) instead. With two_sided=True, the second half of the
+    heads is for the future: its tap l is lag -(l + 1), so it is sampled at t = r (l + 1) - 1.
+
+    The reference implementation's mode string says the same in one word: "nearest" in it is
+    upsample="nearest", "sum" or "cat" combine, "randn" or "cos" init, and "learnable" decay="power",
+    or with "fixed" "power_fixed"; cat_randn is the default here.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        l_max: int,
+        heads: int = 1,
+        kernel_dim: int = 32,
+        n_scales: int | None = None,
+        init_scale: int = 0,
+        upsample: str = "linear",
+        combine: str = "cat",
+        init: str = "randn",
+        decay: str = "geometric",
+        decay_min: float = 2.0,
+        decay_max: float = 2.0,
+        two_sided: bool = False,
+        lr: float = 1e-3,
+    ):
+        super().__init__()
+        name = "SGConvKernel"
+        sizes = {"d_model": d_model, "l_max": l_max, "heads": heads, "kernel_dim": kernel_dim}
+        check_positive(name, **sizes)
+        check_choice(name, "upsample", upsample, ("linear", "nearest"))
+        check_choice(name, "combine", combine, ("cat", "sum"))
+        check_choice(name, "init", init, ("randn", "cos"))
+        check_choice(name, "decay", decay, ("geometric", "power", "power_fixed"))
+        check_flag(name, two_sided=two_sided)
+        if not isinstance(init_scale, int) or isinstance(init_scale, bool) or init_scale < 0:
+            raise ValueError(f"{name}: init_scale must be an integer >= 0, got {init_scale!r}")
+        if two_sided and heads % 2:
+            raise ValueError(f"{name}: heads must be even with two_sided=True, got {heads}")
+        if not (0 <= decay_min <= decay_max < math.inf and (decay_min or decay != "geometric")):
+            wanted = "0 < decay_min (0 too for a power) <= decay_max < inf wanted"
+            raise ValueError(f"{name}: {wanted}, got decay_min={decay_min}, decay_max={decay_max}")
+        if n_scales is None:  # 1 + ceil(log2(l_max / kernel_dim)) - init_scale, in integers
+            n_scales = max(1, 1 + (-(-l_max // kernel_dim) - 1).bit_length() - init_scale)
+        check_positive(name, n_scales=n_scales)
+        self.upsample, self.combine, self.law = upsample, combine, decay
+        self.init_scale, self.two_sided = init_scale, two_sided
+        self.taps = kernel_dim << (n_scales - 1 + init_scale)
+
+        pieces = torch.randn(n_scales, heads, d_model, kernel_dim)
+        if init == "cos":
+            turns = torch.stack([torch.randperm(d_model) for _ in range(n_scales)])
+            place = torch.arange(kernel_dim) / max(kernel_dim - 1, 1)
+            waves = torch.cos(2 * math.pi * turns.unsqueeze(-1) * place)  # (s h d)
+            pieces = waves.unsqueeze(1).repeat(1, heads, 1, 1)
+        self.pieces = nn.Parameter(pieces)
+        self.overrides = {"pieces": {"lr": lr}, "decay": {"lr": lr}}
+        if decay == "geometric":
+            self.register_buffer("decay", torch.linspace(decay_min, decay_max, d_model))
+        else:
+            p = torch.empty(d_model).uniform_(decay_min, decay_max)
+            self.decay = nn.Parameter(p) if decay == "power" else nn.Buffer(p)
+        with torch.no_grad():
+            norm = self._sample(self.pieces, 1.0, 0, self.taps).norm(dim=-1, keepdim=True)
+        self.register_buffer("norm", norm)
+
+    def forward(self, length: int, rate: float = 1.0) -> Tensor:
+        check_length("SGConvKernel", length)
+        if not 0 < rate < math.inf:
+            raise ValueError(f"SGConvKernel: rate must be positive, got {rate!r}")
+        count = math.ceil((self.taps - 0.5) / rate)
+        if not torch.compiler.is_compiling():  # where the taps' number would tie graphs to a length
+            count = max(min(count, length), 1)
+        if self.two_sided:
+            halves = self.pieces.chunk(2, dim=1)
+            k = torch.cat([self._sample(w, rate, i, count) for i, w in enumerate(halves)])
+        else:
+            k = self._sample(self.pieces, rate, 0, count)
+        k = k / self.norm
+        if rate != 1:
+            edge = self._sample(self.pieces, 1.0, 0, 1) / self.norm
+            if self.two_sided:  # what past and future differ by
+                past, future = edge.chunk(2)
+                edge = torch.cat([past - future, torch.zeros_like(future)])
+            k = rate * k + F.pad((1 - rate) / 2 * edge, (0, count - 1))
+        return k[..., :length]
+
+    def _sample(self, pieces: Tensor, rate: float, lag: int, count: int) -> Tensor:
+        """(heads, d_model, count): k(t) norm at t = rate (l + lag) - lag, l < count."""
+        like = {"dtype": torch.float64, "device": pieces.device}
+        t = (rate * (torch.arange(count, **like) + lag) - lag).clamp(min=0)
+        d = pieces.shape[-1]
+        knots = torch.arange(d, device=pieces.device).unsqueeze(-1)
+        parts = []
+        for i, piece in enumerate(pieces):
+            if self.combine == "cat":
+                stretch = 1 << (self.init_scale + max(i - 1, 0))
+                start = d * stretch if i else 0
+            else:
+                stretch, start = 1 << (self.init_scale + i), 0
+            # The taps whose t is in this piece, which begins half a tap before its first one's.
+            ends = (
+                math.ceil((end + lag - 0.5) / rate) - lag for end in (start, start + d * stretch)
+            )
+            first, last = (min(max(end, 0), count) for end in ends)
+            first = first if start else 0
+            place = (t[first:last] - start + 0.5) / stretch  # in 0 .. d
+            if self.upsample == "linear":
+                place = (place - 0.5).clamp(0, d - 1).to(piece.dtype)
+                weights = (1 - (place - knots).abs()).clamp(min=0)  # (d taps): hats
+            else:
+                weights = (place.floor() == knots).to(piece.dtype)
+            with full_precision(piece.device):
+                part = piece @ weights
+            if self.law == "geometric":
+                part = part * (self.decay**-i).unsqueeze(-1)
+            parts.append(part)
+        if self.combine == "cat":
+            k = torch.cat(parts, dim=-1)
+            k = F.pad(k, (0, count - k.shape[-1]))
+        else:
+            k = sum(F.pad(part, (0, count - part.shape[-1])) for part in parts)
+        if self.law != "geometric":
+            k = k * torch.exp(-self.decay.unsqueeze(-1) * torch.log1p(t).to(k.dtype))
+        return k
+
+
+class SGConv(ConvLayer):
+    """Structured global convolution layer, (batch, length, d_model) -> the same.
+
+    y = GLU(W dropout(gelu(k * x + skip x)) + b), k from SGConvKernel: of the order of
+    kernel_dim log2(l_max / kernel_dim) weights a channel. Inputs longer than the kernel are
+    convolved with the taps there are.
+
+    Args:
+        d_model: channels.
+        l_max: the least number of taps of a kernel.
+        heads: kernels per channel; the linear map takes heads * d_model inputs.
+        bidirectional: add as many kernels for the future, shifted by one so that lag 0 belongs to
+            the past's.
+        kernel_dim: weights per scale. Published results on Long Range Arena have 1 or 2 for tokens, 32
+            for pixels and 64 for Path-X; for text, 1 to 64 are within a percent of one another. The
+            default is the pixels', which leaves the nearest 64 lags free.
+        n_scales: pieces of the kernel, by default as many as l_max needs; init_scale: logarithm of
+            the first one's stretch.
+        upsample, combine, init, decay, decay_min, decay_max: see SGConvKernel.
+        activation: of the convolution: "gelu", "silu", "relu" or None.
+        dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
+        postact: "glu", or None for a plain linear map.
+        kernel_lr: learning rate that param_groups gives to the kernel's weights, or its own lr if
+            that is smaller; weight decay applies to them.
+
+    The kernel's weights stay float32 under .to(bfloat16) and .half().
+
+    Source: arXiv 2210.09298, section 3. Example:
+        >>> layer = SGConv(8, l_max=100)
+        >>> layer(torch.randn(2, 100, 8)).shape
+        torch.Size([2, 100, 8])
+    """
+
+    resamples = True
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        l_max: int,
+        heads: int = 1,
+        bidirectional: bool = False,
+        kernel_dim: int = 32,
+        n_scales: int | None = None,
+        init_scale: int = 0,
+        upsample: str = "linear",
+        combine: str = "cat",
+        init: str = "randn",
+        decay: str = "geometric",
+        decay_min: float = 2.0,
+        decay_max: float = 2.0,
+        kernel_lr: float = 1e-3,
+        **block,
+    ):
+        check_flag("SGConv", bidirectional=bidirectional)
+        check_positive("SGConv", d_model=d_model, l_max=l_max, heads=heads)
+        kernel = SGConvKernel(
+            d_model,
+            l_max=l_max,
+            heads=heads * (1 + bidirectional),
+            kernel_dim=kernel_dim,
+            n_scales=n_scales,
+            init_scale=init_scale,
+            upsample=upsample,
+            combine=combine,
+            init=init,
+            decay=decay,
+            decay_min=decay_min,
+            decay_max=decay_max,
+            two_sided=bidirectional,
+            lr=kernel_lr,
+        )
+        super().__init__(d_model, kernel, heads=heads, bidirectional=bidirectional, **block)
