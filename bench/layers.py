@@ -26,13 +26,16 @@ from bench.contenders import BASELINE
 from bench.report import console
 from bench.timing import Clock, interleaved, peak_bytes, quartiles, ratios, worst_errors
 from bench.worker import Worker, refuse_fallback, serve
-from seqconv import S4D, ButterflyConv, LongConv, _ops
+from seqconv import S4D, ButterflyConv, Hyena, LongConv, SGConv, _ops
 
 LAYERS = {  # name -> the layer for a d_model and a length
     "S4D": lambda d, n: S4D(d),
     "S4D, two-sided": lambda d, n: S4D(d, bidirectional=True),
     "LongConv": lambda d, n: LongConv(d, l_max=n),
     "LongConv, two-sided": lambda d, n: LongConv(d, l_max=n, bidirectional=True),
+    "SGConv": lambda d, n: SGConv(d, l_max=n),
+    "SGConv, two-sided": lambda d, n: SGConv(d, l_max=n, bidirectional=True),
+    "Hyena": lambda d, n: Hyena(d, l_max=n),
     "ButterflyConv": lambda d, n: ButterflyConv(d, l_max=n),
 }
 

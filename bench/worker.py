@@ -48,6 +48,7 @@ class Worker:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 def serve(prepare: Callable[[dict], Callable[[dict], Iterable[dict]]]) -> None:
