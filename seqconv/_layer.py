@@ -89,6 +89,11 @@ class ConvLayer(nn.Module):
         self.dropout = (TiedDropout if tie_dropout else nn.Dropout)(dropout)
         self.linear = nn.Linear(heads * d_model, 2 * d_model if postact == "glu" else d_model)
 
+    @property
+    def causal(self) -> bool:
+        """Whether no output sees a later input."""
+        return not self.bidirectional
+
     def forward(
         self,
         x: Tensor,

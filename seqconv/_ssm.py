@@ -133,12 +133,16 @@ def _blocked_bwd(dk: Tensor, a: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 def keops(a: Tensor, w: Tensor, length: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """The sum as PyKeOps reduces it: every exponential computed anew, none stored. In float32 the phases
     of long kernels are off by their rounding."""
+    if torch.compiler.is_compiling():
+        raise ValueError("ssm_kernel: backend='keops' does not work inside torch.compile")
     try:
+        import pykeops
         from pykeops.torch import LazyTensor
     except ImportError as error:
         raise ImportError(
             "ssm_kernel: backend='keops' needs PyKeOps: pip install 'seqconv[keops]'"
         ) from error
+    pykeops.set_verbose(False)
     channels, modes, _ = a.shape
     if length == 0 or w.numel() == 0:
         return _chunked(a, w, length, dtype == torch.float32)

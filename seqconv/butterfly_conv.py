@@ -107,7 +107,7 @@ class ButterflyConv(ConvLayer):
         dft_dropout: of single elements of the learned matrices, in training.
         dft_lr, kernel_lr: learning rates that param_groups gives to matrices and taps, or its own
             lr if that is smaller.
-        lam, kernel_dropout: of the taps, as in LongConv.
+        init, lam, smooth, smooth_window, kernel_dropout: of the taps, as in LongConv.
         activation, dropout, tie_dropout, postact: as in LongConv.
 
     Cost: on CUDA, float32 or narrower, kernels of its own while a block's memory holds n complex
@@ -120,6 +120,8 @@ class ButterflyConv(ConvLayer):
         torch.Size([2, 100, 8])
     """
 
+    causal = False  # once its transforms are learned
+
     def __init__(
         self,
         d_model: int,
@@ -130,18 +132,26 @@ class ButterflyConv(ConvLayer):
         additive: bool = False,
         dft_dropout: float = 0.0,
         dft_lr: float = 1e-3,
+        init: str = "double_exp",
         lam: float = 0.003,
+        smooth: str | None = None,
+        smooth_window: int = 7,
         kernel_dropout: float = 0.2,
         kernel_lr: float = 1e-3,
         **block,
     ):
+        if "bidirectional" in block:
+            raise TypeError(
+                "ButterflyConv: bidirectional is not offered: the transforms are learned"
+            )
         sizes = {"d_model": d_model, "l_max": l_max, "heads": heads}
         check_positive("ButterflyConv", **sizes, butterfly_heads=butterfly_heads)
         check_flag("ButterflyConv", additive=additive)
         if d_model % butterfly_heads:
             text = f"must divide d_model={d_model}, got {butterfly_heads}"
             raise ValueError(f"ButterflyConv: butterfly_heads {text}")
-        options = {"lam": lam, "kernel_dropout": kernel_dropout, "lr": kernel_lr}
+        options = {"init": init, "smooth": smooth, "smooth_window": smooth_window}
+        options |= {"lam": lam, "kernel_dropout": kernel_dropout, "lr": kernel_lr}
         kernel = LongConvKernel(d_model, l_max=l_max, heads=heads, **options)
         super().__init__(d_model, kernel, heads=heads, bidirectional=False, **block)
         self.l_max = l_max

@@ -105,6 +105,8 @@ class Hyena(nn.Module):
         torch.Size([2, 100, 8])
     """
 
+    causal = True
+
     def __init__(
         self,
         d_model: int,

@@ -38,7 +38,9 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     # Not another layer but its kernel generator: the taps are LongConv's, only the transforms differ.
     "butterfly_conv": LAYER | {"_butterfly", "long_conv", "reference"},
     "optim": {"_layer"},
-    "__init__": {"_version", "functional", "optim", "s4d", "ssm"}
+    "nn": LAYER,
+    "convert": {*LAYER, "long_conv", "s4d", "sgconv"},
+    "__init__": {"_version", "convert", "functional", "nn", "optim", "s4d", "ssm"}
     | {"butterfly_conv", "hyena", "long_conv", "sgconv"},
     "__main__": {"_cpu", "_cuda", "_ops", "reference"},
     "prebuild": {"_cuda.driver", "_cuda.kernels"},

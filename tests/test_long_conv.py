@@ -161,3 +161,12 @@ def test_options_are_checked():
     ):
         with pytest.raises(ValueError, match=message):
             LongConv(D, l_max=9, **options)
+
+
+def test_gradients_are_finite_without_a_threshold():
+    for options in ({"lam": 0.0}, {"lam": 0.0, "smooth": "frequency"}):
+        layer = LongConv(4, l_max=30, **options)
+        for length in (1, 30, 40):
+            layer.zero_grad()
+            layer(1e10 * torch.randn(1, length, 4)).sum().backward()
+            assert all(torch.isfinite(p.grad).all() for p in layer.parameters())

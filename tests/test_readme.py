@@ -17,6 +17,7 @@ def test_snippets_run_in_order():
     padding = torch.zeros(2, length, dtype=torch.bool)
     names = {
         "x": torch.randn(2, length, channels),
+        "length": length,
         "padding": padding,
         "model": seqconv.S4D(8),
         "u": u,
@@ -25,6 +26,10 @@ def test_snippets_run_in_order():
         "k_rev": torch.randn(channels, 100),
         "pre": torch.randn_like(u),
         "post": torch.randn_like(u),
+        "log_dt": torch.randn(channels) - 4,
+        "A": -torch.rand(channels, 4, 2),
+        "B": torch.ones(channels, 4, 2),
+        "C": torch.randn(1, channels, 4, 2),
     }
     snippets = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(snippets) >= 5

@@ -10,12 +10,18 @@ import torch.distributed as dist
 from test_layers import LAYERS, D
 from torch.nn.parallel import DistributedDataParallel
 
+from seqconv import ButterflyConv, Hyena
+
 
 def main(rank: int, file: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     x = torch.randn(4, 50, D, generator=torch.Generator().manual_seed(1))
-    for name, make in LAYERS.items():
+    more = {
+        "hyena": lambda: Hyena(D, l_max=80),
+        "butterfly_conv": lambda: ButterflyConv(D, l_max=80, kernel_dropout=0.0),
+    }
+    for name, make in (LAYERS | more).items():
         torch.manual_seed(rank)  # rank 0's parameters are broadcast
         layer = DistributedDataParallel(make())
         layer(x[2 * rank : 2 * rank + 2]).square().mean().backward()

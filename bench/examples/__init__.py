@@ -1,0 +1,19 @@
+"""Small models of other libraries with a seqconv layer in them: python -m bench.examples.NAME, seconds on a CPU."""
+
+import torch
+from torch import nn
+
+from seqconv import param_groups
+
+
+def train(model: nn.Module, loss_of, steps: int, lr: float) -> tuple[float, float]:
+    """The first and the last of the losses that loss_of() gives while AdamW minimises them."""
+    optimizer = torch.optim.AdamW(param_groups(model, lr=lr))
+    losses = []
+    for _ in range(steps):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses[0], losses[-1]

@@ -1,0 +1,320 @@
+"""Checkpoints of the reference implementations, and nn.Conv1d's weights, as layers and taps of this package."""
+
+import torch
+from torch import Tensor
+
+from seqconv._check import check_choice, check_shape, check_tensor
+from seqconv._layer import ConvLayer
+from seqconv.long_conv import LongConv
+from seqconv.s4d import S4D
+from seqconv.sgconv import SGConv
+
+
+class _Checkpoint:
+    """The part of a state_dict below a prefix; every key must be asked for."""
+
+    def __init__(self, function: str, state_dict: dict[str, Tensor], prefix: str):
+        self.function, self.prefix = function, prefix
+        self.rest = {
+            k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)
+        }
+        if not self.rest:
+            some = ", ".join(list(state_dict)[:3])
+            raise ValueError(
+                f"{function}: state_dict has no key that starts with {prefix!r}: {some} ..."
+            )
+
+    def find(self, *names: str) -> str | None:
+        return next((name for name in names if name in self.rest), None)
+
+    def take(self, *names: str) -> Tensor:
+        """The tensor by any of its names; complex ones as (..., 2)."""
+        name = self.find(*names)
+        if name is None:
+            wanted = " or ".join(repr(self.prefix + n) for n in names)
+            raise ValueError(f"{self.function}: state_dict must have {wanted}")
+        tensor = self.rest.pop(name).detach()
+        return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+    def check(self, name: str, tensor: Tensor, *patterns: tuple) -> Tensor:
+        check_shape(self.function, name, tensor, *patterns)
+        return tensor
+
+    def block(self) -> tuple[dict[str, Tensor], dict]:
+        """What every layer has, as our parameters and as options of our layer."""
+        skip = self.take("D", "layer.D")
+        skip = skip.reshape(1, -1) if skip.dim() == 1 else skip
+        self.check("D", skip, (("heads", None), ("d_model", None)))
+        heads, d_model = skip.shape
+        # A convolution of width 1, or a product on the left, have the same numbers as a Linear.
+        weight = self.take("output_linear.0.weight", "output_linear.weight")
+        weight = weight.squeeze(-1) if weight.dim() == 3 else weight
+        columns = ("heads d_model", heads * d_model)
+        rows = ((("2 d_model", 2 * d_model), columns), (("d_model", d_model), columns))
+        self.check("output_linear's weight", weight, *rows)
+        bias = self.take("output_linear.0.bias", "output_linear.bias").reshape(-1)
+        self.check("output_linear's bias", bias, (("rows of its weight", len(weight)),))
+        values = {"skip": skip, "linear.weight": weight, "linear.bias": bias}
+        postact = "glu" if len(weight) == 2 * d_model else None
+        return values, {"d_model": d_model, "heads": heads, "postact": postact}
+
+    def directions(self, name: str, kernels: int, heads: int) -> bool:
+        """Whether there are kernels for the future."""
+        if kernels not in (heads, 2 * heads):
+            wanted = f"heads={heads} kernels or twice as many (two-sided)"
+            raise ValueError(f"{self.function}: {name} must hold {wanted}, got {kernels}")
+        return kernels == 2 * heads
+
+    def fill(self, layer: ConvLayer, values: dict[str, Tensor]) -> ConvLayer:
+        if self.rest:
+            keys = ", ".join(repr(self.prefix + name) for name in self.rest)
+            raise ValueError(f"{self.function}: unknown keys in state_dict: {keys}")
+        like = values["skip"]
+        layer.to(device=like.device, dtype=like.dtype)
+        layer.load_state_dict(values)
+        return layer
+
+
+def load_s4d(state_dict: dict[str, Tensor], *, prefix: str = "", **options) -> S4D:
+    """An S4D with the weights of a layer of state-spaces/s4, or of safari, that computes the same.
+
+    Takes, below prefix, the keys of the minimal S4D (D, kernel.log_dt, .log_A_real, .A_imag, .C), of
+    S4Block with a diagonal kernel (layer.D, layer.kernel.inv_dt, .A_real, .A_imag, .B, .C) and of its
+    predecessors (D, kernel.kernel.log_dt, .inv_A_real or .log_w_real, .A_imag or .w_imag, .C, and
+    .B), each with output_linear's weight and bias. Sizes, heads, sides, ties, real modes (no
+    imaginary part) and the GLU follow from names and shapes. Parameters keep their parameterisation,
+    so that training can go on; a B that a checkpoint lacks is 1 and stays so.
+
+    Args:
+        state_dict: of the layer, or of a model that holds it.
+        prefix: of the layer's keys, "layers.0.layer." for instance.
+        options: of S4D that a checkpoint does not hold: discretization ("zoh" is the minimal S4D's and
+            S4Block's default), real_transform ("exp" likewise), imag_transform, dt_sinh, bandlimit,
+            dropout, tie_dropout, activation, kernel_lr, ...; and dt_transform, which a checkpoint with
+            inv_dt needs: the default of the class ("exp") is not that of its configurations ("softplus").
+
+    Returns:
+        An S4D in D's dtype, on its device. Outputs are (batch, length, d_model).
+
+    Raises:
+        ValueError: a key is missing or unknown (P, for one: S4 with a low-rank term is not S4D), or has
+            a shape that does not fit the others.
+
+    Source: arXiv 2206.11893.
+    """
+    name = "load_s4d"
+    checkpoint = _Checkpoint(name, state_dict, prefix)
+    values, shape = checkpoint.block()
+    d, heads = shape["d_model"], shape["heads"]
+
+    def named(*names: str) -> list[str]:
+        return [p + n for n in names for p in ("layer.kernel.", "kernel.kernel.", "kernel.")]
+
+    # S4Block stores the imaginary part's negative.
+    conjugate = checkpoint.find(*named("A_real")) is not None
+    is_real = conjugate and checkpoint.find(*named("A_imag")) is None
+    parts = () if is_real else (("real and imaginary", 2),)
+    A_real = checkpoint.take(*named("A_real", "inv_A_real", "log_A_real", "log_w_real"))
+    checkpoint.check("A's real part", A_real, (("sets", None), ("modes", None)))
+    n_ssm, modes = A_real.shape
+    sets = (("sets", n_ssm), ("modes", modes))
+    if d % n_ssm:
+        raise ValueError(f"{name}: A must have sets that divide d_model={d}, got {n_ssm}")
+    kernel = {"inv_A_real": A_real}
+    if not is_real:
+        A_imag = checkpoint.take(*named("A_imag", "w_imag"))
+        kernel["inv_A_imag"] = checkpoint.check("A's imaginary part", A_imag, sets)
+
+    C = checkpoint.take(*named("C"))
+    C = C.unsqueeze(0) if C.dim() == 2 + len(parts) else C
+    checkpoint.check("C", C, (("kernels", None), ("d_model", d), ("modes", modes), *parts))
+    has_B = checkpoint.find(*named("B")) is not None
+    B = checkpoint.take(*named("B")) if has_B else C.new_tensor([1.0, 0.0]).repeat(*A_real.shape, 1)
+    B = B.squeeze(0) if B.dim() == 3 + len(parts) else B
+    checkpoint.check("B", B, (*sets, *parts))
+    if conjugate and not is_real:  # of all complex numbers, which leaves the kernel as it is
+        B, C = (t * t.new_tensor([1.0, -1.0]) for t in (B, C))
+
+    if checkpoint.find(*named("inv_dt")) and "dt_transform" not in options:
+        wanted = "dt_transform must be 'exp' or 'softplus' for a checkpoint with inv_dt"
+        raise ValueError(f"{name}: {wanted}, got none")
+    dt = checkpoint.take(*named("inv_dt", "log_dt"))
+    dt = dt.squeeze(-1) if dt.dim() == 2 and dt.shape[1] == 1 else dt
+    checkpoint.check("dt", dt, (("d_model", d),), (("d_model", d), ("modes", modes)))
+    kernel |= {"inv_dt": dt, "B": B, "C": C}
+
+    layer = S4D(
+        **shape,
+        d_state=modes if is_real else 2 * modes,
+        bidirectional=checkpoint.directions("C", len(C), heads),
+        n_ssm=n_ssm,
+        is_real=is_real,
+        init="real" if is_real else "lin",  # all of it is replaced
+        train_B=has_B,
+        dt_tie=dt.dim() == 1,
+        **options,
+    )
+    return checkpoint.fill(layer, values | {f"kernel.{n}": t for n, t in kernel.items()})
+
+
+def load_longconv(
+    state_dict: dict[str, Tensor], *, prefix: str = "", lam: float, **options
+) -> LongConv:
+    """A LongConv with the weights of safari's, or of its standalone one, that computes the same.
+
+    Takes, below prefix, the keys D, kernel.kernel (kernels, d_model, l_max), output_linear's weight and
+    bias; or those of the standalone file, whose kernel (heads, d_model, 2 l_max) is two-sided, as its
+    transform has its own length: the second half, read backwards, is for the future.
+
+    The same for inputs of length l_max (and for longer ones to a kernel.kernel). For shorter ones
+    safari's layers let the taps beyond the input wrap around to the future; here they are cut.
+
+    Args:
+        state_dict: of the layer, or of a model that holds it.
+        prefix: of the layer's keys, "layers.0.layer." for instance.
+        lam: threshold of the squash, which the checkpoint does not hold: 0.1 if safari's layer was made
+            without one, 0.001 to 0.004 in its Long Range Arena configurations.
+        options: of LongConv that a checkpoint does not hold: smooth, smooth_window, kernel_dropout,
+            dropout, tie_dropout, activation, kernel_lr.
+
+    Returns:
+        A LongConv in D's dtype, on its device. Outputs are (batch, length, d_model).
+
+    Raises:
+        ValueError: a key is missing or unknown, or has a shape that does not fit the others.
+
+    Source: arXiv 2302.06646.
+    """
+    if not lam >= 0:
+        raise ValueError(f"load_longconv: lam must be >= 0, got {lam}")
+    checkpoint = _Checkpoint("load_longconv", state_dict, prefix)
+    values, shape = checkpoint.block()
+    standalone = checkpoint.find("kernel") is not None
+    kernel = checkpoint.take("kernel", "kernel.kernel")
+    pattern = (("kernels", None), ("d_model", shape["d_model"]), ("taps", None))
+    checkpoint.check("kernel", kernel, pattern)
+    if standalone:
+        if kernel.shape[-1] % 2:
+            raise ValueError(
+                f"load_longconv: kernel must have an even number of taps, got {kernel.shape[-1]}"
+            )
+        past, future = kernel.chunk(2, dim=-1)
+        kernel = torch.cat([past, future.flip(-1)])
+    two_sided = checkpoint.directions("kernel", len(kernel), shape["heads"])
+    size = {"l_max": kernel.shape[-1], "bidirectional": two_sided}
+    # The initial taps, which are replaced, need not survive the squash.
+    layer = LongConv(**shape, **size, lam=0.0, **options)
+    layer.kernel.lam = lam
+    return checkpoint.fill(layer, values | {"kernel.kernel": kernel})
+
+
+def load_sgconv(
+    state_dict: dict[str, Tensor],
+    *,
+    prefix: str = "",
+    mode: str = "cat_randn",
+    init_scale: int = 0,
+    **options,
+) -> SGConv:
+    """An SGConv with the weights of the reference implementation's GConv that computes the same.
+
+    Takes, below prefix, the keys D, kernel_list.0, .1, ... (kernels, d_model, kernel_dim), multiplier,
+    kernel_norm, kernel_norm_initialized, decay (with "learnable" in the mode), and output_linear's
+    weight and bias. Sizes, heads, sides, scales and the GLU follow from shapes.
+
+    Args:
+        state_dict: of the layer, or of a model that holds it, after its first forward: only then does
+            it hold the kernel's norm.
+        prefix: of the layer's keys, "layers.0.layer." for instance.
+        mode, init_scale: as the layer was made with; its checkpoint does not tell.
+        options: of SGConv that a checkpoint does not hold: dropout, tie_dropout, activation, kernel_lr.
+
+    Returns:
+        An SGConv in D's dtype, on its device. Outputs are (batch, length, d_model).
+
+    Raises:
+        ValueError: a key is missing or unknown, or has a shape that does not fit the others.
+
+    Source: arXiv 2210.09298.
+    """
+    name = "load_sgconv"
+    if "cat" not in mode and "sum" not in mode:
+        raise ValueError(
+            f"{name}: mode must be the layer's, with 'cat' or 'sum' in it, got {mode!r}"
+        )
+    checkpoint = _Checkpoint(name, state_dict, prefix)
+    values, shape = checkpoint.block()
+    d = shape["d_model"]
+    pieces = [checkpoint.take("kernel_list.0")]
+    pattern = (("kernels", None), ("d_model", d), ("kernel_dim", None))
+    kernels, _, dim = checkpoint.check("kernel_list.0", pieces[0], pattern).shape
+    while key := checkpoint.find(f"kernel_list.{len(pieces)}"):
+        pattern = (("kernels", kernels), ("d_model", d), ("kernel_dim", dim))
+        pieces.append(checkpoint.check(key, checkpoint.take(key), pattern))
+    if not checkpoint.take("kernel_norm_initialized"):
+        raise ValueError(f"{name}: kernel_norm must be set by a first forward, but is not")
+    norm, multiplier = checkpoint.take("kernel_norm"), checkpoint.take("multiplier")
+    norm_of = (
+        (("d_model", d), ("single", 1)),
+        (("kernels", kernels), ("d_model", d), ("single", 1)),
+    )
+    checkpoint.check("kernel_norm", norm, *norm_of)  # the older had one norm for all heads
+    power = "learnable" in mode
+    if power:
+        decay = checkpoint.check("decay", checkpoint.take("decay"), (("d_model", d),))
+    else:
+        pattern = (("single", 1), ("d_model", d), ("single", 1))
+        decay = checkpoint.check("multiplier", multiplier, pattern).reshape(d)
+        # There the last piece has weight 1, here the first.
+        norm = norm * multiplier.reshape(d, 1) ** (1 - len(pieces))
+    two_sided = checkpoint.directions("kernel_list.0", kernels, shape["heads"])
+    layer = SGConv(
+        **shape,
+        l_max=dim << (len(pieces) - 1 + init_scale),
+        bidirectional=two_sided,
+        kernel_dim=dim,
+        n_scales=len(pieces),
+        init_scale=init_scale,
+        upsample="nearest" if "nearest" in mode else "linear",
+        combine="sum" if "sum" in mode else "cat",
+        decay=("power_fixed" if "fixed" in mode else "power") if power else "geometric",
+        **options,
+    )
+    values |= {"kernel.pieces": torch.stack(pieces), "kernel.decay": decay}
+    return checkpoint.fill(layer, values | {"kernel.norm": norm.expand(kernels, d, 1)})
+
+
+def conv1d_taps(weight: Tensor, padding: str = "causal") -> tuple[Tensor, Tensor | None]:
+    """k and k_rev with which fftconv computes a depthwise nn.Conv1d of stride 1.
+
+    y = fftconv(u, k, k_rev=k_rev) + bias.unsqueeze(-1) (without the bias where there is none). A
+    convolution layer correlates, so k is the weight read backwards.
+
+    Args:
+        weight: (channels, 1, taps), of nn.Conv1d(channels, channels, taps, groups=channels).
+        padding: "causal" for inputs padded by taps - 1 zeros on the left, or outputs of
+            padding=taps - 1 cut to the input's length: k_rev is None. "same" for padding="same", or
+            padding=taps // 2 with an odd number of taps.
+
+    Returns:
+        k (channels, taps) and None; for "same" k (channels, (taps + 1) // 2) and k_rev
+        (channels, taps // 2). Views of weight where they can be: gradients reach it.
+
+    Raises:
+        ValueError: weight or padding is not one of those above.
+
+    Example:
+        >>> conv = torch.nn.Conv1d(8, 8, 5, groups=8, padding="same", bias=False)
+        >>> k, k_rev = conv1d_taps(conv.weight, "same")
+        >>> k.shape, k_rev.shape
+        (torch.Size([8, 3]), torch.Size([8, 2]))
+    """
+    check_choice("conv1d_taps", "padding", padding, ("causal", "same"))
+    check_tensor("conv1d_taps", "weight", weight)
+    pattern = (("channels", None), ("per group", 1), ("taps", None))
+    check_shape("conv1d_taps", "weight", weight, pattern, why=" (depthwise)")
+    taps = weight.squeeze(1)
+    if padding == "causal":
+        return taps.flip(-1), None
+    past = (taps.shape[-1] + 1) // 2
+    return taps[:, :past].flip(-1), taps[:, past:]

@@ -1,0 +1,18 @@
+"""Every example does what it says."""
+
+import importlib
+
+import pytest
+
+pytestmark = pytest.mark.slow
+EXAMPLES = {"transformer_encoder": 0.1, "checkpointing": 0.8, "bert": 0.75, "gpt2": 0.6}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name, capsys):
+    if name in ("bert", "gpt2"):
+        pytest.importorskip("transformers")
+    first, last, change = importlib.import_module(f"bench.examples.{name}").main()
+    assert last < EXAMPLES[name] * first
+    assert change < (1e-4 if name == "gpt2" else 1e-6)  # the future goes through a transform
+    assert "loss" in capsys.readouterr().out
