@@ -1,6 +1,7 @@
 """Interleaved timing, errors, floors and peak memory: what every microbenchmark here shares."""
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +84,8 @@ def worst_errors(
     taken to be at least least_scale[i] for result i."""
     l2 = peak = 0.0
     for i, (value, wanted) in enumerate(zip(results, exact, strict=True)):
-        difference = (value.double() - wanted).abs()
+        # NaN would pass every comparison below.
+        difference = (value.double() - wanted).abs().nan_to_num(math.inf, math.inf)
         scale = max(wanted.square().mean().sqrt().item(), (least_scale or {}).get(i, 0.0))
         l2 = max(l2, difference.square().mean().sqrt().item() / scale)
         peak = max(peak, difference.max().item() / scale)
