@@ -85,7 +85,7 @@ def results(op: str, function, a: Tensor, w: Tensor, dk: Tensor) -> list[Tensor]
     return [k, *torch.autograd.grad(k, (a, w), dk)]
 
 
-def measure(job: dict, clock: Clock, peak_flops: float):
+def measure(job: dict, clock: Clock):
     """Rows of one length, one per contender, a red gate without times."""
     channels, modes, length, op = (job[x] for x in ("channels", "modes", "length", "op"))
     a, w = exponents(channels, modes)
@@ -114,15 +114,13 @@ def measure(job: dict, clock: Clock, peak_flops: float):
         if gate:
             runs[name] = run
     del exact, found
-    products = 1 if op == "forward" else 3
-    floor = products * 4 * modes / peak_flops * 1e9
     times = interleaved(runs, job["budget"], clock)
     each = {n: [1e9 * t / (rows[n]["timed_channels"] * length) for t in times[n]] for n in runs}
     for name, row in rows.items():
         if name in each:
             low, middle, high = quartiles(each[name])
             row |= {"q1": low, "median": middle, "q3": high, "rounds": len(each[name])}
-            row |= {"unit": "ns per element", "floor": floor, "of_peak": floor / middle}
+            row |= {"unit": "ns per element"}
             if BMM in each:
                 low, middle, high = ratios(each[BMM], each[name])
                 row |= {"ratio_q1": low, "ratio": middle, "ratio_q3": high}
@@ -132,13 +130,23 @@ def measure(job: dict, clock: Clock, peak_flops: float):
 
 
 def prepare(settings: dict):
-    clock, peaks = Clock("cpu"), []
+    clock = Clock("cpu")
 
     def rows_of(job: dict):
-        peaks.append(flops_per_second("cpu", torch.float32, clock))
-        return measure(job, clock, max(peaks))
+        peak = flops_per_second("cpu", torch.float32, clock)
+        return [row | {"peak_flops": peak} for row in measure(job, clock)]
 
     return rows_of
+
+
+def add_floor(rows: list[dict]) -> None:
+    """By the highest rate that the run has seen."""
+    peak = max((row["peak_flops"] for row in rows), default=0.0)
+    for row in rows:
+        products = 1 if row["op"] == "forward" else 3
+        row["floor"] = products * 4 * row["modes"] / peak * 1e9
+        if row["gate"]:
+            row["of_peak"] = row["floor"] / row["median"]
 
 
 def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
@@ -212,9 +220,10 @@ def main() -> None:
             there = names if op == "forward" else [n for n in names if n in (FUSED, BMM)]
             for row in worker(shape | {"contenders": there}) if there else []:
                 rows.append(shape | row | common | {"when": time.strftime("%Y-%m-%d %H:%M")})
-                if args.json:
-                    report.append(args.json, rows[-1])
     worker.close()
+    add_floor(rows)
+    for row in rows if args.json else []:
+        report.append(args.json, row)
     show(rows)
     report.show_requirements(requirements(rows))
     if args.plot:
