@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc/cpu csrc/*.cpp -name '*.h' -o -name '*.cpp') setup.
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 ARCHS := sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 
-.PHONY: demo test sanitize neon device-test device-compile build lint format bench bench-gpu bench-table clean
+.PHONY: demo test sanitize neon device-test device-compile build lint format bench bench-gpu bench-ssm bench-layers bench-table gallery clean
 
 demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--resume
 	$(BIN)/python -m bench.demo $(ARGS)
@@ -60,6 +60,16 @@ bench: .venv/ready  ## every microbenchmark, under an hour; goes on where it was
 
 bench-gpu: .venv/ready  ## the same on a CUDA device; every case that time allows, the most telling first
 	$(BIN)/python -m bench.fftconv --full --device cuda --budget 0.3 --json bench/results/fftconv-gpu.jsonl $(ARGS)
+
+bench-ssm: .venv/ready  ## S4D's kernel beside torch.bmm, the einsum and PyKeOps, in two minutes
+	$(BIN)/python -m bench.ssm_kernel --json bench/results/ssm_kernel.jsonl --plot bench/results/ssm_kernel.png $(ARGS)
+
+bench-layers: .venv/ready  ## every layer beside itself on torch.fft, and the README's table of them
+	$(BIN)/python -m bench.layers --json bench/results/layers.jsonl $(ARGS)
+	$(BIN)/python -m bench.layers --table
+
+gallery: .venv/ready  ## pictures of every layer's kernels before and after training
+	$(BIN)/python -m bench.gallery $(ARGS)
 
 bench-table: .venv/ready  ## the README's table and picture, from bench/results
 	$(BIN)/python -m bench.fftconv --table

@@ -17,6 +17,7 @@ import platform
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -32,6 +33,7 @@ import seqconv
 from bench import mnist5k
 from bench.plots import plot_curve, plot_kernels
 from seqconv import S4D, LongConv, param_groups, reference
+from seqconv._layer import KernelGenerator
 
 WIDTH, DEPTH, LENGTH, BATCH = 32, 2, 784, 16
 LR, WEIGHT_DECAY, WARMUP = 1e-2, 0.01, 200
@@ -45,34 +47,40 @@ console = Console(highlight=False, soft_wrap=True)
 class Classifier(nn.Module):
     """Linear encoder, DEPTH x (layer, residual, LayerNorm), mean over time, linear decoder."""
 
-    def __init__(self, layer: str):
+    def __init__(self, make: Callable[[], nn.Module]):
         super().__init__()
         self.encoder = nn.Linear(1, WIDTH)
-        self.layers = nn.ModuleList(LAYERS[layer]() for _ in range(DEPTH))
+        self.layers = nn.ModuleList(make() for _ in range(DEPTH))
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(DEPTH))
         self.decoder = nn.Linear(WIDTH, mnist5k.CLASSES)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
         x = self.encoder(x)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = norm(x + layer(x))
-        return self.decoder(x.mean(1))
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.features(x).mean(1))
 
 
 def kernels(model: Classifier) -> list[Tensor]:
     """Each layer's kernel (channels, length), without dropout."""
     model.eval()
+    generators = [
+        next(m for m in layer.modules() if isinstance(m, KernelGenerator)) for layer in model.layers
+    ]
     with torch.no_grad():
-        return [layer.kernel(LENGTH)[0] for layer in model.layers]
+        return [generator(LENGTH)[0] for generator in generators]
 
 
 class Run:
     """Everything that a checkpoint restores."""
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict, layers: dict[str, Callable] = LAYERS):
         self.config = config
         torch.manual_seed(config["seed"])
-        self.model = Classifier(config["layer"])
+        self.model = Classifier(layers[config["layer"]])
         self.initial_kernels = kernels(self.model)
         self.optimizer = torch.optim.AdamW(param_groups(self.model, LR, WEIGHT_DECAY))
         self.step = 0

@@ -11,21 +11,18 @@ the default one: "tuned" never gives memory back and is the stricter comparison.
 """
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bench import gpu, report
 from bench.contenders import BASELINE, CONTENDERS, DTYPES, Case, make, missing
+from bench.report import console
 from bench.requirements import (
     BOTH,
     ODD,
@@ -46,21 +43,11 @@ from bench.timing import (
     quartiles,
     ratios,
     seconds_per_byte,
+    worst_errors,
 )
-from seqconv import _cpu, _ops, reference
+from bench.worker import ALLOCATORS, Worker, refuse_fallback, serve
+from seqconv import reference
 from seqconv._cuda.plan import OPERAND_ERROR
-
-THRESHOLD = str(8 << 30)
-ALLOCATORS = {
-    "default": {},
-    "tuned": {"MALLOC_MMAP_THRESHOLD_": THRESHOLD, "MALLOC_TRIM_THRESHOLD_": THRESHOLD},
-    # Every larger block is given back at once, so that the resident set says what is in use.
-    "returning": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-}
-console = Console(highlight=False)
-if not console.is_terminal:
-    console = Console(highlight=False, width=160)  # a log, not a screen
-
 
 # ---- one measurement, in a worker ----
 
@@ -105,15 +92,8 @@ def oracle(case: Case, tensors, dy):
 
 def errors(case: Case, results, exact) -> tuple[float, float]:
     """The worst relative L2 error of the results, and the worst element over the root mean square."""
-    l2 = peak = 0.0
-    for i, (value, wanted) in enumerate(zip(results, exact, strict=True)):
-        difference = (value.double() - wanted).abs()
-        scale = wanted.square().mean().sqrt().item()
-        if i == 3:  # the gradient of skip, a sum of both signs: beside what random signs leave
-            scale = max(scale, (case.batch * case.heads * case.length) ** 0.5)
-        l2 = max(l2, difference.square().mean().sqrt().item() / scale)
-        peak = max(peak, difference.max().item() / scale)
-    return l2, peak
+    # The gradient of skip, a sum of both signs, beside what random signs leave.
+    return worst_errors(results, exact, {3: (case.batch * case.heads * case.length) ** 0.5})
 
 
 def tolerance(case: Case, baseline: tuple[float, float], exact, device: str) -> tuple[float, float]:
@@ -217,28 +197,23 @@ def memory(case: Case, names, device: str):
             yield {"contender": name, "median": None, "gate": True, "peak_bytes": peak}
 
 
-def worker() -> None:
-    """Takes a job per line, answers with rows and then an empty line."""
-    settings = json.loads(sys.stdin.readline())
+def prepare(settings: dict):
     device = settings["device"]
-    torch.set_num_threads(settings["threads"])
     clock = Clock(device)
     peak_flops: dict[str, float] = {}
-    for line in sys.stdin:
-        job = json.loads(line)
+
+    def rows_of(job: dict):
         case = Case(**job["case"])
-        dtype = torch.float64 if case.dtype == "float64" else torch.float32
-        if case.dtype not in peak_flops and job["allocator"] != "returning":
-            peak_flops[case.dtype] = flops_per_second(device, dtype, clock)
         if job["allocator"] == "returning":
-            rows = memory(case, job["names"], device)
-        else:
-            peak = peak_flops[case.dtype]
-            beside = [(Case(**other), threads, weight) for other, threads, weight in job["beside"]]
-            rows = measure(case, job["names"], job["budget"], device, clock, peak, beside)
-        for row in rows:
-            print(json.dumps(row), flush=True)
-        print(flush=True)
+            return memory(case, job["names"], device)
+        dtype = torch.float64 if case.dtype == "float64" else torch.float32
+        if case.dtype not in peak_flops:
+            peak_flops[case.dtype] = flops_per_second(device, dtype, clock)
+        peak = peak_flops[case.dtype]
+        beside = [(Case(**other), threads, weight) for other, threads, weight in job["beside"]]
+        return measure(case, job["names"], job["budget"], device, clock, peak, beside)
+
+    return rows_of
 
 
 # ---- what to measure ----
@@ -336,18 +311,13 @@ def key_of(job_or_row: dict) -> tuple:
 
 def run_jobs(jobs: list[dict], args, path: Path | None, done: list[dict]) -> list[dict]:
     """Rows of all jobs, those of `done` not measured again."""
-    common = {
-        "device": report.device_name(args.device),
-        "isa": _cpu.isa() if args.device == "cpu" else None,
-        "versions": report.versions(),
-        "commit": report.commit(),
-    }
+    common = report.machine(args.device)
     have: dict[tuple, int] = {}
     done = report.same_run(done, common)
     for row in done:
         if row["contender"] == "seqconv" and row["gate"]:
             have[key_of(row)] = have.get(key_of(row), 0) + 1
-    rows, process, settings = list(done), None, None
+    rows, worker, settings = list(done), None, None
     deadline = time.monotonic() + args.time_budget if args.time_budget else None
     columns = [
         TextColumn("{task.description}"),
@@ -369,19 +339,14 @@ def run_jobs(jobs: list[dict], args, path: Path | None, done: list[dict]) -> lis
                 break
             wanted = (job["allocator"], job["threads"])
             if wanted != settings:
-                stop(process)
-                process, settings = start(*wanted, args.device), wanted
+                if worker:
+                    worker.close()
+                worker, settings = Worker("bench.fftconv", *wanted, device=args.device), wanted
             case = job["case"]
             threads = plural(job["threads"], "thread")
             progress.update(task, description=f"{case}, {job['allocator']}, {threads}")
             message = {**job, "case": asdict(case)}
-            print(json.dumps(message), file=process.stdin, flush=True)
-            answers = []
-            while line := process.stdout.readline().strip():
-                answers.append(json.loads(line))
-            if not answers:
-                raise SystemExit(f"the worker died on {case}")
-            for answer in answers:
+            for answer in worker(message):
                 row = {"tag": job["tag"], "allocator": job["allocator"], "threads": job["threads"]}
                 row |= asdict(case) | answer | common | {"when": time.strftime("%Y-%m-%d %H:%M")}
                 rows.append(row)
@@ -389,30 +354,9 @@ def run_jobs(jobs: list[dict], args, path: Path | None, done: list[dict]) -> lis
                     report.append(path, row)
             progress.advance(task)
         progress.update(task, description="measured")
-    stop(process)
+    if worker:
+        worker.close()
     return rows
-
-
-def start(allocator: str, threads: int, device: str) -> subprocess.Popen:
-    environment = {**os.environ, **ALLOCATORS[allocator], "OMP_NUM_THREADS": str(threads)}
-    environment["MKL_NUM_THREADS"] = str(threads)
-    environment["GOMP_SPINCOUNT"] = "300000"  # what waiting threads do where nothing is set
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.fftconv", "--worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=report.ROOT,
-    )
-    print(json.dumps({"threads": threads, "device": device}), file=process.stdin, flush=True)
-    return process
-
-
-def stop(process) -> None:
-    if process is not None:
-        process.stdin.close()
-        process.wait()
 
 
 # ---- what it says ----
@@ -467,17 +411,6 @@ def show(rows: list[dict]) -> None:
         console.print(table)
 
 
-def show_requirements(rows: list[dict], device: str) -> None:
-    table = Table(title="requirements", title_justify="left")
-    for name in ("what", "wanted", "measured", ""):
-        table.add_column(name)
-    lines = (requirements if device == "cpu" else gpu.requirements)(rows)
-    for what, wanted, value, met in lines:
-        table.add_row(what, wanted, value, "[green]met[/]" if met else "[red]not met[/]")
-    console.print(table)
-    console.print(f"{sum(line[3] for line in lines)} of {len(lines)} met")
-
-
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.fftconv", description=__doc__.split("\n\n")[0]
@@ -515,9 +448,11 @@ def parse(argv=None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.worker:
-        return worker()
+        return serve(prepare)
     if args.table:
-        rows = report.read([args.json] if args.json else sorted(report.RESULTS.glob("*.jsonl")))
+        rows = report.read(
+            [args.json] if args.json else sorted(report.RESULTS.glob("fftconv*.jsonl"))
+        )
         if not rows:
             raise SystemExit("no results: run make bench first")
         on_gpu = [row for row in rows if row["isa"] is None]
@@ -532,9 +467,7 @@ def main() -> None:
         raise SystemExit("--lengths, --batch and --elements must be at least 1")
     if args.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device} needs a CUDA device, and torch sees none")
-    reason = _ops.fallback_reason(torch.device(args.device))
-    if reason:
-        raise SystemExit(f"seqconv would take its fallback: {reason}")
+    refuse_fallback(args.device)
     for name in missing():
         console.print(f"{name}: not installed, skipped")
     args.contenders = [n for n in args.contenders if n not in missing()]
@@ -544,7 +477,7 @@ def main() -> None:
     )
     rows = run_jobs(jobs_of(args), args, args.json, done)
     show(rows)
-    show_requirements(rows, args.device)
+    report.show_requirements((requirements if args.device == "cpu" else gpu.requirements)(rows))
     if args.plot:
         report.plot(rows, args.plot)
     return None

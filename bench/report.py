@@ -10,10 +10,17 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from rich.console import Console
+from rich.table import Table
+
+from seqconv import _cpu
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-PACKAGES = ("seqconv", "torch", "numpy", "scipy", "ducc0", "pyfftw")
+PACKAGES = ("seqconv", "torch", "numpy", "scipy", "ducc0", "pyfftw", "pykeops")
+console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=160)  # a log, not a screen
 
 
 def device_name(device: str) -> str:
@@ -49,6 +56,13 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def machine(device: str = "cpu") -> dict:
+    """What every row says of where it was measured, and on which code."""
+    isa = _cpu.isa() if device == "cpu" else None
+    here = {"device": device_name(device), "isa": isa}
+    return here | {"versions": versions(), "commit": commit()}
 
 
 def append(path: Path, row: dict) -> None:
@@ -97,6 +111,23 @@ def replace_between(path: Path, name: str, text: str) -> None:
         raise ValueError(f"{path.name}: one {start} and one {end} wanted")
     head, rest = whole.split(start)
     path.write_text(f"{head}{start}\n{text.strip()}\n{end}{rest.split(end)[1]}")
+
+
+def show_requirements(lines: list[tuple[str, str, str, bool]]) -> None:
+    table = Table(title="requirements", title_justify="left")
+    for name in ("what", "wanted", "measured", ""):
+        table.add_column(name)
+    for what, wanted, value, met in lines:
+        table.add_row(what, wanted, value, "[green]met[/]" if met else "[red]not met[/]")
+    console.print(table)
+    console.print(f"{sum(line[3] for line in lines)} of {len(lines)} met")
+
+
+def length_axis(axis, lengths: list[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [length_name(n) for n in lengths], minor=False)
+    axis.set_xlabel("sequence length")
+    axis.grid(alpha=0.3)
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -165,10 +196,7 @@ def plot(rows: list[dict], path: Path) -> None:
         fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14)
     )
     for axis in (left, right):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [length_name(n) for n in lengths], minor=False)
-        axis.set_xlabel("sequence length")
-        axis.grid(alpha=0.3)
+        length_axis(axis, lengths)
     figure.suptitle(
         f"{first['device']} ({first['isa']}), float32, 8 samples, 1 thread", fontsize=10
     )

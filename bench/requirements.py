@@ -45,6 +45,15 @@ def neighbours(length: int) -> tuple[int, int, float]:
     return below, above, math.log(length / below) / math.log(above / below)
 
 
+def verdict(what: str, value: float | None, limit: float, at_least: bool = True, unit: str = "x"):
+    """[(what, wanted, measured, met)], or [] where nothing was measured."""
+    if value is None:
+        return []
+    met = value >= limit if at_least else value <= limit
+    sign = ">=" if at_least else "<="
+    return [(what, f"{sign} {limit:.3g}{unit}", f"{value:.3g}{unit}", met)]
+
+
 class Find:
     """Medians over the runs of what was measured."""
 
@@ -70,11 +79,8 @@ def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
     find = Find([r for r in rows if r["gate"]])
     lines: list[tuple[str, str, str, bool]] = []
 
-    def compare(what, value, limit, at_least=True, unit="x"):
-        if value is not None:
-            met = value >= limit if at_least else value <= limit
-            sign = ">=" if at_least else "<="
-            lines.append((what, f"{sign} {limit:.3g}{unit}", f"{value:.3g}{unit}", met))
+    def compare(*args):
+        lines.extend(verdict(*args))
 
     def ratio_of(a, b):
         return None if a is None or b is None else a / b

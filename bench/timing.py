@@ -1,6 +1,7 @@
-"""Interleaved timing, floors and peak memory: what every microbenchmark here shares."""
+"""Interleaved timing, errors, floors and peak memory: what every microbenchmark here shares."""
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,21 @@ def interleaved(
     finally:
         gc.enable()
     return seconds
+
+
+def worst_errors(
+    results, exact, least_scale: dict[int, float] | None = None
+) -> tuple[float, float]:
+    """The worst relative L2 error of the results, and the worst element's over the root mean square,
+    taken to be at least least_scale[i] for result i."""
+    l2 = peak = 0.0
+    for i, (value, wanted) in enumerate(zip(results, exact, strict=True)):
+        # NaN would pass every comparison below.
+        difference = (value.double() - wanted).abs().nan_to_num(math.inf, math.inf)
+        scale = max(wanted.square().mean().sqrt().item(), (least_scale or {}).get(i, 0.0))
+        l2 = max(l2, difference.square().mean().sqrt().item() / scale)
+        peak = max(peak, difference.max().item() / scale)
+    return l2, peak
 
 
 def ratios(baseline: list[float], other: list[float]) -> tuple[float, float, float]:

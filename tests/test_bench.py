@@ -42,7 +42,7 @@ def test_a_run_measures_and_writes_what_it_shows(tmp_path):
     assert "requirements" in text and "seqconv" in text
 
 
-@pytest.mark.parametrize("fault", ["zeros", "shift", "skip", "future", "one element"])
+@pytest.mark.parametrize("fault", ["zeros", "shift", "skip", "future", "one element", "nan"])
 def test_a_wrong_result_gets_no_time(monkeypatch, fault):
     def broken(case, device):
         def run(u, k, skip, *rest):
@@ -56,7 +56,7 @@ def test_a_wrong_result_gets_no_time(monkeypatch, fault):
             if fault == "future":
                 return right + 1e-5 * u.roll(-1, -1)
             right = right.clone()
-            right[0, 0, 0] += 1e-4
+            right[0, 0, 0] += 1e-4 if fault == "one element" else float("nan")
             return right
 
         return run

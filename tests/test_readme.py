@@ -49,6 +49,6 @@ def test_commands_exist():
 def test_parameter_counts():
     from bench.demo import LAYERS, Classifier
 
-    for layer in LAYERS:
-        count = sum(p.numel() for p in Classifier(layer).parameters())
+    for layer, make in LAYERS.items():
+        count = sum(p.numel() for p in Classifier(make).parameters())
         assert f"| {count:,} |" in README, f"{layer} has {count:,} parameters"

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+from bench.hippo import hippo, response
 from seqconv import S4D, S4DKernel, reference, s4d_init
 from seqconv.s4d import POSITIVE
 
@@ -387,26 +387,6 @@ def test_gradients_are_finite_at_extremes(dt):
             layer.zero_grad()
             layer(size * torch.randn(1, length, D)).sum().backward()
             assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
-
-
-def hippo(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """S4-LegS's A and B, and the normal matrix that S4D-LegS keeps of A."""
-    n = torch.arange(size).double()
-    b, p = (2 * n + 1).sqrt(), (n + 0.5).sqrt()
-    A = -torch.tril(b[:, None] * b, -1) - torch.diag(n + 1)
-    return A, b, A + p[:, None] * p
-
-
-def response(A, B, u, dt):
-    """The first state of x' = A x + B u, u held for dt."""
-    size = len(B)
-    block = F.pad(torch.cat([A, B[:, None]], 1) * dt, (0, 0, 0, 1))
-    power = torch.linalg.matrix_exp(block)
-    x, out = torch.zeros(size).double(), []
-    for value in u:
-        x = power[:size, :size] @ x + power[:size, size] * value
-        out.append(x[0])
-    return torch.stack(out)
 
 
 def test_s4_is_the_limit_of_s4d_for_smooth_inputs():

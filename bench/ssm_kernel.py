@@ -1,0 +1,235 @@
+"""Measures the generation of S4D's kernel, sums of exponentials, beside other ways to do it.
+
+python -m bench.ssm_kernel [--lengths 1024 4096] [--json FILE] [--plot FILE]
+
+Every number is the median of interleaved rounds in one process under the C library's tuned allocator,
+the stricter comparison (see bench.fftconv); nothing is timed that differs from float64's definition.
+The einsum and PyKeOps take seconds: they are given few of the channels and scaled, since channels
+never meet. The floor is two multiply-adds per mode and element, three times that with gradients, at
+the rate of a matrix product.
+"""
+
+import argparse
+import importlib.util
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from bench import plots, report
+from bench.report import console
+from bench.requirements import BOTH, verdict
+from bench.timing import Clock, flops_per_second, interleaved, quartiles, ratios, worst_errors
+from bench.worker import ALLOCATORS, Worker, refuse_fallback, serve
+from seqconv import S4DKernel, _cpu, _ssm
+from seqconv.ssm import discretize, multiply
+
+INTO, FUSED, BMM, EINSUM, KEOPS = CONTENDERS = (
+    "seqconv, preallocated",
+    "seqconv",
+    "blocked torch.bmm",
+    "einsum",
+    "PyKeOps",
+)
+FEW = (EINSUM, KEOPS)
+CHECKED = 4  # channels
+# Of seqconv, relative L2; twice that of the largest element for the worst one. Of others 1000 times both.
+TOLERANCE = {"forward": 5e-7, "forward+backward": 2e-6}
+
+
+def exponents(channels: int, modes: int) -> tuple[Tensor, Tensor]:
+    """a and w of S4D at its initialisation, as seqconv.ssm_kernel forms them."""
+    torch.manual_seed(0)
+    kernel = S4DKernel(channels, d_state=2 * modes)
+    with torch.no_grad():
+        log_dt, A, B, C = kernel.system()
+        a, b = discretize(log_dt, A, kernel.discretization)
+        return a, 2 * multiply(C.double(), multiply(b, B.double()))
+
+
+def definition(a: Tensor, w: Tensor, length: int, dtype=torch.complex64) -> Tensor:
+    """The sum as it is written down, with a table of channels x modes x length in between."""
+    a, w = (torch.view_as_complex(t).to(dtype) for t in (a, w))
+    table = torch.exp(a.unsqueeze(-1) * torch.arange(length))
+    return torch.einsum("chn,hnl->chl", w, table).real
+
+
+def functions(channels: int, length: int) -> dict:
+    """name -> what maps a, w and the length to k."""
+    out = torch.empty(1, channels, length)
+
+    def preallocated(a, w, length):
+        _cpu.ssm_forward(out, a, w)
+        return out
+
+    return {
+        INTO: preallocated,
+        FUSED: partial(_ssm.mode_sum, single=True),
+        BMM: partial(_ssm.mode_sum, single=True, backend="torch"),
+        EINSUM: definition,
+        KEOPS: partial(_ssm.keops, dtype=torch.float32),
+    }
+
+
+def results(op: str, function, a: Tensor, w: Tensor, dk: Tensor) -> list[Tensor]:
+    """[k], or k and the gradients of a and w."""
+    length = dk.shape[-1]
+    if op == "forward":
+        with torch.no_grad():
+            return [function(a, w, length)]
+    a, w = (t.detach().requires_grad_() for t in (a, w))
+    k = function(a, w, length)
+    return [k, *torch.autograd.grad(k, (a, w), dk)]
+
+
+def measure(job: dict, clock: Clock):
+    """Rows of one length, one per contender, a red gate without times."""
+    channels, modes, length, op = (job[x] for x in ("channels", "modes", "length", "op"))
+    a, w = exponents(channels, modes)
+    dk = torch.randn(1, channels, length)
+    few = min(channels, max(CHECKED, min(16, (1 << 24) // (modes * length))))
+    made = functions(channels, length)
+
+    def at_most(count):
+        return a[:count], w[:, :count], dk[:, :count]
+
+    exact_a, exact_w, exact_dk = at_most(CHECKED)
+    exact = partial(definition, dtype=torch.complex128)
+    exact = results(op, exact, exact_a, exact_w, exact_dk.double())
+    crest = max((t.abs().max() / t.square().mean().sqrt()).item() for t in exact)
+    allowed = (TOLERANCE[op], 2 * TOLERANCE[op] * crest)
+    rows, runs = {}, {}
+    for name in job["contenders"]:
+        count = few if name in FEW else channels
+        run = partial(results, op, made[name], *at_most(count))
+        found = [t.narrow(axis, 0, len(exact_a)) for t, axis in zip(run(), (1, 0, 1), strict=False)]
+        error = worst_errors(found, exact)
+        slack = 1 if name in (INTO, FUSED) else 1000
+        gate = all(e <= slack * limit for e, limit in zip(error, allowed, strict=True))
+        rows[name] = {"contender": name, "timed_channels": count, "gate": gate, "median": None}
+        rows[name] |= {"error_l2": error[0], "error_max": error[1], "tolerance": allowed}
+        if gate:
+            runs[name] = run
+    del exact, found
+    times = interleaved(runs, job["budget"], clock)
+    each = {n: [1e9 * t / (rows[n]["timed_channels"] * length) for t in times[n]] for n in runs}
+    for name, row in rows.items():
+        if name in each:
+            low, middle, high = quartiles(each[name])
+            row |= {"q1": low, "median": middle, "q3": high, "rounds": len(each[name])}
+            row |= {"unit": "ns per element"}
+            if BMM in each:
+                low, middle, high = ratios(each[BMM], each[name])
+                row |= {"ratio_q1": low, "ratio": middle, "ratio_q3": high}
+            if FUSED in each:
+                row |= {"over_seqconv": ratios(each[name], each[FUSED])[1]}
+        yield row
+
+
+def prepare(settings: dict):
+    clock = Clock("cpu")
+
+    def rows_of(job: dict):
+        peak = flops_per_second("cpu", torch.float32, clock)
+        return [row | {"peak_flops": peak} for row in measure(job, clock)]
+
+    return rows_of
+
+
+def add_floor(rows: list[dict]) -> None:
+    """By the highest rate that the run has seen."""
+    peak = max((row["peak_flops"] for row in rows), default=0.0)
+    for row in rows:
+        products = 1 if row["op"] == "forward" else 3
+        row["floor"] = products * 4 * row["modes"] / peak * 1e9
+        if row["gate"]:
+            row["of_peak"] = row["floor"] / row["median"]
+
+
+def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
+    """(what, wanted, measured, met) of every requirement that the rows can decide."""
+    red = [r for r in rows if not r["gate"]]
+    lines = [("every result is right", "0 red", f"{len(red)} red", not red)]
+    for row in rows:
+        name, length, op = row["contender"], row["length"], row["op"]
+        at = f"{op}, L={report.length_name(length)}"
+        ratio = row.get("ratio")
+        if name == INTO and row["gate"] and length >= 16384:
+            lines += verdict(f"share of peak, preallocated, {at}", row["of_peak"], 0.5, True, "")
+            lines += verdict(f"time, preallocated, {at}", row["median"], 2.5, False, " ns")
+            lines += verdict(f"goal: time, preallocated, {at}", row["median"], 2.0, False, " ns")
+        if name == FUSED and length >= 4096:
+            lines += verdict(f"seqconv over torch.bmm, {at}", ratio, 5)
+        if name == EINSUM and length >= 1024:
+            limit = 20 if length >= 4096 else 5
+            lines += verdict(f"torch.bmm over the einsum, {at}", ratio and 1 / ratio, limit)
+    return lines
+
+
+def show(rows: list[dict]) -> None:
+    table = Table(title="S4D's kernel", title_justify="left")
+    for name in ("length", "op", "contender"):
+        table.add_column(name)
+    for name in ("ns/element", "quartiles", "over torch.bmm", "of peak", "error L2", "max/rms"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        few = row["timed_channels"] < row["channels"]
+        name = row["contender"] + (f", {row['timed_channels']} channels, scaled" if few else "")
+        cells = [report.length_name(row["length"]), row["op"], name]
+        cells += ["[red]WRONG[/]", "", "", ""]
+        if row["gate"]:
+            ratio = f"{row['ratio']:.3g}x" if "ratio" in row else ""
+            cells[3:] = [f"{row['median']:.2f}", f"{row['q1']:.2f}-{row['q3']:.2f}", ratio]
+            cells += [f"{row['of_peak']:.1%}"]
+        table.add_row(*cells, f"{row['error_l2']:.1e}", f"{row['error_max']:.1e}")
+    console.print(table)
+
+
+def main() -> None:
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m bench.ssm_kernel", description=summary)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--channels", type=int, default=256)
+    parser.add_argument("--d-state", type=int, default=64, help="twice the modes")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--allocator", default="tuned", choices=ALLOCATORS)
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds per length")
+    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--json", type=Path, help="file to append a line per measurement to")
+    parser.add_argument("--plot", type=Path, help="picture to draw")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return serve(prepare)
+    if min(*args.lengths, args.channels, args.d_state // 2, args.threads) < 1:
+        raise SystemExit("--lengths, --channels and --threads must be >= 1, --d-state >= 2")
+    refuse_fallback()
+    names = list(args.contenders)
+    if KEOPS in names and importlib.util.find_spec("pykeops") is None:
+        names.remove(KEOPS)
+        console.print("PyKeOps: skipped")
+    common = report.machine() | {"threads": args.threads, "allocator": args.allocator}
+    worker, rows = Worker("bench.ssm_kernel", args.allocator, args.threads), []
+    job = {"channels": args.channels, "modes": args.d_state // 2, "budget": args.budget}
+    for length in args.lengths:
+        for op in BOTH:
+            shape = job | {"length": length, "op": op}
+            there = names if op == "forward" else [n for n in names if n in (FUSED, BMM)]
+            for row in worker(shape | {"contenders": there}) if there else []:
+                rows.append(shape | row | common | {"when": time.strftime("%Y-%m-%d %H:%M")})
+    worker.close()
+    add_floor(rows)
+    for row in rows if args.json else []:
+        report.append(args.json, row)
+    show(rows)
+    report.show_requirements(requirements(rows))
+    if args.plot:
+        plots.plot_ssm_kernel(rows, args.plot)
+    return None
+
+
+if __name__ == "__main__":
+    main()
