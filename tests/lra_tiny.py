@@ -1,9 +1,10 @@
-"""bench.lra on tiny data sets made here, for test_lra.py: python -m tests.lra_tiny fit tiny ... in a process of its own.
+"""bench.lra on tiny data sets made here, for test_lra.py: python -m tests.lra_tiny fit digits ...
 
 Every task's name takes a data set of the same kind: tokens of unequal length for text and listops, pairs
 for retrieval, one real channel otherwise.
 """
 
+import os
 import sys
 import time
 import types
@@ -31,7 +32,9 @@ class Info:
 class Split:
     """Real sequences whose label is the position of a bump, or tokens whose label is the commonest one."""
 
-    delay = 0.0
+    delay = float(
+        os.environ.get("LRA_TINY_DELAY", 0)
+    )  # seconds a batch, to be interrupted in between
 
     def __init__(self, kind: str, count: int, seed: int):
         rng = np.random.default_rng(seed)
@@ -90,8 +93,10 @@ def install():
     module.open_task, module.DataError, module.Info = open_task, DataError, Info
     sys.modules["bench.lra.data"] = module
     import bench.lra
+    import bench.lra.sweep
 
     bench.lra.data = module
+    bench.lra.sweep.COMMAND = [sys.executable, "-m", "tests.lra_tiny"]
 
 
 if __name__ == "__main__":

@@ -46,10 +46,7 @@ class Training(lightning.LightningModule):
             accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False)
             self.add_module(f"{split}_accuracy", accuracy)
             self.add_module(f"{split}_loss", MeanMetric(nan_strategy="disable"))
-        # Their sums are in the checkpoints: a resumed run logs the same numbers.
-        self.train_accuracy.persistent(True)
-        self.train_loss.persistent(True)
-        self.random = None
+        self.resumed = None  # what this process goes on with
 
     def _step(self, batch, split: str):
         x, lengths, labels = batch
@@ -92,29 +89,35 @@ class Training(lightning.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    # ---- random numbers go on where they were ----
+    # ---- random numbers and running means go on where they were, in every process ----
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         state = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
+        for name in ("train_loss", "train_accuracy"):
+            state[name] = {k: v.cpu() for k, v in getattr(self, name).metric_state.items()}
         states = [state]
         if self.trainer.world_size > 1:
             states = [None] * self.trainer.world_size
             dist.all_gather_object(states, state)
-        checkpoint["random"] = states
+        checkpoint["processes"] = states
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        states = checkpoint["random"]
+        states = checkpoint["processes"]
         # With another number of processes there is nothing to go on with.
-        self.random = states[RANK] if len(states) == WORLD else None
+        self.resumed = states[RANK] if len(states) == WORLD else None
 
     def on_train_batch_start(self, batch, index) -> None:
-        if self.random is not None:
-            torch.set_rng_state(self.random["cpu"])
-            if self.device.type == "cuda" and "cuda" in self.random:
-                torch.cuda.set_rng_state(self.random["cuda"], self.device)
-            self.random = None
+        if self.resumed is None:
+            return
+        state, self.resumed = self.resumed, None
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+        for name in ("train_loss", "train_accuracy"):
+            for key, value in state[name].items():
+                setattr(getattr(self, name), key, value.to(self.device))
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -367,6 +370,8 @@ def fit(config: options.Config) -> dict:
         result["test_loss"], result["test_accuracy"] = training.evaluated()
     if RANK == 0:
         finish(config, result, model, initial, info, recipe, splits, journal.rows, out, device)
+    if result["status"] != "done":
+        raise SystemExit(1)
     return result
 
 
@@ -467,7 +472,7 @@ def finish(config, result, model, initial, info, recipe, splits, rows, out, devi
     if result["status"] != "done":
         files.write_json(out / "result.json", result)
         console.print(f"[bold]failed[/bold]: {result['error']}")
-        raise SystemExit(1)
+        return
     from bench.plots import plot_kernels
 
     model = model.to(device)
