@@ -197,7 +197,12 @@ def main(argv: list[str] | None = None) -> None:
     commands = {"fit": fit, "eval": evaluate, "report": report, "sweep": sweep, "data": data}
     if argv[0] not in commands:
         refuse("", f"unknown command {argv[0]!r}{recipes.suggest(argv[0], commands)}")
-    commands[argv[0]](argv[1:])
+    try:
+        commands[argv[0]](argv[1:])
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("bench", "seqconv", "torch"):
+            raise
+        refuse(argv[0], f"{error.name} is not installed: pip install '.[lra]'")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import subprocess
 import time
 import warnings
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -283,6 +284,8 @@ def prepare(config: options.Config, out: Path) -> dict | None:
 
 def fit(config: options.Config) -> dict:
     """Trains to the end of the schedule and tests the best checkpoint; returns what result.json holds."""
+    if config.run.wandb and find_spec("wandb") is None:
+        raise SystemExit("--wandb: wandb is not installed: pip install wandb")
     device = device_for(config)
     if WORLD > 1 and not dist.is_initialized():
         if device.type == "cuda":
