@@ -476,6 +476,12 @@ def test_a_run_learns_and_its_folder_holds_everything(tmp_path):
     assert f"{result['test_accuracy']:.2%}" in finish(start("eval", out))
     config = parse_fit(["--config", str(out / "config.yaml")])
     assert config.model.d_model == 16 and config.optim.epochs == 6
+
+
+@pytest.mark.slow
+def test_what_a_run_folder_refuses(tmp_path):
+    out = tmp_path / "run"
+    finish(start("fit", "digits", "--out", out, *TINY, "--stop_after", 3), 130)
     assert "holds a run" in finish(start("fit", "digits", "--out", out, *TINY), 1)
     wrong = finish(start("fit", "digits", "--out", out, *TINY, "--resume", "--optim.lr", 0.5), 1)
     assert "optim.lr was 0.01, now 0.5" in wrong
