@@ -143,7 +143,17 @@ def test_recipes_are_the_published_ones():
 
 def test_every_task_has_every_layer_and_ours_are_marked():
     published = {(t, layer) for layer, tasks in PUBLISHED.items() for t in tasks}
-    for task in (*SIX, "scifar", "speech", "path256", "mnist5k", "digits", "r8", "ucr"):
+    for task in (
+        *SIX,
+        "scifar",
+        "speech",
+        "path256",
+        "pathfinder64",
+        "mnist5k",
+        "digits",
+        "r8",
+        "ucr",
+    ):
         for layer in LAYERS:
             assert RECIPES[task, layer].ours == ((task, layer) not in published)
     # Reported without settings.

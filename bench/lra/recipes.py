@@ -20,6 +20,7 @@ BUTTERFLY_PAPER = "LongConv with learned butterfly, arXiv 2302.06646"
 ALIASES = {
     "listops-gen": "listops",
     "pathfinder32-hard": "pathfinder",
+    "pathfinder64-gen": "pathfinder64",
     "pathx-gen": "pathx",
     "path256-gen": "path256",
 }
@@ -181,6 +182,13 @@ def _our_large(table: dict) -> None:
         base = table[task, "s4d"]
         settings = base.model, replace(base.optim, lr=min(base.optim.lr, 2e-3))
         ours(task, "hyena", settings, Hyena(), note="S4D's backbone")
+
+    for layer in KERNELS:
+        base = table["pathfinder", layer]
+        note = "Pathfinder's settings"
+        table["pathfinder64", layer] = Recipe(
+            base.model, base.kernel, base.optim, ours=True, note=note
+        )
 
 
 def _our_small(table: dict) -> None:
