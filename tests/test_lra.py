@@ -19,7 +19,7 @@ import torch
 import seqconv
 from bench.lra import options, plan
 from bench.lra.__main__ import parse_fit
-from bench.lra.batches import EvalBatches, TrainBatches
+from bench.lra.batches import EvalBatches, TrainBatches, same
 from bench.lra.model import SequenceClassifier, pooled
 from bench.lra.recipes import RECIPES, recipe
 from bench.lra.report import report
@@ -423,6 +423,15 @@ def test_evaluation_sees_every_sample_once():
         assert sorted(seen) == list(range(7))
     order = [i for part in EvalBatches(Numbers(7, lengths), batch=2) for i in part[2].tolist()]
     assert lengths[order].tolist() == sorted(lengths)
+
+
+def test_splits_that_are_the_same_are_noticed():
+    one = Numbers(9)
+    assert same(one, Numbers(9)) and not same(one, Numbers(8))
+    assert not same(one, Numbers(9, 1 + np.arange(9) % 2))
+    other = Numbers(9)
+    other.batch = lambda indices: (indices[:, None, None] + 1, None, None)
+    assert not same(one, other)
 
 
 def test_an_error_in_reading_is_not_lost():

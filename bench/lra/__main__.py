@@ -147,7 +147,12 @@ def evaluate(argv: list[str]) -> None:
     parser = _parser("eval", "Accuracy of a run's checkpoint, with chance and majority beside it.")
     parser.add_argument("run", help="run folder")
     parser.add_argument("--split", default="test", help="train, val or test")
-    parser.add_argument("--checkpoint", default="best.ckpt", help="best.ckpt or last.ckpt")
+    parser.add_argument(
+        "--checkpoint",
+        type=str | None,
+        default=None,
+        help="best.ckpt or last.ckpt; null: the tested one",
+    )
     parser.add_argument(
         "--data", type=str | None, default=None, help="folder of the data sets; null: the run's"
     )

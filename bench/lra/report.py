@@ -127,8 +127,9 @@ def report(folders: list[Path]) -> str:
     if not runs:
         raise SystemExit(f"no runs below {', '.join(map(str, folders))}")
     parts = [
-        "Test accuracy in percent of the checkpoint that was best in validation: mean ± standard deviation over "
-        "seeds [published]. A run fails if it diverges or stays within "
+        "Test accuracy in percent of the checkpoint that was best in validation (the last one where the validation "
+        "split is not one of its own: Text, UCR): mean ± standard deviation over seeds "
+        "[published]. A run fails if it diverges or stays within "
         f"{100 * MARGIN:g} points of chance or of the commonest class.",
         summary(runs),
         details(runs),

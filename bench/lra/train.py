@@ -19,7 +19,7 @@ import yaml
 
 import seqconv
 from bench.lra import files, options, pictures, plan, recipes
-from bench.lra.batches import EvalBatches, TrainBatches, tensors
+from bench.lra.batches import EvalBatches, TrainBatches, same, tensors
 from bench.lra.compare import compare_step, synchronize
 from bench.lra.journal import Diverged, Journal, Stopped, console, peak_mib
 from bench.lra.model import SequenceClassifier, loss_of
@@ -283,7 +283,8 @@ def prepare(config: options.Config, out: Path) -> dict | None:
 
 
 def fit(config: options.Config) -> dict:
-    """Trains to the end of the schedule and tests the best checkpoint; returns what result.json holds."""
+    """Trains to the end of the schedule and tests the checkpoint that is best in validation, or the last one
+    where validation has no split of its own; returns what result.json holds."""
     if config.run.wandb and find_spec("wandb") is None:
         raise SystemExit("--wandb: wandb is not installed: pip install wandb")
     device = device_for(config)
@@ -366,8 +367,13 @@ def fit(config: options.Config) -> dict:
         result["val_accuracy"] = evaluated[-1]["val_accuracy"] if evaluated else None
         result["best_val_accuracy"] = journal.best if evaluated else None
     if result["status"] == "done":
-        best = torch.load(out / "best.ckpt", map_location=device, weights_only=True)
-        model.load_state_dict(best["model"])
+        # Chosen by a split of its own only: Text's validation split is its test split, and the small
+        # UCR sets have none.
+        twin = next((s for s in ("test", "train") if same(splits["val"], splits[s])), None)
+        result |= {"checkpoint": "last" if twin else "best", "validation_is": twin}
+        if twin is None:
+            best = torch.load(out / "best.ckpt", map_location=device, weights_only=True)
+            model.load_state_dict(best["model"])
         with quiet():
             trainer.test(training, held_out["test"], verbose=False)
         result["test_loss"], result["test_accuracy"] = training.evaluated()
@@ -480,9 +486,12 @@ def finish(config, result, model, initial, info, recipe, splits, rows, out, devi
 
     model = model.to(device)
     plot_kernels(initial, model.kernels(info.l_max), config.layer, out / "kernels.png")
+    when = f"at step {result['best_step']}, the best in validation,"
+    if result["checkpoint"] == "last":
+        when = f"at the last step, as the validation split is the {result['validation_is']} split,"
     console.print(
         f"[bold]test accuracy {result['test_accuracy']:.1%}[/bold] (chance {info.chance:.1%}, majority "
-        f"{info.majority:.1%}) at step {result['best_step']}, the best in validation, after {result['seconds']:.0f} s"
+        f"{info.majority:.1%}) {when} after {result['seconds']:.0f} s"
     )
     if config.run.compare:
         part = config.optim.batch // config.optim.accumulate
@@ -500,11 +509,17 @@ def finish(config, result, model, initial, info, recipe, splits, rows, out, devi
     console.print(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
 
 
-def evaluate(run: str, split: str, checkpoint: str, data: str | None, batch: int | None) -> float:
+def evaluate(
+    run: str, split: str, checkpoint: str | None, data: str | None, batch: int | None
+) -> float:
     """Prints and returns the accuracy of a run's checkpoint on a split."""
     out = Path(run)
     try:
         facts = json.loads((out / "run.json").read_text())
+        if checkpoint is None:
+            result = out / "result.json"
+            used = json.loads(result.read_text()).get("checkpoint") if result.exists() else None
+            checkpoint = f"{used or 'best'}.ckpt"
         state = torch.load(out / checkpoint, map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise SystemExit(f"{out} is not a run with a {checkpoint}: {error}") from None
