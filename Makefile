@@ -10,7 +10,7 @@ ARCHS := sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 .PHONY: demo test sanitize neon device-test device-compile build lint format bench bench-gpu bench-ssm bench-layers bench-table gallery clean
 
 demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--resume
-	$(BIN)/python -m bench.demo $(ARGS)
+	$(BIN)/python -m bench.lra fit mnist5k --optim.epochs 6 --compare 15 --overwrite $(ARGS)
 
 test: .venv/ready  ## the whole suite; ARGS="-m 'not slow'" for the quick part
 	$(BIN)/python -m pytest $(ARGS)

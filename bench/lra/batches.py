@@ -1,0 +1,117 @@
+"""Batches of a split, in an order that depends on (seed, epoch) alone, so that any position can be resumed."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor | None, Tensor]
+AHEAD = 2  # batches that are read while the model works
+
+
+def tensors(split, indices: np.ndarray, pin: bool = False) -> Batch:
+    """x, lengths (None where nothing is padded) and labels of these samples."""
+    x, lengths, labels = (torch.from_numpy(np.ascontiguousarray(a)) for a in split.batch(indices))
+    full = bool((lengths == x.shape[1]).all())
+    parts = (x, None if full else lengths, labels)
+    return tuple(p.pin_memory() if pin and p is not None else p for p in parts)
+
+
+def ahead(split, order: Iterator[np.ndarray], pin: bool) -> Iterator[Batch]:
+    """What `order` names, read by a thread while its predecessors are used."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting = deque()
+        try:
+            for indices in order:
+                waiting.append(reader.submit(tensors, split, indices, pin))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class TrainBatches:
+    """Shuffled batches without end; each pass over this object gives those of one evaluation period.
+
+    batch: samples of all processes together, in `accumulate` parts; this process takes every
+    world-th from rank on. An incomplete last batch of an epoch is left out. The state is (seed,
+    epoch, position), position in parts of that epoch; seconds waited for data are kept in `waited`.
+    """
+
+    def __init__(self, split, *, batch, period, seed, accumulate=1, rank=0, world=1, pin=False):
+        if batch > len(split):
+            raise ValueError(f"--optim.batch must be at most {len(split)} samples, got {batch}")
+        if batch % (accumulate * world):
+            text = f"accumulate={accumulate} parts of {world} processes"
+            raise ValueError(f"--optim.batch must be a multiple of {text}, got {batch}")
+        self.split, self.seed, self.rank, self.world, self.pin = split, seed, rank, world, pin
+        self.part = batch // accumulate
+        self.per_epoch = len(split) // batch * accumulate
+        self.period = period * accumulate
+        self.done = 0  # parts handed out
+        self.waited = 0.0
+
+    def __len__(self) -> int:
+        return self.period
+
+    def state_dict(self) -> dict:
+        epoch, position = divmod(self.done, self.per_epoch)
+        return {"seed": self.seed, "epoch": epoch, "position": position}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["seed"] != self.seed:
+            raise ValueError(f"the order's seed was {state['seed']}, now {self.seed}")
+        self.done = state["epoch"] * self.per_epoch + state["position"]
+
+    def _order(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        epoch, order = -1, None
+        for part in range(start, stop):
+            if part // self.per_epoch != epoch:
+                epoch = part // self.per_epoch
+                order = np.random.default_rng((self.seed, epoch)).permutation(len(self.split))
+            first = part % self.per_epoch * self.part
+            yield order[first + self.rank : first + self.part : self.world]
+
+    def __iter__(self) -> Iterator[Batch]:
+        stop = (self.done // self.period + 1) * self.period
+        source = ahead(self.split, self._order(self.done, stop), self.pin)
+        while self.done < stop:
+            start = time.perf_counter()
+            batch = next(source)
+            self.waited += time.perf_counter() - start
+            self.done += 1
+            yield batch
+
+
+class EvalBatches:
+    """Every sample once, those of like length together; this process takes every world-th from rank on."""
+
+    def __init__(self, split, *, batch, rank=0, world=1, pin=False):
+        self.split, self.pin = split, pin
+        lengths = np.asarray(split.lengths).reshape(len(split), -1).max(1)
+        self.order = np.argsort(lengths, kind="stable")[rank::world]
+        self.batch = max(1, batch // world)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.order) / self.batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        starts = range(0, len(self.order), self.batch)
+        return ahead(self.split, (self.order[i : i + self.batch] for i in starts), self.pin)
+
+
+def same(one, other) -> bool:
+    """Whether two splits hold the same samples in the same order, judged by labels, lengths and the first inputs."""
+    if len(one) != len(other) or not np.array_equal(one.labels, other.labels):
+        return False
+    first = np.arange(min(8, len(one)))
+    inputs = (split.batch(first)[0] for split in (one, other))
+    return np.array_equal(one.lengths, other.lengths) and np.array_equal(*inputs)

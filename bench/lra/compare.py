@@ -1,0 +1,56 @@
+"""A training step with the fused operator against the same model on torch.fft."""
+
+import contextlib
+import time
+from statistics import median
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import seqconv
+from bench.lra.model import loss_of
+from seqconv import reference
+
+PLACES = ("seqconv._layer.fftconv", "seqconv.hyena.fftconv")
+
+
+def compare_step(model: nn.Module, batch, rounds: int) -> dict:
+    """Medians in milliseconds over interleaved rounds, after checking that the gradients agree:
+    {"seqconv", "torch.fft", "ratio" (median of the ratios), "difference" (relative L2, worst)}.
+
+    RuntimeError if the gradients differ by 1e-3 or more.
+    """
+    x, lengths, labels = batch
+    model.eval()  # no dropout: both must compute the same
+
+    def step(formulation) -> tuple[float, list[Tensor]]:
+        with contextlib.ExitStack() as stack:
+            for place in PLACES:
+                stack.enter_context(mock.patch(place, formulation))
+            synchronize(x.device)
+            start = time.perf_counter()
+            model.zero_grad()
+            loss_of(model(x, lengths), labels).backward()
+            synchronize(x.device)
+            return time.perf_counter() - start, [p.grad for p in model.parameters()]
+
+    contenders = (seqconv.fftconv, reference.fftconv_fft)
+    ours, theirs = (step(f)[1] for f in contenders)
+    # Beside the whole gradient: a parameter before a norm may have a gradient of round-off alone.
+    whole = torch.stack([b.norm() for b in theirs]).norm()
+    worst = max(
+        ((a - b).norm() / b.norm().clamp_min(1e-3 * whole)).item()
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    if not worst < 1e-3:
+        raise RuntimeError(f"gradients differ by {worst:.1e} (relative L2): no time is shown")
+    times = [[step(f)[0] for f in contenders] for _ in range(rounds)]
+    fast, slow = (1e3 * median(t[i] for t in times) for i in range(2))
+    ratio = median(t[1] / t[0] for t in times)
+    return {"seqconv": fast, "torch.fft": slow, "ratio": ratio, "difference": worst}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

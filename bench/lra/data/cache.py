@@ -1,0 +1,254 @@
+"""The packed, memory-mapped form of a task: every sequence of a split end to end in one file, and where each begins.
+
+cache/NAME/meta.json          what Info says, normalisation, which file set each split uses, sizes of all files
+cache/NAME/SPLIT.values       tokens (uint8 or uint16), or samples x channels (uint8, int16 or float32), as read
+cache/NAME/SPLIT.offsets.npy  (sequences + 1,) int64, in steps; a pair is two sequences in a row
+cache/NAME/SPLIT.labels.npy   (samples,) int64
+
+A cache is written beside its final place and renamed, so it is whole or not there.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+VERSION = 1
+
+
+class DataError(ValueError):
+    """Data that is absent, corrupt or in another layout; the message names the file and what was wanted."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a model must know of a task; majority is the share of the commonest class in the test split."""
+
+    name: str
+    title: str
+    classes: int
+    channels: int | None  # of continuous input
+    vocab: int | None  # tokens, with padding (0)
+    l_max: int
+    pair: bool
+    chance: float
+    majority: float
+    generated: bool
+    notes: tuple[str, ...] = ()  # what was skipped or chosen while reading
+
+
+@dataclass
+class Part:
+    """One split of a source: `samples` yields (label, sequences), one sequence or the two of a pair."""
+
+    samples: Iterator[tuple[int, tuple[np.ndarray, ...]]]
+    total: int | None = None  # for the progress bar only
+
+
+@dataclass
+class Source:
+    """A task as a reader offers it; `parts` maps each split to a Part or to the name of the split that it repeats."""
+
+    title: str
+    classes: int
+    l_max: int
+    parts: dict[str, Part | str]
+    channels: int | None = None
+    vocab: int | None = None
+    pair: bool = False
+    dtype: str = "uint8"  # as stored
+    mean: tuple[float, ...] = (0.0,)  # per channel: x = (stored - mean) / std
+    std: tuple[float, ...] = (1.0,)
+    notes: list[str] = field(default_factory=list)  # may grow while the parts are read
+
+
+class Split:
+    """A split, opened: nothing is read before `batch` asks for it. Cheap to pickle."""
+
+    def __init__(self, folder: Path, part: str):
+        self.folder, self.part = folder, part
+        meta = read_meta(folder)
+        self._dtype, self._channels = np.dtype(meta["dtype"]), meta["info"]["channels"]
+        self._pair = meta["info"]["pair"]
+        # uint8 pixels are scaled in float32 as the other dtypes are: one multiplication and one addition
+        self._scale = np.float32(1) / np.asarray(meta["std"], np.float32)
+        self._shift = -np.asarray(meta["mean"], np.float32) * self._scale
+        self.labels = np.load(folder / f"{part}.labels.npy")
+        self._offsets = np.load(folder / f"{part}.offsets.npy")
+        lengths = np.diff(self._offsets)
+        self.lengths = lengths.reshape(-1, 2) if self._pair else lengths
+
+    def __reduce__(self):
+        return Split, (self.folder, self.part)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def _values(self) -> np.memmap:
+        values = np.memmap(self.folder / f"{self.part}.values", self._dtype, mode="r")
+        return values.reshape(-1, self._channels) if self._channels else values
+
+    def batch(self, indices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Samples padded to the longest of them: (x, lengths, labels).
+
+        x is (b, l) int64 tokens padded with 0, or (b, l, channels) float32, normalised and then padded with 0;
+        lengths and labels are (b,) int64. Pairs: x and lengths have 2 b rows, first all first documents.
+        """
+        indices = np.asarray(indices)
+        if ((indices < 0) | (indices >= len(self))).any():
+            raise IndexError(f"batch: indices must be in 0..{len(self) - 1}, got {indices}")
+        rows = np.concatenate((2 * indices, 2 * indices + 1)) if self._pair else indices
+        starts = self._offsets[rows]
+        lengths = self._offsets[rows + 1] - starts
+        shape = (len(rows), lengths.max(initial=0), *self._values.shape[1:])
+        x = np.zeros(shape, np.float32 if self._channels else np.int64)
+        for row, start, length in zip(x, starts, lengths, strict=True):
+            part = self._values[start : start + length]
+            if self._channels:
+                np.multiply(part, self._scale, out=row[:length])
+                row[:length] += self._shift
+            else:
+                row[:length] = part
+        return x, lengths, self.labels[indices]
+
+
+def read_meta(folder: Path) -> dict:
+    return json.loads((folder / "meta.json").read_text())
+
+
+def open_cache(folder: Path) -> tuple[Info, dict[str, Split]]:
+    try:
+        meta = read_meta(folder)
+        whole = meta["version"] == VERSION and all(
+            (folder / name).stat().st_size == size for name, size in meta["sizes"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise DataError(
+            f"{folder} is damaged or of another version: delete it, and it is made again"
+        )
+    info = meta["info"]
+    info = Info(**info | {"notes": tuple(info["notes"])})
+    return info, {split: Split(folder, part) for split, part in meta["splits"].items()}
+
+
+def pack(
+    source: Source, folder: Path, name: str, *, generated: bool, origin: str, progress: bool
+) -> None:
+    """Reads the whole source and leaves its cache in `folder`, or nothing there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir()
+    try:
+        with bar(name, progress) as advance:
+            for split, part in source.parts.items():
+                if isinstance(part, Part):
+                    _write(source, part, temporary / split, split, advance)
+        tests = source.parts["test"]
+        labels = np.load(temporary / f"{tests if isinstance(tests, str) else 'test'}.labels.npy")
+        info = {
+            "name": name,
+            "title": source.title,
+            "classes": source.classes,
+            "channels": source.channels,
+            "vocab": source.vocab,
+            "l_max": source.l_max,
+            "pair": source.pair,
+            "chance": 1 / source.classes,
+            "majority": float(np.bincount(labels).max() / len(labels)),
+            "generated": generated,
+            "notes": source.notes,
+        }
+        meta = {
+            "version": VERSION,
+            "info": info,
+            "origin": origin,
+            "dtype": source.dtype,
+            "mean": source.mean,
+            "std": source.std,
+            "splits": {s: p if isinstance(p, str) else s for s, p in source.parts.items()},
+            "sizes": {p.name: p.stat().st_size for p in sorted(temporary.iterdir())},
+        }
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        for path in temporary.iterdir():  # the files before the name
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.exists():  # unless another process was faster: its cache is as good
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(source: Source, part: Part, stem: Path, split: str, advance) -> None:
+    labels, offsets, dtype = [], [0], np.dtype(source.dtype)
+    with open(f"{stem}.values", "wb") as file:
+        for label, sequences in part.samples:
+            for sequence in sequences:
+                file.write(np.ascontiguousarray(sequence, dtype).data)
+                offsets.append(offsets[-1] + len(sequence))
+            labels.append(label)
+            advance(split, len(labels), part.total)
+    if not labels:
+        raise DataError(f"the {split} split has no samples")
+    np.save(f"{stem}.labels.npy", np.array(labels, np.int64))
+    np.save(f"{stem}.offsets.npy", np.array(offsets, np.int64))
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Deletes what processes that are no more left unfinished beside `folder`."""
+    for path in folder.parent.glob(f".{folder.name}.*"):
+        pid = path.suffix[1:]
+        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
+            shutil.rmtree(path)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class bar:
+    """A progress bar on standard error: `with bar(title, shown) as advance: advance(what, done, total)`."""
+
+    def __init__(self, title: str, shown: bool):
+        self.title, self.shown = title, shown
+
+    def __enter__(self):
+        if not self.shown:
+            return lambda what, done, total: None
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._progress.start()
+        tasks = {}
+
+        def advance(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = self._progress.add_task(f"{self.title} {what}", total=total)
+            if done % 64 == 0 or done == total:
+                self._progress.update(tasks[what], completed=done)
+
+        return advance
+
+    def __exit__(self, *exception):
+        if self.shown:
+            self._progress.stop()

@@ -1,0 +1,115 @@
+"""Looks at a task's data: sizes, lengths, labels, repeated samples, and whether a small CNN generalises on it."""
+
+import hashlib
+import time
+from pathlib import Path
+
+import numpy as np
+
+from bench.lra.data import GENERATED, OFFICIAL, open_task
+from bench.lra.data.cache import Info, Split
+
+# The released 128 x 128 set has been reported broken: networks fit its train split and fail on the others.
+CONVOLVED = ("pathfinder", "pathfinder64", "pathx", "path256")
+
+
+def check(name: str, root: Path, *, progress: bool, seconds: float) -> bool:
+    info, splits = open_task(name, root, progress=progress)
+    print(f"{info.title}: {info.classes} classes, chance {info.chance:.1%}, ", end="")
+    print(f"majority {info.majority:.1%} of the test split, up to {info.l_max} steps")
+    for note in info.notes:
+        print(f"note: {note}")
+    good = True
+    for split, data in splits.items():
+        print(describe(split, data, info))
+    if name in OFFICIAL:
+        sizes = tuple(len(splits[s]) for s in ("train", "val", "test"))
+        if sizes != OFFICIAL[name].sizes:
+            good = False
+            print(f"suspicious: {sizes} samples; the released set has {OFFICIAL[name].sizes}")
+    shared = repeated(splits["train"], splits["test"])
+    if shared:
+        print(f"{shared} of the first 2,000 test samples are also in train")
+    if name in CONVOLVED or (name in GENERATED and info.channels):
+        good &= generalises(info, splits, seconds)
+    return good
+
+
+def describe(split: str, data: Split, info: Info) -> str:
+    shares = np.bincount(data.labels, minlength=info.classes) / len(data)
+    lengths = data.lengths
+    text = f"{split}: {len(data)} samples, length mean {lengths.mean():.0f}, median {np.median(lengths):.0f}, "
+    text += f"{lengths.min()}..{lengths.max()}; labels "
+    return text + " ".join(f"{i}: {share:.1%}" for i, share in enumerate(shares))
+
+
+def repeated(train: Split, test: Split, limit: int = 2000) -> int:
+    """How many of the first test samples occur in train too (of which at most 50,000 are looked at)."""
+
+    def digests(split: Split, n: int) -> list[bytes]:
+        return [hashlib.sha1(split.batch([i])[0].tobytes()).digest() for i in range(n)]
+
+    seen = set(digests(train, min(len(train), 50_000)))
+    return sum(d in seen for d in digests(test, min(len(test), limit)))
+
+
+def generalises(info: Info, splits: dict[str, Split], seconds: float) -> bool:
+    """Trains on images, each seen once, and compares what it then gets right of train and of test.
+
+    Accuracy on train is counted before each step, on images that are new to the network, so that learning by heart
+    does not count: if it learns there and not on test, the splits are not of one kind.
+    """
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    torch.manual_seed(0)
+    side, width, channels = round(info.l_max**0.5), 16, info.channels
+    layers: list[nn.Module] = []
+    for stride in (2, 1, *[2, 1] * (3 if side > 32 else 2)):
+        layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU()]
+        channels, width = width, min(64, width * stride)
+    net = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(channels, 2))
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+
+    def images(split: Split, indices):
+        x, _, labels = split.batch(indices)
+        return torch.from_numpy(x.reshape(-1, side, side, 1)).movedim(3, 1), torch.from_numpy(
+            labels
+        )
+
+    train, test, hits, start = splits["train"], splits["test"], [], time.monotonic()
+    order = np.random.default_rng(0).permutation(len(train))
+    batches = np.array_split(order, max(1, len(order) // 32))
+    for indices in batches:
+        x, y = images(train, indices)
+        scores = net(x)
+        hits.append((scores.argmax(1) == y).numpy())
+        optimizer.zero_grad()
+        F.cross_entropy(scores, y).backward()
+        optimizer.step()
+        if time.monotonic() - start > seconds:
+            break
+    late = np.concatenate(hits[-max(1, len(hits) // 4) :])
+    net.eval()
+    right: list[bool] = []
+    with torch.no_grad():
+        for indices in np.array_split(np.arange(min(len(test), 2000)), max(1, len(test) // 100)):
+            x, y = images(test, indices)
+            right += (net(x).argmax(1) == y).tolist()
+    return verdict(late, np.array(right), sum(map(len, hits)))
+
+
+def verdict(train: np.ndarray, test: np.ndarray, seen: int) -> bool:
+    def above(right: np.ndarray) -> bool:  # by three standard errors
+        return right.mean() > 0.5 + 1.5 / len(right) ** 0.5
+
+    numbers = f"a small CNN, after {seen} images: {train.mean():.1%} of new train images, {test.mean():.1%} of test"
+    if above(train) and above(test):
+        print(f"{numbers}: it generalises")
+        return True
+    if above(train):
+        print(f"suspicious: {numbers}: it learns train and fails on test; do not trust this copy")
+        return False
+    print(f"{numbers}: it has learnt nothing yet, so this says nothing; give it more --seconds")
+    return True

@@ -1,0 +1,199 @@
+"""What happens around the steps of a run: rows of metrics, checkpoints, the progress bar, stopping."""
+
+import math
+import resource
+import signal
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bench.lra import files
+from bench.lra.compare import synchronize
+from bench.lra.quiet import lightning
+
+COLUMNS = ("step", "epoch", "seconds", "loss", "accuracy", "val_loss", "val_accuracy", "lr")
+COLUMNS += ("sequences_per_second", "waiting", "peak_mib")
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Stopped(Exception):
+    """Asked to stop; the last checkpoint is complete."""
+
+
+class Diverged(Exception):
+    """The loss is no longer finite."""
+
+
+class Journal(lightning.Callback):
+    """metrics.csv, last.ckpt, best.ckpt, loggers, the bar. Its state is in every checkpoint, so that
+    rows after the one that is resumed from are forgotten.
+
+    last.ckpt is written every checkpoint_steps and after each evaluation, best.ckpt after an
+    evaluation better than all before it. `waiting` is the share of the time spent on waiting for
+    data, `seconds` that of training without evaluations.
+    """
+
+    def __init__(self, config, plan, info, batches, out: Path, per_epoch: int):
+        self.config, self.plan, self.info, self.batches = config, plan, info, batches
+        self.out, self.per_epoch = out, per_epoch
+        self.rows: list[dict] = []
+        self.seconds = 0.0
+        self.best = -1.0
+        self.best_step = 0
+        self.asked: list[int] = []
+        self.started = time.perf_counter()
+        self.progress = None
+
+    def state_dict(self) -> dict:
+        return {
+            "rows": self.rows,
+            "seconds": self.seconds,
+            "best": self.best,
+            "best_step": self.best_step,
+            # Lightning restores a loader's state within an epoch only.
+            "batches": self.batches.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows, self.seconds = list(state["rows"]), state["seconds"]
+        self.best, self.best_step = state["best"], state["best_step"]
+        self.batches.load_state_dict(state["batches"])
+
+    # ---- stopping ----
+
+    def listen(self):
+        """From now on the first Ctrl-C or SIGTERM asks for a stop, and a second one interrupts at once."""
+        self.previous = {}
+
+        def handler(number, frame):
+            self.asked.append(number)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, handler)
+
+    def unlisten(self):
+        for number, previous in self.previous.items():
+            signal.signal(number, previous)
+
+    def _stopping(self, trainer) -> bool:
+        run, step = self.config.run, trainer.global_step
+        late = run.stop_minutes and time.perf_counter() - self.started > 60 * run.stop_minutes
+        if trainer.world_size > 1:  # together or not at all
+            late = trainer.strategy.broadcast(bool(late or self.asked)) if run.stop_minutes else 0
+        stop = late or step >= (run.stop_after or math.inf)
+        return bool(stop or (self.asked and trainer.world_size == 1)) and step < self.plan.steps
+
+    # ---- hooks ----
+
+    def on_fit_start(self, trainer, module) -> None:
+        if trainer.is_global_zero:
+            columns = (
+                TextColumn("step"),
+                BarColumn(None),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}"),
+                TextColumn("{task.fields[rate]:.0f} sequences/s"),
+                TimeRemainingColumn(),
+            )
+            shown = {"loss": math.nan, "accuracy": math.nan, "rate": math.nan}
+            self.progress = Progress(*columns, console=console)
+            self.progress.start()
+            self.bar = self.progress.add_task("", total=self.plan.steps, **shown)
+
+    def on_train_start(self, trainer, module) -> None:
+        if self.progress:
+            self.progress.update(self.bar, completed=trainer.global_step)
+        self.mark = self.window = time.perf_counter()
+        self.window_step, self.window_waited = trainer.global_step, self.batches.waited
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if (batch_idx + 1) % self.config.optim.accumulate:
+            return
+        step, now = trainer.global_step, time.perf_counter()
+        self.seconds += now - self.mark
+        self.mark = now
+        last = step % self.plan.period == 0
+        if step % self.config.run.log_steps == 0 or last:
+            self._log(trainer, module, step)
+        if self.progress:
+            self.progress.update(self.bar, completed=step)
+        if last:
+            return  # the checkpoint comes after the evaluation
+        stop = self._stopping(trainer)
+        if stop or step % self.config.run.checkpoint_steps == 0:
+            self._save(trainer)
+        if stop:
+            raise Stopped
+
+    def _log(self, trainer, module, step: int) -> None:
+        synchronize(module.device)
+        loss, accuracy = module.window()
+        elapsed = time.perf_counter() - self.window
+        steps = step - self.window_step
+        row = {
+            "step": step,
+            "epoch": step / self.per_epoch,
+            "seconds": self.seconds,
+            "loss": loss,
+            "accuracy": accuracy,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "sequences_per_second": steps * self.config.optim.batch / elapsed,
+            "waiting": (self.batches.waited - self.window_waited) / elapsed,
+            "peak_mib": peak_mib(module.device),
+        }
+        self.rows.append(row)
+        for logger in trainer.loggers:
+            logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step)
+        self.window, self.window_step = time.perf_counter(), step
+        self.window_waited = self.batches.waited
+        if self.progress:
+            rate = row["sequences_per_second"]
+            self.progress.update(self.bar, loss=loss, accuracy=accuracy, rate=rate)
+        if trainer.is_global_zero:
+            files.write_csv(self.out / "metrics.csv", self.rows, COLUMNS)
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss} at step {step}")
+
+    def on_validation_epoch_end(self, trainer, module) -> None:
+        row = self.rows[-1]
+        row["val_loss"], row["val_accuracy"] = module.evaluated()
+        for logger in trainer.loggers:
+            logger.log_metrics({k: row[k] for k in ("val_loss", "val_accuracy")}, row["step"])
+        if not trainer.is_global_zero:
+            return
+        files.write_csv(self.out / "metrics.csv", self.rows, COLUMNS)
+        if row["val_accuracy"] > self.best:
+            self.best, self.best_step = row["val_accuracy"], row["step"]
+            facts = {"step": row["step"], "val_accuracy": self.best}
+            state = {"model": module.model.state_dict(), **facts}
+            files.atomically(self.out / "best.ckpt", lambda file: torch.save(state, file))
+        chance = f"chance {self.info.chance:.1%}, majority {self.info.majority:.1%}"
+        console.print(
+            f"step {row['step']}/{self.plan.steps}  epoch {row['epoch']:.1f}  loss {row['loss']:.3f}  "
+            f"accuracy {row['accuracy']:.1%}  validation {row['val_accuracy']:.1%} ({chance})  "
+            f"{row['sequences_per_second']:.0f} sequences/s  {self.seconds:.0f} s"
+        )
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        self._save(trainer)
+        if self._stopping(trainer):
+            raise Stopped
+        self.mark = self.window = time.perf_counter()
+
+    def _save(self, trainer) -> None:
+        trainer.save_checkpoint(self.out / "last.ckpt")
+
+    def close(self) -> None:
+        if self.progress:
+            self.progress.stop()
+
+
+def peak_mib(device: torch.device) -> float:
+    """The most memory so far: of the GPU's tensors, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
