@@ -1,6 +1,7 @@
 """Convolutions as long as their sequence: one fused operator and the layers that generate its kernel."""
 
-from seqconv import convert, nn
+from seqconv import convert as convert
+from seqconv import nn as nn
 from seqconv._version import __version__
 from seqconv.butterfly_conv import ButterflyConv
 from seqconv.functional import Explanation, explain, fftconv
@@ -23,10 +24,8 @@ __all__ = [
     "SGConv",
     "SGConvKernel",
     "__version__",
-    "convert",
     "explain",
     "fftconv",
-    "nn",
     "param_groups",
     "ssm_kernel",
 ]

@@ -1,5 +1,7 @@
 """Argument checks with one voice: which argument, what was wanted with sizes filled in, what came."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def check_choice(function: str, name: str, value, choices: tuple) -> None:
 
 def check_positive(function: str, **sizes: int) -> None:
     for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{function}: {name} must be an integer >= 1, got {value!r}")
 
 
@@ -66,6 +68,17 @@ def check_flag(function: str, **flags: bool) -> None:
             raise ValueError(f"{function}: {name} must be True or False, got {value!r}")
 
 
+def _short(value) -> str:
+    return type(value).__name__ if isinstance(value, Tensor) else repr(value)
+
+
+def check_rate(function: str, **values: float) -> None:
+    """Learning rates."""
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not value >= 0:
+            raise ValueError(f"{function}: {name} must be a number >= 0, got {value!r}")
+
+
 def check_length(function: str, length, name: str = "length") -> None:
-    if not isinstance(length, (int, torch.SymInt)) or isinstance(length, bool) or length < 0:
-        raise ValueError(f"{function}: {name} must be an integer >= 0, got {length!r}")
+    if not isinstance(length, (Integral, torch.SymInt)) or isinstance(length, bool) or length < 0:
+        raise ValueError(f"{function}: {name} must be an integer >= 0, got {_short(length)}")

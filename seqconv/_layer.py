@@ -1,6 +1,9 @@
 """What every layer shares: kernel generator -> fftconv -> GELU, dropout, linear and GLU."""
 
 import contextlib
+import difflib
+import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +38,37 @@ class KernelGenerator(nn.Module):
             )
 
         return super()._apply(keep_precision, recurse)
+
+
+_ELSEWHERE = {"channels": "heads", "lr": "kernel_lr", "n_heads": "heads", "final_act": "postact"}
+
+
+def passes_options_to(source, *but: str):
+    """For an __init__ that passes keywords on to another by **: help() shows them with their defaults, and
+    an unknown one is refused in the name of the class that was called."""
+
+    def decorate(init):
+        signature = inspect.signature(init)
+        own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+        taken = {*but, *[p.name for p in own]}
+        others = inspect.signature(source).parameters.values()
+        more = [p for p in others if p.kind == p.KEYWORD_ONLY and p.name not in taken]
+        known = [p.name for p in (*own, *more)][1:]
+
+        @functools.wraps(init)
+        def checked(self, *args, **options):
+            for name in options:
+                if name not in known:
+                    near = [_ELSEWHERE.get(name), *difflib.get_close_matches(name, known)]
+                    near = [n for n in near if n in known]
+                    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                    raise TypeError(f"{type(self).__name__}: unknown keyword {name!r}; {hint}")
+            init(self, *args, **options)
+
+        checked.__signature__ = signature.replace(parameters=[*own, *more])
+        return checked
+
+    return decorate
 
 
 def full_precision(device: torch.device):
@@ -84,7 +118,7 @@ class ConvLayer(nn.Module):
         self.bidirectional = bidirectional
         self.activation = activation
         self.postact = postact
-        self.kernel = kernel
+        self.kernel = kernel._apply(lambda t: t)  # float32 under a half default dtype, too
         self.skip = nn.Parameter(torch.randn(heads, d_model))
         self.dropout = (TiedDropout if tie_dropout else nn.Dropout)(dropout)
         self.linear = nn.Linear(heads * d_model, 2 * d_model if postact == "glu" else d_model)
@@ -105,8 +139,9 @@ class ConvLayer(nn.Module):
         """x (batch, length, d_model), in the layer's dtype unless under autocast. mask (batch, length)
         marks padding, by True or by -inf (0 elsewhere), as in torch's attention: x is read as zeros
         there. The output there is not zero: every layer needs the mask, and so does a mean.
-        lengths (batch,), integers, is a mask of everything from lengths[i] on. rate: steps of the
-        kernel per step of x, for inputs sampled 1 / rate times as often as those of training.
+        lengths (batch,), integers, is a mask of everything from lengths[i] on. rate (S4D and SGConv;
+        others take 1 only): steps of the kernel per step of x, for inputs sampled 1 / rate times as
+        often as those of training.
         """
         name = type(self).__name__
         check_input(name, x, self.linear, self.d_model)

@@ -28,6 +28,9 @@ def mode_sum(a: Tensor, w: Tensor, length: int, single: bool, backend: str = "au
     return fwd(a, w, length, single)
 
 
+transformed = _autograd.transformed
+
+
 def _plain(*tensors: Tensor) -> bool:
     """Torch's own operations are closed under every transform, which these operators are not."""
     return not torch.compiler.is_compiling() and _autograd.transformed(tensors)

@@ -7,8 +7,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqconv import _butterfly, reference
-from seqconv._check import check_flag, check_positive
-from seqconv._layer import ConvLayer, KernelGenerator
+from seqconv._check import check_flag, check_positive, check_rate
+from seqconv._layer import ConvLayer, KernelGenerator, passes_options_to
 from seqconv.long_conv import LongConvKernel
 
 
@@ -54,6 +54,7 @@ class Butterfly(KernelGenerator):
         super().__init__()
         check_positive("Butterfly", n=n, heads=heads)
         check_flag("Butterfly", additive=additive)
+        check_rate("Butterfly", lr=lr)
         if n < 2 or n & (n - 1):
             raise ValueError(f"Butterfly: n must be a power of two >= 2, got {n}")
         self.radices = radices(n)
@@ -122,6 +123,7 @@ class ButterflyConv(ConvLayer):
 
     causal = False  # once its transforms are learned
 
+    @passes_options_to(ConvLayer, "bidirectional")
     def __init__(
         self,
         d_model: int,
@@ -140,10 +142,6 @@ class ButterflyConv(ConvLayer):
         kernel_lr: float = 1e-3,
         **block,
     ):
-        if "bidirectional" in block:
-            raise TypeError(
-                "ButterflyConv: bidirectional is not offered: the transforms are learned"
-            )
         sizes = {"d_model": d_model, "l_max": l_max, "heads": heads}
         check_positive("ButterflyConv", **sizes, butterfly_heads=butterfly_heads)
         check_flag("ButterflyConv", additive=additive)

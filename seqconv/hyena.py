@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from seqconv._check import check_length, check_positive
+from seqconv._check import check_length, check_positive, check_rate
 from seqconv._layer import KernelGenerator, _padding, check_input, full_precision
 from seqconv.functional import fftconv
 
@@ -43,6 +43,7 @@ class HyenaFilter(KernelGenerator):
         name = "HyenaFilter"
         check_positive(name, d_model=d_model, l_max=l_max, heads=heads, width=width)
         check_positive(name, emb_dim=emb_dim, layers=layers)
+        check_rate(name, lr=lr)
         if emb_dim % 2 == 0:
             raise ValueError(
                 f"{name}: emb_dim must be odd (time, and pairs of waves), got {emb_dim}"
@@ -97,7 +98,8 @@ class Hyena(nn.Module):
         kernel_lr: learning rate that param_groups gives to the filter's network, or its own lr if
             that is smaller.
 
-    The filter's parameters stay float32 under .to(bfloat16) and .half().
+    The filter's parameters stay float32 under .to(bfloat16) and .half(). l_max sets the filter's scale
+    of time and is not part of the state_dict: load one into a layer of the same l_max.
 
     Source: arXiv 2302.10866, section 3. Example:
         >>> layer = Hyena(8, l_max=100)
@@ -120,9 +122,10 @@ class Hyena(nn.Module):
         kernel_lr: float = 1e-3,
     ):
         super().__init__()
-        check_positive("Hyena", d_model=d_model, l_max=l_max, order=order)
-        if order < 2:
-            raise ValueError(f"Hyena: order must be an integer >= 2, got {order}")
+        check_positive("Hyena", d_model=d_model, l_max=l_max)
+        if not isinstance(order, int) or order < 2:
+            raise ValueError(f"Hyena: order must be an integer >= 2, got {order!r}")
+        check_positive("Hyena", filter_width=filter_width, filter_layers=filter_layers)
         self.d_model, self.order = d_model, order
         self.in_proj = nn.Linear(d_model, (order + 1) * d_model)
         bound = 1 / math.sqrt(3)
@@ -137,7 +140,7 @@ class Hyena(nn.Module):
             layers=filter_layers,
             frequency=filter_frequency,
             lr=kernel_lr,
-        )
+        )._apply(lambda t: t)  # float32 under a half default dtype, too
         self.skip = nn.Parameter(torch.randn(order - 1, d_model))
         self.out_proj = nn.Linear(d_model, d_model)
 

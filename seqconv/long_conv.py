@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv._check import check_choice, check_flag, check_length, check_positive
-from seqconv._layer import ConvLayer, KernelGenerator
+from seqconv._check import check_choice, check_flag, check_length, check_positive, check_rate
+from seqconv._layer import ConvLayer, KernelGenerator, passes_options_to
 
 _warned = False  # one warning per process, whatever the filters say
 
@@ -80,6 +80,7 @@ class LongConvKernel(KernelGenerator):
         check_positive(name, d_model=d_model, l_max=l_max, heads=heads, smooth_window=smooth_window)
         check_choice(name, "init", init, ("double_exp", "random"))
         check_choice(name, "smooth", smooth, (None, "time", "frequency"))
+        check_rate(name, lr=lr)
         if smooth_window % 2 == 0:
             raise ValueError(f"{name}: smooth_window must be odd, got {smooth_window}")
         if not lam >= 0:
@@ -134,8 +135,13 @@ class LongConvKernel(KernelGenerator):
 class LongConv(ConvLayer):
     """Long convolution layer, (batch, length, d_model) -> the same.
 
-    y = GLU(W dropout(gelu(k * x + skip x)) + b), k from LongConvKernel. Inputs longer than l_max
-    are convolved with the l_max taps there are.
+    y = GLU(W dropout(gelu(k * x + skip x)) + b), k = dropout(sign(p) max(|p| - lam, 0)), from
+    LongConvKernel. Inputs longer than l_max are convolved with the l_max taps there are.
+
+    Parameters: p = kernel.kernel (heads, d_model, l_max), twice the heads if bidirectional; at tap j
+    of channel i 0.02 N(0, 1) exp(-(j / l_max) r_i), r_i = floor(d_model / 2)^(i / d_model), or 0.002
+    N(0, 1) with init="random"; min(lr, kernel_lr), no weight decay. skip (heads, d_model) ~ N(0, 1);
+    linear, weight (2 d_model, heads d_model) and bias, torch's default; trained like any weight.
 
     Args:
         d_model: channels.
@@ -147,7 +153,7 @@ class LongConv(ConvLayer):
         lam: threshold of the squash, which zeroes the taps below it.
         smooth: what is averaged before the squash: None, "time" (neighbouring taps) or "frequency"
             (neighbouring frequencies); smooth_window: over how many, odd.
-        kernel_dropout: of single taps, in training.
+        kernel_dropout: of single taps, in training: unless it is 0, training passes are random.
         activation: of the convolution: "gelu", "silu", "relu" or None.
         dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
         postact: "glu", or None for a plain linear map.
@@ -162,6 +168,7 @@ class LongConv(ConvLayer):
         torch.Size([2, 100, 8])
     """
 
+    @passes_options_to(ConvLayer, "bidirectional")
     def __init__(
         self,
         d_model: int,

@@ -25,7 +25,7 @@ class _Foreign:
 class AsAttention(nn.Module):
     """Calls a layer as nn.MultiheadAttention is called: the self_attn of nn.TransformerEncoderLayer.
 
-    AsAttention(layer)(x, x, x, key_padding_mask=mask) = (layer(x, mask), None): the layer mixes the
+    AsAttention(layer, batch_first=True)(x, x, x, key_padding_mask=mask) = (layer(x, mask), None): the layer mixes the
     sequence, the encoder layer does the rest. In training, in evaluation, and in nn.TransformerEncoder
     and nn.TransformerDecoderLayer as well; torch's fused inference kernels, which know attention
     only, are declined. All layers of an nn.TransformerEncoder are copies: give each its own weights.
@@ -34,14 +34,15 @@ class AsAttention(nn.Module):
         layer: maps (batch, length, d_model) and a padding mask to the same shape; has d_model, and causal,
             True if no output sees a later input, as every layer of seqconv.
         batch_first: (batch, length, d_model), or (length, batch, d_model) if False. The encoder layer
-            must have been built with the same value, of which torch's default is False.
+            must have been built with the same value, of which torch's default is False; with another
+            the layer would mix the samples. There is no default: nothing could check it.
 
     There are no parameters but the layer's.
 
     Source: torch.nn.MultiheadAttention's contract. Example:
         >>> from seqconv import S4D
         >>> block = nn.TransformerEncoderLayer(8, nhead=2, batch_first=True)
-        >>> block.self_attn = AsAttention(S4D(8, bidirectional=True))
+        >>> block.self_attn = AsAttention(S4D(8, bidirectional=True), batch_first=True)
         >>> block(torch.randn(2, 100, 8)).shape
         torch.Size([2, 100, 8])
     """
@@ -51,7 +52,7 @@ class AsAttention(nn.Module):
     _qkv_same_embed_dim = True
     num_heads = 2
 
-    def __init__(self, layer: nn.Module, *, batch_first: bool = True):
+    def __init__(self, layer: nn.Module, *, batch_first: bool):
         super().__init__()
         if not (hasattr(layer, "d_model") and hasattr(layer, "causal")):
             wanted = "a layer with d_model and causal"

@@ -8,17 +8,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqconv import s4d_init
-from seqconv._autograd import transformed
 from seqconv._check import (
     check_choice,
     check_flag,
     check_length,
     check_positive,
+    check_rate,
     check_shape,
     check_tensor,
 )
-from seqconv._layer import ConvLayer, KernelGenerator, check_input
-from seqconv._ssm import mode_sum, moments
+from seqconv._layer import ConvLayer, KernelGenerator, check_input, passes_options_to
+from seqconv._ssm import mode_sum, moments, transformed
 from seqconv.functional import fftconv
 from seqconv.reference import activate
 from seqconv.ssm import DISCRETIZATIONS, discretize, multiply, ssm_kernel
@@ -54,7 +54,7 @@ class S4DKernel(KernelGenerator):
     Optimiser: inv_dt, inv_A_real, inv_A_imag and B take min(lr, `lr` here) and no weight decay; C
     is trained like any weight.
 
-    Options are those of S4D.
+    The other options are explained in S4D.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class S4DKernel(KernelGenerator):
         check_choice(name, "dt_transform", dt_transform, ("exp", "softplus"))
         check_flag(name, is_real=is_real, train_B=train_B, dt_tie=dt_tie, dt_sinh=dt_sinh)
         check_flag(name, deterministic=deterministic)
+        check_rate(name, lr=lr)
         if d_state % 2 and not is_real:
             raise ValueError(
                 f"S4DKernel: d_state must be even (modes come in conjugate pairs), got {d_state}"
@@ -199,8 +200,16 @@ def _inverse(x: Tensor, option: str, transform: str) -> Tensor:
 class S4D(ConvLayer):
     """Diagonal state space layer, (batch, length, d_model) -> the same.
 
-    y = GLU(W dropout(gelu(K * x + skip x)) + b), K from S4DKernel, which lists the parameters. The
-    state_dict does not depend on the length.
+    y = GLU(W dropout(gelu(K * x + skip x)) + b), K[l] = 2 Re sum_n C_n Bbar_n Abar_n^l, the response of
+    x' = A x + B u, y = 2 Re C x with A diagonal, in steps of dt: for "zoh" Abar = exp(dt A), Bbar = B
+    (Abar - 1) / A. The state_dict does not depend on the length; options are not part of it.
+
+    Parameters, all real, N = d_state / 2: kernel.inv_dt (d_model,), log dt, uniform in [log dt_min, log
+    dt_max]; inv_A_real (n_ssm, N), log(-Re A), and inv_A_imag (n_ssm, N), Im A, from `init`; B (n_ssm,
+    N, 2), from `init`: these take min(lr, kernel_lr) and no weight decay. C (heads, d_model, N, 2), twice
+    the heads if bidirectional, complex standard normal; skip (heads, d_model) ~ N(0, 1); linear, weight
+    (2 d_model, heads d_model) and bias, torch's default: trained like any weight. S4DKernel has the
+    variants.
 
     Args:
         d_model: channels.
@@ -231,7 +240,7 @@ class S4D(ConvLayer):
 
     dt, A, B and C stay float32 under .to(bfloat16) and .half(). layer(x, rate=2.0) takes inputs
     sampled half as often as those of training. init_state, step and prefill run a causal layer as
-    a recurrence.
+    a recurrence: at rate 1, without masks and kernel dropout.
 
     Source: arXiv 2206.11893. Example:
         >>> layer = S4D(8)
@@ -241,6 +250,7 @@ class S4D(ConvLayer):
 
     resamples = True
 
+    @passes_options_to(S4DKernel, "lr")
     def __init__(
         self,
         d_model: int,

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv._check import check_choice, check_flag, check_length, check_positive
-from seqconv._layer import ConvLayer, KernelGenerator, full_precision
+from seqconv._check import check_choice, check_flag, check_length, check_positive, check_rate
+from seqconv._layer import ConvLayer, KernelGenerator, full_precision, passes_options_to
 
 
 class SGConvKernel(KernelGenerator):
@@ -69,6 +69,7 @@ class SGConvKernel(KernelGenerator):
         check_choice(name, "init", init, ("randn", "cos"))
         check_choice(name, "decay", decay, ("geometric", "power", "power_fixed"))
         check_flag(name, two_sided=two_sided)
+        check_rate(name, lr=lr)
         if not isinstance(init_scale, int) or isinstance(init_scale, bool) or init_scale < 0:
             raise ValueError(f"{name}: init_scale must be an integer >= 0, got {init_scale!r}")
         if two_sided and heads % 2:
@@ -164,9 +165,14 @@ class SGConvKernel(KernelGenerator):
 class SGConv(ConvLayer):
     """Structured global convolution layer, (batch, length, d_model) -> the same.
 
-    y = GLU(W dropout(gelu(k * x + skip x)) + b), k from SGConvKernel: of the order of
-    kernel_dim log2(l_max / kernel_dim) weights a channel. Inputs longer than the kernel are
-    convolved with the taps there are.
+    y = GLU(W dropout(gelu(k * x + skip x)) + b), k from SGConvKernel: pieces of kernel_dim weights,
+    piece i stretched 2^max(i - 1, 0) times and scaled by decay^-i, one after another, divided by
+    the norm that they have at first. Inputs longer than the kernel are convolved with the taps there
+    are.
+
+    Parameters: kernel.pieces (n_scales, heads, d_model, kernel_dim) ~ N(0, 1), twice the heads if
+    bidirectional; min(lr, kernel_lr), with weight decay. skip (heads, d_model) ~ N(0, 1); linear,
+    weight (2 d_model, heads d_model) and bias, torch's default; trained like any weight.
 
     Args:
         d_model: channels.
@@ -186,7 +192,9 @@ class SGConv(ConvLayer):
         kernel_lr: learning rate that param_groups gives to the kernel's weights, or its own lr if
             that is smaller; weight decay applies to them.
 
-    The kernel's weights stay float32 under .to(bfloat16) and .half().
+    The kernel's weights stay float32 under .to(bfloat16) and .half(). layer(x, rate=0.5) takes inputs
+    sampled twice as often as those of training. A rate above 1 leaves taps out: it needs a kernel
+    that is smooth from tap to tap, which the first two pieces are with init_scale > 0 only.
 
     Source: arXiv 2210.09298, section 3. Example:
         >>> layer = SGConv(8, l_max=100)
@@ -196,6 +204,7 @@ class SGConv(ConvLayer):
 
     resamples = True
 
+    @passes_options_to(ConvLayer, "bidirectional")
     def __init__(
         self,
         d_model: int,

@@ -97,7 +97,7 @@ def test_a_stack_built_before_the_layers_are_put_in(make):
     """It may have chosen nested tensors then, and must not use them."""
     stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 2, 16, 0.0, batch_first=True), 2)
     for block in stack.layers:
-        block.self_attn = AsAttention(make(bidirectional=True))
+        block.self_attn = AsAttention(make(bidirectional=True), batch_first=True)
     x, padding = padded()
     with torch.no_grad():
         y = stack.eval()(x, src_key_padding_mask=padding)
@@ -157,7 +157,7 @@ def test_causal_masks(make, dtype, train):
         assert torch.equal(stack(x, causal, is_causal=True), wanted)
         x[:, 20:] += 1
         torch.testing.assert_close(stack(x, causal)[:, :20], wanted[:, :20], rtol=1e-4, atol=1e-4)
-    attention = AsAttention(make())
+    attention = AsAttention(make(), batch_first=True)
     y, weights = attention(x, x, x, is_causal=True)
     assert weights is None and torch.equal(y, attention.layer(x))
     for wrong in (causal.T, torch.zeros_like(causal), causal.roll(1, 0)):
@@ -166,10 +166,12 @@ def test_causal_masks(make, dtype, train):
     if dtype.is_floating_point:
         with pytest.raises(ValueError, match="attn_mask must hide exactly the future"):
             attention(x, x, x, attn_mask=causal - 1)  # a bias that attention would not ignore
-    hyena = AsAttention(Hyena(D, l_max=LENGTH))
+    hyena = AsAttention(Hyena(D, l_max=LENGTH), batch_first=True)
     assert torch.equal(hyena(x, x, x, attn_mask=causal)[0], hyena.layer(x))
-    learned = AsAttention(ButterflyConv(D, l_max=LENGTH))  # causal until its transforms are learned
-    for both in (AsAttention(make(bidirectional=True)), learned):
+    learned = AsAttention(
+        ButterflyConv(D, l_max=LENGTH), batch_first=True
+    )  # causal until its transforms are learned
+    for both in (AsAttention(make(bidirectional=True), batch_first=True), learned):
         both(x, x, x, attn_mask=torch.zeros_like(causal))
         with pytest.raises(ValueError, match="attn_mask must hide nothing"):
             both(x, x, x, attn_mask=causal)
@@ -181,7 +183,7 @@ def test_decoder_layer(make):
     """Its self-attention is the layer, its cross-attention stays what it is."""
     block = nn.TransformerDecoderLayer(D, 2, 16, dropout=0.0, batch_first=True)
     layer = make()
-    block.self_attn = AsAttention(layer)
+    block.self_attn = AsAttention(layer, batch_first=True)
     x, memory = torch.randn(BATCH, LENGTH, D), torch.randn(BATCH, 7, D)
     causal = nn.Transformer.generate_square_subsequent_mask(LENGTH)
     y = block(x, memory, tgt_mask=causal, tgt_is_causal=True)
@@ -216,7 +218,7 @@ def test_contract(make):
     with pytest.raises(ValueError, match=r"attn_mask must be \(length=30, length=30\)"):
         attention(x, x, x, attn_mask=torch.zeros(6, LENGTH, LENGTH))
     with pytest.raises(TypeError, match=r"layer must be a layer with d_model .* got Linear"):
-        AsAttention(nn.Linear(D, D))
+        AsAttention(nn.Linear(D, D), batch_first=True)
     with pytest.raises(ValueError, match="batch_first must be True or False"):
         AsAttention(make(), batch_first=1)
 

@@ -239,7 +239,7 @@ def test_contract():
         layer.filter(-1)
     for options, message in (
         ({"order": 1}, "order must be an integer >= 2, got 1"),
-        ({"order": 2.0}, "order must be an integer >= 1, got 2.0"),
+        ({"order": 2.0}, "order must be an integer >= 2, got 2.0"),
         ({"emb_dim": 4}, "emb_dim must be odd .* got 4"),
         ({"filter_width": 0}, "width must be an integer >= 1, got 0"),
         ({"filter_frequency": 0.0}, "frequency must be positive, got 0.0"),

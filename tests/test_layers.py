@@ -1,6 +1,7 @@
 """Every layer: contract, causality, padding masks, casting, compile and export, initial statistics, learning."""
 
 import copy
+import inspect
 import math
 import pickle
 import subprocess
@@ -164,8 +165,13 @@ def test_contract(make):
     for dtype in (torch.int64, torch.bfloat16, torch.float64):
         with pytest.raises(TypeError, match=r"x must be .*float32.* got (int64|bfloat16|float64)"):
             layer(torch.zeros(2, 10, D, dtype=dtype))
-    with pytest.raises(TypeError, match="unknown"):
-        make(unknown=1)
+    name = type(layer).__name__
+    for wrong, meant in (("unknown", "there are d_model"), ("channels", "did you mean heads")):
+        with pytest.raises(TypeError, match=f"{name}: unknown keyword '{wrong}'; {meant}"):
+            make(**{wrong: 1})
+    assert "dropout" in inspect.signature(type(layer)).parameters  # of the block: help() shows it
+    with pytest.raises(ValueError, match="lr must be a number >= 0, got -1"):
+        make(kernel_lr=-1)
     for value in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="heads must be an integer >= 1"):
             make(heads=value)
@@ -191,6 +197,17 @@ def test_s4d_state_does_not_depend_on_the_length():
     before = {n: t.shape for n, t in layer.state_dict().items()}
     layer(torch.zeros(1, 1000, D))
     assert {n: t.shape for n, t in layer.state_dict().items()} == before
+
+
+def test_kernel_parameters_are_float32_under_a_half_default_dtype(make):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = make()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(p.dtype == torch.float32 for p in layer.kernel.parameters())
+    assert layer.linear.weight.dtype == torch.bfloat16
+    assert layer(torch.randn(1, 20, D).bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

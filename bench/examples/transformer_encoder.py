@@ -15,7 +15,7 @@ def main() -> tuple[float, float, float]:
     block = nn.TransformerEncoderLayer(WIDTH, 2, 64, dropout=0.0, batch_first=True)
     encoder = nn.TransformerEncoder(block, num_layers=2)
     for block in encoder.layers:
-        block.self_attn = AsAttention(S4D(WIDTH))
+        block.self_attn = AsAttention(S4D(WIDTH), batch_first=True)
     model = nn.ModuleList([nn.Linear(1, WIDTH), encoder, nn.Linear(WIDTH, 1)])
     padding = torch.arange(LENGTH) >= torch.tensor([[60], [40], [50], [45]]).repeat(4, 1)  # (b l)
 
