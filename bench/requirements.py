@@ -166,7 +166,9 @@ def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
 def readme_table(rows: list[dict]) -> str:
     """Speed-ups over torch.fft at every length, and what they were measured on."""
     find = Find([r for r in rows if r["gate"] and r["tag"] == "speed"])
-    first = next(r for r in rows if r["tag"] == "speed")
+    first = next((r for r in rows if r["tag"] == "speed"), None)
+    if first is None:
+        raise SystemExit("bench.fftconv: the table needs a full run (--full), and there is none")
     header = ["", *[report.length_name(n) for n in POWERS]]
     lines = []
 
