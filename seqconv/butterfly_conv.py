@@ -139,7 +139,9 @@ class ButterflyConv(ConvLayer):
         **block,
     ):
         if "bidirectional" in block:
-            raise TypeError("ButterflyConv: bidirectional is not offered: the transforms are learned")
+            raise TypeError(
+                "ButterflyConv: bidirectional is not offered: the transforms are learned"
+            )
         sizes = {"d_model": d_model, "l_max": l_max, "heads": heads}
         check_positive("ButterflyConv", **sizes, butterfly_heads=butterfly_heads)
         check_flag("ButterflyConv", additive=additive)

@@ -62,9 +62,7 @@ def _pathfinder(size: int) -> Files:
 
 
 OFFICIAL = {
-    "listops": Files(
-        "listops-1000", _LISTOPS, formats.listops, (96_000, 2_000, 2_000), _ARCHIVE
-    ),
+    "listops": Files("listops-1000", _LISTOPS, formats.listops, (96_000, 2_000, 2_000), _ARCHIVE),
     "text": Files("aclImdb", _IMDB, formats.text, (25_000, 25_000, 25_000)),
     "retrieval": Files("tsv_data", _AAN, formats.retrieval, (147_086, 18_090, 17_437), _ARCHIVE),
     "image": Files(

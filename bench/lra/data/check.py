@@ -74,7 +74,9 @@ def generalises(info: Info, splits: dict[str, Split], seconds: float) -> bool:
 
     def images(split: Split, indices):
         x, _, labels = split.batch(indices)
-        return torch.from_numpy(x.reshape(-1, side, side, 1)).movedim(3, 1), torch.from_numpy(labels)
+        return torch.from_numpy(x.reshape(-1, side, side, 1)).movedim(3, 1), torch.from_numpy(
+            labels
+        )
 
     train, test, hits, start = splits["train"], splits["test"], [], time.monotonic()
     order = np.random.default_rng(0).permutation(len(train))

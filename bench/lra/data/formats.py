@@ -157,9 +157,7 @@ def retrieval(folder: Path) -> Source:
         for split, path in paths.items()
     }
     title = "Retrieval (AAN, characters)"
-    return Source(
-        title, 2, l_max, parts, vocab=characters.size, dtype=characters.dtype, pair=True
-    )
+    return Source(title, 2, l_max, parts, vocab=characters.size, dtype=characters.dtype, pair=True)
 
 
 class _Arrays(pickle.Unpickler):
@@ -241,7 +239,8 @@ def pathfinder(folder: Path, size: int) -> Source:
     """
     listed, notes = [], []
     metadata = sorted(
-        (p for p in (folder / "metadata").glob("*.npy") if p.stem.isdigit()), key=lambda p: int(p.stem)
+        (p for p in (folder / "metadata").glob("*.npy") if p.stem.isdigit()),
+        key=lambda p: int(p.stem),
     )
     for path in metadata:
         try:

