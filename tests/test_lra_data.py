@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from bench.lra import data
 from bench.lra.data import DataError, cache, listops, packaged, pathfinder
-from bench.lra.data.check import repeated, verdict
+from bench.lra.data.checks import repeated, verdict
 
 ROOT = Path(__file__).parent.parent
 
@@ -417,7 +417,7 @@ def test_other_packages(tmp_path, name, package, sizes, facts):
         assert (row[length:] == 0).all() and row[max(0, length - 9) : length].any()
     if name == "r8":
         letters = " abcdefghijklmnopqrstuvwxyz"
-        assert "champion products" in "".join(letters[i - 2] for i in x[x > 0].ravel())
+        assert " mln " in "".join(letters[i - 2] for i in x[x > 0].ravel())
         assert abs(info.majority - 0.495) < 0.001
     if name.startswith("ucr"):
         steps = np.concatenate(
@@ -574,7 +574,8 @@ def test_listops_statistics():
     lengths = [n for _, _, n in kept]
     shares = np.bincount([v for _, v, _ in kept], minlength=10) / len(kept)
     assert 0.072 < len(kept) / drawn < 0.092  # 8.2 %
-    assert 1020 < statistics.mean(lengths) < 1110 and 920 < statistics.median(lengths) < 1060
+    # 1,041 and 965 within 1 %; the standard errors of 2,000 samples are 9 and 13
+    assert 1005 < statistics.mean(lengths) < 1090 and 915 < statistics.median(lengths) < 1040
     assert min(lengths) > 500 and max(lengths) < 2000
     assert 0.14 < shares[0] < 0.20 and 0.14 < shares[9] < 0.20
     assert ((shares[1:9] > 0.06) & (shares[1:9] < 0.11)).all()
@@ -653,7 +654,7 @@ def test_the_label_says_whether_the_discs_are_connected(kind):
                     around = drawing.image[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
                     assert around.max() > 100
         for y, x in drawing.discs:
-            assert drawing.image[y, x] == 255
+            assert drawing.image[y, x] > 250
         assert len(drawing.distractors) <= settings.distractors
         assert drawing.image.dtype == np.uint8 and drawing.image.shape == (settings.size,) * 2
     if settings.size == 32:
@@ -711,6 +712,7 @@ def test_pathfinder_is_the_same_for_any_number_of_processes_and_after_a_kill(tmp
     with pytest.raises(DataError, match="no finished data"):
         opened("pathfinder32-easy", tmp_path / "b")
     data.make("pathfinder32-easy", tmp_path / "b", n=2500, workers=1, progress=False)
+    assert sorted(files(one)) == sorted(files(two))
     assert files(one) == files(two)
     assert all(p.stat().st_mtime_ns == when for p, when in done.items())  # not made again
     assert len(list((one / settings.folder / "imgs").iterdir())) == 3
