@@ -566,6 +566,7 @@ def test_listops_values():
     assert listops.value("[MAX", [2, 9, listops.value("[MIN", [4, 7]), 0]) == 9
 
 
+@pytest.mark.slow
 def test_listops_statistics():
     kept, drawn = [], 0
     for index in range(8):
@@ -573,9 +574,9 @@ def test_listops_statistics():
         kept, drawn = kept + samples, drawn + tries
     lengths = [n for _, _, n in kept]
     shares = np.bincount([v for _, v, _ in kept], minlength=10) / len(kept)
-    assert 0.072 < len(kept) / drawn < 0.092  # 8.2 %
+    assert 0.074 < len(kept) / drawn < 0.089  # 8.2 %
     # 1,041 and 965 within 1 %; the standard errors of 2,000 samples are 9 and 13
-    assert 1005 < statistics.mean(lengths) < 1090 and 915 < statistics.median(lengths) < 1040
+    assert 1005 < statistics.mean(lengths) < 1077 and 915 < statistics.median(lengths) < 1040
     assert min(lengths) > 500 and max(lengths) < 2000
     assert 0.14 < shares[0] < 0.20 and 0.14 < shares[9] < 0.20
     assert ((shares[1:9] > 0.06) & (shares[1:9] < 0.11)).all()
@@ -688,6 +689,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_pathfinder_is_the_same_for_any_number_of_processes_and_after_a_kill(tmp_path, monkeypatch):
     settings = pathfinder.EASY
     command = [sys.executable, "-m", "bench.lra.data", "make", "pathfinder32-easy", "--n", "2500"]
@@ -772,6 +774,7 @@ def test_verdict(capsys, train, test, good, words):
     assert words in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True])
 def test_check_trains_a_network_that_tells_broken_splits(tmp_path, capsys, broken):
     """A bright square tells the class; in the broken set it does so in train only."""
