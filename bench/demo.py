@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -30,18 +31,33 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import seqconv
-from bench import mnist5k
+from bench.lra.data import DataError, packaged
 from bench.plots import plot_curve, plot_kernels
 from seqconv import S4D, LongConv, param_groups, reference
 from seqconv._layer import KernelGenerator
 
 WIDTH, DEPTH, LENGTH, BATCH = 32, 2, 784, 16
+CLASSES = 10
 LR, WEIGHT_DECAY, WARMUP = 1e-2, 0.01, 200
 LAYERS = {
     "s4d": lambda: S4D(WIDTH),
     "long_conv": lambda: LongConv(WIDTH, l_max=LENGTH),
 }
 console = Console(highlight=False, soft_wrap=True)
+
+
+def load(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training inputs (4000, 784, 1) in [-1, 1] and labels (4000,); the same of 1,000 held-out digits.
+
+    The split is stratified, 400 and 100 of each digit, and fixed by the seed.
+    """
+    try:
+        pixels, labels = packaged.mnist5k_table(seed)
+    except DataError as error:
+        raise SystemExit(str(error)) from None
+    held = torch.from_numpy(packaged.stratified(labels, 0.2) == 0)
+    x, y = torch.from_numpy(pixels / np.float32(127.5) - 1).unsqueeze(-1), torch.from_numpy(labels)
+    return x[~held], y[~held], x[held], y[held]
 
 
 class Classifier(nn.Module):
@@ -52,7 +68,7 @@ class Classifier(nn.Module):
         self.encoder = nn.Linear(1, WIDTH)
         self.layers = nn.ModuleList(make() for _ in range(DEPTH))
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(DEPTH))
-        self.decoder = nn.Linear(WIDTH, mnist5k.CLASSES)
+        self.decoder = nn.Linear(WIDTH, CLASSES)
 
     def features(self, x: Tensor) -> Tensor:
         x = self.encoder(x)
@@ -335,7 +351,7 @@ def main() -> None:
         raise SystemExit(
             f"The compiled CPU kernels are not in use, so this would show nothing: {facts['operator']}"
         )
-    data = mnist5k.load()
+    data = load()
     checkpoint = args.out / "checkpoint.pt"
     args.out.mkdir(parents=True, exist_ok=True)
     if args.resume:

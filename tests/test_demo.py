@@ -89,9 +89,9 @@ def test_messages(tmp_path):
 
 
 def test_digits():
-    from bench import mnist5k
+    from bench import demo
 
-    x, y, x_held, y_held = mnist5k.load()
+    x, y, x_held, y_held = demo.load()
     assert (
         x.shape == (4000, 784, 1)
         and x_held.shape == (1000, 784, 1)
@@ -99,7 +99,7 @@ def test_digits():
         and x.max() == 1
     )
     assert y.bincount().tolist() == [400] * 10 and y_held.bincount().tolist() == [100] * 10
-    again = mnist5k.load()
+    again = demo.load()
     assert torch.equal(again[0], x) and torch.equal(again[3], y_held)
     rows = {tuple(row) for row in x[..., 0].mul(127.5).round().int().tolist()}
     shared = sum(tuple(row) in rows for row in x_held[..., 0].mul(127.5).round().int().tolist())

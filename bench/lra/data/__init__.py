@@ -225,6 +225,6 @@ def _record(folder: Path, facts: dict) -> None:
 
 def check(name: str, root: Path, *, progress: bool = True, seconds: float = 60) -> bool:
     """Prints what a task's data looks like and whether it is as released; False if something is suspicious."""
-    from bench.lra.data.check import check
+    from bench.lra.data import checks
 
-    return check(name, Path(root), progress=progress, seconds=seconds)
+    return checks.check(name, Path(root), progress=progress, seconds=seconds)

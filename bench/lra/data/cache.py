@@ -220,7 +220,10 @@ def _alive(pid: int) -> bool:
         return False
     except PermissionError:
         pass
-    return True
+    try:  # a zombie, killed but not waited for, is no more either
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return True
 
 
 class bar:

@@ -340,10 +340,10 @@ class Drawing:
 @cache
 def _marker(radius: float) -> Image.Image:
     n = 2 * math.ceil(radius) + 3
-    fine = Image.new("L", (AA * n, AA * n))
+    fine = Image.new("1", (AA * n, AA * n))
     middle, r = AA * n / 2 - 0.5, radius * AA
-    ImageDraw.Draw(fine).ellipse([middle - r, middle - r, middle + r, middle + r], fill=255)
-    return fine.resize((n, n), Image.Resampling.LANCZOS)
+    ImageDraw.Draw(fine).ellipse([middle - r, middle - r, middle + r, middle + r], fill=1)
+    return Image.fromarray(_downsample(np.asarray(fine)))
 
 
 def draw(settings: Settings, seed: int, index: int) -> Drawing:
