@@ -15,7 +15,7 @@ from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor
 
 from bench import plots, report
-from bench.demo import LAYERS, LENGTH, WIDTH, Classifier, Run, accuracy, console, kernels, train
+from bench.demo import LAYERS, LENGTH, WIDTH, Classifier, Run, accuracy, console, kernels, load, train
 from bench.hippo import hippo, kernel, response
 from bench.worker import refuse_fallback
 from seqconv import ButterflyConv, Hyena, SGConv
@@ -122,7 +122,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.states:
         console.print(f"Written: {draw_limit(args)}")
-    data = demo.load() if args.families else ()
+    data = load() if args.families else ()
     for family in args.families:
         console.print(f"[bold]{TITLES[family]}[/bold]")
         console.print(f"Written: {draw_family(family, args, data)}")
