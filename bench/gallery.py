@@ -15,7 +15,18 @@ from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor
 
 from bench import plots, report
-from bench.demo import LAYERS, LENGTH, WIDTH, Classifier, Run, accuracy, console, kernels, load, train
+from bench.demo import (
+    LAYERS,
+    LENGTH,
+    WIDTH,
+    Classifier,
+    Run,
+    accuracy,
+    console,
+    kernels,
+    load,
+    train,
+)
 from bench.hippo import hippo, kernel, response
 from bench.worker import refuse_fallback
 from seqconv import ButterflyConv, Hyena, SGConv
