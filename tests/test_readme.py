@@ -47,8 +47,12 @@ def test_commands_exist():
 
 
 def test_parameter_counts():
-    from bench.demo import LAYERS, Classifier
+    from bench.lra.model import SequenceClassifier
+    from bench.lra.recipes import recipe
 
-    for layer, make in LAYERS.items():
-        count = sum(p.numel() for p in Classifier(make).parameters())
+    for layer in ("s4d", "long_conv"):
+        made = recipe("mnist5k", layer)
+        sizes = {"classes": 10, "l_max": 784, "channels": 1}
+        model = SequenceClassifier(layer, made.model, made.kernel, **sizes)
+        count = sum(p.numel() for p in model.parameters())
         assert f"| {count:,} |" in README, f"{layer} has {count:,} parameters"
