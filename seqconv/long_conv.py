@@ -124,7 +124,7 @@ class LongConvKernel(KernelGenerator):
                 f"LongConvKernel: lam={self.lam} squashes {dead:.0%} of the taps to zero from the start. "
                 "They get no gradient and will never move, unless smoothing lets living neighbours revive "
                 "them; take a smaller lam or init='double_exp'.",
-                stacklevel=4,
+                stacklevel=5,  # the caller of the layer, around which a check of options is wrapped
             )
 
     def forward(self, length: int) -> Tensor:
