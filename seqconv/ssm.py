@@ -103,7 +103,7 @@ def ssm_kernel(
 
     With l = columns q + r, columns about sqrt(length), exp(a l) = exp(a columns q) exp(a r): K is a
     matrix product, 4 modes flops per element. Memory O(channels modes + heads channels length),
-    also backward.
+    also backward; backend="torch" keeps tables of channels modes sqrt(length) for its gradient.
 
     Source: arXiv 2206.11893, section 3; DSS: 2203.14343. Twin: seqconv.reference.ssm_kernel. Example:
         >>> A = torch.tensor([[[-0.5, 0.0]]])
