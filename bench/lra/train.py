@@ -288,10 +288,19 @@ def fit(config: options.Config) -> dict:
     if config.run.wandb and find_spec("wandb") is None:
         raise SystemExit("--wandb: wandb is not installed: pip install wandb")
     device = device_for(config)
-    if WORLD > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if WORLD == 1:
+        return _fit(config, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        return _fit(config, device)
+    finally:
+        # Gloo's threads abort a process that ends while they run.
+        dist.destroy_process_group()
+
+
+def _fit(config: options.Config, device: torch.device) -> dict:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     info, splits = open_task(config.task, config.run.data)
