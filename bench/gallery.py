@@ -2,62 +2,52 @@
 
 python -m bench.gallery [--epochs 3] [--families s4d sgconv] [--out FOLDER]
 
-Trains the demo's classifier once per family; a family whose checkpoint is in --runs is only drawn
+Trains mnist5k's classifier once with each layer, causal; a layer whose run is in --runs is only drawn
 again. One more picture compares S4D with S4, whose kernels differ and whose responses do not.
 """
 
 import argparse
-import math
+import json
+from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor
 
 from bench import plots, report
-from bench.demo import (
-    LAYERS,
-    LENGTH,
-    WIDTH,
-    Classifier,
-    Run,
-    accuracy,
-    console,
-    kernels,
-    load,
-    train,
-)
 from bench.hippo import hippo, kernel, response
+from bench.lra import options, sweep
+from bench.lra.__main__ import parse_fit
+from bench.lra.journal import console
+from bench.lra.model import SequenceClassifier
 from bench.worker import refuse_fallback
-from seqconv import ButterflyConv, Hyena, SGConv
 
-FAMILIES = LAYERS | {
-    "sgconv": lambda: SGConv(WIDTH, l_max=LENGTH),
-    "hyena": lambda: Hyena(WIDTH, l_max=LENGTH),
-    "butterfly_conv": lambda: ButterflyConv(WIDTH, l_max=LENGTH),
-}
 TITLES = {
     "s4d": "S4D",
     "long_conv": "LongConv",
     "sgconv": "SGConv",
     "hyena": "Hyena",
-    "butterfly_conv": "ButterflyConv (taps)",
+    "butterfly": "ButterflyConv (taps)",
 }
 
 
-def trained(family: str, epochs: int, runs: Path, data) -> Run:
-    """The demo's run of this family, trained or, if it was before, loaded."""
-    run = Run({"layer": family, "epochs": epochs, "seed": 0}, FAMILIES)
+def trained(family: str, epochs: int, runs: Path) -> Path:
+    """The run folder of this layer, trained to the end now if it was not before."""
+    from bench.lra.train import fit
+
     out = runs / f"{family}-{epochs}"
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "checkpoint.pt").exists():
-        run.load(out / "checkpoint.pt")
-    if not train(run, data, out, epochs, math.inf):
-        raise SystemExit(130)
-    return run
+    extra = sweep.pending(out)
+    if extra is not None:
+        arguments = ["mnist5k", "--layer", family, "--optim.epochs", str(epochs)]
+        if "bidirectional" in {f.name for f in fields(options.KERNELS[family])}:
+            arguments += ["--kernel.bidirectional", "false"]
+        fit(parse_fit([*arguments, "--out", str(out), *extra]))
+    return out
 
 
-def sensitivity(model: Classifier, x: Tensor, y: Tensor) -> Tensor:
+def sensitivity(model: SequenceClassifier, x: Tensor, y: Tensor) -> Tensor:
     """(length,): root mean square over the digits of the gradient of the last position's score of the
     right class with respect to the pixel at every lag."""
     model.eval()
@@ -67,17 +57,22 @@ def sensitivity(model: Classifier, x: Tensor, y: Tensor) -> Tensor:
     return gradient[..., 0].square().mean(0).sqrt().flip(0)
 
 
-def draw_family(family: str, args, data) -> Path:
-    run = trained(family, args.epochs, args.runs, data)
-    held = slice(None, None, max(1, len(data[2]) // args.digits))
-    x, y = data[2][held], data[3][held]
-    initial = Run(run.config, FAMILIES).model
+def draw_family(family: str, args) -> Path:
+    from bench.lra.evaluate import reopen
+
+    run = trained(family, args.epochs, args.runs)
+    _, info, splits, initial, model = reopen(run)
+    test = splits["test"]
+    picked = np.linspace(0, len(test) - 1, min(args.digits, len(test))).round().astype(int)
+    x, _, y = (torch.from_numpy(np.ascontiguousarray(part)) for part in test.batch(picked))
+    models = {"initialised": initial, "trained": model}
+    right = json.loads((run / "result.json").read_text())["test_accuracy"]
     path = args.out / f"{family}.png"
     plots.plot_family(
         TITLES[family],
-        {"initialised": run.initial_kernels, "trained": kernels(run.model)},
-        {"initialised": sensitivity(initial, x, y), "trained": sensitivity(run.model, x, y)},
-        f"{args.epochs} epochs of digits, {accuracy(run.model, *data[2:]):.1%} right",
+        {when: m.kernels(info.l_max) for when, m in models.items()},
+        {when: sensitivity(m, x, y) for when, m in models.items()},
+        f"{args.epochs} epochs of digits, {right:.1%} right",
         path,
     )
     return path
@@ -118,14 +113,14 @@ def draw_limit(args) -> Path:
 def main() -> None:
     summary = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser(prog="python -m bench.gallery", description=summary)
-    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument("--families", nargs="*", default=list(TITLES), choices=TITLES)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument(
         "--digits", type=int, default=100, help="that the gradient is averaged over"
     )
     parser.add_argument("--states", type=int, nargs="*", default=[16, 64, 256], help="S4's sizes N")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "gallery")
-    parser.add_argument("--runs", type=Path, default=Path("runs/gallery"), help="checkpoints")
+    parser.add_argument("--runs", type=Path, default=Path("runs/gallery"), help="run folders")
     args = parser.parse_args()
     if min(args.epochs, args.digits, *args.states, 10) < 1:
         parser.error("--epochs, --digits and --states must be >= 1")
@@ -133,10 +128,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.states:
         console.print(f"Written: {draw_limit(args)}")
-    data = load() if args.families else ()
     for family in args.families:
         console.print(f"[bold]{TITLES[family]}[/bold]")
-        console.print(f"Written: {draw_family(family, args, data)}")
+        console.print(f"Written: {draw_family(family, args)}")
 
 
 if __name__ == "__main__":

@@ -12,35 +12,6 @@ from torch import Tensor
 from bench import report
 
 
-def plot_curve(rows: list[dict], path: Path) -> None:
-    """Loss and accuracy against seconds of training."""
-    seconds = [row["seconds"] for row in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    left.plot(seconds, [row["loss"] for row in rows], "o-", color="tab:gray")
-    left.set(xlabel="seconds of training", ylabel="cross-entropy (running mean)", yscale="log")
-    right.plot(
-        seconds,
-        [row["accuracy"] for row in rows],
-        "o-",
-        color="tab:blue",
-        label="training digits (running mean)",
-    )
-    right.plot(
-        seconds,
-        [row["held_out"] for row in rows],
-        "s-",
-        color="tab:orange",
-        label="held-out digits",
-    )
-    right.axhline(0.1, color="black", linestyle=":", linewidth=1, label="chance")
-    right.set(xlabel="seconds of training", ylabel="accuracy", ylim=(0, 1))
-    right.legend(loc="center right", frameon=False)
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def stack(axis, k: Tensor, size: Tensor) -> None:
     """Kernels (channels, length), each divided by its size, one above the other."""
     for channel in range(len(k)):

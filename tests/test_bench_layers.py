@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import demo, gallery, layers, ssm_kernel, timing
+from bench import gallery, layers, ssm_kernel, timing
+from bench.lra import options
+from bench.lra.model import SequenceClassifier
 from bench.worker import Worker
-from seqconv import LongConv, _cpu
+from seqconv import _cpu
 
 ROOT = Path(__file__).parent.parent
 SMALL_SSM = {"channels": 6, "modes": 4, "length": 300, "budget": 0.01}
@@ -185,10 +187,10 @@ def test_what_a_library_prints_does_not_spoil_the_rows(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_gallery_draws_from_a_checkpoint_what_it_trained(tmp_path):
     out, runs = tmp_path / "out", tmp_path / "runs"
-    options = ["--families", "long_conv", "--epochs", 1, "--digits", 20, "--states", 4]
-    assert "epoch 1/1" in run("bench.gallery", *options, "--out", out, "--runs", runs)
-    text = run("bench.gallery", *options, "--out", out, "--runs", runs)
-    assert "Written" in text and "epoch 1/1" not in text  # the second time nothing is trained
+    arguments = ["--families", "long_conv", "--epochs", 1, "--digits", 20, "--states", 4]
+    assert "epoch 1.0" in run("bench.gallery", *arguments, "--out", out, "--runs", runs)
+    text = run("bench.gallery", *arguments, "--out", out, "--runs", runs)
+    assert "Written" in text and "epoch 1.0" not in text  # the second time nothing is trained
     assert {p.name for p in out.iterdir()} == {"long_conv.png", "s4d_limit.png"}
     assert all(10_000 < p.stat().st_size < 150_000 for p in out.iterdir())
 
@@ -196,14 +198,18 @@ def test_gallery_draws_from_a_checkpoint_what_it_trained(tmp_path):
 def test_sensitivity_is_by_lag():
     """Two layers of five taps see eight pixels back and no further."""
     torch.manual_seed(0)
-    model = demo.Classifier(lambda: LongConv(demo.WIDTH, l_max=5, lam=0.0))
+    settings = options.Model(
+        depth=2, d_model=32, norm="layer", prenorm=False, dropout=0.0, pool="mean"
+    )
+    kernel = options.LongConv(lam=0.0)
+    model = SequenceClassifier("long_conv", settings, kernel, classes=10, l_max=5, channels=1)
     seen = gallery.sensitivity(model, torch.randn(3, 40, 1), torch.tensor([1, 2, 3]))
     assert seen.shape == (40,) and (seen[:9] > 0).all()
     assert seen[9:].max() < 1e-3 * seen[8]
 
 
 def test_every_layer_has_its_picture():
-    assert set(gallery.TITLES) == set(gallery.FAMILIES) >= set(demo.LAYERS)
+    assert set(gallery.TITLES) == set(options.KERNELS)
 
 
 def test_the_readme_has_the_table_and_shows_pictures_that_exist():

@@ -22,7 +22,7 @@ from bench.lra.__main__ import parse_fit
 from bench.lra.batches import EvalBatches, TrainBatches, same
 from bench.lra.model import SequenceClassifier, pooled
 from bench.lra.recipes import RECIPES, recipe
-from bench.lra.report import report
+from bench.lra.report import keep, load, report
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -585,7 +585,7 @@ def test_the_budget_is_kept_and_divergence_is_a_failure(tmp_path):
     text = finish(start("fit", "digits", "--out", out, *TINY, "--optim.lr", 1e30), 1)
     assert "failed" in text
     result = json.loads((out / "result.json").read_text())
-    assert result["status"] == "diverged" and "failed (1 of 1)" in report([out])
+    assert result["status"] == "diverged" and "failed (1 of 1)" in report(load([out]))
 
 
 @pytest.mark.slow
@@ -600,6 +600,10 @@ def test_sweep_goes_on_where_it_was(tmp_path):
     assert (tmp_path / "digits-s4d-0" / "result.json").stat().st_mtime_ns == first
     text = finish(start("report", tmp_path))
     assert "listops-gen (generated data)" in text and "±" in text and "[61.45]" in text
+    assert "no runs in" in finish(start("report", tmp_path / "nothing"), 1)
+    kept = tmp_path / "kept.jsonl"
+    finish(start("report", tmp_path, "--json", kept, "--out", tmp_path / "table.md"))
+    assert finish(start("report", kept)) == text == (tmp_path / "table.md").read_text()
     assert "did you mean" in finish(start(*command, "--optim.lrr", 1), 2)
 
 
@@ -640,7 +644,10 @@ def test_report(tmp_path):
         write_run(tmp_path, "listops-gen", "s4d", seed, accuracy)
     write_run(tmp_path, "listops-gen", "sgconv", 0, None)
     write_run(tmp_path, "image", "long_conv", 0, 0.881)
-    text = report([tmp_path])
+    text = report(load([tmp_path]))
+    kept = tmp_path / "kept.jsonl"
+    keep(load([tmp_path]), kept)
+    assert report(load([kept])) == text and len(load([kept, tmp_path])) == 10
     mean, spread = np.mean([58, 60, 18]), np.std([58, 60, 18], ddof=1)
     summary, details = (part.splitlines() for part in text.split("\n\n")[1:3])
     assert summary[0] == "| task | chance | majority | long_conv | s4d | sgconv |"
@@ -651,5 +658,4 @@ def test_report(tmp_path):
     assert "| 0, 1, 2 |" in line and "| 18.00 | 1/3 |" in line and "25% of the published" in line
     assert "0/0, 1 unfinished" in next(x for x in details if "sgconv" in x)
     assert "not the published files" in text
-    with pytest.raises(SystemExit, match="no runs"):
-        report([tmp_path / "nothing"])
+    assert not load([tmp_path / "nothing"])

@@ -160,7 +160,7 @@ def evaluate(argv: list[str]) -> None:
         "--batch", type=int | None, default=None, help="samples at once; null: the run's"
     )
     chosen = parser.parse_args(underscored(argv))
-    from bench.lra.train import evaluate
+    from bench.lra.evaluate import evaluate
 
     evaluate(chosen.run, chosen.split, chosen.checkpoint, chosen.data, chosen.batch)
 
@@ -170,16 +170,21 @@ def report(argv: list[str]) -> None:
         "report", "A table of all runs in folders: mean, spread and failures over seeds."
     )
     parser.add_argument(
-        "folders", nargs="*", default=["runs"], help="where to look (default: runs)"
+        "places", nargs="*", default=["runs"], help="folders, or files of --json (default: runs)"
     )
     parser.add_argument("--out", type=str | None, default=None, help="write the Markdown there too")
+    parser.add_argument("--json", type=str | None, default=None, help="keep the runs in a file")
     chosen = parser.parse_args(underscored(argv))
-    from bench.lra.report import report
+    from bench.lra.report import keep, load, report
 
-    text = report([Path(f) for f in chosen.folders])
-    print(text)
+    runs = load([Path(f) for f in chosen.places])
+    if not runs:
+        raise SystemExit(f"no runs in {', '.join(chosen.places)}")
+    print(report(runs))
     if chosen.out:
-        Path(chosen.out).write_text(text + "\n")
+        Path(chosen.out).write_text(report(runs) + "\n")
+    if chosen.json:
+        keep(runs, Path(chosen.json))
 
 
 def sweep(argv: list[str]) -> None:

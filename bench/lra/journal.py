@@ -3,6 +3,7 @@
 import math
 import resource
 import signal
+import statistics
 import time
 from pathlib import Path
 
@@ -190,6 +191,17 @@ class Journal(lightning.Callback):
     def close(self) -> None:
         if self.progress:
             self.progress.stop()
+
+    def summary(self) -> dict:
+        """Of the whole run, for its result."""
+        found = {"best_step": self.best_step, "seconds": self.seconds}
+        if self.rows:
+            accuracies = [r["val_accuracy"] for r in self.rows if "val_accuracy" in r]
+            for name in ("sequences_per_second", "waiting"):
+                found[name] = statistics.median(r[name] for r in self.rows)
+            found["val_accuracy"] = accuracies[-1] if accuracies else None
+            found["best_val_accuracy"] = self.best if accuracies else None
+        return found
 
 
 def peak_mib(device: torch.device) -> float:

@@ -87,15 +87,17 @@ class SequenceClassifier(nn.Module):
         else:
             self.decoder = nn.Linear(width, classes)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def features(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """What is pooled: (batch, length, d_model)."""
         x = self.encoder(x)
         for layer, norm in zip(self.layers, self.norms, strict=False):
             z = layer(norm(x) if self.prenorm else x, lengths=lengths)
             x = x + self.dropout(z)
             x = x if self.prenorm else norm(x)
-        if self.prenorm:
-            x = self.norms[-1](x)
-        x = pooled(x, lengths, self.pool)
+        return self.norms[-1](x) if self.prenorm else x
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        x = pooled(self.features(x, lengths), lengths, self.pool)
         if self.pair:
             a, b = x.chunk(2)
             x = torch.cat([a, b, a - b, a * b], dim=-1)

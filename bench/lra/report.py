@@ -5,22 +5,31 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from bench.lra import files
+
 MARGIN = 0.02  # a test accuracy within this of the commonest class's share is a failure: nothing was learnt
 
 
-def load(folders: list[Path]) -> list[dict]:
-    """Every run below the folders, by task, layer and seed, with its "folder"; a run that is not finished
-    has the status "unfinished"."""
+def load(places: list[Path]) -> list[dict]:
+    """Every run below the folders, or in the files that `keep` wrote, by task, layer and seed; a run that is
+    not finished has the status "unfinished"."""
     runs = []
-    for path in sorted({p for folder in folders for p in folder.rglob("run.json")}):
+    for kept in filter(Path.is_file, places):
+        runs += map(json.loads, kept.read_text().splitlines())
+    for path in sorted({p for place in places for p in place.rglob("run.json")}):
         result = path.with_name("result.json")
         run = json.loads((result if result.exists() else path).read_text())
-        runs.append({"status": "unfinished"} | run | {"folder": str(path.parent)})
+        runs.append({"status": "unfinished"} | run)
     order = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
     rank = {task: i for i, task in enumerate(order)}
     return sorted(
         runs, key=lambda r: (rank.get(r["task"], len(order)), r["task"], r["layer"], r["seed"])
     )
+
+
+def keep(runs: list[dict], path: Path) -> None:
+    """One line of JSON for each run."""
+    files.write_text(path, "".join(json.dumps(run) + "\n" for run in runs))
 
 
 def failed(run: dict) -> bool:
@@ -122,10 +131,7 @@ def details(runs: list[dict]) -> str:
     return markdown(header, rows)
 
 
-def report(folders: list[Path]) -> str:
-    runs = load(folders)
-    if not runs:
-        raise SystemExit(f"no runs below {', '.join(map(str, folders))}")
+def report(runs: list[dict]) -> str:
     parts = [
         "Test accuracy in percent of the checkpoint that was best in validation (the last one where the validation "
         "split is not one of its own: Text, UCR): mean ± standard deviation over seeds "

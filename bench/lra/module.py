@@ -1,0 +1,153 @@
+"""The training step as Lightning wants it, the trainer, and checkpoints that hold every process's state."""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import seqconv
+from bench.lra import files, options
+from bench.lra.model import SequenceClassifier, loss_of
+from bench.lra.process import RANK, WORLD
+from bench.lra.quiet import (
+    MeanMetric,
+    MulticlassAccuracy,
+    TensorBoardLogger,
+    TorchCheckpointIO,
+    WandbLogger,
+    lightning,
+)
+
+
+class Training(lightning.LightningModule):
+    """The steps; `window` and `evaluated` give mean loss and accuracy over all processes and start anew."""
+
+    def __init__(self, model: SequenceClassifier, classes: int, optim: options.Optim, plan):
+        super().__init__()
+        self.model, self.optim, self.plan = model, optim, plan
+        for split in ("train", "eval"):
+            accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False)
+            self.add_module(f"{split}_accuracy", accuracy)
+            self.add_module(f"{split}_loss", MeanMetric(nan_strategy="disable"))
+        self.resumed = None  # what this process goes on with
+
+    def _step(self, batch, split: str):
+        x, lengths, labels = batch
+        logits = self.model(x, lengths)
+        loss = loss_of(logits, labels)
+        getattr(self, f"{split}_accuracy").update(logits.detach(), labels)
+        getattr(self, f"{split}_loss").update(loss.detach(), len(labels))
+        return loss
+
+    def training_step(self, batch, index):
+        return self._step(batch, "train")
+
+    def validation_step(self, batch, index):
+        self._step(batch, "eval")
+
+    test_step = validation_step
+
+    def _means(self, split: str) -> tuple[float, float]:
+        metrics = getattr(self, f"{split}_loss"), getattr(self, f"{split}_accuracy")
+        with warnings.catch_warnings():
+            # A process may have had no sample, or have resumed at the end of a window.
+            warnings.simplefilter("ignore")
+            values = tuple(metric.compute().item() for metric in metrics)
+        for metric in metrics:
+            metric.reset()
+        return values
+
+    def window(self) -> tuple[float, float]:
+        return self._means("train")
+
+    def evaluated(self) -> tuple[float, float]:
+        return self._means("eval")
+
+    def configure_optimizers(self):
+        groups = seqconv.param_groups(self.model, self.optim.lr, self.optim.weight_decay)
+        optimizer = torch.optim.AdamW(groups)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.plan.factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    # ---- random numbers and running means go on where they were, in every process ----
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        for name in ("train_loss", "train_accuracy"):
+            state[name] = {k: v.cpu() for k, v in getattr(self, name).metric_state.items()}
+        states = [state]
+        if self.trainer.world_size > 1:
+            states = [None] * self.trainer.world_size
+            dist.all_gather_object(states, state)
+        checkpoint["processes"] = states
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        states = checkpoint["processes"]
+        # With another number of processes there is nothing to go on with.
+        self.resumed = states[RANK] if len(states) == WORLD else None
+
+    def on_train_batch_start(self, batch, index) -> None:
+        if self.resumed is None:
+            return
+        state, self.resumed = self.resumed, None
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+        for name in ("train_loss", "train_accuracy"):
+            for key, value in state[name].items():
+                setattr(getattr(self, name), key, value.to(self.device))
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Whole or not at all, on the disk before the old one is gone; plain tensors and numbers only."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        files.atomically(Path(path), lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(self, path, map_location="cpu", weights_only=True):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class Stamp(lightning.Callback):
+    """Puts what identifies the run into its checkpoints."""
+
+    def __init__(self, values: dict):
+        self.values = values
+
+    def on_save_checkpoint(self, trainer, module, checkpoint) -> None:
+        checkpoint |= self.values
+
+
+def make_trainer(config, out: Path, device, schedule, callbacks, state) -> lightning.Trainer:
+    purge = {"purge_step": state["global_step"]} if state else {}
+    loggers = [TensorBoardLogger(out, name="", version="tensorboard", **purge)]
+    if config.run.wandb:
+        loggers.append(WandbLogger(project=config.run.wandb, name=out.name, save_dir=out))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+    return lightning.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=local,
+        num_nodes=WORLD // local,
+        strategy="ddp" if WORLD > 1 else "auto",
+        precision=config.run.precision,
+        max_epochs=schedule.steps // schedule.period,
+        accumulate_grad_batches=config.optim.accumulate,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpoints()],
+        default_root_dir=out,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        inference_mode=False,
+        log_every_n_steps=1,
+    )
