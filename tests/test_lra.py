@@ -29,11 +29,11 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 LAYERS = ("s4d", "sgconv", "long_conv", "butterfly", "hyena")
 
 
-def start(*arguments, before=(), delay=0.0) -> subprocess.Popen:
-    """delay: seconds that reading a batch takes."""
+def start(*arguments, before=(), delay=0.0, backend="") -> subprocess.Popen:
+    """delay: seconds that reading a batch takes. backend: SEQCONV_BACKEND."""
     command = [*(before or [sys.executable]), "-m", "tests.lra_tiny", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = ENVIRONMENT | {"LRA_TINY_DELAY": str(delay)}
+    environment = ENVIRONMENT | {"LRA_TINY_DELAY": str(delay), "SEQCONV_BACKEND": backend}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
@@ -539,6 +539,21 @@ def test_a_killed_run_resumes_to_the_same_weights(layer, tmp_path):
     assert checkpoint(parts)["global_step"] == 60  # five times twelve: an epoch's end
     finish(start(*command, "--resume"))
     assert_same(whole, parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["s4d", "sgconv", "long_conv"])
+def test_losses_are_those_of_the_reference(layer, tmp_path):
+    """The first hundred with the compiled kernels and with torch's formulas, from the same seed."""
+    options = ("--layer", layer, *TINY, "--optim.epochs", 9, "--log_steps", 1)
+    folders = [tmp_path / (backend or "fused") for backend in ("", "reference")]
+    for out, backend in zip(folders, ("", "reference"), strict=True):
+        finish(start("fit", "digits", "--out", out, *options, backend=backend))
+    operators = [json.loads((out / "run.json").read_text())["operator"] for out in folders]
+    assert "fallback" not in operators[0] and "fallback" in operators[1]
+    fused, plain = (np.array([float(r["loss"]) for r in rows(out)[:100]]) for out in folders)
+    assert len(fused) == 100 and fused[-1] < 0.7 * fused[0]
+    assert 0 < np.abs(fused - plain).max() < 1e-4
 
 
 @pytest.mark.slow
