@@ -666,7 +666,7 @@ def test_brightness_tells_nothing():
     """Dashes of targets and of distractors have one distribution of peak brightness."""
     peaks = {"targets": [], "distractors": []}
     for index in range(200):
-        drawing = pathfinder.draw(pathfinder.EASY, 2, index)
+        drawing = pathfinder.draw(pathfinder.SIZES[32], 2, index)
         for kind in peaks:
             for snake in getattr(drawing, kind):
                 for (y0, x0), (y1, x1) in snake:
@@ -678,7 +678,7 @@ def test_brightness_tells_nothing():
 
 
 def test_numbers_of_pixels_and_discs_tell_little():
-    drawings = [pathfinder.draw(pathfinder.EASY, 3, index) for index in range(600)]
+    drawings = [pathfinder.draw(pathfinder.SIZES[32], 3, index) for index in range(600)]
     labels = np.array([d.label for d in drawings])
     light = np.array([d.image.mean() for d in drawings])
     gap = light[labels == 1].mean() - light[labels == 0].mean()

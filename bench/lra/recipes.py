@@ -198,8 +198,8 @@ def _our_small(table: dict) -> None:
         "digits": row(2, 64, BN, False, 0.0, 0.01, 50, 40, 0.01, None, 50, "mean"),
         "r8": row(2, 64, BN, False, 0.1, 0.01, 16, 10, 0.05, None, 200, "mean"),
         "ucr": row(2, 32, BN, False, 0.0, 0.01, 10, 100, 0.01, None, 20, "mean"),
-        "listops-short": row(4, 64, BN, False, 0.0, 0.01, 50, 20, 0.05, None, 500, "mean"),
-        "pathfinder32-easy": row(4, 32, BN, True, 0.0, 0.008, 32, 10, 0.03, None, 500, "mean"),
+        "listops-short": row(4, 64, BN, False, 0.0, 0.01, 50, 2, 0.05, None, 200, "mean"),
+        "pathfinder32-easy": row(4, 32, BN, True, 0.0, 0.008, 16, 4, 0.03, None, 300, "mean"),
     }
     kernels = {
         "s4d": S4D(),
@@ -212,6 +212,10 @@ def _our_small(table: dict) -> None:
         for layer, kernel in kernels.items():
             if layer == "s4d" and task == "mnist5k":
                 kernel = S4D(bidirectional=False)
+            if layer == "sgconv" and task == "pathfinder32-easy":
+                kernel = SGConv(kernel_dim=32)
+            if layer == "long_conv" and task == "pathfinder32-easy":
+                kernel = replace(kernel, lam=0.0, kernel_dropout=0.0, kernel_lr=0.004)
             table[task, layer] = Recipe(model, kernel, optim, ours=True)
 
 
