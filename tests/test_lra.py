@@ -622,6 +622,33 @@ def test_sweep_goes_on_where_it_was(tmp_path):
     assert "did you mean" in finish(start(*command, "--optim.lrr", 1), 2)
 
 
+@pytest.mark.slow
+def test_gpu_runs_in_sessions(tmp_path):
+    """On the processor, of a small set: both precisions, a session that is over, and one that goes on."""
+    made = tmp_path / "data/generated/pathx-gen/generated.json"
+    made.parent.mkdir(parents=True)
+    made.write_text('{"whole": true}')
+    command = (
+        "gpu",
+        "pathx-gen",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+        "--data",
+        tmp_path / "data",
+    )
+    text = finish(start(*command, "--minutes", 0.05, delay=0.02), 130)
+    assert "[1/2] pathx-gen-s4d-0-bf16-mixed: stopped; the same command goes on" in text
+    folder = tmp_path / "pathx-gen-s4d-0-bf16-mixed"
+    config = json.loads((folder / "run.json").read_text())["config"]["run"]
+    assert config["max_minutes"] == 10 and config["precision"] == "bf16-mixed"
+    assert "did you mean" not in finish(start("gpu", "pathy"), 2)
+    reached = checkpoint(folder)["global_step"]
+    text = finish(start(*command, "--minutes", 0.1, delay=0.02), 130)
+    assert "resumed" in text and checkpoint(folder)["global_step"] > reached
+
+
 # ---- report ----
 
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "eval": "RUN                  accuracy of a run's best checkpoint",
     "report": "FOLDER...         a table of all runs found there",
     "sweep": "TASK... --layers    several tasks, layers and seeds one after the other; resumable",
+    "gpu": "[TASK...]            the generated tasks on a GPU, in sessions of --minutes; resumable",
     "data": "make|check TASK     prepare or examine a data set",
 }
 
@@ -193,6 +194,12 @@ def sweep(argv: list[str]) -> None:
     main(underscored(argv), _parser, parse_fit)
 
 
+def gpu(argv: list[str]) -> None:
+    from bench.lra.gpu import main
+
+    main(underscored(argv), _parser, parse_fit)
+
+
 def data(argv: list[str]) -> None:
     from bench.lra.data.__main__ import main
 
@@ -204,7 +211,8 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return
-    commands = {"fit": fit, "eval": evaluate, "report": report, "sweep": sweep, "data": data}
+    commands = {"fit": fit, "eval": evaluate, "report": report, "sweep": sweep, "gpu": gpu}
+    commands["data"] = data
     if argv[0] not in commands:
         refuse("", f"unknown command {argv[0]!r}{recipes.suggest(argv[0], commands)}")
     try:

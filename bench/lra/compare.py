@@ -17,7 +17,8 @@ PLACES = ("seqconv._layer.fftconv", "seqconv.hyena.fftconv")
 
 def compare_step(model: nn.Module, batch, rounds: int) -> dict:
     """Medians in milliseconds over interleaved rounds, after checking that the gradients agree:
-    {"seqconv", "torch.fft", "ratio" (median of the ratios), "difference" (relative L2, worst)}.
+    {"seqconv", "torch.fft", "ratio" (median of the ratios), "difference" (relative L2, worst)}, and on
+    a GPU "peak_mib", the most memory of a step of each.
 
     RuntimeError if the gradients differ by 1e-3 or more.
     """
@@ -36,7 +37,14 @@ def compare_step(model: nn.Module, batch, rounds: int) -> dict:
             return time.perf_counter() - start, [p.grad for p in model.parameters()]
 
     contenders = (seqconv.fftconv, reference.fftconv_fft)
-    ours, theirs = (step(f)[1] for f in contenders)
+    gradients, peaks = [], {}
+    for name, f in zip(("seqconv", "torch.fft"), contenders, strict=True):
+        if x.is_cuda:
+            torch.cuda.reset_peak_memory_stats(x.device)
+        gradients.append(step(f)[1])
+        if x.is_cuda:
+            peaks[name] = torch.cuda.max_memory_allocated(x.device) / 2**20
+    ours, theirs = gradients
     # Beside the whole gradient: a parameter before a norm may have a gradient of round-off alone.
     whole = torch.stack([b.norm() for b in theirs]).norm()
     worst = max(
@@ -48,7 +56,8 @@ def compare_step(model: nn.Module, batch, rounds: int) -> dict:
     times = [[step(f)[0] for f in contenders] for _ in range(rounds)]
     fast, slow = (1e3 * median(t[i] for t in times) for i in range(2))
     ratio = median(t[1] / t[0] for t in times)
-    return {"seqconv": fast, "torch.fft": slow, "ratio": ratio, "difference": worst}
+    found = {"seqconv": fast, "torch.fft": slow, "ratio": ratio, "difference": worst}
+    return found | ({"peak_mib": peaks} if peaks else {})
 
 
 def synchronize(device: torch.device) -> None:

@@ -56,23 +56,34 @@ def main(argv: list[str], make_parser: Callable, parse_fit: Callable) -> None:
                 arguments = [task, "--layer", layer, "--seed", seed, "--out", str(out), *rest]
                 parse_fit(arguments)
                 plans.append((name, out, arguments))
-    failures = []
+    run(plans)
+
+
+def run(plans: list[tuple[str, Path, list[str]]], minutes: float | None = None) -> None:
+    """One process after the other for each (name, run folder, arguments of fit), for so many minutes."""
+    failures, began = [], time.perf_counter()
     for number, (name, out, arguments) in enumerate(plans, 1):
         extra = pending(out)
         where = f"[{number}/{len(plans)}] {name}"
         if extra is None:
             print(f"{where}: {outcome(out)}, already there", flush=True)
             continue
-        print(f"{where}: {'resumed' if '--resume' in extra else 'started'}", flush=True)
         start = time.perf_counter()
+        if minutes is not None:
+            left = minutes - (start - began) / 60
+            if left <= 0:
+                print(f"{where}: no time is left; the same command goes on", flush=True)
+                raise SystemExit(130)
+            extra += ["--stop_minutes", f"{left:.2f}"]
+        print(f"{where}: {'resumed' if '--resume' in extra else 'started'}", flush=True)
         code = subprocess.run([*COMMAND, "fit", *arguments, *extra]).returncode
         if code == 130:
             print(f"{where}: stopped; the same command goes on", flush=True)
             raise SystemExit(130)
         if code:
             failures.append(name)
-        minutes = (time.perf_counter() - start) / 60
-        print(f"{where}: {outcome(out)}, {minutes:.1f} minutes", flush=True)
+        took = (time.perf_counter() - start) / 60
+        print(f"{where}: {outcome(out)}, {took:.1f} minutes", flush=True)
     if failures:
         print(f"{len(failures)} of {len(plans)} runs failed: {', '.join(failures)}")
         raise SystemExit(1)
