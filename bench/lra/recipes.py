@@ -198,7 +198,7 @@ def _our_small(table: dict) -> None:
         "digits": row(2, 64, BN, False, 0.0, 0.01, 50, 40, 0.01, None, 50, "mean"),
         "r8": row(2, 64, BN, False, 0.1, 0.01, 16, 6, 0.05, None, 200, "mean"),
         "ucr": row(2, 32, BN, False, 0.0, 0.01, 10, 100, 0.01, None, 20, "mean"),
-        "listops-short": row(4, 64, BN, False, 0.0, 0.01, 50, 2, 0.05, None, 200, "mean"),
+        "listops-short": row(4, 64, BN, False, 0.0, 0.01, 50, 1, 0.05, None, 200, "mean"),
         "pathfinder32-easy": row(4, 32, BN, True, 0.0, 0.008, 16, 3, 0.03, None, 300, "mean"),
     }
     kernels = {
