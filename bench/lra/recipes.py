@@ -214,8 +214,10 @@ def _our_small(table: dict) -> None:
                 kernel = S4D(bidirectional=False)
             if layer == "sgconv" and task == "pathfinder32-easy":
                 kernel = SGConv(kernel_dim=32)
+            if layer == "long_conv" and task in ("ucr", "pathfinder32-easy"):
+                kernel = replace(kernel, lam=0.0, kernel_dropout=0.0)
             if layer == "long_conv" and task == "pathfinder32-easy":
-                kernel = replace(kernel, lam=0.0, kernel_dropout=0.0, kernel_lr=0.004)
+                kernel = replace(kernel, kernel_lr=0.004)
             table[task, layer] = Recipe(model, kernel, optim, ours=True)
 
 
