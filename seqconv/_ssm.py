@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from seqconv import _autograd, _cpu, _cuda, _ops
+from seqconv._explanation import Explanation
 
 _ops.library.define("ssm_fwd(Tensor a, Tensor w, SymInt length, bool single) -> Tensor")
 _ops.library.define("ssm_bwd(Tensor dk, Tensor a, Tensor w) -> (Tensor, Tensor)")
@@ -169,6 +170,18 @@ def _fused(t: Tensor, dtype: torch.dtype):
     if _ops.fallback_reason(t.device, dtype) is not None:
         return None
     return _cpu if t.device.type == "cpu" else _cuda
+
+
+def how(device: torch.device, single: bool, backend: str) -> Explanation:
+    product, threads = "matrix product", torch.get_num_threads()
+    if backend == "keops":
+        return Explanation("keops", "every exponential", None, 1, None, threads, None)
+    reason = None if backend == "torch" else _ops.fallback_reason(device, _dtype(single))
+    if backend == "torch" or reason is not None:
+        return Explanation("torch", product, None, 1, None, threads, reason)
+    if device.type == "cuda":
+        return Explanation("cuda", product, None, 1, _cuda.arch(device), _cuda.ssm.THREADS, None)
+    return Explanation("cpu", product, None, 1, _cpu.isa(), _cpu.threads(), None)
 
 
 def _fwd(a: Tensor, w: Tensor, length: int, single: bool) -> Tensor:

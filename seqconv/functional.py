@@ -1,13 +1,12 @@
 """The package's one operator, `fftconv`, and `explain`, which says how a call of it is carried out."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv import _autograd, _cpu, _cuda, _ops, reference
 from seqconv._check import FLOATS, check_choice, check_shape, check_tensor
+from seqconv._explanation import Explanation
 
 ACTIVATIONS = (None, "gelu", "silu", "relu")
 MODES = ("causal", "circular")
@@ -136,34 +135,6 @@ def _validate_gate(name, gate, u, heads, layout):
     b, c, t = ("batch", u.shape[0]), ("channels", u.shape[1]), ("length", u.shape[2])
     check_shape("fftconv", name, gate, (b, *heads, c, t) if layout == "bhl" else (b, t, *heads, c))
     return gate.movedim(1, -1) if layout == "blh" else gate
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """How a call of fftconv is carried out; str() says it in a line or two."""
-
-    backend: str  # "cpu", "cuda" or "reference"
-    algorithm: str  # "direct sum", "right-angle fft" or "torch.fft"
-    fft_size: int | None  # points of one transform; None for the direct sum
-    blocks: int  # transforms per row: more than one where the kernel is much shorter than the row
-    isa: str | None  # instruction set of the CPU kernel, or what a GPU kernel is compiled for
-    threads: int  # of the CPU, or of one block of the GPU
-    fallback: str | None  # why no fused kernel is used; None if one is
-    plan: str | None = None  # on a GPU: how the rows are laid out, and the predicted time
-
-    def __str__(self) -> str:
-        size = "" if self.fft_size is None else f" of {self.fft_size} points"
-        if self.blocks > 1:
-            size += f" in {self.blocks} blocks"
-        where = self.backend
-        if self.isa is not None:
-            where += f" ({self.isa}, {self.threads} threads)"
-        text = f"{where}: {self.algorithm}{size}"
-        if self.plan is not None:
-            text += f"\n{self.plan}"
-        if self.fallback is not None:
-            text += f"\nfallback, slower with the same answer: {self.fallback}"
-        return text
 
 
 def explain(

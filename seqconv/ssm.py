@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from seqconv._check import check_choice, check_length, check_shape, check_tensor
-from seqconv._ssm import mode_sum
+from seqconv._explanation import Explanation
+from seqconv._ssm import how, mode_sum
 
 DISCRETIZATIONS = ("zoh", "bilinear", "dss", "dss_softmax")
 BACKENDS = ("auto", "torch", "keops")
@@ -131,6 +132,28 @@ def ssm_kernel(
     both = torch.cat([torch.where(grows, none, weight), torch.where(grows, weight, none)])
     first, last = mode_sum(falling, both, length, single, backend).chunk(2)
     return first + last.flip(-1)
+
+
+def explain_ssm_kernel(
+    log_dt: Tensor,
+    A: Tensor,
+    C: Tensor,
+    length: int,
+    *,
+    B: Tensor | None = None,
+    discretization: str = "zoh",
+    backend: str = "auto",
+) -> Explanation:
+    """Which backend `ssm_kernel` takes for these arguments, and why not a faster one. Computes nothing.
+
+    Example:
+        >>> A, C = torch.zeros(4, 32, 2), torch.zeros(1, 4, 32, 2)
+        >>> explain_ssm_kernel(torch.zeros(4), A, C, 1000, backend="torch").algorithm
+        'matrix product'
+    """
+    _validate(log_dt, A, B, C, discretization, backend)
+    check_length("ssm_kernel", length)
+    return how(A.device, C.dtype != torch.float64, backend)
 
 
 def _validate(log_dt, A, B, C, discretization, backend) -> None:

@@ -11,6 +11,7 @@ LAYER = {"_check", "_layer"}
 ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "_version": set(),
     "_check": set(),
+    "_explanation": set(),
     "reference": set(),
     "_pack": set(),
     "_cpu": {"_C", "_pack"},
@@ -26,10 +27,10 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "_ops": {"_cpu", "_cuda", "reference"},
     "_butterfly": {"_autograd", "_cuda", "_ops", "reference"},
     "_autograd": {"_ops", "reference"},
-    "functional": {"_autograd", "_check", "_cpu", "_cuda", "_ops", "reference"},
+    "functional": {"_autograd", "_check", "_cpu", "_cuda", "_explanation", "_ops", "reference"},
     "_layer": {"_check", "functional"},
-    "_ssm": {"_autograd", "_cpu", "_cuda", "_ops"},
-    "ssm": {"_check", "_ssm"},
+    "_ssm": {"_autograd", "_cpu", "_cuda", "_explanation", "_ops"},
+    "ssm": {"_check", "_explanation", "_ssm"},
     "s4d_init": {"_check"},
     "s4d": LAYER | {"_ssm", "functional", "reference", "s4d_init", "ssm"},
     "long_conv": LAYER,
@@ -40,7 +41,7 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "optim": {"_layer"},
     "nn": LAYER,
     "convert": {*LAYER, "long_conv", "s4d", "sgconv"},
-    "__init__": {"_version", "convert", "functional", "nn", "optim", "s4d", "ssm"}
+    "__init__": {"_version", "_explanation", "convert", "functional", "nn", "optim", "s4d", "ssm"}
     | {"butterfly_conv", "hyena", "long_conv", "sgconv"},
     "__main__": {"_cpu", "_cuda", "_ops", "reference"},
     "prebuild": {"_cuda.driver", "_cuda.kernels"},

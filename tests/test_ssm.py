@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from seqconv import _ssm, reference, ssm_kernel
+import seqconv
+from seqconv import _cpu, _ops, _ssm, reference, ssm_kernel
 from seqconv.ssm import DISCRETIZATIONS
 
 LENGTHS = (0, 1, 2, 47, 48, 49, 63, 1000, 4097, 32768)
@@ -308,6 +309,23 @@ def test_keops():
         for a, b in zip(mine, torch.autograd.grad(wanted, inputs, dk), strict=True):
             assert distance(a, b) < 10 * bound
     assert ssm_kernel(log_dt, A, C, 0, backend="keops").shape == (2, 3, 0)
+
+
+def test_explain(monkeypatch):
+    log_dt, A, C, _ = system()
+    plan = seqconv.explain_ssm_kernel(log_dt, A, C, 100)
+    assert (plan.backend, plan.algorithm, plan.fallback) == ("cpu", "matrix product", None)
+    assert plan.isa == _cpu.isa() and plan.threads == torch.get_num_threads()
+    for backend in ("torch", "keops"):
+        plan = seqconv.explain_ssm_kernel(log_dt, A, C, 100, backend=backend)
+        assert plan.backend == backend and plan.fallback is None
+    away = [t.to("meta") for t in (log_dt, A, C)]
+    assert "meta" in str(seqconv.explain_ssm_kernel(*away, 100))
+    monkeypatch.setattr(_ops, "forced_reference", True)
+    plan = seqconv.explain_ssm_kernel(log_dt, A, C, 100)
+    assert plan.backend == "torch" and "SEQCONV_BACKEND" in plan.fallback
+    with pytest.raises(ValueError, match="length must be"):
+        seqconv.explain_ssm_kernel(log_dt, A, C, -1)
 
 
 def test_contract():

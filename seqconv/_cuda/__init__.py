@@ -70,3 +70,8 @@ def explain(u: Tensor, k: Tensor, k_rev: Tensor | None, backward: bool = False) 
     """The plan and the architecture that its kernels are compiled for."""
     made = driver.device(_index(u.device))
     return make_plan(convolution.describe(u, k, k_rev), made.limits, backward), made.arch
+
+
+def arch(device: torch.device) -> str:
+    """What kernels are compiled for there."""
+    return driver.device(_index(device)).arch
