@@ -17,11 +17,11 @@ import pytest
 import torch
 
 import seqconv
-from bench.lra import options, plan
+from bench.lra import data, options, plan
 from bench.lra.__main__ import parse_fit
 from bench.lra.batches import EvalBatches, TrainBatches, same
 from bench.lra.model import SequenceClassifier, pooled
-from bench.lra.recipes import RECIPES, recipe
+from bench.lra.recipes import RECIPES, SAMPLES, recipe, whole
 from bench.lra.report import keep, load, report
 
 ROOT = Path(__file__).parent.parent
@@ -29,12 +29,14 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 LAYERS = ("s4d", "sgconv", "long_conv", "butterfly", "hyena")
 
 
-def start(*arguments, before=(), delay=0.0, backend="") -> subprocess.Popen:
-    """delay: seconds that reading a batch takes. backend: SEQCONV_BACKEND."""
+def start(*arguments, before=(), delay=0.0, backend="", train=120) -> subprocess.Popen:
+    """delay: seconds that reading a batch takes. backend: SEQCONV_BACKEND. train: training samples."""
     command = [*(before or [sys.executable]), "-m", "tests.lra_tiny", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = ENVIRONMENT | {"LRA_TINY_DELAY": str(delay), "SEQCONV_BACKEND": backend}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    environment["LRA_TINY_TRAIN"] = str(train)
+    # A group of its own, to be interrupted as from a terminal.
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -250,23 +252,71 @@ def test_options_override_the_recipe_and_come_back_from_a_file(capsys, tmp_path)
 
 def test_plan():
     config = parse_fit(["listops"])  # 40 epochs of 96,000 / 50 steps
-    p = plan.make(config, 96_000, 40)
+    p = plan.make(config, 96_000, 40 * 96_000)
     assert (p.steps, p.period, p.warmup, p.cosine, p.share) == (76_800, 1920, 1000, 80_000, 1.0)
     assert p.factor(0) == 1 / 1000 and p.factor(999) == 1 == p.factor(1000)
     assert p.factor(40_500) == pytest.approx(0.5) and p.factor(80_000) == 0
     assert 0 < p.factor(76_799) < 0.01
     config = parse_fit(["listops", "--max_minutes", "10"])
     timing = plan.Timing(step=0.1, validation=10.0, test=20.0)
-    p = plan.make(config, 96_000, 40, timing)
+    p = plan.make(config, 96_000, 40 * 96_000, timing)
     # 600 s - 20 s for the test, three evaluations for three times 1,850 steps.
     assert p.steps % p.period == 0
     assert 560 < 0.1 * p.steps + 10 * (p.steps // p.period) + 20 <= 600
     assert p.cosine == round(80_000 * p.steps / 76_800) and p.warmup == p.steps // 10
     assert p.share == pytest.approx(p.steps / 76_800)
     enough = plan.Timing(step=1e-4, validation=0.1, test=0.1)
-    assert plan.make(config, 96_000, 40, enough) == plan.make(config, 96_000, 40)
-    short = plan.make(config, 96_000, 40, plan.Timing(1.0, 300.0, 300.0))
+    assert plan.make(config, 96_000, 40 * 96_000, enough) == plan.make(config, 96_000, 40 * 96_000)
+    short = plan.make(config, 96_000, 40 * 96_000, plan.Timing(1.0, 300.0, 300.0))
     assert short.steps >= 1 and short.period == short.steps
+
+
+def test_the_schedule_keeps_its_length_whatever_the_evaluations():
+    for steps, every in ((199, 2), (48, 7), (76_800, 1000), (10, 30)):
+        epochs = ("--optim.epochs", "1", "--optim.batch", "10", "--eval_steps", str(every))
+        p = plan.make(parse_fit(["digits", *epochs]), 10 * steps, 10 * steps)
+        assert steps <= p.steps < 1.03 * steps + 1 and p.steps % p.period == 0
+        assert p.period <= every and p.cosine == p.steps
+    timing = plan.Timing(step=0.1, validation=0.001, test=0.1)
+    config = parse_fit(["digits", "--max_minutes", "0.334", "--eval_steps", "2"])
+    p = plan.make(config, 100_000, 1)
+    assert plan.make(config, 100_000, 1, timing).steps >= 0.9 * 199 and p.steps > 10_000
+
+
+def test_the_share_is_of_the_published_samples():
+    for task, (n, *_) in {name: files.sizes for name, files in data.OFFICIAL.items()}.items():
+        assert SAMPLES[task] == n
+    assert whole("pathx-gen", "s4d", 16_000) == 50 * 160_000
+    assert whole("digits", "s4d", 1258) == 40 * 1258
+
+
+def test_the_cosine_is_scaled_once(tmp_path):
+    def steps(*options):
+        return parse_fit(["listops", *options]).optim.schedule_steps
+
+    assert (steps(), steps("--optim.epochs", "4")) == (80_000, 8000)
+    assert steps("--optim.epochs", "80", "--optim.schedule_steps", "80000") == 80_000
+    file = tmp_path / "c.yaml"
+    file.write_text("optim: {epochs: 4, schedule_steps: 8000}\n")
+    assert steps("--config", str(file)) == 8000
+    assert steps("--config", str(file), "--optim.epochs", "40") == 80_000
+    file.write_text("optim: {epochs: 4}\n")
+    assert steps("--config", str(file)) == 8000
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--seed", "-1"), "--seed must be >= 0, got -1"),
+        (("--compare", "-1"), "--compare must be >= 0"),
+        (("--kernel.kernel_lr", "-1"), "--kernel.kernel_lr must be >= 0, got -1.0"),
+        (("--layer", "butterfly", "--compare", "3"), "--compare must be 0 for butterfly"),
+    ],
+)
+def test_numbers_that_no_run_can_have(options, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_fit(["digits", *options])
+    assert message in capsys.readouterr().err
 
 
 # ---- the model ----
@@ -620,6 +670,71 @@ def test_sweep_goes_on_where_it_was(tmp_path):
     finish(start("report", tmp_path, "--json", kept, "--out", tmp_path / "table.md"))
     assert finish(start("report", kept)) == text == (tmp_path / "table.md").read_text()
     assert "did you mean" in finish(start(*command, "--optim.lrr", 1), 2)
+    assert "none of a sweep's options: --layers" in finish(start(*command, "--layer", "s4d"), 2)
+    assert "none of a sweep's options: --seeds" in finish(start(*command, "--seed=1"), 2)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_is_refused_before_anything_is_lost(tmp_path):
+    out = tmp_path / "run"
+    fit = ("fit", "digits", "--out", out, *TINY)
+    finish(start(*fit, "--stop_after", 30), 130)
+    refusals = {
+        ("--kernel.d_state", 3): "d_state must be even",
+        ("--optim.batch", 200): "--optim.batch must be at most 120",
+        ("--precision", "16-mixed"): "16-mixed needs a GPU",
+    }
+    for wrong, message in refusals.items():
+        text = finish(start(*fit, "--overwrite", *wrong), 1)
+        assert message in text and "Traceback" not in text and len(text) < 400, text
+    assert "now" in finish(start(*fit, "--resume", train=80), 1)
+    best = (out / "best.ckpt").read_bytes()
+    (out / "best.ckpt").unlink()
+    assert "needs the best weights so far" in finish(start(*fit, "--resume"), 1)
+    (out / "best.next.ckpt").write_bytes(
+        best
+    )  # ended after last.ckpt was written, before the renaming
+    finish(start(*fit, "--resume", "--precision", "32-true", "--compare", 2))
+    result = json.loads((out / "result.json").read_text())
+    assert len(result["sessions"]) == 2 and result["compared"]["ratio"] > 0
+    assert not (out / "best.next.ckpt").exists()
+    assert "cannot" not in finish(start("eval", out, "--device", "cpu", "--split", "val"))
+    assert "is no checkpoint" in finish(start("eval", out, "--checkpoint", "run.json"), 1)
+    assert "holds no run" in finish(start("eval", tmp_path), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_a_run_with_its_checkpoint(tmp_path, workers, number):
+    """Ctrl-C reaches all processes at once, a scheduler's SIGTERM the first."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={workers}"]
+    before = torchrun if workers > 1 else ()
+    command = ("fit", "digits", "--out", tmp_path, *TINY, "--model.norm", "layer")
+    process = start(*command, "--checkpoint_steps", 10, before=before, delay=0.05)
+    while not (tmp_path / "last.ckpt").exists():
+        time.sleep(0.02)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    text = process.communicate(timeout=120)[0]
+    assert "Stopped at step" in text and process.returncode != 0, text
+    reached = checkpoint(tmp_path)["global_step"]
+    assert f"Stopped at step {reached}" in text and 10 <= reached < 72
+    assert workers > 1 or process.returncode == 130
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_a_sweep_with_a_checkpoint(tmp_path):
+    process = start("sweep", "digits", "--layers", "s4d", "--out", tmp_path, *TINY, delay=0.05)
+    folder = tmp_path / "digits-s4d-0"
+    while not (folder / "last.ckpt").exists():
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    text = finish(process, 130)
+    assert "Traceback" not in text and "stopped; the same command goes on" in text
+    assert f"Stopped at step {checkpoint(folder)['global_step']}" in text
 
 
 @pytest.mark.slow
@@ -695,9 +810,24 @@ def test_report(tmp_path):
     assert summary[0] == "| task | chance | majority | long_conv | s4d | sgconv |"
     assert summary[2] == "| image | 10.0 | 17.0 | 88.10 [88.3] | - | - |"
     cell = f"{mean:.2f} ± {spread:.2f} (1 of 3 failed) [60.52]"
-    assert summary[3] == f"| listops-gen (generated data) | 10.0 | 17.0 | - | {cell} | - [61.45] |"
+    assert (
+        summary[3]
+        == f"| listops-gen (generated data) | 10.0 | 17.0 | - | {cell} | - (1 unfinished) [61.45] |"
+    )
     line = next(x for x in details if "s4d" in x)
-    assert "| 0, 1, 2 |" in line and "| 18.00 | 1/3 |" in line and "25% of the published" in line
-    assert "0/0, 1 unfinished" in next(x for x in details if "sgconv" in x)
+    assert "| 0, 1, 2 |" in line and "| 18.00 |" in line and "25% of the published" in line
+    assert "- (1 unfinished)" in next(x for x in details if "sgconv" in x)
     assert "not the published files" in text
     assert not load([tmp_path / "nothing"])
+
+
+def test_report_does_not_mix_unlike_runs(tmp_path):
+    write_run(tmp_path / "a", "digits", "s4d", 0, 0.9, device="a GPU", plan={"share": 0.019})
+    write_run(tmp_path / "a", "digits", "s4d", 1, 0.8, device="a GPU", plan={"share": 0.5})
+    write_run(tmp_path / "b", "digits", "s4d", 0, 0.7)
+    write_run(tmp_path / "c", "digits", "s4d", 0, 0.1)  # another run of the same seed
+    write_run(tmp_path / "d", "digits", "s4d", 0, 0.6, changed={"model.d_model": 16})
+    runs = load([tmp_path / name for name in "abc"])
+    assert "| 85.00 ± 7.07; 70.00 |" in report(runs) and "| 1.9 to 50% of ours |" in report(runs)
+    text = report(load([tmp_path / "d"]))
+    assert "| 60.00* |" in text and "25% of ours, with model.d_model 16" in text

@@ -61,10 +61,11 @@ def underscored(argv: list[str]) -> list[str]:
     ]
 
 
-def _peek(argv: list[str]) -> tuple[str | None, str | None, list[str]]:
-    """Task, layer, and the arguments without the task: what the other options' defaults depend on."""
+def _peek(argv: list[str]) -> tuple[str | None, str | None, dict, list[str]]:
+    """Task, layer, the file of --config, and the arguments without the task: what the other options'
+    defaults depend on."""
     task, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
-    found = {}
+    found, file = {}, {}
     for name in ("config", "layer", "task"):
         for i, argument in enumerate(rest):
             if argument == f"--{name}" and i + 1 < len(rest):
@@ -81,12 +82,12 @@ def _peek(argv: list[str]) -> tuple[str | None, str | None, list[str]]:
         if not isinstance(file, dict):
             refuse("fit", f"--config {found['config']} must be a YAML mapping")
         found = {k: file[k] for k in ("task", "layer") if k in file} | found
-    return task or found.get("task"), found.get("layer"), rest
+    return task or found.get("task"), found.get("layer"), file, rest
 
 
 def parse_fit(argv: list[str]) -> options.Config:
     """The recipe of the task and layer, with what the arguments override."""
-    task, layer, rest = _peek(underscored(argv))
+    task, layer, file, rest = _peek(underscored(argv))
     wants_help = {"-h", "--help"} & set(rest)
     if task is None and not wants_help:
         refuse("fit", "which task? python -m bench.lra --help lists them")
@@ -125,16 +126,25 @@ def parse_fit(argv: list[str]) -> options.Config:
         )
         for group, values in groups.items()
     }
-    optim, given = parts["optim"], recipe.optim
-    if optim.epochs != given.epochs and optim.schedule_steps == given.schedule_steps is not None:
-        steps = max(1, round(given.schedule_steps * optim.epochs / given.epochs))
-        parts["optim"] = dataclasses.replace(optim, schedule_steps=steps)
+    parts["optim"] = _scaled(parts["optim"], recipe.optim, file.get("optim") or {}, rest)
     config = options.Config(task, layer, **parts)
     try:
         options.check(config)
     except ValueError as error:
         refuse("fit", str(error))
     return config
+
+
+def _scaled(optim, recipe, file: dict, arguments: list[str]):
+    """`optim` with the cosine of the file or else of the recipe, as much longer as there are more epochs."""
+    if any(a.partition("=")[0] == "--optim.schedule_steps" for a in arguments):
+        return optim
+    epochs, steps = recipe.epochs, recipe.schedule_steps
+    if "schedule_steps" in file:
+        epochs, steps = file.get("epochs", epochs), file["schedule_steps"]
+    if steps is None or optim.epochs == epochs:
+        return optim
+    return dataclasses.replace(optim, schedule_steps=max(1, round(steps * optim.epochs / epochs)))
 
 
 def fit(argv: list[str]) -> None:
@@ -160,10 +170,12 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument(
         "--batch", type=int | None, default=None, help="samples at once; null: the run's"
     )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     chosen = parser.parse_args(underscored(argv))
     from bench.lra.evaluate import evaluate
 
-    evaluate(chosen.run, chosen.split, chosen.checkpoint, chosen.data, chosen.batch)
+    where = chosen.data, chosen.batch, chosen.device
+    evaluate(Path(chosen.run), chosen.split, chosen.checkpoint, *where)
 
 
 def report(argv: list[str]) -> None:
@@ -178,7 +190,10 @@ def report(argv: list[str]) -> None:
     chosen = parser.parse_args(underscored(argv))
     from bench.lra.report import keep, load, report
 
-    runs = load([Path(f) for f in chosen.places])
+    absent = [place for place in chosen.places if not Path(place).exists()]
+    if absent:
+        raise SystemExit(f"no such folder or file: {', '.join(absent)}")
+    runs = load([Path(place) for place in chosen.places])
     if not runs:
         raise SystemExit(f"no runs in {', '.join(chosen.places)}")
     print(report(runs))

@@ -46,7 +46,7 @@ class TrainBatches:
     epoch, position), position in parts of that epoch; seconds waited for data are kept in `waited`.
     """
 
-    def __init__(self, split, *, batch, period, seed, accumulate=1, rank=0, world=1, pin=False):
+    def __init__(self, split, *, batch, period=1, seed, accumulate=1, rank=0, world=1, pin=False):
         if batch > len(split):
             raise ValueError(f"--optim.batch must be at most {len(split)} samples, got {batch}")
         if batch % (accumulate * world):
@@ -55,9 +55,13 @@ class TrainBatches:
         self.split, self.seed, self.rank, self.world, self.pin = split, seed, rank, world, pin
         self.part = batch // accumulate
         self.per_epoch = len(split) // batch * accumulate
-        self.period = period * accumulate
+        self.accumulate = accumulate
+        self.set_period(period)
         self.done = 0  # parts handed out
         self.waited = 0.0
+
+    def set_period(self, steps: int) -> None:
+        self.period = steps * self.accumulate
 
     def __len__(self) -> int:
         return self.period

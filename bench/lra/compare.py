@@ -15,14 +15,15 @@ from seqconv import reference
 PLACES = ("seqconv._layer.fftconv", "seqconv.hyena.fftconv")
 
 
-def compare_step(model: nn.Module, batch, rounds: int) -> dict:
+def compare_step(model: nn.Module, batch, rounds: int, autocast: tuple) -> dict:
     """Medians in milliseconds over interleaved rounds, after checking that the gradients agree:
     {"seqconv", "torch.fft", "ratio" (median of the ratios), "difference" (relative L2, worst)}, and on
-    a GPU "peak_mib", the most memory of a step of each.
+    a GPU "peak_mib", the most memory of a step of each. autocast: dtype and whether it is on.
 
     RuntimeError if the gradients differ by 1e-3 or more.
     """
     x, lengths, labels = batch
+    x = x.to(next(model.parameters()).dtype) if x.is_floating_point() else x
     model.eval()  # no dropout: both must compute the same
 
     def step(formulation) -> tuple[float, list[Tensor]]:
@@ -32,7 +33,9 @@ def compare_step(model: nn.Module, batch, rounds: int) -> dict:
             synchronize(x.device)
             start = time.perf_counter()
             model.zero_grad()
-            loss_of(model(x, lengths), labels).backward()
+            with torch.autocast(x.device.type, *autocast):
+                loss = loss_of(model(x, lengths), labels)
+            loss.backward()
             synchronize(x.device)
             return time.perf_counter() - start, [p.grad for p in model.parameters()]
 

@@ -21,9 +21,13 @@ def reopen(run: Path, checkpoint: str | None = None, data: str | None = None):
             result = run / "result.json"
             used = json.loads(result.read_text()).get("checkpoint") if result.exists() else None
             checkpoint = f"{used or 'best'}.ckpt"
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{run} holds no run: {error}") from None
+    try:
         state = torch.load(run / checkpoint, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise SystemExit(f"{run} is not a run with a {checkpoint}: {error}") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"{run / checkpoint} is no checkpoint: {reason}") from None
     config = options.from_dict(facts["config"])
     info, splits = open_task(config.task, data or config.run.data)
     initial, model = classifier(config, info), classifier(config, info)
@@ -37,13 +41,18 @@ def reopen(run: Path, checkpoint: str | None = None, data: str | None = None):
 
 
 def evaluate(
-    run: str, split: str, checkpoint: str | None, data: str | None, batch: int | None
+    run: Path,
+    split: str,
+    checkpoint: str | None,
+    data: str | None,
+    batch: int | None,
+    device: str = "auto",
 ) -> float:
     """Prints and returns the accuracy of a run's checkpoint on a split."""
-    config, info, splits, _, model = reopen(Path(run), checkpoint, data)
+    config, info, splits, _, model = reopen(run, checkpoint, data)
     if split not in splits:
         raise SystemExit(f"--split: {split!r} is none of {', '.join(splits)}")
-    device = device_for(config)
+    device = device_for(device)
     model.to(device).eval()
     batches = EvalBatches(splits[split], batch=batch or config.optim.batch)
     hits = 0

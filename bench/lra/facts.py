@@ -1,10 +1,12 @@
 """What a run was: versions, commit, machine and the operator that its layers used."""
 
+import hashlib
 import platform
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 
@@ -17,6 +19,7 @@ from bench.lra.quiet import lightning
 
 
 def describe(config, info, splits, model, schedule, recipe, device) -> dict:
+    """What run.json says of a run from its start on."""
     threads = torch.get_num_threads()
     name = f"{processor()}, {threads} thread{'s' * (threads > 1)}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
@@ -33,7 +36,9 @@ def describe(config, info, splits, model, schedule, recipe, device) -> dict:
         "published": recipe.published,
         "source": recipe.source,
         "ours": recipe.ours,
+        "changed": changed(config, recipe),
         "samples": {name: len(split) for name, split in splits.items()},
+        "data": fingerprint(info, splits),
         "parameters": sum(p.numel() for p in model.parameters()),
         "operator": operator(model, info, config.optim.batch // config.optim.accumulate, device),
         "device": name,
@@ -45,6 +50,28 @@ def describe(config, info, splits, model, schedule, recipe, device) -> dict:
         "lightning": lightning.__version__,
         "python": platform.python_version(),
     }
+
+
+def changed(config: options.Config, recipe) -> dict:
+    """The options that are not the recipe's."""
+    given = {group: asdict(getattr(recipe, group)) for group in ("model", "kernel", "optim")}
+    return {
+        f"{group}.{name}": value
+        for group, values in given.items()
+        for name, value in asdict(getattr(config, group)).items()
+        if value != values[name]
+    }
+
+
+def fingerprint(info, splits) -> str:
+    """Changes with the samples of a task, or their order."""
+    digest = hashlib.sha256(f"{info.vocab} {info.channels} {info.l_max}".encode())
+    for name, split in splits.items():
+        some = np.linspace(0, len(split) - 1, min(64, len(split))).astype(int)
+        digest.update(f"{name} {len(split)}".encode())
+        for part in (split.labels, split.lengths, split.batch(some)[0]):
+            digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def operator(model: SequenceClassifier, info, batch: int, device: torch.device) -> str:

@@ -1,6 +1,7 @@
 """What happens around the steps of a run: rows of metrics, checkpoints, the progress bar, stopping."""
 
 import math
+import os
 import resource
 import signal
 import statistics
@@ -8,15 +9,19 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bench.lra import files
 from bench.lra.compare import synchronize
+from bench.lra.process import WORLD
 from bench.lra.quiet import lightning
 
 COLUMNS = ("step", "epoch", "seconds", "loss", "accuracy", "val_loss", "val_accuracy", "lr")
 COLUMNS += ("sequences_per_second", "waiting", "peak_mib")
+NEXT_BEST = "best.next.ckpt"
+TOGETHER = 5  # steps after which several processes ask each other whether to stop
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -33,8 +38,9 @@ class Journal(lightning.Callback):
     rows after the one that is resumed from are forgotten.
 
     last.ckpt is written every checkpoint_steps and after each evaluation, best.ckpt after an
-    evaluation better than all before it. `waiting` is the share of the time spent on waiting for
-    data, `seconds` that of training without evaluations.
+    evaluation better than all before it, under another name until last.ckpt knows of it.
+    `waiting` is the share of the time spent on waiting for data, `seconds` that of training
+    without evaluations.
     """
 
     def __init__(self, config, plan, info, batches, out: Path, per_epoch: int):
@@ -66,15 +72,19 @@ class Journal(lightning.Callback):
     # ---- stopping ----
 
     def listen(self):
-        """From now on the first Ctrl-C or SIGTERM asks for a stop, and a second one interrupts at once."""
-        self.previous = {}
+        """From now on the first Ctrl-C or SIGTERM asks for a stop; alone, a second Ctrl-C interrupts at once.
+        (torchrun passes on to its processes what they have had from the terminal.)"""
+        self.previous = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        self._take_signals()
 
+    def _take_signals(self) -> None:
         def handler(number, frame):
             self.asked.append(number)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if WORLD == 1:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.previous[number] = signal.signal(number, handler)
+        for number in self.previous:
+            signal.signal(number, handler)
 
     def unlisten(self):
         for number, previous in self.previous.items():
@@ -83,10 +93,10 @@ class Journal(lightning.Callback):
     def _stopping(self, trainer) -> bool:
         run, step = self.config.run, trainer.global_step
         late = run.stop_minutes and time.perf_counter() - self.started > 60 * run.stop_minutes
-        if trainer.world_size > 1:  # together or not at all
-            late = trainer.strategy.broadcast(bool(late or self.asked)) if run.stop_minutes else 0
-        stop = late or step >= (run.stop_after or math.inf)
-        return bool(stop or (self.asked and trainer.world_size == 1)) and step < self.plan.steps
+        asked = bool(late or self.asked)
+        if WORLD > 1:  # together or not at all; asking the others takes time
+            asked = step % TOGETHER == 0 and any_process(asked)
+        return (asked or step >= (run.stop_after or math.inf)) and step < self.plan.steps
 
     # ---- hooks ----
 
@@ -106,6 +116,7 @@ class Journal(lightning.Callback):
             self.bar = self.progress.add_task("", total=self.plan.steps, **shown)
 
     def on_train_start(self, trainer, module) -> None:
+        self._take_signals()  # Lightning has just installed handlers of its own
         if self.progress:
             self.progress.update(self.bar, completed=trainer.global_step)
         self.mark = self.window = time.perf_counter()
@@ -171,7 +182,7 @@ class Journal(lightning.Callback):
             self.best, self.best_step = row["val_accuracy"], row["step"]
             facts = {"step": row["step"], "val_accuracy": self.best}
             state = {"model": module.model.state_dict(), **facts}
-            files.atomically(self.out / "best.ckpt", lambda file: torch.save(state, file))
+            files.atomically(self.out / NEXT_BEST, lambda file: torch.save(state, file))
         chance = f"chance {self.info.chance:.1%}, majority {self.info.majority:.1%}"
         console.print(
             f"step {row['step']}/{self.plan.steps}  epoch {row['epoch']:.1f}  loss {row['loss']:.3f}  "
@@ -181,6 +192,8 @@ class Journal(lightning.Callback):
 
     def on_train_epoch_end(self, trainer, module) -> None:
         self._save(trainer)
+        if trainer.is_global_zero and (self.out / NEXT_BEST).exists():
+            os.replace(self.out / NEXT_BEST, self.out / "best.ckpt")
         if self._stopping(trainer):
             raise Stopped
         self.mark = self.window = time.perf_counter()
@@ -197,11 +210,18 @@ class Journal(lightning.Callback):
         found = {"best_step": self.best_step, "seconds": self.seconds}
         if self.rows:
             accuracies = [r["val_accuracy"] for r in self.rows if "val_accuracy" in r]
+            found["peak_mib"] = max(r["peak_mib"] for r in self.rows)  # also of earlier sessions
             for name in ("sequences_per_second", "waiting"):
                 found[name] = statistics.median(r[name] for r in self.rows)
             found["val_accuracy"] = accuracies[-1] if accuracies else None
             found["best_val_accuracy"] = self.best if accuracies else None
         return found
+
+
+def any_process(value: bool) -> bool:
+    told = torch.tensor(int(value))  # on the CPU, also where gradients are on GPUs
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
 
 
 def peak_mib(device: torch.device) -> float:

@@ -194,6 +194,18 @@ def check(config: Config) -> None:
     for name, value in (("optim.warmup", o.warmup), ("optim.weight_decay", o.weight_decay)):
         if value < 0:
             raise ValueError(f"--{name} must be >= 0, got {value}")
+    rates = ("kernel_lr", "dt_lr", "dft_lr")
+    rates = {k: getattr(config.kernel, k, None) for k in rates}
+    for name, rate in rates.items():
+        if rate is not None and not rate >= 0:
+            raise ValueError(f"--kernel.{name} must be >= 0, got {rate}")
+    if r.seed < 0 or r.compare < 0:
+        name = "seed" if r.seed < 0 else "compare"
+        raise ValueError(f"--{name} must be >= 0, got {getattr(r, name)}")
+    if r.compare and config.layer == "butterfly":
+        raise ValueError(
+            "--compare must be 0 for butterfly: it is made of torch's products either way"
+        )
     if not 0 <= m.dropout < 1:
         raise ValueError(f"--model.dropout must be in [0, 1), got {m.dropout}")
     if o.batch % o.accumulate:

@@ -31,31 +31,31 @@ class Timing:
     test: float
 
 
-def make(config: Config, samples: int, recipe_epochs: int, timing: Timing | None = None) -> Plan:
+def make(config: Config, samples: int, whole: int, timing: Timing | None = None) -> Plan:
     """The recipe's schedule, or what of it fits into max_minutes with the evaluations: at most a
     fifth of the time goes into those of the validation split. A shortened schedule is shortened
-    as a whole, cosine and all, with a warm-up of at most a tenth."""
+    as a whole, cosine and all, with a warm-up of at most a tenth.
+
+    samples: of the training split. whole: of all the recipe's epochs, by which `share` is measured.
+    """
     optim, run = config.optim, config.run
     per_epoch = samples // optim.batch
-    full = steps = optim.epochs * per_epoch
-    period = run.eval_steps or per_epoch
-    count = max(1, round(steps / period))
+    full = optim.epochs * per_epoch
+    wanted = min(run.eval_steps or per_epoch, full)
+    count = -(-full // wanted)
+    period = -(-full // count)  # the last one as long as the others: a few steps more than `full`
+    cosine, warmup = optim.schedule_steps or period * count, optim.warmup
     if timing is not None:
         seconds = 60 * run.max_minutes - timing.test
         most = max(1, int(0.2 * seconds / max(timing.validation, 1e-9)))
         possible = int((seconds - min(count, most) * timing.validation) / timing.step)
         if possible < full:
-            steps = max(1, possible)
-            count = max(1, min(most, round(steps / period)))
-            possible = int((seconds - count * timing.validation) / timing.step)
-            steps = min(full, max(1, possible))
-    period = max(1, steps // count)
-    cosine = optim.schedule_steps or full
-    warmup = optim.warmup
-    if period * count < full and timing is not None:
-        cosine = max(1, round(cosine * period * count / full))
-        warmup = min(warmup, period * count // 10)
-    elif optim.schedule_steps is None:
-        cosine = period * count
-    share = period * count * optim.batch / (recipe_epochs * samples)
-    return Plan(period * count, period, warmup, cosine, share)
+            count = max(1, min(most, round(max(1, possible) / wanted)))
+            possible = max(1, int((seconds - count * timing.validation) / timing.step))
+            longer = -(-possible // count)
+            pairs = [(p, min(count, max(1, possible // p))) for p in (longer, max(1, longer - 1))]
+            period, count = max(pairs, key=lambda pair: pair[0] * pair[1])
+            shortened = period * count / full
+            cosine = max(1, round((optim.schedule_steps or full) * shortened))
+            warmup = min(warmup, period * count // 10)
+    return Plan(period * count, period, warmup, cosine, period * count * optim.batch / whole)

@@ -26,19 +26,18 @@ def open_task(name: str, root: str):
     """Info and splits; a data set that is missing ends the program with the loader's message."""
     from bench.lra import data
 
-    if WORLD > 1 and RANK > 0:
+    if dist.is_initialized() and RANK > 0:
         dist.barrier()  # the first process packs, the others open
     try:
         opened = data.open_task(name, Path(root))
     except data.DataError as error:
         raise SystemExit(str(error)) from None
-    if WORLD > 1 and RANK == 0:
+    if dist.is_initialized() and RANK == 0:
         dist.barrier()
     return opened
 
 
-def device_for(config: options.Config) -> torch.device:
-    wanted = config.run.device
+def device_for(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no GPU")
     if wanted == "cpu" or not torch.cuda.is_available():
@@ -51,18 +50,21 @@ def move(batch, device: torch.device):
 
 
 def classifier(config: options.Config, info) -> SequenceClassifier:
-    """The model of a seed, the same on every device."""
+    """The model of a seed, the same on every device; options that a layer refuses end the program."""
     torch.manual_seed(config.run.seed)
     with warnings.catch_warnings():
         # LongConv's published settings squash most taps from the start, and it warns of that.
         warnings.filterwarnings("ignore", message="LongConvKernel: lam=")
-        return SequenceClassifier(
-            config.layer,
-            config.model,
-            config.kernel,
-            classes=info.classes,
-            l_max=info.l_max,
-            channels=info.channels,
-            vocab=info.vocab,
-            pair=info.pair,
-        )
+        try:
+            return SequenceClassifier(
+                config.layer,
+                config.model,
+                config.kernel,
+                classes=info.classes,
+                l_max=info.l_max,
+                channels=info.channels,
+                vocab=info.vocab,
+                pair=info.pair,
+            )
+        except (TypeError, ValueError) as error:
+            raise SystemExit(f"{config.task}, {config.layer}: {error}") from None

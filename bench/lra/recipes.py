@@ -26,6 +26,21 @@ ALIASES = {
 }
 
 
+# Sequences in the training split of the published sets.
+SAMPLES = {
+    "listops": 96_000,
+    "text": 25_000,
+    "retrieval": 147_086,
+    "image": 45_000,
+    "pathfinder": 160_000,
+    "pathfinder64": 160_000,
+    "pathx": 160_000,
+    "path256": 160_000,
+    "scifar": 45_000,
+    "speech": 84_843,
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     model: Model
@@ -241,6 +256,12 @@ def recipe(task: str, layer: str) -> Recipe:
         known = [*(t for t in TASKS if t != "ucr"), *ALIASES, "ucr:GunPoint"]
         raise ValueError(f"unknown task {task!r}{suggest(task, known)}")
     return RECIPES[name, layer]
+
+
+def whole(task: str, layer: str, samples: int) -> int:
+    """Sequences that the recipe's training goes through; `samples` where the training split is ours."""
+    published = SAMPLES.get(ALIASES.get(task, task), samples)
+    return recipe(task, layer).optim.epochs * published
 
 
 def suggest(word: str, known) -> str:

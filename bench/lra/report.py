@@ -48,85 +48,92 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def cell(runs: list[dict]) -> str:
-    """Mean and standard deviation of the tests that succeeded, the worst, and how many of all failed."""
-    done = [100 * r["test_accuracy"] for r in runs if r["status"] == "done"]
-    count = sum(map(failed, runs))
-    if not done:
-        return f"failed ({count} of {len(runs)})"
-    text = f"{statistics.mean(done):.2f}"
+    """Mean and standard deviation of all tests, how many of the runs failed, and what is not finished."""
+    ended = [r for r in runs if r["status"] != "unfinished"]
+    done = [100 * r["test_accuracy"] for r in ended if r["status"] == "done"]
+    count = sum(map(failed, ended))
+    notes = [f"{count} of {len(ended)} failed"] if count else []
+    notes += [f"{len(runs) - len(ended)} unfinished"] if len(ended) < len(runs) else []
+    text = f"{statistics.mean(done):.2f}" if done else "-"
     if len(done) > 1:
         text += f" ± {statistics.stdev(done):.2f}"
-    return text + (f" ({count} of {len(runs)} failed)" if count else "")
+    if any(r.get("changed") for r in runs):
+        text += "*"
+    return text + (f" ({', '.join(notes)})" if notes else "")
 
 
 def settings(run: dict) -> str:
-    """What a group of runs shares: all options but the seed and what does not matter."""
+    """What a group of runs shares: data, machine, and all options but the seed and what does not matter."""
     config = {k: v for k, v in run["config"].items() if k != "run"}
     kept = {k: run["config"]["run"].get(k) for k in ("max_minutes", "precision", "eval_steps")}
-    return json.dumps([config, kept], sort_keys=True)
+    facts = {k: run.get(k) for k in ("device", "processes", "samples", "data")}
+    return json.dumps([config, kept, facts], sort_keys=True)
+
+
+def grouped(runs: list[dict]) -> dict[tuple, list[dict]]:
+    """By task, layer and settings, one run of a seed in each: the first that is finished."""
+    groups = defaultdict(dict)
+    for run in runs:
+        seeds = groups[label(run), run["layer"], settings(run)]
+        if run["seed"] not in seeds or seeds[run["seed"]]["status"] == "unfinished":
+            seeds[run["seed"]] = run
+    return {key: [seeds[s] for s in sorted(seeds)] for key, seeds in groups.items()}
 
 
 def summary(runs: list[dict]) -> str:
     """One line per task: chance, majority, and every layer's mean beside its published accuracy."""
     layers = list(dict.fromkeys(r["layer"] for r in runs))
     tasks = list(dict.fromkeys(label(r) for r in runs))
-    rows = []
+    groups, rows = grouped(runs), []
     for task in tasks:
         of_task = [r for r in runs if label(r) == task]
         row = [task, f"{100 * of_task[0]['chance']:.1f}", f"{100 * of_task[0]['majority']:.1f}"]
         for layer in layers:
-            of_layer = [r for r in of_task if r["layer"] == layer and r["status"] != "unfinished"]
+            cells = [cell(g) for key, g in groups.items() if key[:2] == (task, layer)]
             published = [r["published"] for r in of_task if r["layer"] == layer and r["published"]]
-            groups = defaultdict(list)
-            for run in of_layer:
-                groups[settings(run)].append(run)
-            text = "; ".join(map(cell, groups.values())) or "-"
+            text = "; ".join(cells) or "-"
             row.append(text + (f" [{published[0]:g}]" if published else ""))
         rows.append(row)
     return markdown(["task", "chance", "majority", *layers], rows)
 
 
+def spread(values: list[float]) -> str:
+    """One value, or the least and the greatest."""
+    return " to ".join(dict.fromkeys(f"{v:.3g}" for v in (min(values), max(values))))
+
+
 def details(runs: list[dict]) -> str:
     """One line per task, layer and settings: the worst seed, how much of the schedule, and what it cost."""
-    groups = defaultdict(list)
-    for run in runs:
-        groups[label(run), run["layer"], settings(run)].append(run)
     rows = []
-    for (task, layer, _), group in groups.items():
+    for (task, layer, _), group in grouped(runs).items():
         done = [r for r in group if r["status"] == "done"]
-        unfinished = sum(r["status"] == "unfinished" for r in group)
 
-        def mean(name, scale=1.0, done=done):
+        def mean(name, form, scale=1.0, done=done):
             values = [r[name] for r in done if r.get(name) is not None]
-            return statistics.mean(values) * scale if values else None
+            return format(statistics.mean(values) * scale, form) if values else "-"
 
-        def shown(value, form):
-            return "-" if value is None else format(value, form)
-
-        worst = min((100 * r["test_accuracy"] for r in done), default=None)
-        finished = [r for r in group if r["status"] != "unfinished"]
+        first = group[0]
+        changed = ", ".join(f"{k} {v}" for k, v in first.get("changed", {}).items())
+        source = f"{first['published']:g} ({first['source']})" if first["published"] else "-"
+        share = spread([100 * r["plan"]["share"] for r in group])
+        whose = "ours" if first["ours"] else "the published"
         rows.append(
             [
                 task,
                 layer,
                 ", ".join(str(r["seed"]) for r in group),
-                cell(finished) if finished else "-",
-                shown(worst, ".2f"),
-                f"{sum(map(failed, finished))}/{len(finished)}"
-                + (f", {unfinished} unfinished" if unfinished else ""),
-                f"{group[0]['published']:g} ({group[0]['source']})"
-                if group[0]["published"]
-                else "-",
-                f"{group[0]['plan']['share']:.0%} of "
-                + ("ours" if group[0]["ours"] else "the published"),
-                f"{group[0]['parameters']:,}",
-                shown(mean("seconds", 1 / 60), ".1f"),
-                shown(mean("sequences_per_second"), ".0f"),
-                shown(mean("peak_mib"), ".0f"),
-                f"{group[0]['device']}, {group[0]['config']['run']['precision']}",
+                cell(group),
+                format(min(100 * r["test_accuracy"] for r in done), ".2f") if done else "-",
+                source,
+                f"{share}% of {whose}" + (f", with {changed}" if changed else ""),
+                f"{first['parameters']:,}",
+                mean("seconds", ".1f", 1 / 60),
+                mean("sequences_per_second", ".0f"),
+                mean("peak_mib", ".0f"),
+                f"{first['device']}, {first['config']['run']['precision']}",
             ]
         )
-    header = ["task", "layer", "seeds", "test accuracy", "worst", "failed", "published", "schedule"]
+    header = ["task", "layer", "seeds", "test accuracy", "worst", "published", "schedule"]
     header += ["parameters", "minutes", "sequences/s", "peak MiB", "device"]
     return markdown(header, rows)
 
@@ -135,8 +142,9 @@ def report(runs: list[dict]) -> str:
     parts = [
         "Test accuracy in percent of the checkpoint that was best in validation (the last one where the validation "
         "split is not one of its own: Text, UCR): mean ± standard deviation over seeds "
-        "[published]. A run fails if it diverges or stays within "
-        f"{100 * MARGIN:g} points of chance or of the commonest class.",
+        "[published], * with options that are not the recipe's. A run fails if it diverges, and has no accuracy then, "
+        f"or stays within {100 * MARGIN:g} points of chance or of the commonest class, and counts in the mean. Of "
+        "several runs of a seed with the same options, data and machine the first that ended counts.",
         summary(runs),
         details(runs),
     ]

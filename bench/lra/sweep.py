@@ -1,6 +1,7 @@
 """Tasks x layers x seeds, one run after the other, each in a process of its own; resumable."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -8,6 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "bench.lra"]
+
+
+REFUSED = {
+    "--layer": "--layers",
+    "--seed": "--seeds",
+    "--task": "tasks come first",
+    "--config": "give what differs from the recipe as options",
+}
 
 
 def listed(text: str) -> list[str]:
@@ -43,6 +52,9 @@ def main(argv: list[str], make_parser: Callable, parse_fit: Callable) -> None:
             taken += [argv[i + 1]] if not argv[i + 1].startswith("--") else []
         (own if key in known or not key.startswith("-") else rest).extend(taken)
         i += len(taken)
+    for key in (word.partition("=")[0] for word in rest):
+        if key in REFUSED:
+            parser.error(f"{key} is none of a sweep's options: {REFUSED[key]}")
     chosen = parser.parse_args(own)
     if not chosen.tasks:
         parser.error("which tasks? python -m bench.lra --help lists them")
@@ -71,12 +83,12 @@ def run(plans: list[tuple[str, Path, list[str]]], minutes: float | None = None) 
         start = time.perf_counter()
         if minutes is not None:
             left = minutes - (start - began) / 60
-            if left <= 0:
+            if left < 0.1:
                 print(f"{where}: no time is left; the same command goes on", flush=True)
                 raise SystemExit(130)
             extra += ["--stop_minutes", f"{left:.2f}"]
         print(f"{where}: {'resumed' if '--resume' in extra else 'started'}", flush=True)
-        code = subprocess.run([*COMMAND, "fit", *arguments, *extra]).returncode
+        code = wait(subprocess.Popen([*COMMAND, "fit", *arguments, *extra]))
         if code == 130:
             print(f"{where}: stopped; the same command goes on", flush=True)
             raise SystemExit(130)
@@ -87,6 +99,20 @@ def run(plans: list[tuple[str, Path, list[str]]], minutes: float | None = None) 
     if failures:
         print(f"{len(failures)} of {len(plans)} runs failed: {', '.join(failures)}")
         raise SystemExit(1)
+
+
+def wait(process: subprocess.Popen) -> int:
+    """Its return code. It is left to it to stop: Ctrl-C reaches it too, SIGTERM is passed on."""
+    handlers = {
+        signal.SIGINT: lambda *_: None,
+        signal.SIGTERM: lambda *_: process.send_signal(signal.SIGTERM),
+    }
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def outcome(out: Path) -> str:

@@ -1,21 +1,25 @@
 """Trains one run with Lightning, from its options to its result."""
 
 import copy
+import json
+import os
 import pickle
+import shutil
 import statistics
 import time
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from bench.lra import files, options, pictures, plan, recipes
 from bench.lra.batches import EvalBatches, TrainBatches, same, tensors
 from bench.lra.compare import compare_step, synchronize
-from bench.lra.facts import announce, config_yaml, describe
-from bench.lra.journal import Diverged, Journal, Stopped, console, peak_mib
+from bench.lra.facts import announce, config_yaml, describe, fingerprint
+from bench.lra.journal import NEXT_BEST, Diverged, Journal, Stopped, console, peak_mib
 from bench.lra.model import loss_of
 from bench.lra.module import Stamp, Training, make_trainer
 from bench.lra.process import RANK, WORLD, classifier, device_for, move, open_task, together
@@ -27,7 +31,9 @@ def fit(config: options.Config) -> dict:
     where validation has no split of its own; returns what result.json holds."""
     if config.run.wandb and find_spec("wandb") is None:
         raise SystemExit("--wandb: wandb is not installed: pip install wandb")
-    device = device_for(config)
+    device = device_for(config.run.device)
+    if config.run.precision == "16-mixed" and device.type == "cpu":
+        raise SystemExit("--precision 16-mixed needs a GPU; a CPU has bf16-mixed")
     if WORLD == 1:
         return _fit(config, device)
     if device.type == "cuda":
@@ -41,62 +47,65 @@ def fit(config: options.Config) -> dict:
 
 
 def _fit(config: options.Config, device: torch.device) -> dict:
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out, optim = Path(config.out), config.optim
     info, splits = open_task(config.task, config.run.data)
-    if config.optim.batch > len(splits["train"]):
-        most = len(splits["train"])
-        raise SystemExit(
-            f"--optim.batch must be at most {most}, the samples, got {config.optim.batch}"
-        )
     recipe = recipes.recipe(config.task, config.layer)
-    state = prepare(config, out) if RANK == 0 else None
-    state = together(lambda: state and {k: state[k] for k in ("identity", "plan", "global_step")})
+    samples = len(splits["train"])
     model = classifier(config, info)
+    identity = config.identity() | {"data": fingerprint(info, splits)}
+    state = prepare(config, out, identity) if RANK == 0 else None
+    state = together(lambda: state and {k: state[k] for k in ("identity", "plan", "global_step")})
     initial = model.kernels(info.l_max) if RANK == 0 else None
 
     def planned() -> dict:
         timing = measure(model, config, splits, device) if config.run.max_minutes else None
-        return asdict(plan.make(config, len(splits["train"]), recipe.optim.epochs, timing))
+        whole = recipes.whole(config.task, config.layer, samples)
+        return asdict(plan.make(config, samples, whole, timing))
 
+    shares = {"rank": RANK, "world": WORLD, "pin": device.type == "cuda"}
+    order = {"batch": optim.batch, "seed": config.run.seed, "accumulate": optim.accumulate}
+    try:
+        batches = TrainBatches(splits["train"], **order, **shares)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     schedule = plan.Plan(**(state["plan"] if state else together(planned)))
+    batches.set_period(schedule.period)
+    part = optim.batch // optim.accumulate
+    held_out = {s: EvalBatches(splits[s], batch=part, **shares) for s in ("val", "test")}
     facts = describe(config, info, splits, model, schedule, recipe, device)
     if config.run.compare and "fallback" in facts["operator"]:
         text = "The compiled kernels are not in use, so --compare would show nothing"
         raise SystemExit(f"{text}: {facts['operator']}")
     if RANK == 0:
+        if not state:
+            clear(out)
+        facts["sessions"] = sessions(out, facts)
         files.write_text(out / "config.yaml", config_yaml(config))
         files.write_json(out / "run.json", facts)
         announce(facts, config, schedule)
-    result, rows = learn(config, info, splits, model, schedule, state, device)
-    result = facts | result
+    journal = Journal(config, schedule, info, batches, out, samples // optim.batch)
+    stamp = Stamp({"identity": identity, "plan": asdict(schedule)})
+    trainer = make_trainer(config, out, device, schedule, [journal, stamp], state)
+    training = Training(model, info.classes, optim, schedule)
+    result = facts | learn(training, trainer, journal, held_out, splits, device, bool(state))
     if RANK == 0:
-        finish(config, result, model, initial, info, recipe, splits, rows, device)
+        files.write_json(out / "result.json", result)
+        finish(config, result, model, initial, info, recipe, splits, journal.rows, device)
     if result["status"] != "done":
         raise SystemExit(1)
     return result
 
 
-def learn(config, info, splits, model, schedule, state, device) -> tuple[dict, list[dict]]:
-    """Trains and tests the model: the result, and the rows of metrics.csv."""
-    out, optim = Path(config.out), config.optim
-    shares = {"rank": RANK, "world": WORLD, "pin": device.type == "cuda"}
-    order = {"period": schedule.period, "seed": config.run.seed, "accumulate": optim.accumulate}
-    batches = TrainBatches(splits["train"], batch=optim.batch, **order, **shares)
-    part = optim.batch // optim.accumulate
-    held_out = {s: EvalBatches(splits[s], batch=part, **shares) for s in ("val", "test")}
-    training = Training(model, info.classes, optim, schedule)
-    per_epoch = len(splits["train"]) // optim.batch
-    journal = Journal(config, schedule, info, batches, out, per_epoch)
-    stamp = Stamp({"identity": config.identity(), "plan": asdict(schedule)})
-    trainer = make_trainer(config, out, device, schedule, [journal, stamp], state)
-    torch.manual_seed((config.run.seed << 16) + RANK + 1)  # of dropout
+def learn(training, trainer, journal, held_out, splits, device, resumed: bool) -> dict:
+    """Trains and tests the model: the result."""
+    out, seed = journal.out, journal.config.run.seed
+    torch.manual_seed((seed << 16) + RANK + 1)  # of dropout
     result = {"status": "done"}
     journal.listen()
     try:
         with quiet():
-            last = out / "last.ckpt" if state else None
-            trainer.fit(training, batches, held_out["val"], ckpt_path=last)
+            last = out / "last.ckpt" if resumed else None
+            trainer.fit(training, journal.batches, held_out["val"], ckpt_path=last)
     except Stopped:
         journal.close()
         if RANK == 0:
@@ -112,11 +121,11 @@ def learn(config, info, splits, model, schedule, state, device) -> tuple[dict, l
         journal.unlisten()
     result |= {"steps": trainer.global_step, "peak_mib": peak_mib(device)} | journal.summary()
     if result["status"] == "done":
-        result |= choose(splits, model, out, device)
+        result |= choose(splits, training.model, out, device)
         with quiet():
             trainer.test(training, held_out["test"], verbose=False)
         result["test_loss"], result["test_accuracy"] = training.evaluated()
-    return result, journal.rows
+    return result
 
 
 def choose(splits, model, out: Path, device: torch.device) -> dict:
@@ -129,27 +138,56 @@ def choose(splits, model, out: Path, device: torch.device) -> dict:
     return {"checkpoint": "last" if twin else "best", "validation_is": twin}
 
 
-def prepare(config: options.Config, out: Path) -> dict | None:
+def prepare(config: options.Config, out: Path, identity: dict) -> dict | None:
     """The checkpoint to go on from, after checking that it is this run's; None for a new run."""
     last = out / "last.ckpt"
     if not config.run.resume:
         if (out / "run.json").exists() and not config.run.overwrite:
             text = f"{out} holds a run: --resume continues it, --overwrite starts anew"
             raise SystemExit(f"{text}, --out names another folder")
-        for old in ("last.ckpt", "best.ckpt", "result.json", "metrics.csv", "run.json"):
-            (out / old).unlink(missing_ok=True)
         return None
     if not last.exists():
         raise SystemExit(f"--resume: there is no {last}")
-    try:
-        state = torch.load(last, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise SystemExit(f"--resume: {last} cannot be read: {error!r}") from None
-    was, now = state["identity"], config.identity()
-    changed = [f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in now if was.get(k) != now[k]]
+    state = load(last)
+    was = state["identity"]
+    changed = [f"{k} was {was.get(k)!r}, now {v!r}" for k, v in identity.items() if was.get(k) != v]
     if changed:
         raise SystemExit(f"--resume: {last} belongs to another run: {', '.join(changed)}")
+    step = next(s for name, s in state["callbacks"].items() if name.startswith("Journal"))[
+        "best_step"
+    ]
+    best, newer = out / "best.ckpt", out / NEXT_BEST
+    if newer.exists() and load(newer)["step"] == step:  # ended between the two
+        os.replace(newer, best)
+    if step and not (best.exists() and load(best)["step"] == step):
+        raise SystemExit(
+            f"--resume: {last} needs the best weights so far, of step {step}, in {best}"
+        )
     return state
+
+
+def load(path: Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise SystemExit(f"--resume: {path} cannot be read: {error!r}") from None
+
+
+def clear(out: Path) -> None:
+    """Makes room for a new run."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = "last.ckpt", "best.ckpt", NEXT_BEST, "result.json", "metrics.csv", "run.json"
+    for old in (*names, "curves.png", "kernels.png"):
+        (out / old).unlink(missing_ok=True)
+    shutil.rmtree(out / "tensorboard", ignore_errors=True)
+
+
+def sessions(out: Path, facts: dict) -> list[dict]:
+    """Where each part of the run was computed, this one the last."""
+    earlier = out / "run.json"
+    before = json.loads(earlier.read_text()).get("sessions", []) if earlier.exists() else []
+    names = ("device", "processes", "commit", "torch", "seqconv", "operator")
+    return [*before, {name: facts[name] for name in names}]
 
 
 def measure(model, config, splits, device: torch.device) -> plan.Timing:
@@ -192,13 +230,12 @@ def autocast(precision: str) -> tuple[torch.dtype, bool]:
 
 
 def finish(config, result, model, initial, info, recipe, splits, rows, device) -> None:
-    """Pictures, the comparison with torch.fft, result.json and the last lines."""
+    """Pictures, the comparison with torch.fft, and the last lines."""
     out = Path(config.out)
     title = f"{config.task}, {config.layer}"
     if rows:
         pictures.plot_curves(rows, info, recipe.published, title, out / "curves.png")
     if result["status"] != "done":
-        files.write_json(out / "result.json", result)
         console.print(f"[bold]failed[/bold]: {result['error']}")
         return
     from bench.plots import plot_kernels
@@ -214,15 +251,19 @@ def finish(config, result, model, initial, info, recipe, splits, rows, device) -
     )
     if config.run.compare:
         part = config.optim.batch // config.optim.accumulate
-        batch = move(tensors(splits["train"], torch.arange(part).numpy()), device)
+        batch = move(tensors(splits["train"], np.arange(part)), device)
         try:
-            result["compared"] = times = compare_step(model, batch, config.run.compare)
-        except RuntimeError as error:
-            raise SystemExit(str(error)) from None
-        console.print(
-            f"one training step (forward and backward, batch {part}, {torch.get_num_threads()} threads): "
-            f"seqconv {times['seqconv']:.1f} ms, torch.fft {times['torch.fft']:.1f} ms, ratio {times['ratio']:.2f} "
-            f"(median of {config.run.compare} interleaved rounds; gradients agree to {times['difference']:.0e})"
-        )
-    files.write_json(out / "result.json", result)
+            with_half = autocast(config.run.precision)
+            times = compare_step(model, batch, config.run.compare, with_half)
+        except RuntimeError as error:  # out of memory, too
+            result["compared"] = {"error": str(error)}
+            console.print(f"--compare failed: {error}")
+        else:
+            result["compared"] = times
+            console.print(
+                f"one training step (forward and backward, batch {part}, {torch.get_num_threads()} threads): "
+                f"seqconv {times['seqconv']:.1f} ms, torch.fft {times['torch.fft']:.1f} ms, ratio {times['ratio']:.2f} "
+                f"(median of {config.run.compare} interleaved rounds; gradients agree to {times['difference']:.0e})"
+            )
+        files.write_json(out / "result.json", result)
     console.print(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
