@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc/cpu csrc/*.cpp -name '*.h' -o -name '*.cpp') setup.
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 ARCHS := sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 
-.PHONY: demo test sanitize neon device-test device-compile build lint format bench bench-gpu bench-ssm bench-layers bench-table gallery clean
+.PHONY: demo test sanitize neon device-test device-compile build lint format bench bench-gpu bench-ssm bench-layers bench-table lra-table gallery clean
 
 demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--resume
 	$(BIN)/python -m bench.lra fit mnist5k --optim.epochs 6 --compare 15 --overwrite $(ARGS)
@@ -73,6 +73,9 @@ gallery: .venv/ready  ## pictures of every layer's kernels before and after trai
 
 bench-table: .venv/ready  ## the README's table and picture, from bench/results
 	$(BIN)/python -m bench.fftconv --table
+
+lra-table: .venv/ready  ## the README's table of training runs, from bench/results
+	$(BIN)/python -m bench.lra report bench/results/lra.jsonl --out bench/results/lra.md --readme README.md
 
 clean:
 	rm -rf .venv build dist *.egg-info seqconv/*.so runs

@@ -187,8 +187,11 @@ def report(argv: list[str]) -> None:
     )
     parser.add_argument("--out", type=str | None, default=None, help="write the Markdown there too")
     parser.add_argument("--json", type=str | None, default=None, help="keep the runs in a file")
+    parser.add_argument(
+        "--readme", type=str | None, default=None, help="put the first table between its lra marks"
+    )
     chosen = parser.parse_args(underscored(argv))
-    from bench.lra.report import keep, load, report
+    from bench.lra.report import keep, load, report, summary
 
     absent = [place for place in chosen.places if not Path(place).exists()]
     if absent:
@@ -201,6 +204,10 @@ def report(argv: list[str]) -> None:
         Path(chosen.out).write_text(report(runs) + "\n")
     if chosen.json:
         keep(runs, Path(chosen.json))
+    if chosen.readme:
+        from bench.report import replace_between
+
+        replace_between(Path(chosen.readme), "lra", summary(runs))
 
 
 def sweep(argv: list[str]) -> None:
