@@ -73,5 +73,8 @@ def test_report_does_not_mix_unlike_runs(tmp_path):
     write_run(tmp_path / "d", "digits", "s4d", 0, 0.6, changed={"model.d_model": 16})
     runs = load([tmp_path / name for name in "abc"])
     assert "| 85.00 ± 7.07; 70.00 |" in report(runs) and "| 1.9 to 50% of ours |" in report(runs)
+    write_run(tmp_path / "e", "digits", "s4d", 0, 0.7, operator="reference: fallback")
+    text = report(load([tmp_path / "b", tmp_path / "e"]))
+    assert "| 70.00; 70.00 |" in text and text.count("32-true, on torch.fft |") == 1
     text = report(load([tmp_path / "d"]))
     assert "| 60.00* |" in text and "25% of ours, with model.d_model 16" in text

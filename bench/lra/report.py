@@ -66,7 +66,7 @@ def settings(run: dict) -> str:
     """What a group of runs shares: data, machine, and all options but the seed and what does not matter."""
     config = {k: v for k, v in run["config"].items() if k != "run"}
     kept = {k: run["config"]["run"].get(k) for k in ("max_minutes", "precision", "eval_steps")}
-    facts = {k: run.get(k) for k in ("device", "processes", "samples", "data")}
+    facts = {k: run.get(k) for k in ("device", "operator", "processes", "samples", "data")}
     return json.dumps([config, kept, facts], sort_keys=True)
 
 
@@ -116,6 +116,7 @@ def details(runs: list[dict]) -> str:
         changed = ", ".join(f"{k} {v}" for k, v in first.get("changed", {}).items())
         source = f"{first['published']:g} ({first['source']})" if first["published"] else "-"
         share = spread([100 * r["plan"]["share"] for r in group])
+        torch_fft = ", on torch.fft" if "fallback" in first.get("operator", "") else ""
         whose = "ours" if first["ours"] else "the published"
         rows.append(
             [
@@ -130,7 +131,7 @@ def details(runs: list[dict]) -> str:
                 mean("seconds", ".1f", 1 / 60),
                 mean("sequences_per_second", ".0f"),
                 mean("peak_mib", ".0f"),
-                f"{first['device']}, {first['config']['run']['precision']}",
+                f"{first['device']}, {first['config']['run']['precision']}{torch_fft}",
             ]
         )
     header = ["task", "layer", "seeds", "test accuracy", "worst", "published", "schedule"]
