@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+from lra_run import ROOT
 
 from bench.lra.__main__ import parse_fit
 from bench.lra.recipes import recipe
-from bench.lra.report import keep, load, report
+from bench.lra.report import keep, load, report, summary
 
 
 def write_run(
@@ -78,3 +79,13 @@ def test_report_does_not_mix_unlike_runs(tmp_path):
     assert "| 70.00; 70.00 |" in text and text.count("32-true, on torch.fft |") == 1
     text = report(load([tmp_path / "d"]))
     assert "| 60.00* |" in text and "25% of ours, with model.d_model 16" in text
+
+
+def test_the_readme_shows_the_runs_that_are_kept():
+    results = ROOT / "bench/results"
+    runs = load([results / "lra.jsonl"])
+    assert summary(runs) in (ROOT / "README.md").read_text()
+    assert (results / "lra.md").read_text() == report(runs) + "\n"
+    for run in runs:  # nothing of where they were computed but the machine
+        assert not Path(run["config"]["run"]["data"]).is_absolute()
+        assert not Path(run["config"]["run"]["out"]).is_absolute()
