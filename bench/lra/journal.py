@@ -194,6 +194,7 @@ class Journal(lightning.Callback):
         self._save(trainer)
         if trainer.is_global_zero and (self.out / NEXT_BEST).exists():
             os.replace(self.out / NEXT_BEST, self.out / "best.ckpt")
+        trainer.strategy.barrier()  # the others load it for the test
         if self._stopping(trainer):
             raise Stopped
         self.mark = self.window = time.perf_counter()
