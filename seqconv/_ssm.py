@@ -13,8 +13,8 @@ from torch.autograd import Function
 from seqconv import _autograd, _cpu, _cuda, _ops
 from seqconv._explanation import Explanation
 
-_ops.library.define("ssm_fwd(Tensor a, Tensor w, SymInt length, bool single) -> Tensor")
-_ops.library.define("ssm_bwd(Tensor dk, Tensor a, Tensor w) -> (Tensor, Tensor)")
+_ops.library.define("ssm_fwd(Tensor a, Tensor w, SymInt length, bool single, bool fused) -> Tensor")
+_ops.library.define("ssm_bwd(Tensor dk, Tensor a, Tensor w, bool fused) -> (Tensor, Tensor)")
 fwd = torch.ops.seqconv.ssm_fwd.default
 bwd = torch.ops.seqconv.ssm_bwd.default
 
@@ -24,9 +24,9 @@ _CHUNK = 1 << 22  # elements of a table of the torch formulation
 def mode_sum(a: Tensor, w: Tensor, length: int, single: bool, backend: str = "auto") -> Tensor:
     if backend == "keops":
         return keops(a, w, length).to(torch.float32 if single else torch.float64)
-    if backend == "torch" or _plain(a, w):
+    if _plain(a, w):
         return _chunked(a, w, length, single)
-    return fwd(a, w, length, single)
+    return fwd(a, w, length, single, backend != "torch")
 
 
 transformed = _autograd.transformed
@@ -40,8 +40,8 @@ def _plain(*tensors: Tensor) -> bool:
 def moments(a: Tensor, u: Tensor) -> Tensor:
     """S_0[b,h,n] = sum_l u[b,h,l] exp(a[h,n] l) for u (batch, channels, length), as (b, h, n, 2)."""
     none = a.new_zeros(u.shape[0], *a.shape)
-    backward = _chunked_bwd if _plain(a, u) else bwd
-    return backward(u, a, none)[1] * a.new_tensor([1.0, -1.0])
+    grads = _chunked_bwd(u, a, none) if _plain(a, u) else bwd(u, a, none, True)
+    return grads[1] * a.new_tensor([1.0, -1.0])
 
 
 # ---- torch: the blocked product that the CPU kernels do, through bmm ----
@@ -184,10 +184,10 @@ def how(device: torch.device, single: bool, backend: str) -> Explanation:
     return Explanation("cpu", product, None, 1, _cpu.isa(), _cpu.threads(), None)
 
 
-def _fwd(a: Tensor, w: Tensor, length: int, single: bool) -> Tensor:
+def _fwd(a: Tensor, w: Tensor, length: int, single: bool, fused: bool) -> Tensor:
     if length == 0 or w.numel() == 0:
         return w.new_zeros(*w.shape[:2], length, dtype=_dtype(single))
-    backend = _fused(a, _dtype(single))
+    backend = _fused(a, _dtype(single)) if fused else None
     if backend is None:
         return _chunked(a, w, length, single)
     k = w.new_empty(*w.shape[:2], length, dtype=_dtype(single))
@@ -195,10 +195,10 @@ def _fwd(a: Tensor, w: Tensor, length: int, single: bool) -> Tensor:
     return k
 
 
-def _bwd(dk: Tensor, a: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+def _bwd(dk: Tensor, a: Tensor, w: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
     if dk.numel() == 0 or w.numel() == 0:
         return torch.zeros_like(a), torch.zeros_like(w)
-    backend = _fused(a, dk.dtype)
+    backend = _fused(a, dk.dtype) if fused else None
     if backend is None:
         return _chunked_bwd(dk, a, w)
     da, dw = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, w))
@@ -206,11 +206,11 @@ def _bwd(dk: Tensor, a: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return da, dw
 
 
-def _fwd_fake(a, w, length, single):
+def _fwd_fake(a, w, length, single, fused):
     return w.new_empty(*w.shape[:2], length, dtype=_dtype(single))
 
 
-def _bwd_fake(dk, a, w):
+def _bwd_fake(dk, a, w, fused):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, w))
 
 
@@ -222,27 +222,28 @@ torch.library.register_fake("seqconv::ssm_bwd", _bwd_fake, lib=_ops.library)
 
 class _Forward(Function):
     @staticmethod
-    def forward(ctx, a, w, length, single):
+    def forward(ctx, a, w, length, single, fused):
         ctx.save_for_backward(a, w)
+        ctx.fused = fused
         with _autograd.below_autograd():
-            return fwd(a, w, length, single)
+            return fwd(a, w, length, single, fused)
 
     @staticmethod
     def backward(ctx, dk):
-        return (*bwd(dk, *ctx.saved_tensors), None, None)
+        return (*bwd(dk, *ctx.saved_tensors, ctx.fused), None, None, None)
 
 
 class _Backward(Function):
     @staticmethod
-    def forward(ctx, dk, a, w):
+    def forward(ctx, dk, a, w, fused):
         ctx.save_for_backward(dk, a, w)
         with _autograd.below_autograd():
-            return bwd(dk, a, w)
+            return bwd(dk, a, w, fused)
 
     @staticmethod
     def backward(ctx, *grads):
         """Second derivatives and higher, composed of the torch formulation."""
-        needed, create = ctx.needs_input_grad, torch.is_grad_enabled()
+        needed, create = ctx.needs_input_grad[:3], torch.is_grad_enabled()
         with torch.enable_grad():
             own = [_autograd.as_node(t) for t in ctx.saved_tensors]
             dk, a, w = own
@@ -251,7 +252,7 @@ class _Backward(Function):
         asked = [t for t, need in zip(own, needed, strict=True) if need]
         options = {"create_graph": create, "allow_unused": True}
         found = iter(torch.autograd.grad(outputs, asked, grads, **options))
-        return tuple(next(found) if need else None for need in needed)
+        return (*(next(found) if need else None for need in needed), None)
 
 
 _ops.library.impl("ssm_fwd", _autograd.kernel(fwd, _Forward), "Autograd")

@@ -244,9 +244,12 @@ def test_autocast_trains(make):
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )
-def test_compile_and_export(make):
+@pytest.mark.parametrize(
+    "name, options", [*((n, {}) for n in LAYERS), ("s4d", {"backend": "torch"})]
+)
+def test_compile_and_export(name, options):
     torch._dynamo.reset()
-    layer = make(bidirectional=True)
+    layer = LAYERS[name](bidirectional=True, **options)
     x = torch.randn(2, 50, D)
 
     def gradients(function):
@@ -259,7 +262,7 @@ def test_compile_and_export(make):
     for ours, theirs in zip(gradients(compiled), gradients(layer), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     # A graph of LongConv holds up to l_max, one of S4D for every length.
-    longest = 5000 if make is LAYERS["s4d"] else 79
+    longest = 5000 if name == "s4d" else 79
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=longest)}
     shapes = {"x": sizes}
     program = torch.export.export(layer.eval(), (x,), dynamic_shapes=shapes)

@@ -175,7 +175,7 @@ def test_the_torch_gradient_is_the_compiled_one():
     a = torch.stack([-torch.rand(9, 4), torch.randn(9, 4)], -1).double()
     for length in (1, 2, 3, 50, 1000):
         w, dk = torch.randn(2, 9, 4, 2).double(), torch.randn(2, 9, length).double()
-        for x, y in zip(_ssm._chunked_bwd(dk, a, w), _ssm.bwd(dk, a, w), strict=True):
+        for x, y in zip(_ssm._chunked_bwd(dk, a, w), _ssm.bwd(dk, a, w, True), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 
@@ -228,16 +228,18 @@ def test_transforms():
     torch.testing.assert_close(grads[0], expected)
 
 
-def test_operators_pass_opcheck():
+@pytest.mark.parametrize("fused", [True, False])
+def test_operators_pass_opcheck(fused):
     a = torch.stack([-torch.rand(3, 4), torch.randn(3, 4)], -1).double().requires_grad_()
     w = torch.randn(2, 3, 4, 2).double().requires_grad_()
     for single in (True, False):
-        torch.library.opcheck(_ssm.fwd, (a, w, 50, single))
+        torch.library.opcheck(_ssm.fwd, (a, w, 50, single, fused))
         dk = torch.randn(2, 3, 50, dtype=torch.float32 if single else torch.float64)
-        torch.library.opcheck(_ssm.bwd, (dk.requires_grad_(), a, w))
+        torch.library.opcheck(_ssm.bwd, (dk.requires_grad_(), a, w, fused))
 
 
-def test_compiled_once_for_all_lengths():
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_compiled_once_for_all_lengths(backend):
     torch._dynamo.reset()
     log_dt, A, C, B = system(dtype=torch.float32)
     graphs = []
@@ -247,13 +249,14 @@ def test_compiled_once_for_all_lengths():
         return graph
 
     compiled = torch.compile(
-        lambda length: ssm_kernel(log_dt, A, C, length, B=B),
+        lambda length: ssm_kernel(log_dt, A, C, length, B=B, backend=backend),
         fullgraph=True,
         dynamic=True,
         backend=count,
     )
     for length in (50, 70, 4000):
-        torch.testing.assert_close(compiled(length), ssm_kernel(log_dt, A, C, length, B=B))
+        expected = ssm_kernel(log_dt, A, C, length, B=B, backend=backend)
+        torch.testing.assert_close(compiled(length), expected)
     assert len(graphs) == 1
 
 
@@ -287,7 +290,7 @@ for backend in ("auto", "torch"):
     log_dt = torch.full((64,), -5.0, requires_grad=True)
     ssm_kernel(log_dt, A, C, 100, backend=backend).sum().backward()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    more = 100 << 20 if backend == "auto" else 700 << 20
+    more = 100 << 20 if backend == "auto" else 250 << 20
     resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + more, -1))
     ssm_kernel(log_dt, A, C, 65536, backend=backend).sum().backward()
     resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
