@@ -104,8 +104,12 @@ _ops.library.impl("butterfly_fwd", _autograd.kernel(fwd, _Forward), "Autograd")
 _ops.library.impl("butterfly_bwd", _autograd.kernel(bwd, _Backward), "Autograd")
 
 
-def transform(x: Tensor, matrices: Tensor, radices: tuple[int, ...]) -> Tensor:
-    """reference.butterfly by the operator; torch.func and forward-mode, which it lacks, in plain torch."""
-    if not torch.compiler.is_compiling() and _autograd.transformed((x, matrices)):
-        return reference.butterfly(x, split(matrices, radices), radices)
+def transform(
+    x: Tensor, matrices: Tensor, radices: tuple[int, ...], activation: str | None = None
+) -> Tensor:
+    """reference.butterfly by the operator; what it lacks, torch.func, forward-mode and activations, in plain torch."""
+    plain = not torch.compiler.is_compiling() and _autograd.transformed((x, matrices))
+    if plain or activation is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.butterfly(x, split(matrices, radices), radices, activation)
     return fwd(x, matrices, radices)

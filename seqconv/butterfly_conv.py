@@ -7,8 +7,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqconv import _butterfly, reference
-from seqconv._check import check_flag, check_positive, check_rate
+from seqconv._check import check_choice, check_flag, check_positive, check_rate
 from seqconv._layer import ConvLayer, KernelGenerator, passes_options_to
+from seqconv.functional import ACTIVATIONS
 from seqconv.long_conv import LongConvKernel
 
 
@@ -36,7 +37,8 @@ class Butterfly(KernelGenerator):
     Parameters: matrices.<m> (heads, m, m, 2), real and imaginary parts, for every size m that
     occurs: the Fourier matrix F_m, so that the transform begins as the exact one. additive: the
     matrix is F_m + dropout(matrices.<m>), and that begins as 0.01 N(0, 1). heads divide the
-    channels evenly. They are float32 in half precision.
+    channels evenly. They are float32 in half precision. activation: of real and imaginary parts after
+    every pass, "gelu", "silu" or "relu"; no Fourier transform then, from the start.
     Optimiser: min(lr, `lr` here), no weight decay.
 
     Twin: seqconv.reference.butterfly.
@@ -48,17 +50,19 @@ class Butterfly(KernelGenerator):
         *,
         heads: int = 1,
         additive: bool = False,
+        activation: str | None = None,
         dropout: float = 0.0,
         lr: float = 1e-3,
     ):
         super().__init__()
         check_positive("Butterfly", n=n, heads=heads)
         check_flag("Butterfly", additive=additive)
+        check_choice("Butterfly", "activation", activation, ACTIVATIONS)
         check_rate("Butterfly", lr=lr)
         if n < 2 or n & (n - 1):
             raise ValueError(f"Butterfly: n must be a power of two >= 2, got {n}")
         self.radices = radices(n)
-        self.additive = additive
+        self.additive, self.activation = additive, activation
         self.dropout = nn.Dropout(dropout)
         self.matrices = nn.ParameterDict()
         for size in _butterfly.sizes(self.radices):
@@ -74,10 +78,11 @@ class Butterfly(KernelGenerator):
             if self.additive:
                 learned = learned + fourier(matrix.shape[1], matrix.device).to(matrix.dtype)
             parts.append(learned.flatten(1, 2))
-        return _butterfly.transform(x, torch.cat(parts, 1), self.radices)
+        return _butterfly.transform(x, torch.cat(parts, 1), self.radices, self.activation)
 
     def extra_repr(self) -> str:
-        return f"{' x '.join(map(str, self.radices))}, additive={self.additive}"
+        passes = " x ".join(map(str, self.radices))
+        return f"{passes}, additive={self.additive}, activation={self.activation}"
 
 
 class ButterflyConv(ConvLayer):
@@ -90,7 +95,7 @@ class ButterflyConv(ConvLayer):
     LongConv to round-off: causal, a convolution. Once its matrices are learned it is neither: every
     output sees every input, the product no longer means a sum over lags, and the imaginary part
     that arises is dropped. Hence it has no step-by-step form, and none for the future
-    (bidirectional). With additive=True it begins beside the exact one.
+    (bidirectional). With additive=True it begins beside the exact one, with dft_activation far from it.
 
     Every input is padded to n, whatever its length, and all l_max taps are used: an input with zeros
     behind it gives the same outputs. Learned transforms of another length would have other matrices.
@@ -105,6 +110,8 @@ class ButterflyConv(ConvLayer):
         heads: kernels per channel; the linear map takes heads * d_model inputs.
         butterfly_heads: sets of matrices; each serves d_model / butterfly_heads neighbouring channels.
         additive: learn what is added to the Fourier matrices instead of the matrices.
+        dft_activation: of real and imaginary parts after every pass of both transforms, "gelu", "silu"
+            or "relu"; never on CUDA's own kernels.
         dft_dropout: of single elements of the learned matrices, in training.
         dft_lr, kernel_lr: learning rates that param_groups gives to matrices and taps, or its own
             lr if that is smaller.
@@ -132,6 +139,7 @@ class ButterflyConv(ConvLayer):
         heads: int = 1,
         butterfly_heads: int = 1,
         additive: bool = False,
+        dft_activation: str | None = None,
         dft_dropout: float = 0.0,
         dft_lr: float = 1e-3,
         init: str = "double_exp",
@@ -145,6 +153,7 @@ class ButterflyConv(ConvLayer):
         sizes = {"d_model": d_model, "l_max": l_max, "heads": heads}
         check_positive("ButterflyConv", **sizes, butterfly_heads=butterfly_heads)
         check_flag("ButterflyConv", additive=additive)
+        check_choice("ButterflyConv", "dft_activation", dft_activation, ACTIVATIONS)
         if d_model % butterfly_heads:
             text = f"must divide d_model={d_model}, got {butterfly_heads}"
             raise ValueError(f"ButterflyConv: butterfly_heads {text}")
@@ -154,7 +163,8 @@ class ButterflyConv(ConvLayer):
         super().__init__(d_model, kernel, heads=heads, bidirectional=False, **block)
         self.l_max = l_max
         n = 1 << (2 * l_max - 1).bit_length()
-        options = {"additive": additive, "dropout": dft_dropout, "lr": dft_lr}
+        options = {"additive": additive, "activation": dft_activation}
+        options |= {"dropout": dft_dropout, "lr": dft_lr}
         self.input_transform = Butterfly(n, heads=butterfly_heads, **options)
         self.kernel_transform = Butterfly(n, heads=butterfly_heads, **options)
 

@@ -204,7 +204,12 @@ def backward(dy, u, k, k_rev, skip, pre_gate, post_gate, activation):
     return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
 
 
-def butterfly(x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...]) -> Tensor:
+def butterfly(
+    x: Tensor,
+    factors: dict[int, Tensor],
+    radices: tuple[int, ...],
+    activation: str | None = None,
+) -> Tensor:
     """The transform of real rows by passes of small matrices with fixed twiddles between them; exact Fourier
     matrices give the discrete Fourier transform.
 
@@ -215,17 +220,18 @@ def butterfly(x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...]) -
         x: (batch, channels, length), padded with zeros to n = product of radices.
         factors: for every radix (heads, radix, radix, 2), real and imaginary parts; channels are split
             evenly among heads. Shared by all passes of that radix.
+        activation: of real and imaginary parts after every pass.
 
     Returns:
         (batch, channels, n, 2), frequencies in natural order; at least in float32.
     """
-    *_, z = _butterfly_passes(x, factors, radices)
+    *_, z = _butterfly_passes(x, factors, radices, activation)
     # the digits of the frequency, the first pass's lowest, lie from the slowest axis on
     z = z.reshape(*x.shape[:2], *radices).permute(0, 1, *range(len(radices) + 1, 1, -1))
     return torch.view_as_real(z.reshape(*x.shape[:2], math.prod(radices)).contiguous())
 
 
-def _butterfly_passes(x, factors, radices) -> list[Tensor]:
+def _butterfly_passes(x, factors, radices, activation=None) -> list[Tensor]:
     """What every pass begins with, (batch, heads, channels of one, blocks, radix, s), and what the last one gives."""
     batch, channels, length = x.shape
     x = F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, math.prod(radices) - length))
@@ -236,6 +242,8 @@ def _butterfly_passes(x, factors, radices) -> list[Tensor]:
         s //= radix
         steps.append(z.reshape(batch, len(matrix), channels // len(matrix), blocks, radix, s))
         z = torch.einsum("hpi,bhcmis->bhcmps", matrix, steps[-1]) * _twiddles(radix, s, z)
+        if activation is not None:
+            z = torch.complex(activate(z.real, activation), activate(z.imag, activation))
         blocks *= radix
     return [*steps, z]
 

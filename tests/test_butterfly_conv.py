@@ -23,6 +23,7 @@ OPTIONS = {
     "heads": {"heads": 3, "butterfly_heads": 2},
     "additive": {"additive": True, "butterfly_heads": 3},
     "silu": {"activation": "silu", "postact": None},
+    "relu inside": {"dft_activation": "relu", "butterfly_heads": 2},
 }
 
 
@@ -99,7 +100,8 @@ def test_layer_is_its_formula(options, float64):
                 own = matrix[i // shared, None]
                 extra = fourier(int(size)) if options.get("additive") else 0
                 factors[int(size)] = own + extra
-            channels.append(reference.butterfly(rows[:, i : i + 1], factors, part.radices))
+            inside = options.get("dft_activation")
+            channels.append(reference.butterfly(rows[:, i : i + 1], factors, part.radices, inside))
         spectra.append(torch.view_as_complex(torch.cat(channels, 1)))
     product = spectra[0][:, None] * spectra[1]
     v = torch.fft.ifft(product).real[..., :70] + layer.skip[..., None] * x.mT[:, None]
@@ -109,6 +111,24 @@ def test_layer_is_its_formula(options, float64):
         first, gate = h.chunk(2, -1)
         h = first * torch.sigmoid(gate)
     torch.testing.assert_close(layer(x), h, rtol=1e-10, atol=1e-10)
+
+
+def test_activation_after_every_pass(float64):
+    """32 = 16 x 2 points as two sums written out, silu of both parts after each."""
+    transform = perturb(Butterfly(32, activation="silu"))
+    x = torch.randn(1, 1, 30)
+    f16, f2 = (torch.view_as_complex(transform.matrices[m][0]) for m in ("16", "2"))
+
+    def silu(z):
+        return torch.complex(F.silu(z.real), F.silu(z.imag))
+
+    rows = F.pad(x, (0, 2)).reshape(16, 2).to(f16.dtype)  # time 2 i + s
+    turns = torch.outer(torch.arange(16.0), torch.arange(2.0)) * (-2 * math.pi / 32)
+    first = silu(f16 @ rows * torch.polar(torch.ones_like(turns), turns))
+    second = silu(first @ f2.T)  # (p, q): frequency p + 16 q
+    torch.testing.assert_close(torch.view_as_complex(transform(x))[0, 0], second.T.flatten())
+    exact = perturb(Butterfly(32))(x)
+    assert rel_l2(transform(x), exact) > 0.1
 
 
 def test_causal_at_first_and_no_longer_once_learned(float64):
@@ -248,6 +268,8 @@ def test_contract():
         make(butterfly_heads=4)
     with pytest.raises(ValueError, match="additive must be True or False, got 1"):
         make(additive=1)
+    with pytest.raises(ValueError, match=r"dft_activation must be one of .* got 'tanh'"):
+        make(dft_activation="tanh")
     with pytest.raises(ValueError, match="dropout probability"):
         make(dft_dropout=1.5)
     for n in (1, 12):
@@ -296,7 +318,9 @@ def test_autocast_trains():
     )
 
 
-@pytest.mark.parametrize("options", [{"heads": 2}, {"additive": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"heads": 2}, {"additive": True}, {"dft_activation": "gelu"}], ids=str
+)
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )

@@ -37,7 +37,7 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "sgconv": LAYER,
     "hyena": LAYER | {"functional"},
     # Not another layer but its kernel generator: the taps are LongConv's, only the transforms differ.
-    "butterfly_conv": LAYER | {"_butterfly", "long_conv", "reference"},
+    "butterfly_conv": LAYER | {"_butterfly", "functional", "long_conv", "reference"},
     "optim": {"_layer"},
     "nn": LAYER,
     "convert": {*LAYER, "long_conv", "s4d", "sgconv"},

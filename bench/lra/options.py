@@ -78,6 +78,9 @@ class Butterfly:
     heads: int = option("kernels per channel", default=2)
     butterfly_heads: int = option("sets of learned matrices", default=1)
     additive: bool = option("learn what is added to the Fourier matrices", default=False)
+    dft_activation: Literal["gelu", "silu", "relu"] | None = option(
+        "of both parts after every pass of the transforms", default=None
+    )
     dft_dropout: float = option("of single elements of the matrices", default=0.0)
     dft_lr: float = option("learning rate of the matrices", default=1e-3)
     kernel_lr: float = option("learning rate of the taps", default=1e-3)
