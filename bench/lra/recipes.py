@@ -218,22 +218,24 @@ def _our_small(table: dict) -> None:
     }
     kernels = {
         "s4d": S4D(),
-        "sgconv": SGConv(kernel_dim=16),
+        "sgconv": SGConv(kernel_dim=16, kernel_lr=0.01),
         "long_conv": LongConv(init="double_exp", lam=0.001, heads=1, bidirectional=True),
         "butterfly": Butterfly(init="double_exp", lam=0.001, heads=1),
         "hyena": Hyena(),
     }
+    # Free taps need more passes than structured ones.
+    free, none = kernels["long_conv"], {"lam": 0.0, "kernel_dropout": 0.0}
+    own = {
+        ("mnist5k", "s4d"): (S4D(bidirectional=False), 20),
+        ("r8", "long_conv"): (replace(free, kernel_lr=0.002), 20),
+        ("ucr", "long_conv"): (replace(free, **none), 100),
+        ("pathfinder32-easy", "sgconv"): (SGConv(kernel_dim=32, kernel_lr=0.01), 3),
+        ("pathfinder32-easy", "long_conv"): (replace(free, **none, kernel_lr=0.004), 6),
+    }
     for task, (model, optim) in rows.items():
         for layer, kernel in kernels.items():
-            if layer == "s4d" and task == "mnist5k":
-                kernel = S4D(bidirectional=False)
-            if layer == "sgconv" and task == "pathfinder32-easy":
-                kernel = SGConv(kernel_dim=32)
-            if layer == "long_conv" and task in ("ucr", "pathfinder32-easy"):
-                kernel = replace(kernel, lam=0.0, kernel_dropout=0.0)
-            if layer == "long_conv" and task == "pathfinder32-easy":
-                kernel = replace(kernel, kernel_lr=0.004)
-            table[task, layer] = Recipe(model, kernel, optim, ours=True)
+            kernel, epochs = own.get((task, layer), (kernel, optim.epochs))
+            table[task, layer] = Recipe(model, kernel, replace(optim, epochs=epochs), ours=True)
 
 
 def _table() -> MappingProxyType:
