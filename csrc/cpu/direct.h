@@ -1,0 +1,72 @@
+// Short kernels as the sums they are, without transforms. Part of conv.h.
+
+constexpr int64_t kDirectChunk = 256;
+
+// out[i] (+)= sum_j kk[j] x[i + width - 1 - j], or, flipped, sum_j kk[j] x[i + j]; i <
+// kDirectChunk.
+template <bool kFlipped, class T>
+void direct_chunk(const T* kk, int64_t width, const T* x, T* out, bool add) {
+  using V = typename VectorOf<T>::Unaligned;
+  constexpr int kAtOnce = 4;
+  for (int64_t i = 0; i < kDirectChunk; i += kAtOnce * kLanes<T>) {
+    Vec<T> acc[kAtOnce];
+    SEQCONV_UNROLL
+    for (int v = 0; v < kAtOnce; ++v)
+      acc[v] = add ? *reinterpret_cast<const V*>(out + i + v * kLanes<T>) : Vec<T>{};
+    for (int64_t j = 0; j < width; ++j) {
+      const Vec<T> tap = splat(kk[j]);
+      const T* from = x + i + (kFlipped ? j : width - 1 - j);
+      SEQCONV_UNROLL
+      for (int v = 0; v < kAtOnce; ++v)
+        acc[v] += tap * *reinterpret_cast<const V*>(from + v * kLanes<T>);
+    }
+    SEQCONV_UNROLL
+    for (int v = 0; v < kAtOnce; ++v) *reinterpret_cast<V*>(out + i + v * kLanes<T>) = acc[v];
+  }
+}
+
+// sum_i a[i] b[i], i < n
+template <class T>
+double dot(const T* a, const T* b, int64_t n) {
+  using V = typename VectorOf<T>::Unaligned;
+  Vec<T> acc[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>) {
+    SEQCONV_UNROLL
+    for (int v = 0; v < 4; ++v)
+      acc[v] += *reinterpret_cast<const V*>(a + i + v * kLanes<T>) *
+                *reinterpret_cast<const V*>(b + i + v * kLanes<T>);
+  }
+  T rest = 0;
+  for (; i < n; ++i) rest += a[i] * b[i];
+  const Vec<T> both = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  double sum = static_cast<double>(rest);
+  for (int lane = 0; lane < kLanes<T>; ++lane) sum += static_cast<double>(both[lane]);
+  return sum;
+}
+
+constexpr int64_t kDirectWindow = kDirectChunk + kDirectTaps;
+
+template <class T>
+void direct_forward(const Work<T>& w, const T* kk, const Source<T>& in, const Sink<T>& sink) {
+  alignas(64) T window[kDirectWindow], staging[kDirectChunk];
+  for (int64_t t = 0; t < w.p.length; t += kDirectChunk) {
+    const int64_t n = w.p.length - t < kDirectChunk ? w.p.length - t : kDirectChunk;
+    const T* x = in.window(t + w.reach + 1 - w.width, kDirectChunk + w.width - 1, window);
+    T* direct = sink.find(t, kDirectChunk);
+    direct_chunk<false, T>(kk, w.width, x, direct ? direct : staging, false);
+    if (!direct) sink.take_all(t, n, staging);
+  }
+}
+
+// dots[j] += sum_t dv[t] x[t + reach - j]
+template <class T>
+void direct_dots(const Work<T>& w, const Source<T>& in, const Source<T>& grad, double* dots) {
+  alignas(64) T window[kDirectWindow], staging[kDirectChunk];
+  for (int64_t t = 0; t < w.p.length; t += kDirectChunk) {
+    const int64_t n = w.p.length - t < kDirectChunk ? w.p.length - t : kDirectChunk;
+    const T* x = in.window(t + w.reach + 1 - w.width, kDirectChunk + w.width - 1, window);
+    const T* dv = grad.window(t, n, staging);
+    for (int64_t j = 0; j < w.width; ++j) dots[j] += dot(dv, x + w.width - 1 - j, n);
+  }
+}
