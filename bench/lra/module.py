@@ -129,7 +129,8 @@ def make_trainer(config, out: Path, device, schedule, callbacks, state) -> light
     purge = {"purge_step": state["global_step"]} if state else {}
     loggers = [TensorBoardLogger(out, name="", version="tensorboard", **purge)]
     if config.run.wandb:
-        loggers.append(WandbLogger(project=config.run.wandb, name=out.name, save_dir=out))
+        options = {"name": out.name, "save_dir": out, "config": config.identity()}
+        loggers.append(WandbLogger(project=config.run.wandb, **options))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
     return lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
