@@ -23,7 +23,7 @@ sanitize: .venv/ready  ## the kernels' tests under AddressSanitizer and Undefine
 	cd build/sanitize && CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 ../../$(BIN)/python -m pytest -q -m "not slow" \
-	  tests/test_fftconv.py tests/test_random.py tests/test_plan.py tests/test_kernels.py tests/test_ssm.py $(ARGS)
+	  tests/test_fftconv.py tests/test_random.py tests/test_plan.py tests/test_kernels.py tests/test_ssm.py tests/test_butterfly_kernels.py $(ARGS)
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SEQCONV_EMULATOR_FLAGS="$(SANITIZE)" ../../$(BIN)/python -m pytest -q \
 	  tests/test_device.py tests/test_cuda_ssm.py \

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "cpu/butterfly.h"
 #include "cpu/fftconv.h"
 #include "cpu/ssm.h"
 
@@ -31,9 +32,10 @@ struct Reader {
     if (value == -1 && PyErr_Occurred()) ok = false;
     return value;
   }
+  char* address() { return reinterpret_cast<char*>(static_cast<intptr_t>(next())); }
   Tensor tensor() {
     Tensor t;
-    t.data = reinterpret_cast<char*>(static_cast<intptr_t>(next()));
+    t.data = address();
     t.dtype = static_cast<seqconv::Dtype>(next());
     for (int64_t& stride : t.stride) stride = next();
     return t;
@@ -70,15 +72,21 @@ bool read_problem(PyObject* const* args, Py_ssize_t count, bool backward, Proble
   return read.ok;
 }
 
-PyObject* call(PyObject* const* args, Py_ssize_t count, bool backward) {
-  Problem problem;
-  if (!read_problem(args, count, backward, &problem)) return nullptr;
+// None, or MemoryError.
+template <class Op>
+PyObject* run(const Op& op) {
   seqconv::Status status;
   Py_BEGIN_ALLOW_THREADS;
-  status = backward ? seqconv::backward(problem) : seqconv::forward(problem);
+  status = op();
   Py_END_ALLOW_THREADS;
   if (status == seqconv::Status::kOutOfMemory) return PyErr_NoMemory();
   Py_RETURN_NONE;
+}
+
+PyObject* call(PyObject* const* args, Py_ssize_t count, bool backward) {
+  Problem problem;
+  if (!read_problem(args, count, backward, &problem)) return nullptr;
+  return run([&] { return backward ? seqconv::backward(problem) : seqconv::forward(problem); });
 }
 
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -98,7 +106,6 @@ PyObject* ssm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return nullptr;
   }
   Reader read{args};
-  const auto address = [&] { return reinterpret_cast<char*>(static_cast<intptr_t>(read.next())); };
   seqconv::SsmProblem p{};
   p.heads = read.next();
   p.channels = read.next();
@@ -106,23 +113,48 @@ PyObject* ssm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   p.length = read.next();
   p.single = read.next();
   p.threads = static_cast<int>(read.next());
-  p.a = reinterpret_cast<const double*>(address());
-  p.w = reinterpret_cast<const double*>(address());
+  p.a = reinterpret_cast<const double*>(read.address());
+  p.w = reinterpret_cast<const double*>(read.address());
   if (backward) {
-    p.dk = address();
+    p.dk = read.address();
     for (int64_t& stride : p.dk_stride) stride = read.next();
-    p.da = reinterpret_cast<double*>(address());
-    p.dw = reinterpret_cast<double*>(address());
+    p.da = reinterpret_cast<double*>(read.address());
+    p.dw = reinterpret_cast<double*>(read.address());
   } else {
-    p.k = address();
+    p.k = read.address();
   }
   if (!read.ok) return nullptr;
-  seqconv::Status status;
-  Py_BEGIN_ALLOW_THREADS;
-  status = backward ? seqconv::ssm_backward(p) : seqconv::ssm_forward(p);
-  Py_END_ALLOW_THREADS;
-  if (status == seqconv::Status::kOutOfMemory) return PyErr_NoMemory();
-  Py_RETURN_NONE;
+  return run([&] { return backward ? seqconv::ssm_backward(p) : seqconv::ssm_forward(p); });
+}
+
+// batch, channels, length, heads, n, whether double, threads, x, addresses of matrices and
+// twiddles; then of z, or of dz, dx, and the address of dmatrices.
+PyObject* butterfly(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr Py_ssize_t kCommon = 9 + kPerTensor;
+  const bool backward = count == kCommon + kPerTensor + 2;
+  if (count != kCommon + 1 && !backward) {
+    PyErr_Format(PyExc_TypeError, "seqconv._C: %zd or %zd integers wanted, got %zd", kCommon + 1,
+                 kCommon + kPerTensor + 2, count);
+    return nullptr;
+  }
+  Reader read{args};
+  seqconv::ButterflyProblem p{};
+  for (int64_t* size : {&p.batch, &p.channels, &p.length, &p.heads, &p.n}) *size = read.next();
+  p.compute_double = read.next();
+  p.threads = static_cast<int>(read.next());
+  p.x = read.tensor();
+  p.matrices = read.address();
+  p.twiddles = read.address();
+  if (backward) {
+    p.dz = read.address();
+    p.dx = read.tensor();
+    p.dmatrices = read.address();
+  } else {
+    p.z = read.address();
+  }
+  if (!read.ok) return nullptr;
+  return run(
+      [&] { return backward ? seqconv::butterfly_backward(p) : seqconv::butterfly_forward(p); });
 }
 
 PyObject* set_parallel_for(PyObject*, PyObject* address) {
@@ -166,6 +198,7 @@ PyMethodDef methods[] = {
     {"forward", fastcall(forward), METH_FASTCALL, "Runs the operator on packed arguments."},
     {"backward", fastcall(backward), METH_FASTCALL, "Runs its gradient on packed arguments."},
     {"ssm", fastcall(ssm), METH_FASTCALL, "A state space model's kernel, or its gradient."},
+    {"butterfly", fastcall(butterfly), METH_FASTCALL, "A learned butterfly, or its gradient."},
     {"set_parallel_for", set_parallel_for, METH_O, "Takes the address of torch_parallel_for."},
     {"set_isa", set_isa, METH_VARARGS, "Selects an instruction set; False if it cannot run here."},
     {"isa", isa, METH_NOARGS, "The instruction set in use."},

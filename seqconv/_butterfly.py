@@ -2,7 +2,7 @@
 
 x (batch, channels, length); matrices (heads, sum of the squares of the sizes, 2), the matrices of
 every size that occurs, in the order in which `radices` names them, flattened; z (batch, channels,
-n, 2). CUDA's kernels where they run and a block holds a row, reference.butterfly elsewhere.
+n, 2). The compiled kernels on a CPU, CUDA's where a block holds a row, reference.butterfly elsewhere.
 """
 
 import math
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from seqconv import _autograd, _cuda, _ops, reference
+from seqconv import _autograd, _cpu, _cuda, _ops, reference
+from seqconv._pack import materialise
 
 _ops.library.define("butterfly_fwd(Tensor x, Tensor matrices, int[] radices) -> Tensor")
 _ops.library.define(
@@ -32,29 +33,64 @@ def split(matrices: Tensor, radices) -> dict[int, Tensor]:
     return {s: p.unflatten(1, (s, s)) for s, p in zip(sizes(radices), parts, strict=True)}
 
 
-def _kernels_run(x: Tensor, n: int) -> bool:
-    if x.device.type != "cuda" or not x.numel() or _ops.fallback_reason(x.device, x.dtype, n):
-        return False
-    return _cuda.holds(x.device, n)
+def _check(x: Tensor, matrices: Tensor, radices) -> None:
+    """Kernels trust what they are given."""
+    heads, elements = matrices.shape[0], sum(s * s for s in sizes(radices))
+    if not x.is_floating_point():
+        raise TypeError(f"Butterfly: x must be of a floating dtype, got {x.dtype}")
+    if x.dim() != 3 or x.shape[2] > math.prod(radices) or x.shape[1] % heads:
+        text = f"(batch, multiple of {heads}, length <= {math.prod(radices)})"
+        raise ValueError(f"Butterfly: x must be {text}, got {tuple(x.shape)}")
+    if matrices.shape[1:] != (elements, 2):
+        text = f"(heads, {elements}, 2) for passes of {tuple(radices)}"
+        raise ValueError(f"Butterfly: matrices must be {text}, got {tuple(matrices.shape)}")
+
+
+def _kernels_of(x: Tensor, radices) -> str | None:
+    """The device type whose kernels do this, None if none do."""
+    n = math.prod(radices)
+    if not x.numel() or _ops.fallback_reason(x.device, x.dtype, n):
+        return None
+    if x.device.type == "cuda":
+        return "cuda" if _cuda.holds(x.device, n) else None
+    return "cpu" if _cpu.holds_butterfly(tuple(radices)) else None
+
+
+def _empty(x: Tensor, radices) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(*x.shape[:2], math.prod(radices), 2, dtype=wide)
 
 
 def _fwd(x, matrices, radices):
-    place = (
-        _cuda.butterfly_transform if _kernels_run(x, math.prod(radices)) else reference.butterfly
-    )
-    return place(x, split(matrices, radices), tuple(radices))
+    _check(x, matrices, radices)
+    radices, place = tuple(radices), _kernels_of(x, radices)
+    if place == "cpu":
+        z = _empty(x, radices)
+        factors = materialise(matrices).to(z.dtype).contiguous()
+        _cpu.butterfly_forward(z, x, factors, radices)
+        return z
+    transform = _cuda.butterfly_transform if place == "cuda" else reference.butterfly
+    return transform(x, split(matrices, radices), radices)
 
 
 def _bwd(dz, x, matrices, radices):
-    fused = _kernels_run(x, math.prod(radices))
-    place = _cuda.butterfly_gradients if fused else reference.butterfly_backward
-    dx, grads = place(dz, x, split(matrices, radices), tuple(radices))
+    _check(x, matrices, radices)
+    if dz.shape != (*x.shape[:2], math.prod(radices), 2):
+        raise ValueError(f"Butterfly: dz must be like the output, got {tuple(dz.shape)}")
+    radices, place = tuple(radices), _kernels_of(x, radices)
+    if place == "cpu":
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dz, factors = (materialise(t).to(wide).contiguous() for t in (dz, matrices))
+        dx, grads = x.new_empty(x.shape), torch.empty_like(factors)
+        _cpu.butterfly_backward(dx, grads, dz, x, factors, radices)
+        return dx, grads.to(matrices.dtype)
+    gradients = _cuda.butterfly_gradients if place == "cuda" else reference.butterfly_backward
+    dx, grads = gradients(dz, x, split(matrices, radices), radices)
     return dx, torch.cat([grads[s].flatten(1, 2) for s in sizes(radices)], 1)
 
 
 def _fwd_fake(x, matrices, radices):
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(*x.shape[:2], math.prod(radices), 2, dtype=wide)
+    return _empty(x, radices)
 
 
 def _bwd_fake(dz, x, matrices, radices):

@@ -1,9 +1,11 @@
 """The CPU kernels: packs tensors into plain integers for seqconv._C and lends it torch's threads."""
 
 import ctypes
+import math
 import os
 import sys
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -133,6 +135,41 @@ def backward(grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activation) -> N
         *pack(dpre_gate, SIGNAL),
         *pack(dpost_gate, SIGNAL),
     )
+
+
+def holds_butterfly(radices: tuple[int, ...]) -> bool:
+    """Whether the kernels have such passes: of 16 points, and at most one, the last, of fewer."""
+    return set(radices[:-1]) <= {16} and (radices[-1] == 16 or len(radices) > 1)
+
+
+@lru_cache(16)
+def _twiddles(radices: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Of every pass but the last exp(-2 pi i p j / (r s)), real parts (s, r), then imaginary ones."""
+    s, parts = math.prod(radices), [torch.zeros(1)]  # never empty
+    for radix in radices[:-1]:
+        s //= radix
+        p, j = (torch.arange(m, dtype=torch.float64) for m in (radix, s))
+        turn = j[:, None] * p * (-2 * math.pi / (radix * s))
+        parts += [turn.cos().flatten(), turn.sin().flatten()]
+    return torch.cat(parts[1:] or parts).to(dtype)
+
+
+def _butterfly_problem(x, matrices, radices):
+    asked = torch.get_num_threads() if threaded else 1
+    sizes = (*x.shape, matrices.shape[0], math.prod(radices), x.dtype == torch.float64, asked)
+    twiddles = _twiddles(radices, matrices.dtype)
+    return (*sizes, *pack(x, SIGNAL), matrices.data_ptr(), twiddles.data_ptr())
+
+
+def butterfly_forward(z, x, matrices, radices) -> None:
+    """Writes z, contiguous; matrices contiguous, in z's dtype; see seqconv._butterfly for the shapes."""
+    _C.butterfly(*_butterfly_problem(materialise(x), matrices, radices), z.data_ptr())
+
+
+def butterfly_backward(dx, dmatrices, dz, x, matrices, radices) -> None:
+    """Writes dx and dmatrices; all but x and dx contiguous and in dz's dtype."""
+    problem = _butterfly_problem(materialise(x), matrices, radices)
+    _C.butterfly(*problem, dz.data_ptr(), *pack(dx, SIGNAL), dmatrices.data_ptr())
 
 
 def _ssm_problem(k, a, w):

@@ -111,16 +111,17 @@ class ButterflyConv(ConvLayer):
         butterfly_heads: sets of matrices; each serves d_model / butterfly_heads neighbouring channels.
         additive: learn what is added to the Fourier matrices instead of the matrices.
         dft_activation: of real and imaginary parts after every pass of both transforms, "gelu", "silu"
-            or "relu"; never on CUDA's own kernels.
+            or "relu"; by matrix products of torch.
         dft_dropout: of single elements of the learned matrices, in training.
         dft_lr, kernel_lr: learning rates that param_groups gives to matrices and taps, or its own
             lr if that is smaller.
         init, lam, smooth, smooth_window, kernel_dropout: of the taps, as in LongConv.
         activation, dropout, tie_dropout, postact: as in LongConv.
 
-    Cost: on CUDA, float32 or narrower, kernels of its own while a block's memory holds n complex
-    numbers (l_max <= 8192 on an H100); matrix products of torch elsewhere. Memory batch d_model n
-    complex numbers for the spectrum, and heads times that for the product.
+    Cost: kernels of its own on a CPU from l_max = 9 on, and on CUDA, float32 or narrower, while a
+    block's memory holds n complex numbers (l_max <= 8192 on an H100); matrix products of torch
+    elsewhere. Memory batch d_model n complex numbers for the spectrum, and heads times that for the
+    product.
 
     Source: arXiv 2302.06646, section 3.4. Example:
         >>> layer = ButterflyConv(8, l_max=100)

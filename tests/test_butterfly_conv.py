@@ -471,12 +471,13 @@ def on_cuda(library, monkeypatch):
     monkeypatch.setattr(driver, "device", lambda index: device)
     monkeypatch.setattr(_cuda, "_index", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    run = _butterfly._kernels_run
+    kernels_of = _butterfly._kernels_of
 
-    def pretend(x, n):
-        return run(SimpleNamespace(device=torch.device("cuda"), dtype=x.dtype, numel=x.numel), n)
+    def pretend(x, radices):
+        there = SimpleNamespace(device=torch.device("cuda"), dtype=x.dtype, numel=x.numel)
+        return kernels_of(there, radices)
 
-    monkeypatch.setattr(_butterfly, "_kernels_run", pretend)
+    monkeypatch.setattr(_butterfly, "_kernels_of", pretend)
     return device
 
 
@@ -495,7 +496,7 @@ def test_the_layer_on_cudas_road(on_cuda, l_max):
     names = [launch[0] for launch in on_cuda.launches]
     assert names == ["butterfly"] * 2 + ["butterfly_backward"] * 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_butterfly, "_kernels_run", lambda *_: False)
+        patch.setattr(_butterfly, "_kernels_of", lambda *_: None)
         theirs = results(exact, x.double())
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == torch.float32 and rel_l2(a, b) < 2e-6

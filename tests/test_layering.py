@@ -25,7 +25,7 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "_cuda.driver": {"_cuda.kernels", "_cuda.plan", "_cuda.tables"},
     "_cuda": {"_cuda.butterfly", "_cuda.convolution", "_cuda.driver", "_cuda.plan", "_cuda.ssm"},
     "_ops": {"_cpu", "_cuda", "reference"},
-    "_butterfly": {"_autograd", "_cuda", "_ops", "reference"},
+    "_butterfly": {"_autograd", "_cpu", "_cuda", "_ops", "_pack", "reference"},
     "_autograd": {"_ops", "reference"},
     "functional": {"_autograd", "_check", "_cpu", "_cuda", "_explanation", "_ops", "reference"},
     "_layer": {"_check", "functional"},

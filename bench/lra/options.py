@@ -207,7 +207,7 @@ def check(config: Config) -> None:
         raise ValueError(f"--{name} must be >= 0, got {getattr(r, name)}")
     if r.compare and config.layer == "butterfly":
         raise ValueError(
-            "--compare must be 0 for butterfly: it is made of torch's products either way"
+            "--compare must be 0 for butterfly: it has no fftconv to put torch.fft in the place of"
         )
     if not 0 <= m.dropout < 1:
         raise ValueError(f"--model.dropout must be in [0, 1), got {m.dropout}")

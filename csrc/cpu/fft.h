@@ -2,7 +2,7 @@
 // the order in which the nodes split, and the inverse takes it in that order: nothing is ever
 // reordered. Included inside an instruction set's namespace, after simd.h.
 
-#include "butterfly.h"
+#include "radix.h"
 
 // One stage of `nodes` nodes of m vectors each; positions [begin, end) of their segments.
 template <int R, bool kCompact, bool kForward, class T>

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "butterfly.h"
 #include "fftconv.h"
 #include "ssm.h"
 
@@ -88,12 +89,22 @@ struct SsmKernel {
                    char* scratch);
 };
 
+// A unit is some rows of a head: (batch, channel of the head). backward sets `sums`, the gradient
+// of the head's matrices from them.
+struct ButterflyKernel {
+  size_t (*scratch_bytes)(const ButterflyProblem&, bool backward);
+  void (*forward)(const ButterflyProblem&, int64_t head, int64_t begin, int64_t end, char* scratch);
+  void (*backward)(const ButterflyProblem&, int64_t head, int64_t begin, int64_t end, double* sums,
+                   char* scratch);
+};
+
 struct IsaKernels {
   const char* name;
   bool (*runnable)();
   Kernel<float> f32;
   Kernel<double> f64;
   SsmKernel ssm_f32, ssm_f64;
+  ButterflyKernel butterfly_f32, butterfly_f64;
   const IsaKernels* shorter = nullptr;  // for rows of fewer points than kShort, if not this one
 };
 constexpr int64_t kShort = 65;

@@ -26,6 +26,8 @@ namespace avx2 {
 #include "conv.h"
 //
 #include "modes.h"
+//
+#include "passes.h"
 }  // namespace avx2
 }  // namespace seqconv
 
@@ -43,7 +45,9 @@ const IsaKernels kAvx2 = {
     avx2::kKernel<float>,
     avx2::kKernel<double>,
     avx2::kSsmKernel<float>,
-    avx2::kSsmKernel<double>};
+    avx2::kSsmKernel<double>,
+    avx2::kButterflyKernel<float>,
+    avx2::kButterflyKernel<double>};
 
 }  // namespace seqconv
 #endif

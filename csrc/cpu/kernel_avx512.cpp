@@ -30,6 +30,8 @@ namespace avx512 {
 #include "conv.h"
 //
 #include "modes.h"
+//
+#include "passes.h"
 }  // namespace avx512
 }  // namespace seqconv
 
@@ -52,6 +54,8 @@ const IsaKernels kAvx512 = {"avx512",
                             avx512::kKernel<double>,
                             avx512::kSsmKernel<float>,
                             avx512::kSsmKernel<double>,
+                            avx512::kButterflyKernel<float>,
+                            avx512::kButterflyKernel<double>,
                             &kAvx2};
 
 }  // namespace seqconv

@@ -16,6 +16,8 @@ namespace neon {
 #include "conv.h"
 //
 #include "modes.h"
+//
+#include "passes.h"
 }  // namespace neon
 
 const IsaKernels kNeon = {"neon",
@@ -23,7 +25,9 @@ const IsaKernels kNeon = {"neon",
                           neon::kKernel<float>,
                           neon::kKernel<double>,
                           neon::kSsmKernel<float>,
-                          neon::kSsmKernel<double>};
+                          neon::kSsmKernel<double>,
+                          neon::kButterflyKernel<float>,
+                          neon::kButterflyKernel<double>};
 
 }  // namespace seqconv
 #endif

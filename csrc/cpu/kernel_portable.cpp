@@ -15,6 +15,8 @@ namespace portable {
 #include "conv.h"
 //
 #include "modes.h"
+//
+#include "passes.h"
 }  // namespace portable
 
 const IsaKernels kPortable = {"portable",
@@ -22,6 +24,8 @@ const IsaKernels kPortable = {"portable",
                               portable::kKernel<float>,
                               portable::kKernel<double>,
                               portable::kSsmKernel<float>,
-                              portable::kSsmKernel<double>};
+                              portable::kSsmKernel<double>,
+                              portable::kButterflyKernel<float>,
+                              portable::kButterflyKernel<double>};
 
 }  // namespace seqconv

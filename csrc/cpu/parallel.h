@@ -1,5 +1,6 @@
 // Memory and threads for the drivers of the kernels (fftconv.cpp, ssm.cpp).
 #pragma once
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 
@@ -32,6 +33,19 @@ void in_parallel(int64_t count, const Op& op) {
     for (int64_t i = begin; i < end; ++i) (*static_cast<const Op*>(context))();
   };
   run_parallel(count, run, const_cast<void*>(static_cast<const void*>(&op)));
+}
+
+// op(unit, scratch) for every unit, on as many threads at most; `bytes` of scratch for each.
+template <class Op>
+Status share_out(int64_t units, int threads, size_t bytes, const Op& op) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  in_parallel(threads < units ? threads : units, [&] {
+    const Memory scratch = allocate(bytes);
+    if (!scratch) return failed.store(true);
+    for (int64_t i; (i = next.fetch_add(1)) < units;) op(i, scratch.get());
+  });
+  return failed.load() ? Status::kOutOfMemory : Status::kOk;
 }
 
 }  // namespace seqconv

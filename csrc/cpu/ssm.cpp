@@ -2,7 +2,6 @@
 #include "ssm.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "parallel.h"
 
@@ -36,15 +35,10 @@ Status for_each(const SsmProblem& p, bool backward, int64_t units, const Op& op)
   const int64_t work = p.heads * p.channels * p.modes * p.length;
   const int threads = work < kSerialWork ? 1 : threads_for(p.threads);
   const size_t bytes = kernel_for(p).scratch_bytes(p, backward);
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
-  in_parallel(std::min<int64_t>(threads, units), [&] {
-    const Memory scratch = allocate(bytes);
-    if (!scratch) return failed.store(true);
+  return share_out(units, threads, bytes, [&](int64_t i, char* scratch) {
     const FlushToZero flush;
-    for (int64_t i; (i = next.fetch_add(1)) < units;) op(i, scratch.get());
+    op(i, scratch);
   });
-  return failed.load() ? Status::kOutOfMemory : Status::kOk;
 }
 
 // Cut by shape alone: sums over the parts must not depend on the threads.

@@ -1,0 +1,113 @@
+"""The learned butterfly's CPU kernels against the definition in float64, for every instruction set."""
+
+import pytest
+import torch
+from accuracy import rel_l2
+
+from seqconv import _butterfly, _cpu, reference
+from seqconv.butterfly_conv import Butterfly, fourier, radices
+
+SIZES = [(16, 16), (16, 1), (32, 20), (64, 33), (128, 128), (256, 129), (512, 500), (2048, 1025)]
+
+
+def problem(n: int, length: int, *, batch=2, channels=4, heads=2, dtype=torch.float32, last=True):
+    """x with channels last in memory if `last`; matrices near the Fourier ones, so that z keeps its size."""
+    passes = radices(n)
+    x = torch.randn(batch, length, channels).mT if last else torch.randn(batch, channels, length)
+    parts = [fourier(s).expand(heads, s, s, 2) for s in _butterfly.sizes(passes)]
+    parts = [(p + 0.1 * torch.randn_like(p)).flatten(1, 2) for p in parts]
+    wide = torch.promote_types(dtype, torch.float32)
+    return x.to(dtype), torch.cat(parts, 1).to(wide), passes
+
+
+def check(x, matrices, passes):
+    z = _butterfly.fwd(x, matrices, passes)
+    dz = torch.randn_like(z)
+    dx, grads = _butterfly.bwd(dz, x, matrices, passes)
+    factors = _butterfly.split(matrices.double(), passes)
+    wanted = reference.butterfly(x.double(), factors, passes)
+    wanted_dx, wanted_grads = reference.butterfly_backward(dz.double(), x.double(), factors, passes)
+    flat = [wanted_grads[s].flatten(1, 2) for s in _butterfly.sizes(passes)]
+    assert z.dtype == grads.dtype == matrices.dtype and dx.dtype == x.dtype
+    bound = 1e-14 if z.dtype == torch.float64 else 1e-6
+    assert rel_l2(z, wanted) < bound and rel_l2(grads, torch.cat(flat, 1)) < bound
+    assert rel_l2(dx, wanted_dx) < max(bound, torch.finfo(x.dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n, length", SIZES)
+def test_the_transform_is_its_definition(isa, n, length, dtype):
+    assert _butterfly._kernels_of(torch.zeros(1, 1, 1), radices(n)) == "cpu"
+    check(*problem(n, length, dtype=dtype))
+
+
+def test_float16(isa):
+    check(*problem(64, 50, dtype=torch.float16))
+
+
+def test_any_strides_and_shapes():
+    for batch, channels, heads in ((1, 1, 1), (3, 6, 3), (5, 2, 1), (40, 8, 4), (1, 200, 2)):
+        for last in (True, False):
+            check(*problem(64, 40, batch=batch, channels=channels, heads=heads, last=last))
+    x, matrices, passes = problem(128, 100)
+    check(x.expand(2, 4, 100)[:1].expand(3, 4, 100), matrices, passes)
+    check(x[:, ::2, 1::3], matrices, passes)
+    check(x.flip(0), matrices[:, :, :].transpose(0, 1).contiguous().transpose(0, 1), passes)
+
+
+def test_long_rows():
+    check(*problem(1 << 16, 40_000, batch=1, channels=2, heads=1))
+
+
+def test_a_lazily_conjugated_gradient():
+    x, matrices, passes = problem(32, 30)
+    z = torch.view_as_complex(_butterfly.fwd(x, matrices, passes))
+    lazy = torch.view_as_real(z.conj().resolve_conj())
+    negated = torch.view_as_real(z)[..., 1].unsqueeze(-1).expand(*z.shape, 2)
+    lazily = z.conj().imag.unsqueeze(-1).expand(*z.shape, 2)
+    assert lazily.is_neg()
+    for a, b in ((lazy, lazy.clone()), (lazily, -negated)):
+        ours = _butterfly.bwd(a, x, matrices, passes)
+        theirs = _butterfly.bwd(b.contiguous(), x, matrices, passes)
+        assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_threads_do_not_change_a_bit():
+    before, results = torch.get_num_threads(), []
+    x, matrices, passes = problem(256, 200, batch=7, channels=30, heads=3)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            z = _butterfly.fwd(x, matrices, passes)
+            results.append([z, *_butterfly.bwd(z, x, matrices, passes)])
+    finally:
+        torch.set_num_threads(before)
+    for later in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], later, strict=True))
+
+
+def test_which_calls_take_the_kernels(monkeypatch):
+    x = torch.zeros(1, 1, 8)
+    for passes in ((16,), (16, 16), (16, 2), (16, 16, 8)):
+        assert _butterfly._kernels_of(x, passes) == "cpu"
+    for passes in ((2,), (8,), (4, 2), (2, 16), (16, 2, 16)):
+        assert _butterfly._kernels_of(x, passes) is None
+    assert _butterfly._kernels_of(x[:0], (16,)) is None
+    monkeypatch.setattr(_cpu, "missing", "not compiled")
+    assert _butterfly._kernels_of(x, (16,)) is None
+
+
+def test_kernels_are_not_given_what_they_would_overrun():
+    x, matrices, passes = problem(32, 30)
+    transform = Butterfly(32, heads=2)
+    for bad in (torch.zeros(1, 2, 33), torch.zeros(1, 3, 8), torch.zeros(2, 8)):
+        with pytest.raises(ValueError, match=r"x must be \(batch, multiple of 2, length <= 32\)"):
+            transform(bad)
+    with pytest.raises(TypeError, match="floating"):
+        transform(torch.zeros(1, 2, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"matrices must be \(heads, 260, 2\)"):
+        _butterfly.fwd(x, matrices[:, 1:], passes)
+    with pytest.raises(ValueError, match="dz must be like the output"):
+        _butterfly.bwd(torch.zeros(2, 4, 31, 2), x, matrices, passes)
+    with pytest.raises(TypeError, match="integers wanted"):
+        _cpu._C.butterfly(1, 2, 3)
