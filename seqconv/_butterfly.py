@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from seqconv import _autograd, _cpu, _cuda, _ops, reference
-from seqconv._pack import materialise
+from seqconv._pack import DTYPES
 
 _ops.library.define("butterfly_fwd(Tensor x, Tensor matrices, int[] radices) -> Tensor")
 _ops.library.define(
@@ -35,15 +35,20 @@ def split(matrices: Tensor, radices) -> dict[int, Tensor]:
 
 def _check(x: Tensor, matrices: Tensor, radices) -> None:
     """Kernels trust what they are given."""
-    heads, elements = matrices.shape[0], sum(s * s for s in sizes(radices))
-    if not x.is_floating_point():
-        raise TypeError(f"Butterfly: x must be of a floating dtype, got {x.dtype}")
-    if x.dim() != 3 or x.shape[2] > math.prod(radices) or x.shape[1] % heads:
-        text = f"(batch, multiple of {heads}, length <= {math.prod(radices)})"
-        raise ValueError(f"Butterfly: x must be {text}, got {tuple(x.shape)}")
-    if matrices.shape[1:] != (elements, 2):
-        text = f"(heads, {elements}, 2) for passes of {tuple(radices)}"
+    elements, n = sum(size * size for size in sizes(radices)), math.prod(radices)
+    for name, t in (("x", x), ("matrices", matrices)):
+        if t.dtype not in DTYPES:
+            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TypeError(f"Butterfly: {name} must be one of {wanted}, got {t.dtype}")
+    if matrices.dim() != 3 or matrices.shape[1:] != (elements, 2) or not matrices.shape[0]:
+        text = f"(heads >= 1, {elements}, 2) for passes of {tuple(radices)}"
         raise ValueError(f"Butterfly: matrices must be {text}, got {tuple(matrices.shape)}")
+    heads = matrices.shape[0]
+    if x.dim() != 3 or x.shape[2] > n or x.shape[1] % heads:
+        text = f"(batch, multiple of {heads}, length <= {n})"
+        raise ValueError(f"Butterfly: x must be {text}, got {tuple(x.shape)}")
+    if x.device != matrices.device:
+        raise ValueError(f"Butterfly: x must be on {matrices.device}, got {x.device}")
 
 
 def _kernels_of(x: Tensor, radices) -> str | None:
@@ -66,8 +71,7 @@ def _fwd(x, matrices, radices):
     radices, place = tuple(radices), _kernels_of(x, radices)
     if place == "cpu":
         z = _empty(x, radices)
-        factors = materialise(matrices).to(z.dtype).contiguous()
-        _cpu.butterfly_forward(z, x, factors, radices)
+        _cpu.butterfly_forward(z, x, matrices.to(z.dtype).contiguous(), radices)
         return z
     transform = _cuda.butterfly_transform if place == "cuda" else reference.butterfly
     return transform(x, split(matrices, radices), radices)
@@ -75,12 +79,13 @@ def _fwd(x, matrices, radices):
 
 def _bwd(dz, x, matrices, radices):
     _check(x, matrices, radices)
-    if dz.shape != (*x.shape[:2], math.prod(radices), 2):
-        raise ValueError(f"Butterfly: dz must be like the output, got {tuple(dz.shape)}")
+    if dz.shape != (*x.shape[:2], math.prod(radices), 2) or dz.device != x.device:
+        text = f"got {tuple(dz.shape)} on {dz.device}"
+        raise ValueError(f"Butterfly: dz must be like the output, {text}")
     radices, place = tuple(radices), _kernels_of(x, radices)
     if place == "cpu":
         wide = torch.promote_types(x.dtype, torch.float32)
-        dz, factors = (materialise(t).to(wide).contiguous() for t in (dz, matrices))
+        dz, factors = (t.to(wide).contiguous() for t in (dz, matrices))
         dx, grads = x.new_empty(x.shape), torch.empty_like(factors)
         _cpu.butterfly_backward(dx, grads, dz, x, factors, radices)
         return dx, grads.to(matrices.dtype)
@@ -144,8 +149,8 @@ def transform(
     x: Tensor, matrices: Tensor, radices: tuple[int, ...], activation: str | None = None
 ) -> Tensor:
     """reference.butterfly by the operator; what it lacks, torch.func, forward-mode and activations, in plain torch."""
+    _check(x, matrices, radices)
     plain = not torch.compiler.is_compiling() and _autograd.transformed((x, matrices))
     if plain or activation is not None:
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.butterfly(x, split(matrices, radices), radices, activation)
+        return reference.butterfly(x, split(matrices, radices), radices, activation)
     return fwd(x, matrices, radices)

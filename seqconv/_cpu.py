@@ -139,37 +139,37 @@ def backward(grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activation) -> N
 
 def holds_butterfly(radices: tuple[int, ...]) -> bool:
     """Whether the kernels have such passes: of 16 points, and at most one, the last, of fewer."""
-    return set(radices[:-1]) <= {16} and (radices[-1] == 16 or len(radices) > 1)
+    last = radices[-1]
+    return set(radices[:-1]) <= {16} and (last == 16 or (len(radices) > 1 and last in (2, 4, 8)))
 
 
 @lru_cache(16)
 def _twiddles(radices: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Of every pass but the last exp(-2 pi i p j / (r s)), real parts (s, r), then imaginary ones."""
-    s, parts = math.prod(radices), [torch.zeros(1)]  # never empty
+    s, parts = math.prod(radices), []
     for radix in radices[:-1]:
         s //= radix
         p, j = (torch.arange(m, dtype=torch.float64) for m in (radix, s))
         turn = j[:, None] * p * (-2 * math.pi / (radix * s))
         parts += [turn.cos().flatten(), turn.sin().flatten()]
-    return torch.cat(parts[1:] or parts).to(dtype)
+    return torch.cat(parts or [torch.zeros(2 * s)]).to(dtype)  # of a single pass none is read
 
 
-def _butterfly_problem(x, matrices, radices):
+def _butterfly(x, matrices, radices, *rest) -> None:
     asked = torch.get_num_threads() if threaded else 1
     sizes = (*x.shape, matrices.shape[0], math.prod(radices), x.dtype == torch.float64, asked)
-    twiddles = _twiddles(radices, matrices.dtype)
-    return (*sizes, *pack(x, SIGNAL), matrices.data_ptr(), twiddles.data_ptr())
+    twiddles = _twiddles(radices, matrices.dtype)  # alive until the call is over
+    _C.butterfly(*sizes, *pack(x, SIGNAL), matrices.data_ptr(), twiddles.data_ptr(), *rest)
 
 
 def butterfly_forward(z, x, matrices, radices) -> None:
     """Writes z, contiguous; matrices contiguous, in z's dtype; see seqconv._butterfly for the shapes."""
-    _C.butterfly(*_butterfly_problem(materialise(x), matrices, radices), z.data_ptr())
+    _butterfly(x, matrices, radices, z.data_ptr())
 
 
 def butterfly_backward(dx, dmatrices, dz, x, matrices, radices) -> None:
     """Writes dx and dmatrices; all but x and dx contiguous and in dz's dtype."""
-    problem = _butterfly_problem(materialise(x), matrices, radices)
-    _C.butterfly(*problem, dz.data_ptr(), *pack(dx, SIGNAL), dmatrices.data_ptr())
+    _butterfly(x, matrices, radices, dz.data_ptr(), *pack(dx, SIGNAL), dmatrices.data_ptr())
 
 
 def _ssm_problem(k, a, w):

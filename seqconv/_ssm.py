@@ -197,7 +197,7 @@ def _fwd(a: Tensor, w: Tensor, length: int, single: bool, fused: bool) -> Tensor
 
 def _bwd(dk: Tensor, a: Tensor, w: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
     if dk.numel() == 0 or w.numel() == 0:
-        return torch.zeros_like(a), torch.zeros_like(w)
+        return tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (a, w))
     backend = _fused(a, dk.dtype) if fused else None
     if backend is None:
         return _chunked_bwd(dk, a, w)

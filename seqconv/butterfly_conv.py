@@ -118,7 +118,7 @@ class ButterflyConv(ConvLayer):
         init, lam, smooth, smooth_window, kernel_dropout: of the taps, as in LongConv.
         activation, dropout, tie_dropout, postact: as in LongConv.
 
-    Cost: kernels of its own on a CPU from l_max = 9 on, and on CUDA, float32 or narrower, while a
+    Cost: kernels of its own on a CPU from l_max = 5 on, and on CUDA, float32 or narrower, while a
     block's memory holds n complex numbers (l_max <= 8192 on an H100); matrix products of torch
     elsewhere. Memory batch d_model n complex numbers for the spectrum, and heads times that for the
     product.

@@ -104,7 +104,8 @@ def ssm_kernel(
 
     With l = columns q + r, columns about sqrt(length), exp(a l) = exp(a columns q) exp(a r): K is a
     matrix product, 4 modes flops per element. Memory O(channels modes + heads channels length),
-    also backward; every backend forms its powers anew for the gradient.
+    also backward, where powers are formed anew. (Under torch.func, and for derivatives of higher
+    order, tables of channels modes sqrt(length).)
 
     Source: arXiv 2206.11893, section 3; DSS: 2203.14343. Twin: seqconv.reference.ssm_kernel. Example:
         >>> A = torch.tensor([[[-0.5, 0.0]]])

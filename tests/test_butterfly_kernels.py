@@ -1,5 +1,7 @@
 """The learned butterfly's CPU kernels against the definition in float64, for every instruction set."""
 
+import copy
+
 import pytest
 import torch
 from accuracy import rel_l2
@@ -59,17 +61,18 @@ def test_long_rows():
     check(*problem(1 << 16, 40_000, batch=1, channels=2, heads=1))
 
 
-def test_a_lazily_conjugated_gradient():
+def test_lazily_negated_tensors():
+    """They share the memory of what they are the negative of; torch resolves them for the operator."""
     x, matrices, passes = problem(32, 30)
+    lazy = torch.complex(x, x).conj().imag
+    assert lazy.is_neg()
+    assert torch.equal(_butterfly.fwd(lazy, matrices, passes), _butterfly.fwd(-x, matrices, passes))
     z = torch.view_as_complex(_butterfly.fwd(x, matrices, passes))
-    lazy = torch.view_as_real(z.conj().resolve_conj())
-    negated = torch.view_as_real(z)[..., 1].unsqueeze(-1).expand(*z.shape, 2)
-    lazily = z.conj().imag.unsqueeze(-1).expand(*z.shape, 2)
-    assert lazily.is_neg()
-    for a, b in ((lazy, lazy.clone()), (lazily, -negated)):
-        ours = _butterfly.bwd(a, x, matrices, passes)
-        theirs = _butterfly.bwd(b.contiguous(), x, matrices, passes)
-        assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+    dz = z.conj().imag.unsqueeze(-1).expand(*z.shape, 2)
+    assert dz.is_neg()
+    theirs = _butterfly.bwd(-z.imag.unsqueeze(-1).expand(*z.shape, 2), x, matrices, passes)
+    ours = _butterfly.bwd(dz, x, matrices, passes)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_threads_do_not_change_a_bit():
@@ -90,23 +93,44 @@ def test_which_calls_take_the_kernels(monkeypatch):
     x = torch.zeros(1, 1, 8)
     for passes in ((16,), (16, 16), (16, 2), (16, 16, 8)):
         assert _butterfly._kernels_of(x, passes) == "cpu"
-    for passes in ((2,), (8,), (4, 2), (2, 16), (16, 2, 16)):
+    for passes in ((2,), (8,), (4, 2), (2, 16), (16, 2, 16), (16, 3), (16, 1), (16, 32), (16, 48)):
         assert _butterfly._kernels_of(x, passes) is None
     assert _butterfly._kernels_of(x[:0], (16,)) is None
     monkeypatch.setattr(_cpu, "missing", "not compiled")
     assert _butterfly._kernels_of(x, (16,)) is None
 
 
-def test_kernels_are_not_given_what_they_would_overrun():
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.func.jvp
+def test_contract_of_the_transform(activation):
+    """Also where the kernels do not run: they would overrun, torch would cut silently."""
+    transform = Butterfly(32, heads=2, activation=activation)
+
+    def mapped(x):
+        return torch.func.vmap(transform)(x.unsqueeze(0))
+
+    for call in (transform, mapped):
+        for bad in (torch.zeros(1, 2, 33), torch.zeros(1, 3, 8), torch.zeros(2, 8)):
+            with pytest.raises(
+                ValueError, match=r"x must be \(batch, multiple of 2, length <= 32\)"
+            ):
+                call(bad)
+        for dtype in (torch.int64, torch.complex64, torch.float8_e5m2):
+            with pytest.raises(TypeError, match=r"x must be one of float32, .* got torch"):
+                call(torch.zeros(1, 2, 8).to(dtype))
+    with pytest.raises(ValueError, match="x must be on meta, got cpu"):
+        copy.deepcopy(transform).to("meta")(torch.zeros(1, 2, 8))
+    there = copy.deepcopy(transform).to("meta")(torch.zeros(1, 2, 8, device="meta"))
+    assert there.shape == (1, 2, 32, 2)
+
+
+def test_contract_of_the_operator():
     x, matrices, passes = problem(32, 30)
-    transform = Butterfly(32, heads=2)
-    for bad in (torch.zeros(1, 2, 33), torch.zeros(1, 3, 8), torch.zeros(2, 8)):
-        with pytest.raises(ValueError, match=r"x must be \(batch, multiple of 2, length <= 32\)"):
-            transform(bad)
-    with pytest.raises(TypeError, match="floating"):
-        transform(torch.zeros(1, 2, 8, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"matrices must be \(heads, 260, 2\)"):
-        _butterfly.fwd(x, matrices[:, 1:], passes)
+    for bad in (matrices[:, 1:], matrices[:0], matrices[0], matrices[..., 0]):
+        with pytest.raises(ValueError, match=r"matrices must be \(heads >= 1, 260, 2\)"):
+            _butterfly.fwd(x, bad, passes)
+    with pytest.raises(TypeError, match="matrices must be one of"):
+        _butterfly.fwd(x, matrices.to(torch.complex64), passes)
     with pytest.raises(ValueError, match="dz must be like the output"):
         _butterfly.bwd(torch.zeros(2, 4, 31, 2), x, matrices, passes)
     with pytest.raises(TypeError, match="integers wanted"):

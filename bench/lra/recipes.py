@@ -225,12 +225,13 @@ def _our_small(table: dict) -> None:
     }
     # Free taps need more passes than structured ones.
     free, none = kernels["long_conv"], {"lam": 0.0, "kernel_dropout": 0.0}
+    pathfinder = replace(free, lam=0.0, kernel_dropout=0.1, kernel_lr=0.002)
     own = {
         ("mnist5k", "s4d"): (S4D(bidirectional=False), 20),
         ("r8", "long_conv"): (replace(free, kernel_lr=0.002), 20),
         ("ucr", "long_conv"): (replace(free, **none), 100),
         ("pathfinder32-easy", "sgconv"): (SGConv(kernel_dim=32, kernel_lr=0.01), 3),
-        ("pathfinder32-easy", "long_conv"): (replace(free, **none, kernel_lr=0.004), 6),
+        ("pathfinder32-easy", "long_conv"): (pathfinder, 6),
     }
     for task, (model, optim) in rows.items():
         for layer, kernel in kernels.items():

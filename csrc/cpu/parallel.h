@@ -1,4 +1,4 @@
-// Memory and threads for the drivers of the kernels (fftconv.cpp, ssm.cpp).
+// Memory and threads for the drivers of the kernels (fftconv.cpp, ssm.cpp, butterfly.cpp).
 #pragma once
 #include <atomic>
 #include <cstdlib>

@@ -274,6 +274,7 @@ struct Butterfly {
     int64_t b = 16;
     for (int64_t d = 1; d < passes; ++d) {
       const int64_t radix = d + 1 < passes || last == 1 ? 16 : last, s = p.n / b / radix;
+      if (s == 1) return op(d, radix, s, b, Planes<const T>{});
       op(d, radix, s, b, Planes<const T>{w, w + s * radix});
       w += 2 * s * radix;
       b *= radix;
