@@ -85,6 +85,22 @@ WAYS = {
     ),
     "groups, per sample": Case(channels=34, length=99, taps=99, per_sample=True, skip="h"),
     "groups, half": Case(channels=40, length=512, taps=512, dtype=torch.float16, taps_rev=9),
+    # Results of more than 8 MiB, rows at every alignment: stores past the caches.
+    "streamed, gated": Case(
+        length=25_601,
+        taps=25_601,
+        channels=83,
+        batch=1,
+        skip="h",
+        pre_gate=True,
+        post_gate=True,
+    ),
+    "streamed, heads": Case(
+        length=1031, taps=1031, channels=1018, batch=1, heads=2, skip="ch", activation="relu"
+    ),
+    "streamed, double": Case(
+        length=1025, taps=20, channels=1030, batch=1, dtype=torch.float64, pre_gate=True
+    ),
     # float64 long enough for every stage.
     "double": Case(length=70_000, taps=70_000, channels=1, dtype=torch.float64, taps_rev=5),
 }

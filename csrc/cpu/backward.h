@@ -225,6 +225,7 @@ void backward_unit(const Problem& p, const Method& method, const Transform<T>& p
     w.template move<false>(w.dpre, b, 1);
     w.template move<false>(w.dpost, b, p.heads);
   }
+  end_streams();
   if (!p.kernel_per_sample) w.move_skip_sums();
   if (!unit.partial)
     for (int64_t g = 0; g < unit.channels; ++g) store_sums(w, wanted, g);

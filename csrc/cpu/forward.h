@@ -63,4 +63,5 @@ void forward_unit(const Problem& p, const Method& method, const Transform<T>& pl
     }
     w.template move<false>(w.y, b, p.heads);
   }
+  end_streams();
 }

@@ -7,6 +7,7 @@ struct Series {
   char* base = nullptr;
   Dtype dtype = Dtype::kFloat32;
   int64_t stride = 0;
+  bool streamed = false;  // written past the caches
   explicit operator bool() const { return base != nullptr; }
 };
 
@@ -18,23 +19,40 @@ SEQCONV_INLINE T* contiguous(const Series& s) {
   return s.base && s.dtype == kDtype<T> && s.stride == 1 ? reinterpret_cast<T*>(s.base) : nullptr;
 }
 
-template <class T>
-SEQCONV_INLINE void copy(const T* x, int64_t n, T* out) {
-  using V = typename VectorOf<T>::Unaligned;
+// out[i] = value(i), i < n; value.many(i): as many as a vector has.
+template <class T, class Value>
+SEQCONV_INLINE void put(const Value& value, int64_t n, T* out, bool streamed) {
   int64_t i = 0;
+  if (kStreams && streamed) {
+    for (; i < n && reinterpret_cast<uintptr_t>(out + i) % 64; ++i) out[i] = value.one(i);
+    for (; i + kLanes<T> <= n; i += kLanes<T>) stream<T>(out + i, value.many(i));
+  }
   for (; i + kLanes<T> <= n; i += kLanes<T>)
-    *reinterpret_cast<V*>(out + i) = *reinterpret_cast<const V*>(x + i);
-  for (; i < n; ++i) out[i] = x[i];
+    *reinterpret_cast<typename VectorOf<T>::Unaligned*>(out + i) = value.many(i);
+  for (; i < n; ++i) out[i] = value.one(i);
+}
+template <class T>
+struct Plain {
+  const T* x;
+  T one(int64_t i) const { return x[i]; }
+  Vec<T> many(int64_t i) const {
+    return *reinterpret_cast<const typename VectorOf<T>::Unaligned*>(x + i);
+  }
+};
+template <class T>
+struct Product {
+  Plain<T> a, b;
+  T one(int64_t i) const { return a.one(i) * b.one(i); }
+  Vec<T> many(int64_t i) const { return a.many(i) * b.many(i); }
+};
+template <class T>
+SEQCONV_INLINE void copy(const T* x, int64_t n, T* out, bool streamed = false) {
+  put<T>(Plain<T>{x}, n, out, streamed);
 }
 // out[i] = a[i] b[i], i < n
 template <class T>
-SEQCONV_INLINE void multiply(const T* a, const T* b, int64_t n, T* out) {
-  using V = typename VectorOf<T>::Unaligned;
-  int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>)
-    *reinterpret_cast<V*>(out + i) =
-        *reinterpret_cast<const V*>(a + i) * *reinterpret_cast<const V*>(b + i);
-  for (; i < n; ++i) out[i] = a[i] * b[i];
+SEQCONV_INLINE void multiply(const T* a, const T* b, int64_t n, T* out, bool streamed = false) {
+  put<T>(Product<T>{{a}, {b}}, n, out, streamed);
 }
 
 // As many conversions as there are instructions for, from the start; how many those were.
@@ -89,7 +107,7 @@ SEQCONV_INLINE const T* read_window(const Series& s, int64_t t, int64_t n, T* st
 
 template <class T>
 void write(const Series& s, int64_t t, int64_t n, const T* in) {
-  if (T* to = contiguous<T>(s)) return copy(in, n, to + t);
+  if (T* to = contiguous<T>(s)) return copy(in, n, to + t, s.streamed);
   dispatch(s.dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
     S* to = reinterpret_cast<S*>(s.base) + t * s.stride;
@@ -106,7 +124,7 @@ void write(const Series& s, int64_t t, int64_t n, const T* in) {
 constexpr int64_t kChunk = 512;  // positions converted at a time: bursts that memory likes
 template <class T>
 void write_product(const Series& s, int64_t t, int64_t n, const T* a, const T* b) {
-  if (T* to = contiguous<T>(s)) return multiply(a, b, n, to + t);
+  if (T* to = contiguous<T>(s)) return multiply(a, b, n, to + t, s.streamed);
   T product[kChunk];
   multiply(a, b, n, product);
   write(s, t, n, product);
@@ -180,7 +198,8 @@ struct Sink {
   }
   int64_t fours(int64_t span) const {  // as of a Source
     const int64_t more = length - shift - span;
-    return !function && contiguous<T>(row) && shift >= 0 && more > 0 ? more / 4 : 0;
+    return !function && !row.streamed && contiguous<T>(row) && shift >= 0 && more > 0 ? more / 4
+                                                                                      : 0;
   }
   void take(int64_t t, int64_t n, T* values) const {
     t += shift;

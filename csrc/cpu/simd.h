@@ -48,6 +48,30 @@ SEQCONV_INLINE Vec<T> splat(T value) {
   return Vec<T>{} + value;
 }
 
+// Stores past the caches, where the target can: lines that are written whole need not be read
+// first. `to` is aligned to a vector.
+#if SEQCONV_AVX
+constexpr bool kStreams = true;
+#else
+constexpr bool kStreams = false;
+#endif
+template <class T>
+SEQCONV_INLINE void stream(T* to, Vec<T> value) {
+#if SEQCONV_AVX && SEQCONV_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)value);
+#elif SEQCONV_AVX
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)value);
+#else
+  *reinterpret_cast<Vec<T>*>(to) = value;
+#endif
+}
+// Before other threads may read what was streamed.
+SEQCONV_INLINE void end_streams() {
+#if SEQCONV_AVX
+  _mm_sfence();
+#endif
+}
+
 // ---- shuffles ----
 
 template <int... I>

@@ -34,10 +34,15 @@ struct Sums {
 template <class T>
 struct View {
   const Tensor* tensor;
-  T* panel = nullptr;  // transposed copy, (heads, channels, length), of one sample of the unit
+  T* panel = nullptr;     // transposed copy, (heads, channels, length), of one sample of the unit
+  bool streamed = false;  // a result too large to be found in cache by whoever reads it
 };
 
 constexpr int64_t kDotPieces = 32;
+// Results from so many bytes on are streamed, where rows are not short and there is more to write
+// than what the last pass leaves in passing.
+constexpr int64_t kStreamBytes = 1 << 23;
+constexpr int64_t kStreamLength = 1024;
 constexpr int64_t kFetchAhead = 1 << 15;  // rows up to here are fetched while the last is in work
 
 template <class T>
@@ -88,18 +93,25 @@ struct Work {
         v.panel = shared ? shared : scratch.take<T>(heads * group * pitch);
       return v;
     };
+    const bool streams = p.length >= kStreamLength && (gated || p.pre_gate || p.heads > 1);
+    const auto result = [&](const Tensor& t, int64_t heads, T* shared = nullptr) {
+      View<T> v = view(t, heads, shared);
+      v.streamed = streams && !v.panel && t.dtype == kDtype<T> && t.stride[3] == 1 &&
+                   p.batch * heads * p.channels * p.length * size_of(t.dtype) >= kStreamBytes;
+      return v;
+    };
     // A row that is consumed before the result appears lends it its place.
     const bool reuse = !method.direct && !blocked && p.heads == 1;
     u = view(p.u, 1);
     pre = view(p.pre_gate, 1);
     post = view(p.post_gate, p.heads);
     if (!backward) {
-      y = view(p.y, p.heads, reuse ? u.panel : nullptr);
+      y = result(p.y, p.heads, reuse ? u.panel : nullptr);
     } else {
       dy = view(p.dy, p.heads);
-      du = view(p.du, 1, reuse ? dy.panel : nullptr);
-      dpre = view(p.dpre_gate, 1);
-      dpost = view(p.dpost_gate, p.heads);
+      du = result(p.du, 1, reuse ? dy.panel : nullptr);
+      dpre = result(p.dpre_gate, 1);
+      dpost = result(p.dpost_gate, p.heads);
     }
   }
 
@@ -115,7 +127,11 @@ struct Work {
     return {t.data + at * size_of(t.dtype), t.dtype, t.stride[3]};
   }
   Series row(const View<T>& v, int64_t b, int64_t c, int64_t g) const {
-    if (!v.panel) return row(*v.tensor, b, c, g);
+    if (!v.panel) {
+      Series s = row(*v.tensor, b, c, g);
+      s.streamed = v.streamed;
+      return s;
+    }
     return {reinterpret_cast<char*>(v.panel + (c * group + g) * pitch), kDtype<T>, 1};
   }
 
@@ -174,7 +190,7 @@ struct Work {
   // lines that the panel is copied to, or that the next is copied from.
   Ahead::Lines lines(const View<T>& v, int64_t b, int64_t g, bool after, int64_t c = 0) const {
     const Tensor& t = *v.tensor;
-    if (!t) return {};
+    if (!t || v.streamed) return {};
     if (v.panel) {
       if (t.stride[2] != 1 || p.heads > 1) return {};
       Series s = row(t, after && b + 1 < unit.batch_end ? b + 1 : b, c, 0);
