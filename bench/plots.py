@@ -146,7 +146,7 @@ def plot_ssm_kernel(rows: list[dict], path: Path) -> None:
                 continue
             x = [r["length"] for r in found]
             label = name if op == "forward" else f"{name}, with gradients"
-            style = {"color": f"C{i}", "marker": "os^Dv"[i % 5], "markersize": 5}
+            style = {"color": f"C{i}", "marker": "os^DvP*"[i % 7], "markersize": 5}
             left.plot(x, [r["median"] for r in found], line, label=label, **style)
             q1, q3 = ([r[q] for r in found] for q in ("q1", "q3"))
             left.fill_between(x, q1, q3, color=style["color"], alpha=0.15, linewidth=0)

@@ -4,6 +4,8 @@ python -m bench.ssm_kernel [--lengths 1024 4096] [--json FILE] [--plot FILE]
 
 Every number is the median of interleaved rounds in one process under the C library's tuned allocator,
 the stricter comparison (see bench.fftconv); nothing is timed that differs from float64's definition.
+The sum alone starts from its float64 exponents and weights; "from parameters" is seqconv.ssm_kernel
+as a layer calls it, which makes those first: a fixed time per mode, whatever the length.
 The einsum and PyKeOps take seconds: they are given few of the channels and scaled, since channels
 never meet. The floor is two multiply-adds per mode and element, three times that with gradients, at
 the rate of a matrix product.
@@ -25,29 +27,37 @@ from bench.requirements import BOTH, verdict
 from bench.timing import Clock, flops_per_second, interleaved, quartiles, ratios, worst_errors
 from bench.worker import ALLOCATORS, Worker, refuse_fallback, serve
 from seqconv import S4DKernel, _cpu, _ssm
-from seqconv.ssm import discretize, multiply
+from seqconv.ssm import discretize, multiply, ssm_kernel
 
-INTO, FUSED, BMM, EINSUM, KEOPS = CONTENDERS = (
+INTO, FUSED, WHOLE, BMM, BMM_WHOLE, EINSUM, KEOPS = CONTENDERS = (
     "seqconv, preallocated",
     "seqconv",
+    "seqconv, from parameters",
     "blocked torch.bmm",
+    "blocked torch.bmm, from parameters",
     "einsum",
     "PyKeOps",
 )
 FEW = (EINSUM, KEOPS)
+FROM_PARAMETERS = {WHOLE: "auto", BMM_WHOLE: "torch"}
+OURS = (INTO, FUSED, WHOLE)
+TRAINED = (FUSED, WHOLE, BMM, BMM_WHOLE)  # with gradients
 CHECKED = 4  # channels
 # Of seqconv, relative L2; twice that of the largest element for the worst one. Of others 1000 times both.
 TOLERANCE = {"forward": 5e-7, "forward+backward": 2e-6}
 
 
-def exponents(channels: int, modes: int) -> tuple[Tensor, Tensor]:
-    """a and w of S4D at its initialisation, as seqconv.ssm_kernel forms them."""
+def parameters(channels: int, modes: int) -> list[Tensor]:
+    """log_dt, A, B and C of S4D at its initialisation, in float32."""
     torch.manual_seed(0)
-    kernel = S4DKernel(channels, d_state=2 * modes)
     with torch.no_grad():
-        log_dt, A, B, C = kernel.system()
-        a, b = discretize(log_dt, A, kernel.discretization)
-        return a, 2 * multiply(C.double(), multiply(b, B.double()))
+        return [t.float() for t in S4DKernel(channels, d_state=2 * modes).system()]
+
+
+def exponents(log_dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """a and w, as seqconv.ssm_kernel forms them."""
+    a, b = discretize(log_dt, A, "zoh")
+    return a, 2 * multiply(C.double(), multiply(b, B.double()))
 
 
 def definition(a: Tensor, w: Tensor, length: int, dtype=torch.complex64) -> Tensor:
@@ -58,12 +68,15 @@ def definition(a: Tensor, w: Tensor, length: int, dtype=torch.complex64) -> Tens
 
 
 def functions(channels: int, length: int) -> dict:
-    """name -> what maps a, w and the length to k."""
+    """name -> what maps a, w and the length, or the parameters and the length, to k."""
     out = torch.empty(1, channels, length)
 
     def preallocated(a, w, length):
         _cpu.ssm_forward(out, a, w)
         return out
+
+    def whole(log_dt, A, B, C, length, backend):
+        return ssm_kernel(log_dt, A, C, length, B=B, backend=backend)
 
     return {
         INTO: preallocated,
@@ -71,49 +84,65 @@ def functions(channels: int, length: int) -> dict:
         BMM: partial(_ssm.mode_sum, single=True, backend="torch"),
         EINSUM: definition,
         KEOPS: partial(_ssm.keops, dtype=torch.float32),
+        **{name: partial(whole, backend=b) for name, b in FROM_PARAMETERS.items()},
     }
 
 
-def results(op: str, function, a: Tensor, w: Tensor, dk: Tensor) -> list[Tensor]:
-    """[k], or k and the gradients of a and w."""
+def results(op: str, function, inputs, dk: Tensor) -> list[Tensor]:
+    """[k], or k and the gradients of the inputs."""
     length = dk.shape[-1]
     if op == "forward":
         with torch.no_grad():
-            return [function(a, w, length)]
-    a, w = (t.detach().requires_grad_() for t in (a, w))
-    k = function(a, w, length)
-    return [k, *torch.autograd.grad(k, (a, w), dk)]
+            return [function(*inputs, length)]
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    k = function(*inputs, length)
+    return [k, *torch.autograd.grad(k, inputs, dk)]
 
 
 def measure(job: dict, clock: Clock):
     """Rows of one length, one per contender, a red gate without times."""
     channels, modes, length, op = (job[x] for x in ("channels", "modes", "length", "op"))
-    a, w = exponents(channels, modes)
+    given = parameters(channels, modes)
+    with torch.no_grad():
+        summands = exponents(*given)
     dk = torch.randn(1, channels, length)
     few = min(channels, max(CHECKED, min(16, (1 << 24) // (modes * length))))
     made = functions(channels, length)
 
-    def at_most(count):
-        return a[:count], w[:, :count], dk[:, :count]
+    def inputs(name):
+        return given if name in FROM_PARAMETERS else summands
 
-    exact_a, exact_w, exact_dk = at_most(CHECKED)
-    exact = partial(definition, dtype=torch.complex128)
-    exact = results(op, exact, exact_a, exact_w, exact_dk.double())
-    crest = max((t.abs().max() / t.square().mean().sqrt()).item() for t in exact)
-    allowed = (TOLERANCE[op], 2 * TOLERANCE[op] * crest)
-    rows, runs = {}, {}
+    def first(count, tensors):
+        """Of the first channels: the first axis, or the one after the heads."""
+        return [t.narrow(t.dim() // 4, 0, count) for t in tensors]
+
+    def exact_of(name):
+        def function(*tensors):
+            *tensors, length = tensors
+            summands = exponents(*tensors) if name in FROM_PARAMETERS else tensors
+            return definition(*summands, length, dtype=torch.complex128)
+
+        doubles = [t.double() for t in first(CHECKED, inputs(name))]
+        return results(op, function, doubles, dk[:, :CHECKED].double())
+
+    rows, runs, exact = {}, {}, {}
     for name in job["contenders"]:
+        kind = name in FROM_PARAMETERS
+        if kind not in exact:
+            exact[kind] = exact_of(name)
+        crest = max((t.abs().max() / t.square().mean().sqrt()).item() for t in exact[kind])
+        allowed = (TOLERANCE[op], 2 * TOLERANCE[op] * crest)
         count = few if name in FEW else channels
-        run = partial(results, op, made[name], *at_most(count))
-        found = [t.narrow(axis, 0, len(exact_a)) for t, axis in zip(run(), (1, 0, 1), strict=False)]
-        error = worst_errors(found, exact)
-        slack = 1 if name in (INTO, FUSED) else 1000
+        run = partial(results, op, made[name], first(count, inputs(name)), dk[:, :count])
+        k, *grads = run()
+        error = worst_errors([k[:, :CHECKED], *first(CHECKED, grads)], exact[kind])
+        slack = 1 if name in OURS else 1000
         gate = all(e <= slack * limit for e, limit in zip(error, allowed, strict=True))
         rows[name] = {"contender": name, "timed_channels": count, "gate": gate, "median": None}
         rows[name] |= {"error_l2": error[0], "error_max": error[1], "tolerance": allowed}
         if gate:
             runs[name] = run
-    del exact, found
+    del exact
     times = interleaved(runs, job["budget"], clock)
     each = {n: [1e9 * t / (rows[n]["timed_channels"] * length) for t in times[n]] for n in runs}
     for name, row in rows.items():
@@ -121,11 +150,12 @@ def measure(job: dict, clock: Clock):
             low, middle, high = quartiles(each[name])
             row |= {"q1": low, "median": middle, "q3": high, "rounds": len(each[name])}
             row |= {"unit": "ns per element"}
-            if BMM in each:
-                low, middle, high = ratios(each[BMM], each[name])
+            slow, fast = (BMM_WHOLE, WHOLE) if name in FROM_PARAMETERS else (BMM, FUSED)
+            if slow in each:
+                low, middle, high = ratios(each[slow], each[name])
                 row |= {"ratio_q1": low, "ratio": middle, "ratio_q3": high}
-            if FUSED in each:
-                row |= {"over_seqconv": ratios(each[name], each[FUSED])[1]}
+            if fast in each:
+                row |= {"over_seqconv": ratios(each[name], each[fast])[1]}
         yield row
 
 
@@ -161,8 +191,8 @@ def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
             lines += verdict(f"share of peak, preallocated, {at}", row["of_peak"], 0.5, True, "")
             lines += verdict(f"time, preallocated, {at}", row["median"], 2.5, False, " ns")
             lines += verdict(f"goal: time, preallocated, {at}", row["median"], 2.0, False, " ns")
-        if name == FUSED and length >= 4096:
-            lines += verdict(f"seqconv over torch.bmm, {at}", ratio, 5)
+        if name == (INTO if op == "forward" else FUSED) and length >= 4096:
+            lines += verdict(f"{name} over torch.bmm, {at}", ratio, 5)
         if name == EINSUM and length >= 1024:
             limit = 20 if length >= 4096 else 5
             lines += verdict(f"torch.bmm over the einsum, {at}", ratio and 1 / ratio, limit)
@@ -217,7 +247,7 @@ def main() -> None:
     for length in args.lengths:
         for op in BOTH:
             shape = job | {"length": length, "op": op}
-            there = names if op == "forward" else [n for n in names if n in (FUSED, BMM)]
+            there = names if op == "forward" else [n for n in names if n in TRAINED]
             for row in worker(shape | {"contenders": there}) if there else []:
                 rows.append(shape | row | common | {"when": time.strftime("%Y-%m-%d %H:%M")})
     worker.close()
