@@ -24,7 +24,25 @@ class KernelGenerator(nn.Module):
     precision: rounding them changes the kernel by tens of percent.
     """
 
-    overrides: dict[str, dict[str, float]]
+    def __init__(self):
+        super().__init__()
+        self.overrides: dict[str, dict[str, float]] = {}
+
+    def override(self, *names: str, **settings: float) -> None:
+        """Sets `overrides` of parameters, or of the submodules that hold them. With lr=0 they become
+        buffers, which have no gradient and keep their place in the state_dict."""
+        for name in names:
+            self.overrides[name] = self.overrides.get(name, {}) | settings
+            if settings.get("lr") != 0:
+                continue
+            part = getattr(self, name, None)
+            holders = part.modules() if isinstance(part, nn.Module) else [self]
+            for module in holders:
+                for key in [name] if module is self else list(module._parameters):
+                    tensor = module._parameters.get(key)
+                    if tensor is not None:
+                        del module._parameters[key]
+                        module.register_buffer(key, tensor.detach())
 
     def _apply(self, fn, recurse=True):
         def keep_precision(t: Tensor) -> Tensor:

@@ -39,9 +39,9 @@ class Butterfly(KernelGenerator):
     matrix is F_m + dropout(matrices.<m>), and that begins as 0.01 N(0, 1). heads divide the
     channels evenly. They are float32 in half precision. activation: of real and imaginary parts after
     every pass, "gelu", "silu" or "relu"; no Fourier transform then, from the start.
-    Optimiser: min(lr, `lr` here), no weight decay.
+    Optimiser: min(lr, `lr` here), no weight decay; with lr=0 they are buffers.
 
-    Twin: seqconv.reference.butterfly.
+    Source: arXiv 2302.06646, section 3.4. Twin: seqconv.reference.butterfly.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Butterfly(KernelGenerator):
             shape, dtype = (heads, size, size, 2), torch.get_default_dtype()
             exact = fourier(size).to(dtype).expand(shape).clone()
             self.matrices[str(size)] = 0.01 * torch.randn(shape) if additive else exact
-        self.overrides = {"matrices": {"lr": lr, "weight_decay": 0.0}}
+        self.override("matrices", lr=lr, weight_decay=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = []
@@ -91,7 +91,7 @@ class ButterflyConv(ConvLayer):
     v = Re ifft(T x * S k)[:length] + skip x,   y = GLU(W dropout(gelu(v)) + b)
 
     k (heads, d_model, l_max) from LongConvKernel. T and S are two Butterfly transforms of n points,
-    the power of two >= 2 l_max - 1, so that nothing wraps; the inverse is the exact one. Before training it is
+    the power of two >= 2 l_max, so that nothing wraps; the inverse is the exact one. Before training it is
     LongConv to round-off: causal, a convolution. Once its matrices are learned it is neither: every
     output sees every input, the product no longer means a sum over lags, and the imaginary part
     that arises is dropped. Hence it has no step-by-step form, and none for the future
@@ -114,7 +114,7 @@ class ButterflyConv(ConvLayer):
             or "relu"; by matrix products of torch.
         dft_dropout: of single elements of the learned matrices, in training.
         dft_lr, kernel_lr: learning rates that param_groups gives to matrices and taps, or its own
-            lr if that is smaller.
+            lr if that is smaller; 0: they are buffers.
         init, lam, smooth, smooth_window, kernel_dropout: of the taps, as in LongConv.
         activation, dropout, tie_dropout, postact: as in LongConv.
 

@@ -24,7 +24,9 @@ class HyenaFilter(KernelGenerator):
             width) without: torch's default.
         frequency (width,): f, shared by all the sines, initially the `frequency` here. The larger,
             the rougher the kernel.
-    Optimiser: all take min(lr, `lr` here) and no weight decay.
+    Optimiser: all take min(lr, `lr` here) and no weight decay; with lr=0 they are buffers.
+
+    Source: arXiv 2302.10866, section 3.
     """
 
     def __init__(
@@ -55,8 +57,7 @@ class HyenaFilter(KernelGenerator):
         linears = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         self.linears = nn.ModuleList([*linears, nn.Linear(width, heads * d_model, bias=False)])
         self.frequency = nn.Parameter(torch.full((width,), float(frequency)))
-        treatment = {"lr": lr, "weight_decay": 0.0}
-        self.overrides = {"linears": treatment, "frequency": treatment}
+        self.override("linears", "frequency", lr=lr, weight_decay=0.0)
 
     def forward(self, length: int) -> Tensor:
         check_length("HyenaFilter", length)
@@ -96,7 +97,7 @@ class Hyena(nn.Module):
         emb_dim: features of time that the filter sees, odd; filter_width, filter_layers: of its
             network; filter_frequency: initial one of its sines.
         kernel_lr: learning rate that param_groups gives to the filter's network, or its own lr if
-            that is smaller.
+            that is smaller; 0: its parameters are buffers.
 
     The filter's parameters stay float32 under .to(bfloat16) and .half(). l_max sets the filter's scale
     of time and is not part of the state_dict: load one into a layer of the same l_max.

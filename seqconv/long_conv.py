@@ -54,12 +54,14 @@ class LongConvKernel(KernelGenerator):
             r_i = floor(d_model / 2)^(i / d_model), geometric over the channels
         init="random": 0.002 N(0, 1)
     Buffer, not in the state_dict: weights (smooth_window,), where there is smoothing.
-    Optimiser: min(lr, `lr` here), no weight decay.
+    Optimiser: min(lr, `lr` here), no weight decay; with lr=0 it is a buffer.
 
     A tap that squashing zeroes gets no gradient, and without weight decay or smoothing it never
     moves again: with init="random" that is 38% of all taps at lam=0.001, 68% at 0.002, 87% at 0.003
     and 95% at 0.004. Smoothing lets living neighbours revive them. A kernel of which more than 90%
     starts dead gives a UserWarning, once per process.
+
+    Source: arXiv 2302.06646, section 3.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class LongConvKernel(KernelGenerator):
         self.smooth = smooth
         self.lam = lam
         self.dropout = nn.Dropout(kernel_dropout)
-        self.overrides = {"kernel": {"lr": lr, "weight_decay": 0.0}}
+        self.override("kernel", lr=lr, weight_decay=0.0)
         self._warn_of_dead_taps()
 
     def _squashed(self, length: int) -> Tensor:
@@ -158,7 +160,7 @@ class LongConv(ConvLayer):
         dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
         postact: "glu", or None for a plain linear map.
         kernel_lr: learning rate that param_groups gives to the taps, or its own lr if that is
-            smaller.
+            smaller; 0: they are a buffer.
 
     The taps stay float32 under .to(bfloat16) and .half().
 

@@ -9,8 +9,9 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     """Groups for torch.optim: every trainable parameter of the model exactly once.
 
     The first group has lr and weight_decay; each distinct override of a layer's kernel generator
-    (see its docstring) has its own, with its learning rate capped at lr. Parameters are found by
-    module, not by attributes on tensors, which deepcopy and sharding lose.
+    (see its docstring) has its own, with its learning rate capped at lr; what was overridden with 0
+    is a buffer and in no group. Parameters are found by module, not by attributes on tensors, which
+    deepcopy and sharding lose.
 
     The groups carry their own lr and weight_decay, so the optimiser's arguments of those names do not
     apply. A scheduler that sets learning rates outright needs one per group, for OneCycleLR

@@ -36,25 +36,26 @@ POSITIVE = {  # name: (transform, inverse)
 class S4DKernel(KernelGenerator):
     """Kernel generator of S4D; S4DKernel(...)(length) -> (heads, d_model, length), any length.
 
-    K = seqconv.ssm_kernel(log dt, A, C, length, B=B), with N = d_state // 2 modes, one of each
-    conjugate pair, and n_ssm sets of (A, B), of which channel h takes number h mod n_ssm.
+    K = seqconv.ssm_kernel(log dt, A, C, length, B=B), with modes = d_state / 2, one of each conjugate
+    pair, and n_ssm sets of (A, B), of which channel h takes number h mod n_ssm. For "dss" and
+    "dss_softmax" a mode is no half of a pair: d_state=64 is 32 modes there too.
 
     Parameters, all real:
-        inv_dt (d_model,), or (d_model, N) with dt_tie=False: dt = f(inv_dt), f being exp or
+        inv_dt (d_model,), or (d_model, modes) with dt_tie=False: dt = f(inv_dt), f being exp or
             softplus; log dt is uniform in [log dt_min, log dt_max]. dt is in steps of the sequence.
             dt_sinh=True: dt = f(sinh(inv_dt)).
-        inv_A_real (n_ssm, N): Re A = -g(inv_A_real), g by real_transform. inv_A_imag (n_ssm, N): Im
-            A = g'(inv_A_imag), g' by imag_transform. Both from `init`, see seqconv.s4d_init.
-        B (n_ssm, N, 2): from `init` or `B_init`; a buffer with train_B=False.
-        C (heads, d_model, N, 2): complex standard normal.
-    is_real=True: d_state real modes; no imaginary parts, B (n_ssm, d_state), C (heads, d_model,
-    d_state) standard normal; the factor 2 of the kernel stays. deterministic=True: log dt evenly
+        inv_A_real (n_ssm, modes): Re A = -g(inv_A_real), g by real_transform. inv_A_imag (n_ssm,
+            modes): Im A = g'(inv_A_imag), g' by imag_transform. Both from `init`, see seqconv.s4d_init.
+        B (n_ssm, modes, 2): from `init` or `B_init`; a buffer with train_B=False.
+        C (heads, d_model, modes, 2): complex standard normal.
+    is_real=True: modes = d_state, real; no imaginary parts, B (n_ssm, modes), C (heads, d_model,
+    modes) standard normal; the factor 2 of the kernel stays. deterministic=True: log dt evenly
     spaced over the channels and C = (1, 0, 0, ...), nothing drawn.
 
-    Optimiser: inv_dt, inv_A_real, inv_A_imag and B take min(lr, `lr` here) and no weight decay; C
-    is trained like any weight.
+    Optimiser: inv_dt, inv_A_real, inv_A_imag and B take min(lr, `lr` here) and no weight decay, with
+    lr=0 they are buffers; C is trained like any weight.
 
-    The other options are explained in S4D.
+    The other options are explained in S4D. Source: arXiv 2206.11893, sections 3 and 4.
     """
 
     def __init__(
@@ -153,11 +154,11 @@ class S4DKernel(KernelGenerator):
         self.real_transform, self.imag_transform = real_transform, imag_transform
         self.dt_transform, self.dt_sinh, self.bandlimit = dt_transform, dt_sinh, bandlimit
         self.kernel_dropout = nn.Dropout(kernel_dropout)
-        names = ("inv_dt", "inv_A_real", "inv_A_imag", "B")
-        self.overrides = {name: {"lr": lr, "weight_decay": 0.0} for name in names}
+        self.override("inv_dt", "inv_A_real", "inv_A_imag", "B", lr=lr, weight_decay=0.0)
 
     def system(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log dt (d_model,) or (d_model, N), A and B (d_model, N, 2), C (heads, d_model, N, 2), float64."""
+        """log dt (d_model,) or (d_model, modes), A and B (d_model, modes, 2), C (heads, d_model, modes, 2),
+        float64."""
         p = self.inv_dt.double()
         p = torch.sinh(p) if self.dt_sinh else p
         log_dt = p if self.dt_transform == "exp" else F.softplus(p).log()
@@ -201,27 +202,40 @@ class S4D(ConvLayer):
     """Diagonal state space layer, (batch, length, d_model) -> the same.
 
     y = GLU(W dropout(gelu(K * x + skip x)) + b), K[l] = 2 Re sum_n C_n Bbar_n Abar_n^l, the response of
-    x' = A x + B u, y = 2 Re C x with A diagonal, in steps of dt: for "zoh" Abar = exp(dt A), Bbar = B
-    (Abar - 1) / A. The state_dict does not depend on the length; options are not part of it.
+    x' = A x + B u, y = 2 Re C x with A diagonal, in steps of dt, by `discretization`:
 
-    Parameters, all real, N = d_state / 2: kernel.inv_dt (d_model,), log dt, uniform in [log dt_min, log
-    dt_max]; inv_A_real (n_ssm, N), log(-Re A), and inv_A_imag (n_ssm, N), Im A, from `init`; B (n_ssm,
-    N, 2), from `init`: these take min(lr, kernel_lr) and no weight decay. C (heads, d_model, N, 2), twice
+        "zoh"          Abar = exp(dt A)                        Bbar = B (exp(dt A) - 1) / A
+        "bilinear"     Abar = (1 + dt A / 2) / (1 - dt A / 2)  Bbar = B dt / (1 - dt A / 2)
+        "dss"          as "zoh", K without the factor 2
+        "dss_softmax"  as "dss", Bbar divided by exp(dt A length) - 1
+
+    modes = d_state / 2 of them are stored, one of each conjugate pair; those of "dss" and "dss_softmax" are no
+    halves of pairs, and as many. A by `init`, with N = d_state and n = 0 ... modes - 1:
+
+        "lin"   -1/2 + i pi n                              "real"  -(n + 1)
+        "inv"   -1/2 + i (N / pi) (N / (2 n + 1) - 1)      "rand"  -1/2 + i exp(standard normal)
+        "inv2"  -1/2 + i (N / pi) (N / (n + 1) - 1)        "foud"  -1/2 + 2 pi i n
+        "quad"  -1/2 + i (1 + 2 n)^2 / pi                  "fout"  i pi n
+        "legs"  -1/2 + i y, y from HiPPO-LegS              "diag", "hippo": half inv and lin, legs and fout
+
+    B is 1 but for "legs", "fout" and "foud": see seqconv.s4d_init. The state_dict does not depend on the
+    length; options are not part of it.
+
+    Parameters, all real: kernel.inv_dt (d_model,), log dt, uniform in [log dt_min, log dt_max];
+    inv_A_real (n_ssm, modes), log(-Re A), and inv_A_imag (n_ssm, modes), Im A, and B (n_ssm, modes, 2),
+    from `init`: these take min(lr, kernel_lr) and no weight decay. C (heads, d_model, modes, 2), twice
     the heads if bidirectional, complex standard normal; skip (heads, d_model) ~ N(0, 1); linear, weight
     (2 d_model, heads d_model) and bias, torch's default: trained like any weight. S4DKernel has the
     variants.
 
     Args:
         d_model: channels.
-        d_state: real size N of each channel's state, even; N / 2 complex modes are stored.
+        d_state: real size of each channel's state, even: twice the modes.
         heads: kernels per channel; the linear map takes heads * d_model inputs.
         bidirectional: add as many kernels for the future, shifted by one so that lag 0 belongs to
             the past's.
         n_ssm: sets of (A, B) shared by the channels in turn; must divide d_model. None: one each.
-        init: "lin", "inv", "inv2", "quad", "real", "rand", "legs", "fout", "foud", "diag" or
-            "hippo"; formulas in seqconv.s4d_init.
-        discretization: "zoh", "bilinear", "dss" or "dss_softmax", see seqconv.ssm_kernel. The last
-            depends on the length and has no step().
+        init, discretization: as above; "dss_softmax" depends on the length and has no step().
         real_transform, imag_transform: "exp", "relu", "softplus", "sigmoid" or "none", which give
             -Re A and Im A from their parameters. "none" for the real part may become unstable.
         is_real, real_scale, imag_scale, real_random, imag_random, B_init, B_scale, normalize_B,
@@ -235,7 +249,7 @@ class S4D(ConvLayer):
         dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
         postact: "glu", or None for a plain linear map.
         kernel_lr: learning rate that param_groups gives to dt, A and B, or its own lr if that is
-            smaller, without weight decay; C is trained like any weight.
+            smaller, without weight decay; 0: they are buffers.
         backend: of seqconv.ssm_kernel.
 
     dt, A, B and C stay float32 under .to(bfloat16) and .half(). layer(x, rate=2.0) takes inputs

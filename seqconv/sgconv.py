@@ -29,7 +29,7 @@ class SGConvKernel(KernelGenerator):
         decay (d_model,): p, uniform in [decay_min, decay_max], with decay="power" only.
     Buffers: norm (heads, d_model, 1), the L2 norm of all taps at construction, so that k starts with
     norm 1; decay, where it is not learned. Both are in the state_dict.
-    Optimiser: all take min(lr, `lr` here), and weight decay like any weight.
+    Optimiser: all take min(lr, `lr` here), and weight decay like any weight; with lr=0 they are buffers.
 
     rate: taps are samples of a function k(t) of real t >= 0, the above with l = t. With rate r the
     result is r k(r l), for inputs sampled 1 / r times as often: the same output at the same times,
@@ -40,6 +40,8 @@ class SGConvKernel(KernelGenerator):
     The reference implementation's mode string says the same in one word: "nearest" in it is
     upsample="nearest", "sum" or "cat" combine, "randn" or "cos" init, and "learnable" decay="power",
     or with "fixed" "power_fixed"; cat_randn is the default here.
+
+    Source: arXiv 2210.09298, section 3.
     """
 
     def __init__(
@@ -91,12 +93,12 @@ class SGConvKernel(KernelGenerator):
             waves = torch.cos(2 * math.pi * turns.unsqueeze(-1) * place)  # (s h d)
             pieces = waves.unsqueeze(1).repeat(1, heads, 1, 1)
         self.pieces = nn.Parameter(pieces)
-        self.overrides = {"pieces": {"lr": lr}, "decay": {"lr": lr}}
         if decay == "geometric":
             self.register_buffer("decay", torch.linspace(decay_min, decay_max, d_model))
         else:
             p = torch.empty(d_model).uniform_(decay_min, decay_max)
             self.decay = nn.Parameter(p) if decay == "power" else nn.Buffer(p)
+        self.override("pieces", "decay", lr=lr)
         with torch.no_grad():
             norm = self._sample(self.pieces, 1.0, 0, self.taps).norm(dim=-1, keepdim=True)
         self.register_buffer("norm", norm)
@@ -165,14 +167,20 @@ class SGConvKernel(KernelGenerator):
 class SGConv(ConvLayer):
     """Structured global convolution layer, (batch, length, d_model) -> the same.
 
-    y = GLU(W dropout(gelu(k * x + skip x)) + b), k from SGConvKernel: pieces of kernel_dim weights,
-    piece i stretched 2^max(i - 1, 0) times and scaled by decay^-i, one after another, divided by
-    the norm that they have at first. Inputs longer than the kernel are convolved with the taps there
-    are.
+    y = GLU(W dropout(gelu(k * x + skip x)) + b), k from SGConvKernel: w_i = pieces[i], kernel_dim weights
+    each, stretched by whole factors, with s = init_scale and channel c's m_c = linspace(decay_min, decay_max):
+
+        combine="cat"  k = concatenation over i of m_c^-i stretch(w_i, 2^(s + max(i - 1, 0))) / norm
+        "sum"          k[l] = sum over i of m_c^-i stretch(w_i, 2^(s + i))[l] / norm, all from lag 0 on
+        decay="power", "power_fixed": (l + 1)^-p_c at tap l in the place of m_c^-i
+
+    norm is the L2 norm that k without it has at construction, constant since. stretch interpolates (or
+    repeats: upsample="nearest"). Inputs longer than the kernel are convolved with the taps there are.
 
     Parameters: kernel.pieces (n_scales, heads, d_model, kernel_dim) ~ N(0, 1), twice the heads if
-    bidirectional; min(lr, kernel_lr), with weight decay. skip (heads, d_model) ~ N(0, 1); linear,
-    weight (2 d_model, heads d_model) and bias, torch's default; trained like any weight.
+    bidirectional, and with decay="power" kernel.decay, p (d_model,), uniform in [decay_min, decay_max];
+    min(lr, kernel_lr), with weight decay. skip (heads, d_model) ~ N(0, 1); linear, weight (2 d_model,
+    heads d_model) and bias, torch's default; trained like any weight.
 
     Args:
         d_model: channels.
@@ -185,12 +193,13 @@ class SGConv(ConvLayer):
             default is the pixels', which leaves the nearest 64 lags free.
         n_scales: pieces of the kernel, by default as many as l_max needs; init_scale: logarithm of
             the first one's stretch.
-        upsample, combine, init, decay, decay_min, decay_max: see SGConvKernel.
+        upsample, combine, decay, decay_min, decay_max: as above; init: of the weights, "randn" or
+            "cos", waves of a random number of periods (SGConvKernel).
         activation: of the convolution: "gelu", "silu", "relu" or None.
         dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
         postact: "glu", or None for a plain linear map.
         kernel_lr: learning rate that param_groups gives to the kernel's weights, or its own lr if
-            that is smaller; weight decay applies to them.
+            that is smaller; weight decay applies to them. 0: they are buffers.
 
     The kernel's weights stay float32 under .to(bfloat16) and .half(). layer(x, rate=0.5) takes inputs
     sampled twice as often as those of training. A rate above 1 leaves taps out: it needs a kernel

@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from seqconv import S4D, LongConv, LongConvKernel, SGConv, param_groups, reference
+from seqconv import (
+    S4D,
+    ButterflyConv,
+    Hyena,
+    LongConv,
+    LongConvKernel,
+    SGConv,
+    param_groups,
+    reference,
+)
 from seqconv.long_conv import squash
 
 D = 6
@@ -21,6 +30,12 @@ LAYERS = {
     "s4d": lambda **options: S4D(D, **options),
     "long_conv": lambda **options: LongConv(D, l_max=80, **{"kernel_dropout": 0.0} | options),
     "sgconv": lambda **options: SGConv(D, l_max=80, **options),
+}
+EVERY = LAYERS | {
+    "hyena": lambda **options: Hyena(D, l_max=80, **options),
+    "butterfly": lambda **options: ButterflyConv(D, l_max=80, **{"kernel_dropout": 0.0} | options),
+    "sgconv, power": lambda **options: SGConv(D, l_max=80, decay="power", **options),
+    "s4d, real": lambda **options: S4D(D, init="real", is_real=True, **options),
 }
 OPTIONS = {"plain": {}, "two-sided": {"bidirectional": True}, "heads": {"heads": 3}}
 
@@ -355,6 +370,26 @@ def test_param_groups():
         assert found[id(parameter)] == wanted, name
     assert {g["lr"] for g in param_groups(model, lr=1e-4)} == {1e-4}  # never above the global one
     torch.optim.AdamW(groups)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_kernel_with_learning_rate_0_is_buffers(name):
+    make = EVERY[name]
+    rates = {"kernel_lr": 0.0} | ({"dft_lr": 0.0} if name == "butterfly" else {})
+    learned, fixed = make(), make(**rates)
+    assert learned.state_dict().keys() == fixed.state_dict().keys()
+    fixed.load_state_dict(learned.state_dict())
+    slow = {id(p) for g in param_groups(learned, lr=1.0) if g["lr"] < 1 for p in g["params"]}
+    left = [n for n, p in learned.named_parameters() if id(p) not in slow]
+    assert slow and left == [n for n, _ in fixed.named_parameters()]
+    x = torch.randn(2, 30, D)
+    y = fixed(x)
+    assert torch.equal(y, learned(x))
+    y.square().sum().backward()
+    assert all(p.grad.any() for p in fixed.parameters())
+    assert not any(t.requires_grad for t in fixed.buffers())
+    (group,) = param_groups(fixed, lr=1.0)
+    assert len(group["params"]) == len(left)
 
 
 def test_param_groups_see_through_parametrization():

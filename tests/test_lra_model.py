@@ -94,6 +94,13 @@ def test_dropout_is_tied_and_dt_has_its_rate():
     k = made.layers[0].kernel
     assert found[id(k.inv_dt)] == (5e-3, 0) and found[id(k.inv_A_real)] == (1e-3, 0)
     assert found[id(k.C)] == found[id(made.decoder.weight)] == (1e-2, 0.1)
+    for rates, wanted in (
+        ((1e-3, 0.0), {"inv_A_real", "inv_A_imag", "B", "C"}),
+        ((0.0, 1e-3), {"inv_dt", "C"}),
+    ):
+        kernel = options.S4D(kernel_lr=rates[0], dt_lr=rates[1])
+        made = SequenceClassifier("s4d", SMALL, kernel, classes=2, l_max=9, channels=1)
+        assert dict(made.layers[0].kernel.named_parameters()).keys() == wanted
 
 
 # ---- the order of samples ----

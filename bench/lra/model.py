@@ -22,13 +22,17 @@ LAYERS = {
 def make_layer(layer: str, model: options.Model, kernel, l_max: int) -> nn.Module:
     arguments = dataclasses.asdict(kernel)
     dt_lr = arguments.pop("dt_lr", None)
+    kernel_lr = arguments["kernel_lr"]
+    if dt_lr is not None:
+        arguments["kernel_lr"] = max(dt_lr, kernel_lr)  # what begins at 0 is a buffer for good
     if layer != "s4d":
         arguments["l_max"] = l_max
     if layer != "hyena":
         arguments |= {"dropout": model.dropout, "tie_dropout": model.tie_dropout}
     made = LAYERS[layer](model.d_model, **arguments)
     if dt_lr is not None:
-        made.kernel.overrides["inv_dt"]["lr"] = dt_lr
+        made.kernel.override("inv_dt", lr=dt_lr)
+        made.kernel.override("inv_A_real", "inv_A_imag", "B", lr=kernel_lr)
     return made
 
 
