@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor
 
 from bench import plots, report
-from bench.hippo import hippo, kernel, response
+from bench.hippo import apart, hippo, kernel, response
 from bench.lra import options, sweep
 from bench.lra.__main__ import parse_fit
 from bench.lra.journal import console
@@ -76,15 +75,6 @@ def draw_family(family: str, args) -> Path:
         path,
     )
     return path
-
-
-def apart(A: Tensor, normal: Tensor, b: Tensor) -> float:
-    """Relative L2 distance of the kernels of (A, b) and (normal, b / 2), by the joint system's Gramian."""
-    drive = torch.cat([b, b / 2])
-    joint = torch.block_diag(A, normal).numpy()
-    gram = solve_continuous_lyapunov(joint, -(drive[:, None] * drive).numpy())
-    n = len(b)
-    return ((gram[0, 0] - 2 * gram[0, n] + gram[n, n]) / gram[0, 0]) ** 0.5
 
 
 def draw_limit(args) -> Path:

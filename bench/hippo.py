@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor
 
 
@@ -32,3 +33,12 @@ def kernel(A: Tensor, B: Tensor, count: int, dt: float) -> Tensor:
         out.append(x[0])
         x = power @ x
     return torch.stack(out)
+
+
+def apart(A: Tensor, normal: Tensor, b: Tensor) -> float:
+    """Relative L2 distance of the kernels of (A, b) and (normal, b / 2), by the joint system's Gramian."""
+    drive = torch.cat([b, b / 2])
+    joint = torch.block_diag(A, normal).numpy()
+    gram = solve_continuous_lyapunov(joint, -(drive[:, None] * drive).numpy())
+    n = len(b)
+    return ((gram[0, 0] - 2 * gram[0, n] + gram[n, n]) / gram[0, 0]) ** 0.5
