@@ -20,6 +20,9 @@ from seqconv import (
     LongConv,
     LongConvKernel,
     SGConv,
+    _layer,
+    fftconv,
+    hyena,
     param_groups,
     reference,
 )
@@ -71,16 +74,51 @@ def test_layer_is_its_formula(make, options):
     torch.testing.assert_close(layer(x), first * torch.sigmoid(gate), rtol=1e-10, atol=1e-10)
 
 
-def test_causality(make):
-    """Also for inputs much shorter than the kernel there is: cut taps must not wrap to the future."""
-    layer, length = make(), 40
-    x = torch.randn(1, length, D)
+HEADS = {"heads": 3, "activation": "silu", "postact": None}
+CAUSAL = [
+    *((name, {}) for name in ("s4d", "long_conv", "sgconv", "sgconv, power", "hyena", "butterfly")),
+    *((name, HEADS) for name in ("s4d", "long_conv", "sgconv", "butterfly")),
+    *(("s4d", {"discretization": name}) for name in ("bilinear", "dss", "dss_softmax")),
+    *(("long_conv", {"smooth": name}) for name in ("time", "frequency")),
+    ("s4d", {"init": "legs", "n_ssm": 2}),
+    ("sgconv", {"combine": "sum", "upsample": "nearest", "kernel_dim": 4}),
+    ("hyena", {"order": 3}),
+]
+
+
+@pytest.mark.parametrize("size", [10.0, 1e4])
+@pytest.mark.parametrize("name, options", CAUSAL, ids=str)
+def test_causality(name, options, size, monkeypatch):
+    """To round-off, so that 1e-5 of the kernel for the future is too much: ButterflyConv before training. Also
+    for inputs much shorter than the kernel there is: cut taps must not wrap to the future."""
+    layer = EVERY[name](**options)
+    with torch.no_grad():
+        layer.skip.zero_()  # the kernels alone
+    x = torch.randn(1, 40, D) * (size if name == "hyena" else 1)  # its gates are inputs
     moved = x.clone()
-    moved[:, 25:] += 10
-    change = (layer(moved) - layer(x)).abs().amax((0, 2))
-    assert change[:25].max() < 1e-4 and change[25:].min() > 1e-3
-    both = make(bidirectional=True)
-    assert (both(moved) - both(x))[:, :25].abs().max() > 1e-3
+    moved[:, 25:] += size * torch.randn(15, D)
+
+    def change(layer):
+        past, future = (layer(moved) - layer(x)).split([25, 15], dim=1)
+        assert future.abs().amax((0, 2)).min() > 1e-3
+        return past.norm() / future.norm()
+
+    bound = 6 * torch.finfo(torch.float32).eps
+    assert change(layer) < bound
+    for module in (_layer, hyena):
+        monkeypatch.setattr(module, "fftconv", leaking)
+    if name == "butterfly":
+        with torch.no_grad():
+            for matrix in layer.input_transform.matrices.values():
+                matrix.mul_(1 + 2e-5 * torch.randn_like(matrix))
+    assert change(layer) > bound
+    if name in LAYERS:
+        assert change(EVERY[name](**options, bidirectional=True)) > 1e-2
+
+
+def leaking(x, k, skip=None, **options):
+    future = {} if k.shape[-1] <= 3 or options.get("k_rev") is not None else {"k_rev": 1e-5 * k}
+    return fftconv(x, k, skip, **options | future)
 
 
 def test_options_of_the_block(make):
