@@ -82,7 +82,8 @@ class Hyena(nn.Module):
         y = W_out (x_N v) + b_out
 
     with N = order gates, N - 1 long convolutions, k from HyenaFilter, and the gates fused into the
-    convolutions. Inputs longer than l_max are convolved with the l_max taps there are.
+    convolutions. Inputs longer than l_max are convolved with the l_max taps there are. Outputs grow as
+    |x|^(order + 1): inputs for which that nears float32's largest number overflow.
 
     Parameters: in_proj ((order + 1) d_model, d_model) and out_proj (d_model, d_model), torch's
     default; short ((order + 1) d_model, 3), tap 0 the present's, and short_bias, uniform in

@@ -19,7 +19,9 @@ from seqconv import (
     Hyena,
     LongConv,
     LongConvKernel,
+    S4DKernel,
     SGConv,
+    SGConvKernel,
     _layer,
     fftconv,
     hyena,
@@ -161,12 +163,21 @@ def test_lengths(make):
         layer(x, padding, lengths=lengths)
 
 
-def test_gradients_are_finite_for_huge_inputs(make):
-    layer = make()
+HUGE = [(name, {}, 1e15) for name in EVERY if name != "hyena"]
+HUGE += [("hyena", {}, 1e10), ("hyena", {"order": 3}, 1e5)]  # outputs of 1e30 and 1e20
+
+
+@pytest.mark.parametrize("name, options, size", HUGE)
+def test_outputs_and_gradients_are_finite_for_huge_inputs(name, options, size):
+    layer = EVERY[name](**options)
     for length in (1, 70):
         layer.zero_grad()
-        (layer(1e15 * torch.randn(1, length, D)) * 1e-15).sum().backward()
-        assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+        x = (size * torch.randn(1, length, D)).requires_grad_()
+        y = layer(x)
+        (y * size ** -getattr(layer, "order", 1)).sum().backward()
+        assert all(
+            torch.isfinite(t).all() for t in (y, x.grad, *[p.grad for p in layer.parameters()])
+        )
 
 
 def test_rate(make):
@@ -350,6 +361,80 @@ def test_learns_a_delayed_copy(make):
         loss.backward()
         optimizer.step()
     assert loss < 0.5  # predicting nothing gives 1
+
+
+# ---- as shipped ----
+
+
+@pytest.mark.parametrize("layer", [S4D, LongConv, SGConv, Hyena, ButterflyConv])
+def test_what_layers_share_begins_alike(layer):
+    """skip is standard normal; linear maps are torch's: uniform in +-1 / sqrt(features), biases too."""
+    heads = {} if layer is Hyena else {"heads": 2}
+    made = layer(2000, **heads, **({} if layer is S4D else {"l_max": 4}))
+    skip = made.skip.flatten()
+    assert made.skip.shape == (heads.get("heads", 1), 2000)
+    assert abs(skip.mean()) < 0.08 and abs(skip.std() - 1) < 0.06
+    assert 0.65 < (skip.abs() < 1).float().mean() < 0.72  # 0.683 of a normal distribution
+    for linear in (made.in_proj, made.out_proj) if layer is Hyena else (made.linear,):
+        bound = linear.in_features**-0.5
+        for t in (linear.weight, linear.bias):
+            assert 0.99 * bound < t.abs().max() <= bound and abs(t.mean()) < 0.05 * bound
+            assert abs(t.std() * 3**0.5 / bound - 1) < 0.05
+
+
+BLOCK = {"heads": 1, "activation": "gelu", "dropout": 0.0, "tie_dropout": False, "postact": "glu"}
+BLOCK |= {"kernel_lr": 1e-3}
+FREE = {
+    "init": "double_exp",
+    "lam": 0.003,
+    "smooth": None,
+    "smooth_window": 7,
+    "kernel_dropout": 0.2,
+}
+DEFAULTS = {
+    S4D: BLOCK
+    | {"bidirectional": False, "d_state": 64, "n_ssm": None, "init": "lin", "discretization": "zoh"}
+    | {"real_transform": "exp", "imag_transform": "none", "is_real": False, "real_scale": 1.0}
+    | {
+        "imag_scale": 1.0,
+        "real_random": False,
+        "imag_random": False,
+        "B_init": None,
+        "B_scale": 1.0,
+    }
+    | {"normalize_B": False, "train_B": True, "dt_min": 1e-3, "dt_max": 1e-1, "dt_tie": True}
+    | {"dt_transform": "exp", "dt_sinh": False, "deterministic": False, "bandlimit": None}
+    | {"kernel_dropout": 0.0, "backend": "auto"},
+    LongConv: BLOCK | FREE | {"bidirectional": False},
+    SGConv: BLOCK
+    | {"bidirectional": False, "kernel_dim": 32, "n_scales": None, "init_scale": 0, "init": "randn"}
+    | {"upsample": "linear", "combine": "cat"}
+    | {"decay": "geometric", "decay_min": 2.0, "decay_max": 2.0},
+    Hyena: {
+        "order": 2,
+        "emb_dim": 3,
+        "filter_width": 64,
+        "filter_layers": 2,
+        "filter_frequency": 1.0,
+    }
+    | {"kernel_lr": 1e-3},
+    ButterflyConv: BLOCK
+    | FREE
+    | {"butterfly_heads": 1, "additive": False, "dft_activation": None, "dft_dropout": 0.0}
+    | {"dft_lr": 1e-3},
+}
+
+
+@pytest.mark.parametrize("layer", DEFAULTS)
+def test_defaults(layer):
+    """Those of the papers and their code: a new one is a decision, not an accident."""
+    parameters = inspect.signature(layer).parameters.values()
+    assert {p.name for p in parameters if p.default is p.empty} <= {"d_model", "l_max"}
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == DEFAULTS[layer]
+    known = DEFAULTS[layer] | {"lr": 1e-3, "two_sided": False}
+    generators = {S4D: S4DKernel, LongConv: LongConvKernel, SGConv: SGConvKernel}
+    for p in inspect.signature(generators.get(layer, layer)).parameters.values():
+        assert p.default is p.empty or p.default == known[p.name]
 
 
 # ---- LongConv ----
