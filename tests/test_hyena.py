@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from seqconv import Hyena, HyenaFilter, param_groups, reference
+from seqconv import Hyena, HyenaFilter, hyena, param_groups, reference
 
 D, L_MAX = 6, 80
 ORDERS = [2, 3]
@@ -59,6 +59,19 @@ def test_layer_is_its_formula(order, length):
     assert layer.filter(length).shape == (order - 1, D, min(length, L_MAX))
     x = torch.randn(2, length, D, dtype=torch.float64)
     torch.testing.assert_close(layer(x), plain(layer, x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_gates_are_fused_into_the_convolutions(order, monkeypatch):
+    calls, fftconv = [], hyena.fftconv
+
+    def spy(x, k, *rest, pre_gate=None, post_gate=None, **options):
+        calls.append((k.shape[-1], pre_gate is not None, post_gate is not None))
+        return fftconv(x, k, *rest, pre_gate=pre_gate, post_gate=post_gate, **options)
+
+    monkeypatch.setattr(hyena, "fftconv", spy)
+    Hyena(D, l_max=L_MAX, order=order)(torch.randn(1, 40, D))
+    assert calls == [(3, False, False), *[(40, True, i == order) for i in range(2, order + 1)]]
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.hippo import apart, hippo, response
-from seqconv import S4D, S4DKernel, fftconv, reference, s4d_init
+from seqconv import S4D, S4DKernel, fftconv, param_groups, reference, s4d_init
 from seqconv.s4d import POSITIVE
 
 D = 6
@@ -52,6 +52,28 @@ def test_legs_diagonalises_hippo():
     assert abs(ours - wanted) < 1e-10
 
 
+@pytest.mark.parametrize(
+    "init, turn", [("fout", math.pi), ("foud", 2 * math.pi), ("hippo", math.pi)]
+)
+def test_fourier_modes_diagonalise_hippo(init, turn):
+    """B^T exp(t M) B of the Fourier basis (1, 0, cos, sin, cos 2, ...), turned by M; "fout" is what the
+    normal part of HiPPO-FouT's A = M - B B^T is, "foud" decays instead."""
+    sets, modes, size = 2, 5, 10
+    b = torch.zeros(size).double()
+    b[0::2], b[0] = math.sqrt(2), 1
+    above = torch.zeros(size - 1).double()
+    above[0::2] = turn * torch.arange(modes).double()
+    M = torch.diag(above, -1) - torch.diag(above, 1)
+    M = M - torch.eye(size) / 2 if init == "foud" else M
+    A, B = (torch.view_as_complex(t) for t in s4d_init.modes(init, sets, modes))
+    for t in (0.0, 0.3, 1.7):
+        wanted = b @ torch.linalg.matrix_exp(t * M) @ b
+        assert abs(2 * (B[-1] ** 2 * torch.exp(t * A[-1])).sum().real - wanted) < 1e-13
+    first = s4d_init.modes("legs" if init == "hippo" else init, 1, modes)
+    for ours, theirs in zip((A, B), first, strict=True):
+        assert torch.equal(torch.view_as_real(ours[0]), theirs[0])
+
+
 def test_named_modes():
     n, modes = torch.arange(32).double(), 32
     formulas = {
@@ -90,6 +112,9 @@ def test_variants_of_the_modes():
     assert A[0, 1].tolist() == [-1.0, 3 * math.pi] and B[0, 5].tolist() == [4.0, 0.0]
     A, B = s4d_init.modes("lin", 1, 8, normalize_B=True)
     assert abs(2 * (B.square().sum(-1) / A.square().sum(-1)).sum() - 1) < 1e-12
+    for name, wanted in (("one", torch.ones(4).double()), ("legs", s4d_init.legs(4)[1])):
+        _, B = s4d_init.modes("foud", 2, 4, B_init=name)
+        assert torch.equal(B, torch.stack([wanted, 0 * wanted], -1).expand(2, 4, 2))
     _, B = s4d_init.modes("lin", 1, 4, B_init="alternating")
     assert B[0, :, 0].tolist() == [1, -1, 1, -1]
     z = torch.exp(torch.tensor(-2j * math.pi / 8, dtype=torch.complex128))
@@ -173,7 +198,8 @@ def test_other_kernel_options():
     full.load_state_dict(limited.state_dict())
     with torch.no_grad():
         full.C[:, :, 2:] = 0
-    assert torch.equal(limited(30), full(30))
+    for rate in (1.0, 2.0, 0.5):  # the limit is that of training
+        assert torch.equal(limited(30, rate=rate), full(30, rate=rate))
     dropped = S4DKernel(D, kernel_dropout=0.25)
     share = (dropped(2000) == 0).float().mean()
     assert abs(share - 0.25) < 0.05 and not (dropped.eval()(2000) == 0).any()
@@ -374,7 +400,11 @@ def test_zero_shot_resolution(discretization):
 def test_a_checkpoint_runs_at_other_lengths():
     layer, other = S4D(D), S4D(D)
     x = torch.randn(1, 4096, D)
-    layer(x[:, :1024])
+    before = copy.deepcopy(layer.state_dict())
+    optimizer = torch.optim.AdamW(param_groups(layer, lr=1e-2))
+    layer(x[:, :1024]).square().sum().backward()
+    optimizer.step()
+    assert not any(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
     other.load_state_dict(layer.state_dict())
     torch.testing.assert_close(other(x)[:, :1024], layer(x[:, :1024]), rtol=1e-4, atol=1e-5)
 
