@@ -104,7 +104,18 @@ class TiedDropout(nn.Dropout):
         return x * F.dropout(mask, self.p, self.training)
 
 
-class ConvLayer(nn.Module):
+class Streamless(nn.Module):
+    """A layer that needs the whole sequence at once."""
+
+    def _refuse(self, *_, **__):
+        """Raises TypeError: only a causal S4D runs step by step."""
+        text = "has no recurrence; of the layers, S4D has one (causal, not dss_softmax)"
+        raise TypeError(f"{type(self).__name__}: {text}")
+
+    init_state = step = prefill = _refuse
+
+
+class ConvLayer(Streamless):
     """(batch, length, d_model) -> the same: y = GLU(W dropout(gelu(k * x + skip x)) + b).
 
     Parameters: the generator's; skip (heads, d_model) ~ N(0, 1); linear (2 d_model, heads d_model),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from seqconv._check import check_length, check_positive, check_rate
-from seqconv._layer import KernelGenerator, _padding, check_input, full_precision
+from seqconv._layer import KernelGenerator, Streamless, _padding, check_input, full_precision
 from seqconv.functional import fftconv
 
 
@@ -74,7 +74,7 @@ class HyenaFilter(KernelGenerator):
         return (h.unflatten(-1, (-1, self.d_model)) * decay.unsqueeze(1)).movedim(0, -1)
 
 
-class Hyena(nn.Module):
+class Hyena(Streamless):
     """Hyena operator, (batch, length, d_model) -> the same, causal.
 
         x_1, ..., x_N, v = short convolution of (W_in x + b_in), 3 taps

@@ -373,9 +373,10 @@ class S4D(ConvLayer):
 
     def _check_recurrent(self) -> None:
         if self.bidirectional:
-            raise TypeError("S4D: a two-sided layer has no recurrence")
+            raise TypeError("S4D: a two-sided layer has no recurrence; a causal one has")
         if self.kernel.discretization == "dss_softmax":
-            raise TypeError("S4D: dss_softmax depends on the length and has no recurrence")
+            text = "dss_softmax depends on the length and has no recurrence; the others have"
+            raise TypeError(f"S4D: {text}")
 
     def _check_state(self, function: str, x: Tensor, state: Tensor) -> None:
         self._check_recurrent()

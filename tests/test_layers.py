@@ -180,6 +180,26 @@ def test_outputs_and_gradients_are_finite_for_huge_inputs(name, options, size):
         )
 
 
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        *((name, {}) for name in ("long_conv", "sgconv", "hyena", "butterfly")),
+        *((name, {"bidirectional": True}) for name in LAYERS),
+        ("s4d", {"discretization": "dss_softmax"}),
+    ],
+    ids=str,
+)
+def test_layers_without_a_recurrence_say_so(name, options):
+    layer = EVERY[name](**options)
+    x, state = torch.randn(2, 9, D), torch.zeros(2, D, 32, 2)
+    calls = (lambda: layer.init_state(2), lambda: layer.step(x[:, 0], state=state))
+    for call in (*calls, lambda: layer.prefill(x, state)):
+        with pytest.raises(
+            TypeError, match=f"{type(layer).__name__}: .*has no recurrence; .*ha(s|ve)"
+        ):
+            call()
+
+
 def test_rate(make):
     layer, x = make(), torch.randn(1, 50, D)
     if layer.resamples:
@@ -332,6 +352,41 @@ def test_compile_and_export(name, options):
     program = torch.export.export(layer.eval(), (x,), dynamic_shapes=shapes)
     other = torch.randn(3, min(longest, 777) - 2, D)
     torch.testing.assert_close(program.module()(other), layer(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "options, call",
+    [
+        *(({"discretization": name}, {}) for name in ("bilinear", "dss", "dss_softmax")),
+        ({}, {"rate": 2.0}),
+        ({"bidirectional": True}, {"lengths": torch.tensor([50, 20])}),
+    ],
+    ids=str,
+)
+def test_compile_s4d_options(options, call):
+    torch._dynamo.reset()
+    layer, x = S4D(D, **options), torch.randn(2, 50, D)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (compiled, layer):
+        y = function(x, **call)
+        results.append([y, *torch.autograd.grad(y.square().sum(), layer.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_s4d_by_keops():
+    pytest.importorskip("pykeops", exc_type=ImportError)
+    layer, other = S4D(D, bidirectional=True, backend="keops"), S4D(D, bidirectional=True)
+    other.load_state_dict(layer.state_dict())
+    x, results = torch.randn(2, 50, D), []
+    for made in (layer, other):
+        y = made(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), made.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
