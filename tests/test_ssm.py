@@ -278,22 +278,29 @@ def test_threads_do_not_change_a_bit():
 
 
 @pytest.mark.slow
-def test_memory_does_not_hold_all_powers():
-    """(channels, modes, length) would take 2 GB in complex64; the kernel itself takes 16 MB."""
-    code = """
+@pytest.mark.parametrize(
+    "backend, modes, length, more",
+    [
+        ("auto", 64, 65536, 100),
+        ("torch", 64, 65536, 250),
+    ]  # all powers, complex64: 2 GB; the kernel: 16 MB
+    + [
+        ("auto", 1024, 16384, 100),
+        ("torch", 1024, 16384, 400),
+    ],  # modes sqrt(length) of them: 268 MB
+)
+def test_memory_does_not_hold_all_powers(backend, modes, length, more):
+    code = f"""
 import resource, torch
 from pathlib import Path
 from seqconv import ssm_kernel
-for backend in ("auto", "torch"):
-    C = torch.randn(1, 64, 64, 2, requires_grad=True)
-    A = torch.stack([-torch.rand(64, 64), torch.randn(64, 64)], -1).requires_grad_()
-    log_dt = torch.full((64,), -5.0, requires_grad=True)
-    ssm_kernel(log_dt, A, C, 100, backend=backend).sum().backward()
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    more = 100 << 20 if backend == "auto" else 250 << 20
-    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + more, -1))
-    ssm_kernel(log_dt, A, C, 65536, backend=backend).sum().backward()
-    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+C = torch.randn(1, 64, {modes}, 2, requires_grad=True)
+A = torch.stack([-torch.rand(64, {modes}), torch.randn(64, {modes})], -1).requires_grad_()
+log_dt = torch.full((64,), -5.0, requires_grad=True)
+ssm_kernel(log_dt, A, C, 100, backend="{backend}").sum().backward()
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + ({more} << 20), -1))
+ssm_kernel(log_dt, A, C, {length}, backend="{backend}").sum().backward()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
