@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from bench import gallery, layers, ssm_kernel, timing
-from bench.lra import options
+from bench.lra import evaluate, options
 from bench.lra.model import SequenceClassifier
 from bench.worker import Worker
 from seqconv import _cpu
@@ -209,7 +211,37 @@ def test_sensitivity_is_by_lag():
     assert seen[9:].max() < 1e-3 * seen[8]
 
 
-def test_every_layer_has_its_picture():
+class Noise:
+    """A split of nine samples."""
+
+    def __len__(self):
+        return 9
+
+    def batch(self, picked):
+        x = np.random.default_rng(0).normal(size=(len(picked), 64, 1))
+        return x.astype(np.float32), np.full(len(picked), 64), picked
+
+
+@pytest.mark.parametrize("family", options.KERNELS)
+def test_every_layer_has_its_picture(family, tmp_path, monkeypatch):
+    """Of two untrained models; above, one family is trained for it."""
+    settings = options.Model(
+        depth=1, d_model=16, norm="layer", prenorm=False, dropout=0.0, pool="mean"
+    )
+    sizes = {"classes": 10, "l_max": 64, "channels": 1}
+    kernel = options.KERNELS[family]()
+    models = [SequenceClassifier(family, settings, kernel, **sizes) for _ in range(2)]
+    opened = (None, SimpleNamespace(l_max=64), {"test": Noise()}, *models)
+    (tmp_path / "result.json").write_text('{"test_accuracy": 0.5}')
+    monkeypatch.setattr(gallery, "trained", lambda *_: tmp_path)
+    monkeypatch.setattr(evaluate, "reopen", lambda _: opened)
+    picture = gallery.draw_family(
+        family, SimpleNamespace(digits=3, epochs=1, runs=None, out=tmp_path)
+    )
+    assert picture.name == f"{family}.png" and 10_000 < picture.stat().st_size < 300_000
+
+
+def test_gallery_has_every_layer():
     assert set(gallery.TITLES) == set(options.KERNELS)
 
 
