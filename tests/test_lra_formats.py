@@ -48,7 +48,9 @@ def test_the_inner_of_two_copies_is_read_and_named(tmp_path):
     assert splits["train"].labels.tolist() == [3] and "of 2 copies" in info.notes[0]
 
 
-@pytest.mark.parametrize("row", ["( [MAX 3 ) 4\n", "[MAX 3 4 ]\t12\n", "[MOX 3 4 ]\t4\n", "[MA"])
+@pytest.mark.parametrize(
+    "row", ["( [MAX 3 ) 4\n", "[MAX 3 4 ]\t12\n", "[MOX 3 4 ]\t4\n", "[MA", "\t4\n"]
+)
 def test_damaged_listops_are_named(tmp_path, row):
     write_listops(tmp_path, "( ( ( [MAX 3 ) 4 ) ] )\t4\n" + row)
     with pytest.raises(DataError, match=r"basic_train\.tsv:3"):
@@ -246,7 +248,7 @@ def test_speech(tmp_path):
     assert splits["train"].labels.tolist() == [0, 0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("fault", ["truncated", "garbage", "rate", "listed"])
+@pytest.mark.parametrize("fault", ["truncated", "garbage", "rate", "chunk", "listed", "list"])
 def test_damaged_speech_is_named(tmp_path, fault):
     path = write_speech(tmp_path) / "yes/a_nohash_2.wav"
     if fault == "truncated":
@@ -255,9 +257,14 @@ def test_damaged_speech_is_named(tmp_path, fault):
         path.write_bytes(b"RIFF")
     elif fault == "rate":
         path.write_bytes(path.read_bytes().replace(struct.pack("<I", 16000), b"\x40\x1f\0\0", 1))
-    else:
+    elif fault == "chunk":
+        path.write_bytes(path.read_bytes().replace(b"fmt \x10\0", b"fmt \x10\xff", 1))
+    elif fault == "listed":
         path = tmp_path / "speech_commands/no/a_nohash_1.wav"
         path.unlink()
+    else:
+        path = tmp_path / "speech_commands/testing_list.txt"
+        path.write_bytes(b"no/\xff.wav\n")
     with pytest.raises(DataError, match=path.name):
         opened("speech", tmp_path)
 

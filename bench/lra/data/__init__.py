@@ -224,7 +224,8 @@ def _record(folder: Path, facts: dict) -> None:
 
 
 def check(name: str, root: Path, *, progress: bool = True, seconds: float = 60) -> bool:
-    """Prints what a task's data looks like and whether it is as released; False if something is suspicious."""
+    """Prints what a task's data looks like and whether it is as released; False if something is suspicious, or if
+    a small CNN cannot tell of released images."""
     from bench.lra.data import checks
 
     return checks.check(name, Path(root), progress=progress, seconds=seconds)

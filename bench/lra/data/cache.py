@@ -25,6 +25,13 @@ class DataError(ValueError):
     """Data that is absent, corrupt or in another layout; the message names the file and what was wanted."""
 
 
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from None
+
+
 @dataclass(frozen=True)
 class Info:
     """What a model must know of a task; majority is the share of the commonest class in the test split."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bench.lra.data.cache import DataError, Part, Source
+from bench.lra.data.cache import DataError, Part, Source, read_text
 
 PAD, UNKNOWN, END = 0, 1, 2
 LISTOPS_TOKENS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "X")
@@ -46,9 +46,9 @@ def listops(folder: Path) -> Source:
         for number, cells in rows(path):
             if number == 1 and cells == ["Source", "Target"]:
                 continue
-            if len(cells) != 2 or cells[1] not in tuple("0123456789"):
-                raise DataError(f"{path}:{number}: wanted an expression, a tab and a digit")
             tokens = cells[0].replace("(", " ").replace(")", " ").split()
+            if not tokens or len(cells) != 2 or cells[1] not in tuple("0123456789"):
+                raise DataError(f"{path}:{number}: wanted an expression, a tab and a digit")
             try:
                 sequence = np.array([ids[token] for token in tokens])
             except KeyError as error:
@@ -94,10 +94,7 @@ def text(folder: Path) -> Source:
     }
 
     def read(path: Path) -> str:
-        try:
-            content = path.read_text(encoding="utf-8")[: l_max - 1]
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 text: {error}") from None
+        content = read_text(path)[: l_max - 1]
         if not content:
             raise DataError(f"{path} is empty")
         return content
@@ -291,7 +288,7 @@ def speech(folder: Path) -> Source:
         raise DataError(f"{folder} holds {len(words)} folders of words; wanted {COMMANDS}")
     lists = {}
     for split, name in (("val", "validation_list.txt"), ("test", "testing_list.txt")):
-        lists[split] = set((folder / name).read_text().split())
+        lists[split] = set(read_text(folder / name).split())
     clips = [f"{word}/{p.name}" for word in words for p in sorted((folder / word).glob("*.wav"))]
     unknown = sorted((lists["val"] | lists["test"]) - set(clips))
     if unknown:
@@ -325,8 +322,10 @@ def read_wave(path: Path) -> np.ndarray:
             layout = file.getframerate(), file.getsampwidth(), file.getnchannels()
             n = file.getnframes()
             frames = file.readframes(n)
-    except (wave.Error, EOFError) as error:
-        raise DataError(f"{path} is damaged: {error or 'it ends too early'}") from None
+    except (wave.Error, EOFError, RuntimeError) as error:  # the last of chunks without an end
+        raise DataError(
+            f"{path} is damaged: {error or 'it ends too early, or a chunk does not'}"
+        ) from None
     if layout != (RATE, 2, 1):
         raise DataError(f"{path} must be 16000 Hz, 2 bytes, 1 channel, got {layout}")
     if len(frames) != 2 * n or n == 0:

