@@ -114,6 +114,26 @@ def test_listops_are_written_as_released_and_read(tmp_path):
 
 # --- the Pathfinder generator ---
 
+
+def test_pathfinder_parameters_are_the_released_generators():
+    """Typed again from its source, with 14 dashes in targets and 4 in distractors for all sizes."""
+    released = {  # padding, dash, thickness, margins, seed distance, disc, continuity, distractors
+        32: (1, 2, 0.5, (1,), 7, 1.5, 1.0, 5),
+        64: (1, 5, 1, (1,), 12, 2.5, 1.8, 5),
+        128: (1, 5, 1.5, (2, 3), 20, 3, 1.8, 8),
+        256: (22, 5, 2, (3,), 27, 5, 1.8, 7),
+    }
+    names = ("padding", "paddle", "thickness", "margins", "seed_distance", "radius")
+    names += ("continuity", "distractors")
+    assert pathfinder.SIZES.keys() == released.keys()
+    for size, s in pathfinder.SIZES.items():
+        assert tuple(getattr(s, name) for name in names) == released[size], size
+        assert (s.size, s.contour, s.contour // 3) == (size, 14, 4)
+    sets = {"pathfinder32-hard": 32, "pathfinder64-gen": 64, "pathx-gen": 128, "path256-gen": 256}
+    for name, size in sets.items():
+        assert data.GENERATED[name].settings == pathfinder.SIZES[size]
+
+
 KINDS = {
     "easy": pathfinder.EASY,
     **{str(s.size): s for s in pathfinder.SIZES.values() if s.size != 64},

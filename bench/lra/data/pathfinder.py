@@ -5,8 +5,10 @@ none touching another; one disc marks the start of a target, the other the end o
 target (label 0). Written in the layout of the released sets: imgs/BATCH/sample_I.png and metadata/BATCH.npy.
 
 Ours differs from the released sets on purpose: all snakes have the same contrast, so that brightness tells nothing;
-the first seed keeps `seed_distance` from the window's edge; a snake also keeps off the newest dash of the other.
-Numbers on these images are not numbers on the released ones.
+the first seed keeps `seed_distance` from the window's edge; a snake also keeps off the newest dash of the other; a
+dash's mask is that of a line longer by `margin`, so that no other snake slips through the gap behind it; targets whose
+polylines share a point are drawn anew; what the smaller picture of a dash or mask has below 8 of 255 is 0, against the
+ripples of its filter. Numbers on these images are not numbers on the released ones.
 
 Angles have finitely many values (degrees for seeds, then directions between pixels), so each dash is drawn once with
 anti-aliasing and pasted afterwards.
