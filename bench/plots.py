@@ -1,6 +1,7 @@
 """Pictures of training runs, kernels and times."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib
 
@@ -23,7 +24,7 @@ def stack(axis, k: Tensor, size: Tensor) -> None:
 
 
 def plot_kernels(
-    before: list[Tensor], after: list[Tensor], name: str, path: Path, shown: int = 5
+    before: list[Tensor], after: list[Tensor], name: str, file: BinaryIO, shown: int = 5
 ) -> None:
     """The first channels' kernels of every layer, one above the other, at initialisation and after
     training; each channel on its own scale, the same in both columns."""
@@ -38,7 +39,7 @@ def plot_kernels(
             axis.set_title(f"{name}, layer {row + 1}, {when}")
             if row == len(after) - 1:
                 axis.set_xlabel("lag (pixels)")
-    figure.savefig(path, dpi=120)
+    figure.savefig(file, dpi=120)
     plt.close(figure)
 
 

@@ -3,26 +3,29 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from lra_run import ROOT
 
+from bench.lra import pictures
 from bench.lra.__main__ import parse_fit
-from bench.lra.recipes import recipe
-from bench.lra.report import keep, load, report, summary
+from bench.lra.recipes import BARS, recipe
+from bench.lra.report import details, keep, load, report, summary
 
 
 def write_run(
-    folder: Path, task: str, layer: str, seed: int, accuracy: float | None, **facts
+    folder: Path, task: str, layer: str, seed: int, accuracy: float | None, options=(), **facts
 ) -> None:
-    config = parse_fit([task, "--layer", layer, "--seed", str(seed)])
+    config = parse_fit([task, "--layer", layer, "--seed", str(seed), *options])
     r = recipe(task, layer)
     values = {
         "task": task,
         "layer": layer,
         "seed": seed,
         "config": dataclasses.asdict(config),
-        "plan": {"share": 0.25},
+        "plan": {"share": 0.25, "steps": 100},
         "chance": 0.1,
         "majority": 0.17,
         "generated": "gen" in task,
@@ -45,6 +48,9 @@ def test_report(tmp_path):
     for seed, accuracy in enumerate((0.58, 0.60, 0.18)):
         write_run(tmp_path, "listops-gen", "s4d", seed, accuracy)
     write_run(tmp_path, "listops-gen", "sgconv", 0, None)
+    columns = "step,seconds,val_accuracy,sequences_per_second,waiting\n"
+    metrics = columns + "20,9,0.4,50,0.2\n40,30,0.45,70,0.4\n52,36,,60,0.3\n"
+    (tmp_path / "listops-gen-sgconv-0/metrics.csv").write_text(metrics)
     write_run(tmp_path, "image", "long_conv", 0, 0.881)
     text = report(load([tmp_path]))
     kept = tmp_path / "kept.jsonl"
@@ -54,31 +60,79 @@ def test_report(tmp_path):
     summary, details = (part.splitlines() for part in text.split("\n\n")[1:3])
     assert summary[0] == "| task | chance | majority | long_conv | s4d | sgconv |"
     assert summary[2] == "| image | 10.0 | 17.0 | 88.10 [88.3] | - | - |"
-    cell = f"{mean:.2f} ± {spread:.2f} (1 of 3 failed) [60.52]"
-    assert (
-        summary[3]
-        == f"| listops-gen (generated data) | 10.0 | 17.0 | - | {cell} | - (1 unfinished) [61.45] |"
-    )
+    cell = f"{mean:.2f} ± {spread:.2f} (3 seeds, 1 of 3 failed) [60.52]"
+    going = "- (1 unfinished, 45 in validation so far)"
+    row = f"| listops-gen (generated data) | 10.0 | 17.0 | - | {cell} | {going} [61.45] |"
+    assert summary[3] == row and "over seeds (1 unless a cell says otherwise)" in text
     line = next(x for x in details if "s4d" in x)
     assert "| 0, 1, 2 |" in line and "| 18.00 |" in line and "25% of the published" in line
-    assert "- (1 unfinished)" in next(x for x in details if "sgconv" in x)
+    line = next(x for x in details if "sgconv" in x)
+    assert f"| {going} | - |" in line and "13% of the published (so far 52 of 100 steps)" in line
+    assert "| 0.6 | - | 60 | 30.0% |" in line
     assert "not the published files" in text
     assert not load([tmp_path / "nothing"])
 
 
 def test_report_does_not_mix_unlike_runs(tmp_path):
-    write_run(tmp_path / "a", "digits", "s4d", 0, 0.9, device="a GPU", plan={"share": 0.019})
-    write_run(tmp_path / "a", "digits", "s4d", 1, 0.8, device="a GPU", plan={"share": 0.5})
+    write_run(
+        tmp_path / "a", "digits", "s4d", 0, 0.9, device="a GPU", plan={"share": 0.019, "steps": 9}
+    )
+    write_run(
+        tmp_path / "a", "digits", "s4d", 1, 0.8, device="a GPU", plan={"share": 0.5, "steps": 9}
+    )
     write_run(tmp_path / "b", "digits", "s4d", 0, 0.7)
     write_run(tmp_path / "c", "digits", "s4d", 0, 0.1)  # another run of the same seed
     write_run(tmp_path / "d", "digits", "s4d", 0, 0.6, changed={"model.d_model": 16})
     runs = load([tmp_path / name for name in "abc"])
-    assert "| 85.00 ± 7.07; 70.00 |" in report(runs) and "| 1.9 to 50% of ours |" in report(runs)
+    text = report(runs)
+    assert "| 85.00 ± 7.07†; 70.00† (1 seed) |" in text and "| 1.9 to 50% of ours |" in text
     write_run(tmp_path / "e", "digits", "s4d", 0, 0.7, operator="reference: fallback")
     text = report(load([tmp_path / "b", tmp_path / "e"]))
-    assert "| 70.00; 70.00 |" in text and text.count("32-true, on torch.fft |") == 1
+    assert "| 70.00†; 70.00† |" in text and text.count("32-true, on torch.fft |") == 1
     text = report(load([tmp_path / "d"]))
-    assert "| 60.00* |" in text and "25% of ours, with model.d_model 16" in text
+    assert "| 60.00*† |" in text and "25% of ours, with model.d_model 16" in text
+
+
+def test_bars(tmp_path):
+    for seed, (low, high) in enumerate(((0.95, 0.97), (0.96, 0.95), (0.96, 0.97))):
+        for layer in ("s4d", "sgconv"):
+            write_run(tmp_path, "mnist5k", layer, seed, low)
+        for layer in ("s4d", "long_conv"):
+            write_run(tmp_path, "digits", layer, seed, high + 0.02)
+        write_run(tmp_path, "ucr:GunPoint", "s4d", seed, None)
+    text = summary(load([tmp_path]))
+    assert "98.33 ± 1.15 | 98.33 ± 1.15 | - |" in text  # one of three below it, not the mean
+    assert "| 95.67 ± 0.58† | 95.67 ± 0.58 |" in text and "- (3 unfinished) |" in text
+    assert text.endswith("† below the bar that was set beforehand: mnist5k 96.")
+    small = ("digits", "ucr:GunPoint", "r8", "listops-short", "pathfinder32-easy")
+    bars = dict(zip(small, (98, 98, 85, 40, 92), strict=True))
+    layers = ("s4d", "sgconv", "long_conv")
+    assert BARS == {(t, x): bar for t, bar in bars.items() for x in layers} | {
+        ("mnist5k", "s4d"): 96
+    }
+
+
+def test_precisions_are_told_apart_and_compared(tmp_path):
+    for seed, (half, whole) in enumerate(((0.59, 0.60), (0.58, 0.61), (0.3, None))):
+        for name, accuracy in (("bf16-mixed", half), ("32-true", whole)):
+            facts = {"waiting": 0.04, "compared": {"ratio": 1.5}}
+            facts["sessions"] = [{"seconds": 60.0 * minutes} for minutes in (30, 45)]
+            options = ("--precision", name)
+            write_run(tmp_path / name, "listops-gen", "s4d", seed, accuracy, options, **facts)
+    text = report(load([tmp_path]))
+    assert (
+        "bf16-mixed minus 32-true, on the same seeds: listops-gen (generated data) s4d -2.00."
+        in text
+    )
+    assert "; bf16-mixed: 49.00 ± " in text or "| bf16-mixed: 49.00 ± " in text
+    assert "32-true: 60.50 ± 0.71 (1 unfinished)" in text
+    assert text.count("| 1.0 | 1 h 15 min | 100 | 4.0% | 200 | 1.50 |") == 2
+    old = load([tmp_path / "bf16-mixed"])
+    del old[0]["sessions"][0]["seconds"]
+    assert "| 1.0 | 1 h 15 min |" in details(old)  # of the others
+    del old[1]["sessions"], old[2]["sessions"][1]["seconds"]
+    text = report(old)
+    assert "| 1.0 | - |" in text and "bf16-mixed: " not in text and "minus" not in text
 
 
 def test_the_readme_shows_the_runs_that_are_kept():
@@ -86,6 +140,19 @@ def test_the_readme_shows_the_runs_that_are_kept():
     runs = load([results / "lra.jsonl"])
     assert summary(runs) in (ROOT / "README.md").read_text()
     assert (results / "lra.md").read_text() == report(runs) + "\n"
+    assert all(run["waiting"] < 0.5 for run in runs if "waiting" in run)  # for data
     for run in runs:  # nothing of where they were computed but the machine
         assert not Path(run["config"]["run"]["data"]).is_absolute()
         assert not Path(run["config"]["run"]["out"] or "").is_absolute()  # null: runs/...
+
+
+def test_a_picture_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    def killed(figure, file, **options):
+        (open(file, "wb") if isinstance(file, Path) else file).write(b"\x89PNG")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pictures.plt.Figure, "savefig", killed)
+    info = SimpleNamespace(chance=0.1, majority=0.1, generated=False)
+    with pytest.raises(KeyboardInterrupt):
+        pictures.plot_curves([], info, None, "", tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()

@@ -66,6 +66,12 @@ def test_what_a_run_folder_refuses(tmp_path):
     assert "cannot be read" in finish(start("fit", "digits", "--out", out, *TINY, "--resume"), 1)
     missing = start("fit", "digits", "--out", tmp_path / "no", "--resume")
     assert "there is no" in finish(missing, 1)
+    (out / "last.ckpt").unlink()
+    again = finish(start("fit", "digits", "--out", out, *TINY, "--resume"))
+    assert "has no checkpoint yet: starting from the beginning" in again
+    assert json.loads((out / "result.json").read_text())["steps"] == 72
+    (out / "last.ckpt").unlink()
+    assert "there is no" in finish(start("fit", "digits", "--out", out, *TINY, "--resume"), 1)
     assert "data_batch_1 is missing" in finish(start("fit", "image", "--out", tmp_path / "im"), 1)
 
 
@@ -95,8 +101,12 @@ def test_a_killed_run_resumes_to_the_same_weights(layer, tmp_path):
     assert reached < checkpoint(parts)["global_step"] < 60
     finish(start(*command, "--resume", "--stop_after", 60), 130)
     assert checkpoint(parts)["global_step"] == 60  # five times twelve: an epoch's end
+    assert (parts / "curves.png").exists() and "60 of 72 steps" in report(load([parts]))
     finish(start(*command, "--resume"))
     assert_same(whole, parts)
+    (result,) = load([parts])
+    seconds = [session["seconds"] for session in result["sessions"]]
+    assert len(seconds) == 4 and min(seconds) > 0 and sum(seconds) > result["seconds"]
 
 
 @pytest.mark.slow

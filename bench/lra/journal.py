@@ -6,6 +6,7 @@ import resource
 import signal
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ class Journal(lightning.Callback):
     last.ckpt is written every checkpoint_steps and after each evaluation, best.ckpt after an
     evaluation better than all before it, under another name until last.ckpt knows of it.
     `waiting` is the share of the time spent on waiting for data, `seconds` that of training
-    without evaluations.
+    without evaluations. `saved` is called after each checkpoint.
     """
 
     def __init__(self, config, plan, info, batches, out: Path, per_epoch: int):
@@ -53,6 +54,7 @@ class Journal(lightning.Callback):
         self.asked: list[int] = []
         self.started = time.perf_counter()
         self.progress = None
+        self.saved: Callable[[], None] = lambda: None
 
     def state_dict(self) -> dict:
         return {
@@ -201,6 +203,7 @@ class Journal(lightning.Callback):
 
     def _save(self, trainer) -> None:
         trainer.save_checkpoint(self.out / "last.ckpt")
+        self.saved()
 
     def close(self) -> None:
         if self.progress:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import matplotlib
 
+from bench.lra import files
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -28,5 +30,5 @@ def plot_curves(rows: list[dict], info, published: float | None, title: str, pat
     right.set(ylim=(0, 1))
     right.legend(fontsize="small", frameon=False)
     figure.suptitle(title + (" (generated data)" if info.generated else ""))
-    figure.savefig(path, dpi=120)
+    files.atomically(path, lambda file: figure.savefig(file, dpi=120))
     plt.close(figure)

@@ -1,30 +1,44 @@
 """A table of finished and failed runs like the papers': layers by tasks, mean and spread over seeds."""
 
+import csv
 import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from bench.lra import files
+from bench.lra import files, recipes
 
 MARGIN = 0.02  # a test accuracy within this of the commonest class's share is a failure: nothing was learnt
 
 
 def load(places: list[Path]) -> list[dict]:
     """Every run below the folders, or in the files that `keep` wrote, by task, layer and seed; a run that is
-    not finished has the status "unfinished"."""
+    not finished has the status "unfinished" and what the last lines of its metrics say."""
     runs = []
     for kept in filter(Path.is_file, places):
         runs += map(json.loads, kept.read_text().splitlines())
     for path in sorted({p for place in places for p in place.rglob("run.json")}):
         result = path.with_name("result.json")
         run = json.loads((result if result.exists() else path).read_text())
-        runs.append({"status": "unfinished"} | run)
+        runs.append(run if "status" in run else run | reached(path.with_name("metrics.csv")))
     order = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
     rank = {task: i for i, task in enumerate(order)}
     return sorted(
         runs, key=lambda r: (rank.get(r["task"], len(order)), r["task"], r["layer"], r["seed"])
     )
+
+
+def reached(metrics: Path) -> dict:
+    """What a run that is not finished has written down of itself so far."""
+    rows = list(csv.DictReader(metrics.read_text().splitlines())) if metrics.exists() else []
+    found = {"status": "unfinished", "steps": 0}
+    if rows:
+        found |= {"steps": int(rows[-1]["step"]), "seconds": float(rows[-1]["seconds"])}
+        for name in ("sequences_per_second", "waiting"):
+            found[name] = statistics.median(float(r[name]) for r in rows)
+        tested = [float(r["val_accuracy"]) for r in rows if r["val_accuracy"]]
+        found["val_accuracy"] = tested[-1] if tested else None
+    return found
 
 
 def keep(runs: list[dict], path: Path) -> None:
@@ -47,25 +61,49 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def cell(runs: list[dict]) -> str:
-    """Mean and standard deviation of all tests, how many of the runs failed, and what is not finished."""
+def accuracies(runs: list[dict]) -> list[float]:
+    return [100 * r["test_accuracy"] for r in runs if r["status"] == "done"]
+
+
+def below(runs: list[dict]) -> bool:
+    """Whether the mean misses the bar; a bar is missed too where all runs failed."""
+    bar, done = recipes.BARS.get((runs[0]["task"], runs[0]["layer"])), accuracies(runs)
+    if bar is None or all(r["status"] == "unfinished" for r in runs):
+        return False
+    return not done or round(statistics.mean(done), 6) < bar
+
+
+def cell(runs: list[dict], seeds: int | None = None) -> str:
+    """Mean and standard deviation of all tests, how many of the runs failed, what is not finished, and how many
+    seeds unless it is `seeds`."""
     ended = [r for r in runs if r["status"] != "unfinished"]
-    done = [100 * r["test_accuracy"] for r in ended if r["status"] == "done"]
-    count = sum(map(failed, ended))
-    notes = [f"{count} of {len(ended)} failed"] if count else []
-    notes += [f"{len(runs) - len(ended)} unfinished"] if len(ended) < len(runs) else []
+    going = [r for r in runs if r["status"] == "unfinished"]
+    done, count = accuracies(ended), sum(map(failed, ended))
+    notes = [f"{len(runs)} seed{'s' * (len(runs) > 1)}"] if seeds not in (None, len(runs)) else []
+    notes += [f"{count} of {len(ended)} failed"] if count else []
+    if going:
+        tested = [100 * r["val_accuracy"] for r in going if r.get("val_accuracy") is not None]
+        so_far = f", {spread(tested)} in validation so far" if tested else ""
+        notes.append(f"{len(going)} unfinished{so_far}")
     text = f"{statistics.mean(done):.2f}" if done else "-"
     if len(done) > 1:
         text += f" ± {statistics.stdev(done):.2f}"
     if any(r.get("changed") for r in runs):
         text += "*"
+    if below(runs):
+        text += "†"
     return text + (f" ({', '.join(notes)})" if notes else "")
 
 
-def settings(run: dict) -> str:
+def precision(run: dict) -> str:
+    return run["config"]["run"]["precision"]
+
+
+def settings(run: dict, *, but: str = "") -> str:
     """What a group of runs shares: data, machine, and all options but the seed and what does not matter."""
     config = {k: v for k, v in run["config"].items() if k != "run"}
-    kept = {k: run["config"]["run"].get(k) for k in ("max_minutes", "precision", "eval_steps")}
+    names = {"max_minutes", "precision", "eval_steps"} - {but}
+    kept = {k: run["config"]["run"].get(k) for k in names}
     facts = {k: run.get(k) for k in ("device", "operator", "processes", "samples", "data")}
     return json.dumps([config, kept, facts], sort_keys=True)
 
@@ -80,21 +118,55 @@ def grouped(runs: list[dict]) -> dict[tuple, list[dict]]:
     return {key: [seeds[s] for s in sorted(seeds)] for key, seeds in groups.items()}
 
 
+def usual(runs: list[dict]) -> int:
+    """How many seeds most cells have."""
+    return max(statistics.multimode(map(len, grouped(runs).values())))
+
+
 def summary(runs: list[dict]) -> str:
-    """One line per task: chance, majority, and every layer's mean beside its published accuracy."""
+    """One line per task: chance, majority, and every layer's mean beside its published accuracy; what the cells'
+    marks mean."""
     layers = list(dict.fromkeys(r["layer"] for r in runs))
     tasks = list(dict.fromkeys(label(r) for r in runs))
-    groups, rows = grouped(runs), []
+    groups, rows, seeds = grouped(runs), [], usual(runs)
     for task in tasks:
         of_task = [r for r in runs if label(r) == task]
         row = [task, f"{100 * of_task[0]['chance']:.1f}", f"{100 * of_task[0]['majority']:.1f}"]
         for layer in layers:
-            cells = [cell(g) for key, g in groups.items() if key[:2] == (task, layer)]
+            found = [group for key, group in groups.items() if key[:2] == (task, layer)]
+            several = len({precision(g[0]) for g in found}) > 1
+            cells = [several * f"{precision(g[0])}: " + cell(g, seeds) for g in found]
             published = [r["published"] for r in of_task if r["layer"] == layer and r["published"]]
             text = "; ".join(cells) or "-"
             row.append(text + (f" [{published[0]:g}]" if published else ""))
         rows.append(row)
-    return markdown(["task", "chance", "majority", *layers], rows)
+    parts = [markdown(["task", "chance", "majority", *layers], rows)]
+    missed = {(g[0]["task"], g[0]["layer"]) for g in groups.values() if below(g)}
+    if missed:
+        bars = dict.fromkeys(
+            f"{task} {recipes.BARS[task, layer]}" for task, layer in sorted(missed)
+        )
+        parts.append(f"† below the bar that was set beforehand: {', '.join(bars)}.")
+    differences = precisions(groups.values())
+    if differences:
+        parts.append(f"bf16-mixed minus 32-true, on the same seeds: {', '.join(differences)}.")
+    return "\n\n".join(parts)
+
+
+def precisions(groups) -> list[str]:
+    """What bfloat16 changes where all else is the same, in points: the mean over the seeds that ended in both."""
+    pairs, found = defaultdict(dict), []
+    for group in groups:
+        done = {r["seed"]: 100 * r["test_accuracy"] for r in group if r["status"] == "done"}
+        key = label(group[0]), group[0]["layer"], settings(group[0], but="precision")
+        pairs[key][precision(group[0])] = done
+    for (task, layer, _), by in pairs.items():
+        half, whole = by.get("bf16-mixed", {}), by.get("32-true", {})
+        both = half.keys() & whole.keys()
+        if both:
+            change = statistics.mean(half[s] - whole[s] for s in both)
+            found.append(f"{task} {layer} {change:+.2f}")
+    return found
 
 
 def spread(values: list[float]) -> str:
@@ -102,50 +174,84 @@ def spread(values: list[float]) -> str:
     return " to ".join(dict.fromkeys(f"{v:.3g}" for v in (min(values), max(values))))
 
 
+def schedule(group: list[dict]) -> str:
+    """The share of the recipe's schedule that was run, and the steps where it is not finished."""
+
+    def share(run: dict) -> float:
+        steps = run["plan"]["steps"]
+        return 100 * run["plan"]["share"] * run.get("steps", steps) / steps
+
+    first = group[0]
+    text = f"{spread(list(map(share, group)))}% of {'ours' if first['ours'] else 'the published'}"
+    going = [r for r in group if r["status"] == "unfinished"]
+    if going:
+        steps = " and ".join(f"{r.get('steps', 0):,} of {r['plan']['steps']:,}" for r in going)
+        text += f" (so far {steps} steps)"
+    changed = ", ".join(f"{k} {v}" for k, v in first.get("changed", {}).items())
+    return text + (f", with {changed}" if changed else "")
+
+
+def wall(run: dict) -> float | None:
+    """Seconds from the start to the end, of all sessions; None where one did not write them down."""
+    seconds = [s.get("seconds") for s in run.get("sessions", [])]
+    return sum(seconds) if seconds and None not in seconds else None
+
+
+def duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{seconds / 60:.1f} min"
+
+
 def details(runs: list[dict]) -> str:
     """One line per task, layer and settings: the worst seed, how much of the schedule, and what it cost."""
-    rows = []
+    rows, compared = [], any(ratio(r) for r in runs)
     for (task, layer, _), group in grouped(runs).items():
         done = [r for r in group if r["status"] == "done"]
 
-        def mean(name, form, scale=1.0, done=done):
-            values = [r[name] for r in done if r.get(name) is not None]
-            return format(statistics.mean(values) * scale, form) if values else "-"
+        def mean(take, form, these=done or group):
+            values = [take(r) for r in these if take(r) is not None]
+            return form(statistics.mean(values)) if values else "-"
 
         first = group[0]
-        changed = ", ".join(f"{k} {v}" for k, v in first.get("changed", {}).items())
         source = f"{first['published']:g} ({first['source']})" if first["published"] else "-"
-        share = spread([100 * r["plan"]["share"] for r in group])
         torch_fft = ", on torch.fft" if "fallback" in first.get("operator", "") else ""
-        whose = "ours" if first["ours"] else "the published"
         rows.append(
             [
                 task,
                 layer,
                 ", ".join(str(r["seed"]) for r in group),
                 cell(group),
-                format(min(100 * r["test_accuracy"] for r in done), ".2f") if done else "-",
+                format(min(accuracies(done)), ".2f") if done else "-",
                 source,
-                f"{share}% of {whose}" + (f", with {changed}" if changed else ""),
+                schedule(group),
                 f"{first['parameters']:,}",
-                mean("seconds", ".1f", 1 / 60),
-                mean("sequences_per_second", ".0f"),
-                mean("peak_mib", ".0f"),
-                f"{first['device']}, {first['config']['run']['precision']}{torch_fft}",
+                mean(lambda r: r.get("seconds"), lambda v: f"{v / 60:.1f}"),
+                mean(wall, duration),
+                mean(lambda r: r.get("sequences_per_second"), "{:.0f}".format),
+                mean(lambda r: r.get("waiting"), "{:.1%}".format),
+                mean(lambda r: r.get("peak_mib"), "{:.0f}".format),
+                *([mean(ratio, "{:.2f}".format)] if compared else []),
+                f"{first['device']}, {precision(first)}{torch_fft}",
             ]
         )
     header = ["task", "layer", "seeds", "test accuracy", "worst", "published", "schedule"]
-    header += ["parameters", "minutes", "sequences/s", "peak MiB", "device"]
+    header += ["parameters", "minutes of training", "whole run", "sequences/s", "waiting for data"]
+    header += ["peak MiB", *(["torch.fft / seqconv"] if compared else []), "device"]
     return markdown(header, rows)
+
+
+def ratio(run: dict) -> float | None:
+    """How many times faster a training step is than on torch.fft."""
+    return (run.get("compared") or {}).get("ratio")
 
 
 def report(runs: list[dict]) -> str:
     parts = [
         "Test accuracy in percent of the checkpoint that was best in validation (the last one where the validation "
-        "split is not one of its own: Text, UCR): mean ± standard deviation over seeds "
-        "[published], * with options that are not the recipe's. A run fails if it diverges, and has no accuracy then, "
-        f"or stays within {100 * MARGIN:g} points of chance or of the commonest class, and counts in the mean. Of "
-        "several runs of a seed with the same options, data and machine the first that ended counts.",
+        f"split is not one of its own: Text, UCR): mean ± standard deviation over seeds ({usual(runs)} unless a cell "
+        "says otherwise) [published], * with options that are not the recipe's. A run fails if it diverges, and has no "
+        f"accuracy then, or stays within {100 * MARGIN:g} points of chance or of the commonest class, and counts in "
+        "the mean. Of several runs of a seed with the same options, data and machine the first that ended counts.",
         summary(runs),
         details(runs),
     ]

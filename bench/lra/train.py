@@ -8,6 +8,7 @@ import shutil
 import statistics
 import time
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def fit(config: options.Config) -> dict:
 
 
 def _fit(config: options.Config, device: torch.device) -> dict:
+    began = time.perf_counter()
     out, optim = Path(config.out), config.optim
     info, splits = open_task(config.task, config.run.data)
     recipe = recipes.recipe(config.task, config.layer)
@@ -84,13 +86,21 @@ def _fit(config: options.Config, device: torch.device) -> dict:
         files.write_json(out / "run.json", facts)
         announce(facts, config, schedule)
     journal = Journal(config, schedule, info, batches, out, samples // optim.batch)
+
+    def clock() -> None:  # a session that is killed later has lasted until its last checkpoint
+        facts["sessions"][-1]["seconds"] = time.perf_counter() - began
+        files.write_json(out / "run.json", facts)
+
+    if RANK == 0:
+        journal.saved = clock
     stamp = Stamp({"identity": identity, "plan": asdict(schedule)})
     trainer = make_trainer(config, out, device, schedule, [journal, stamp], state)
     training = Training(model, info.classes, optim, schedule)
     result = facts | learn(training, trainer, journal, held_out, splits, device, bool(state))
     if RANK == 0:
+        clock()
         files.write_json(out / "result.json", result)
-        finish(config, result, model, initial, info, recipe, splits, journal.rows, device)
+        finish(config, result, model, initial, info, splits, journal, device)
     if result["status"] != "done":
         raise SystemExit(1)
     return result
@@ -109,6 +119,7 @@ def learn(training, trainer, journal, held_out, splits, device, resumed: bool) -
     except Stopped:
         journal.close()
         if RANK == 0:
+            curves(journal)
             console.print(
                 f"Stopped at step {trainer.global_step}; the checkpoint is {out / 'last.ckpt'}. "
                 "Continue with the same command and --resume."
@@ -147,7 +158,10 @@ def prepare(config: options.Config, out: Path, identity: dict) -> dict | None:
             raise SystemExit(f"{text}, --out names another folder")
         return None
     if not last.exists():
-        raise SystemExit(f"--resume: there is no {last}")
+        if not (out / "run.json").exists() or (out / "result.json").exists():
+            raise SystemExit(f"--resume: there is no {last}")
+        console.print(f"{out} has no checkpoint yet: starting from the beginning.")
+        return None
     state = load(last)
     was = state["identity"]
     changed = [f"{k} was {was.get(k)!r}, now {v!r}" for k, v in identity.items() if was.get(k) != v]
@@ -229,25 +243,33 @@ def autocast(precision: str) -> tuple[torch.dtype, bool]:
     return half.get(precision, torch.bfloat16), precision in half
 
 
-def finish(config, result, model, initial, info, recipe, splits, rows, device) -> None:
+def curves(journal: Journal) -> None:
+    config = journal.config
+    published = recipes.recipe(config.task, config.layer).published
+    where = f"{config.task}, {config.layer}", journal.out / "curves.png"
+    if journal.rows:
+        pictures.plot_curves(journal.rows, journal.info, published, *where)
+
+
+def finish(config, result, model, initial, info, splits, journal, device) -> None:
     """Pictures, the comparison with torch.fft, and the last lines."""
     out = Path(config.out)
-    title = f"{config.task}, {config.layer}"
-    if rows:
-        pictures.plot_curves(rows, info, recipe.published, title, out / "curves.png")
+    curves(journal)
     if result["status"] != "done":
         console.print(f"[bold]failed[/bold]: {result['error']}")
         return
     from bench.plots import plot_kernels
 
     model = model.to(device)
-    plot_kernels(initial, model.kernels(info.l_max), config.layer, out / "kernels.png")
+    kernels = initial, model.kernels(info.l_max), config.layer
+    files.atomically(out / "kernels.png", partial(plot_kernels, *kernels))
     when = f"at step {result['best_step']}, the best in validation,"
     if result["checkpoint"] == "last":
         when = f"at the last step, as the validation split is the {result['validation_is']} split,"
+    generated = ", generated data" if info.generated else ""
     console.print(
         f"[bold]test accuracy {result['test_accuracy']:.1%}[/bold] (chance {info.chance:.1%}, majority "
-        f"{info.majority:.1%}) {when} after {result['seconds']:.0f} s"
+        f"{info.majority:.1%}{generated}) {when} after {result['seconds']:.0f} s"
     )
     if config.run.compare:
         part = config.optim.batch // config.optim.accumulate
