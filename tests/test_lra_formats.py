@@ -290,5 +290,5 @@ def test_an_incomplete_folder_says_what_is_missing(tmp_path):
     (folder / "data_batch_4").unlink()
     with pytest.raises(DataError, match="missing there: data_batch_4"):
         opened("image", tmp_path)
-    with pytest.raises(DataError, match=r"unknown task 'imagenet'; there are listops"):
-        opened("imagenet", tmp_path)
+    with pytest.raises(DataError, match=r"unknown task 'wikipedia'; there are listops"):
+        opened("wikipedia", tmp_path)

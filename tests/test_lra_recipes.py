@@ -10,7 +10,7 @@ import pytest
 from lra_run import ENVIRONMENT, ROOT
 
 from bench.lra import data, options, plan
-from bench.lra.__main__ import parse_fit
+from bench.lra.__main__ import main, parse_fit
 from bench.lra.model import SequenceClassifier
 from bench.lra.recipes import RECIPES, SAMPLES, recipe, whole
 
@@ -172,7 +172,12 @@ def test_parameters_of_published_models():
 def test_help_is_fast_and_needs_no_torch():
     blocked = "import sys; sys.modules['torch'] = None; from bench.lra.__main__ import main; main()"
     seconds = []
-    for arguments in (["--help"], ["fit", "text", "--layer", "sgconv", "--help"], ["sweep", "-h"]):
+    for arguments in (
+        ["--help"],
+        ["fit", "text", "--layer", "sgconv", "--help"],
+        ["sweep", "-h"],
+        ["data", "make", "-h"],
+    ):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-c", blocked, *arguments]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
@@ -208,6 +213,24 @@ def test_refusals_name_what_was_meant(capsys, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("task: text\noptim: {lrr: 1}\n")
     assert "did you mean optim.lr" in refusal(capsys, "--config", str(file))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("data chek listops", "data: unknown command 'chek'; did you mean check?"),
+        ("data check listop", "data check: unknown task 'listop'; did you mean listops"),
+        ("data check listops --second 3", "unknown option --second; did you mean seconds"),
+        ("data make listops-gen --see 3", "unknown option --see; did you mean seed"),
+        ("data make listops-gen --n many", "data make:"),
+        ("data make", "task"),
+        ("gpu pathy", "gpu: unknown task 'pathy'; did you mean pathx-gen"),
+    ],
+)
+def test_other_commands_refuse_too(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments.split())
+    assert error.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_options_override_the_recipe_and_come_back_from_a_file(capsys, tmp_path):

