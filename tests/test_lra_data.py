@@ -240,8 +240,10 @@ def test_check_prints_statistics_and_suspicions(tmp_path, capsys):
 )
 def test_verdict(capsys, train, test, by_heart, good, words):
     right = [np.arange(1000) < 1000 * share for share in (train, test)]
-    assert verdict(*right, 1000, by_heart) is good
-    assert words in capsys.readouterr().out
+    assert verdict(*right, 1000, 0.51, by_heart) is good
+    text = capsys.readouterr().out
+    assert words in text and "(chance 50.0%, majority 51.0%)" in text
+    assert verdict(*right, 1000, 0.95, by_heart) is (False if train == 0.95 else None)
 
 
 @pytest.mark.parametrize("sound, good", [(True, True), (False, False), (None, False)])

@@ -175,7 +175,13 @@ def test_the_budget_is_kept_and_divergence_is_a_failure(tmp_path):
 def test_sweep_goes_on_where_it_was(tmp_path):
     command = ("sweep", "digits", "listops-gen", "--layers", "s4d,sgconv", "--seeds", "0,1")
     command += ("--out", tmp_path, *TINY, "--model.depth", 1)
-    finish(start(*command))
+    text = finish(start(*command))
+    beside = r"test accuracy [\d.]+% \(chance 33\.3%, majority [\d.]+%"
+    for name, note in (("digits-s4d-0", ""), ("listops-gen-s4d-0", ", generated data")):
+        # Of fit itself, and of the sweep behind it.
+        assert re.search(rf"{beside}{note}\) at step [^[]*\] {name}: {beside}{note}\), ", text), (
+            text
+        )
     first = (tmp_path / "digits-s4d-0" / "result.json").stat().st_mtime_ns
     (tmp_path / "digits-sgconv-1" / "result.json").unlink()
     text = finish(start(*command))

@@ -10,6 +10,7 @@ from bench.lra import options
 from bench.lra.batches import EvalBatches
 from bench.lra.journal import console
 from bench.lra.process import classifier, device_for, move, open_task
+from bench.lra.report import levels
 
 
 def reopen(run: Path, checkpoint: str | None = None, data: str | None = None):
@@ -60,9 +61,8 @@ def evaluate(
         for x, lengths, labels in (move(b, device) for b in batches):
             hits += (model(x, lengths).argmax(1) == labels).sum().item()
     accuracy = hits / len(splits[split])
-    generated = ", generated data" if info.generated else ""
     console.print(
         f"{config.task}, {config.layer}, seed {config.run.seed}: {split} accuracy {accuracy:.2%} "
-        f"(chance {info.chance:.1%}, majority {info.majority:.1%}{generated})"
+        f"({levels(info.chance, info.majority, info.generated)})"
     )
     return accuracy

@@ -18,6 +18,7 @@ from bench.lra import files
 from bench.lra.compare import synchronize
 from bench.lra.process import WORLD
 from bench.lra.quiet import lightning
+from bench.lra.report import levels
 
 COLUMNS = ("step", "epoch", "seconds", "loss", "accuracy", "val_loss", "val_accuracy", "lr")
 COLUMNS += ("sequences_per_second", "waiting", "peak_mib")
@@ -185,10 +186,10 @@ class Journal(lightning.Callback):
             facts = {"step": row["step"], "val_accuracy": self.best}
             state = {"model": module.model.state_dict(), **facts}
             files.atomically(self.out / NEXT_BEST, lambda file: torch.save(state, file))
-        chance = f"chance {self.info.chance:.1%}, majority {self.info.majority:.1%}"
+        beside = levels(self.info.chance, self.info.majority, self.info.generated)
         console.print(
             f"step {row['step']}/{self.plan.steps}  epoch {row['epoch']:.1f}  loss {row['loss']:.3f}  "
-            f"accuracy {row['accuracy']:.1%}  validation {row['val_accuracy']:.1%} ({chance})  "
+            f"accuracy {row['accuracy']:.1%}  validation {row['val_accuracy']:.1%} ({beside})  "
             f"{row['sequences_per_second']:.0f} sequences/s  {self.seconds:.0f} s"
         )
 

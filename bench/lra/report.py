@@ -52,6 +52,12 @@ def failed(run: dict) -> bool:
     return run["test_accuracy"] <= max(run["chance"], run["majority"]) + MARGIN
 
 
+def levels(chance: float, majority: float, generated: bool) -> str:
+    """What stands in brackets behind every accuracy."""
+    note = ", generated data" if generated else ""
+    return f"chance {chance:.1%}, majority {majority:.1%}{note}"
+
+
 def label(run: dict) -> str:
     return run["task"] + (" (generated data)" if run["generated"] else "")
 

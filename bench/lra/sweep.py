@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.lra.report import levels
+
 COMMAND = [sys.executable, "-m", "bench.lra"]
 
 
@@ -122,4 +124,5 @@ def outcome(out: Path) -> str:
         return "failed without a result"
     if result["status"] != "done":
         return f"failed ({result['status']})"
-    return f"test accuracy {result['test_accuracy']:.1%}"
+    beside = levels(*(result[name] for name in ("chance", "majority", "generated")))
+    return f"test accuracy {result['test_accuracy']:.1%} ({beside})"

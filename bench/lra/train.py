@@ -25,6 +25,7 @@ from bench.lra.model import loss_of
 from bench.lra.module import Stamp, Training, make_trainer
 from bench.lra.process import RANK, WORLD, classifier, device_for, move, open_task, together
 from bench.lra.quiet import quiet
+from bench.lra.report import levels
 
 
 def fit(config: options.Config) -> dict:
@@ -266,10 +267,10 @@ def finish(config, result, model, initial, info, splits, journal, device) -> Non
     when = f"at step {result['best_step']}, the best in validation,"
     if result["checkpoint"] == "last":
         when = f"at the last step, as the validation split is the {result['validation_is']} split,"
-    generated = ", generated data" if info.generated else ""
+    beside = levels(info.chance, info.majority, info.generated)
     console.print(
-        f"[bold]test accuracy {result['test_accuracy']:.1%}[/bold] (chance {info.chance:.1%}, majority "
-        f"{info.majority:.1%}{generated}) {when} after {result['seconds']:.0f} s"
+        f"[bold]test accuracy {result['test_accuracy']:.1%}[/bold] ({beside}) {when} "
+        f"after {result['seconds']:.0f} s"
     )
     if config.run.compare:
         part = config.optim.batch // config.optim.accumulate
