@@ -1,5 +1,6 @@
 """bench.lra's classifier and the order of its samples."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import seqconv
 from bench.lra import options
 from bench.lra.batches import EvalBatches, TrainBatches, same
+from bench.lra.compare import compare_step
 from bench.lra.model import SequenceClassifier, pooled
 
 LAYERS = ("s4d", "sgconv", "long_conv", "butterfly", "hyena")
@@ -191,3 +193,35 @@ def test_an_error_in_reading_is_not_lost():
 
     with pytest.raises(OSError, match="sample 3"):
         next(iter(TrainBatches(Broken(9), batch=3, period=3, seed=0)))
+
+
+def test_what_is_timed_is_a_training_step(monkeypatch):
+    """With dropout and the optimiser, of a copy; nothing is timed while the gradients differ."""
+    made = small(model=dataclasses.replace(SMALL, dropout=0.5))
+    before = copy.deepcopy(made.state_dict())
+    batch = torch.randn(4, 32, 1), torch.full((4,), 32), torch.arange(4) % 3
+    seen, stepped = [], []
+    forward, optimizer_step = SequenceClassifier.forward, torch.optim.AdamW.step
+
+    def watched(self, x, lengths=None):
+        seen.append(self.training)
+        return forward(self, x, lengths)
+
+    def counted(self, *arguments):
+        stepped.append(
+            all(p.grad is not None for group in self.param_groups for p in group["params"])
+        )
+        return optimizer_step(self, *arguments)
+
+    monkeypatch.setattr(SequenceClassifier, "forward", watched)
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    found = compare_step(made, batch, 3, (torch.bfloat16, False))
+    assert seen == [False] * 2 + [True] * 9 and stepped == [True] * 9
+    assert found["difference"] < 1e-3 and found["ratio"] > 0 and found["seqconv"] > 0
+    after = made.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(p.grad is None for p in made.parameters())
+    wrong = lambda *a, **k: 1.01 * seqconv.fftconv(*a, **k)  # noqa: E731
+    monkeypatch.setattr("bench.lra.compare.reference.fftconv_fft", wrong)
+    with pytest.raises(RuntimeError, match="gradients differ"):
+        compare_step(made, batch, 3, (torch.bfloat16, False))

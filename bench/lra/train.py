@@ -284,7 +284,7 @@ def finish(config, result, model, initial, info, splits, journal, device) -> Non
         else:
             result["compared"] = times
             console.print(
-                f"one training step (forward and backward, batch {part}, {torch.get_num_threads()} threads): "
+                f"one training step (with dropout and AdamW, batch {part}, {torch.get_num_threads()} threads): "
                 f"seqconv {times['seqconv']:.1f} ms, torch.fft {times['torch.fft']:.1f} ms, ratio {times['ratio']:.2f} "
                 f"(median of {config.run.compare} interleaved rounds; gradients agree to {times['difference']:.0e})"
             )
