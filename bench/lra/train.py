@@ -79,19 +79,19 @@ def _fit(config: options.Config, device: torch.device) -> dict:
     if config.run.compare and "fallback" in facts["operator"]:
         text = "The compiled kernels are not in use, so --compare would show nothing"
         raise SystemExit(f"{text}: {facts['operator']}")
-    if RANK == 0:
-        if not state:
-            clear(out)
-        facts["sessions"] = sessions(out, facts)
-        files.write_text(out / "config.yaml", config_yaml(config))
-        files.write_json(out / "run.json", facts)
-        announce(facts, config, schedule)
-    journal = Journal(config, schedule, info, batches, out, samples // optim.batch)
 
     def clock() -> None:  # a session that is killed later has lasted until its last checkpoint
         facts["sessions"][-1]["seconds"] = time.perf_counter() - began
         files.write_json(out / "run.json", facts)
 
+    if RANK == 0:
+        if not state:
+            clear(out)
+        facts["sessions"] = sessions(out, facts)
+        files.write_text(out / "config.yaml", config_yaml(config))
+        clock()
+        announce(facts, config, schedule)
+    journal = Journal(config, schedule, info, batches, out, samples // optim.batch)
     if RANK == 0:
         journal.saved = clock
     stamp = Stamp({"identity": identity, "plan": asdict(schedule)})
