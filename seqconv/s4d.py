@@ -209,14 +209,15 @@ class S4D(ConvLayer):
         "dss"          as "zoh", K without the factor 2
         "dss_softmax"  as "dss", Bbar divided by exp(dt A length) - 1
 
-    modes = d_state / 2 of them are stored, one of each conjugate pair; those of "dss" and "dss_softmax" are no
-    halves of pairs, and as many. A by `init`, with N = d_state and n = 0 ... modes - 1:
+    The sum has modes = d_state / 2 terms, one of each conjugate pair; as many with "dss" and "dss_softmax",
+    where they are no halves of pairs. A by `init`, with N = d_state and n = 0 ... modes - 1:
 
         "lin"   -1/2 + i pi n                              "real"  -(n + 1)
         "inv"   -1/2 + i (N / pi) (N / (2 n + 1) - 1)      "rand"  -1/2 + i exp(standard normal)
         "inv2"  -1/2 + i (N / pi) (N / (n + 1) - 1)        "foud"  -1/2 + 2 pi i n
         "quad"  -1/2 + i (1 + 2 n)^2 / pi                  "fout"  i pi n
-        "legs"  -1/2 + i y, y from HiPPO-LegS              "diag", "hippo": half inv and lin, legs and fout
+        "legs"  -1/2 + i y, with i y the eigenvalues of HiPPO-LegS's skew part
+        "diag"  half of the sets inv, half lin             "hippo" half legs, half fout
 
     B is 1 but for "legs", "fout" and "foud": see seqconv.s4d_init. The state_dict does not depend on the
     length; options are not part of it.
