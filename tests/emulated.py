@@ -12,6 +12,7 @@ from pathlib import Path
 from seqconv import _ops
 from seqconv._cuda import convolution, kernels
 from seqconv._cuda.plan import H100, Limits
+from seqconv._cuda.tables import Tables
 
 HERE = Path(__file__).parent / "device"
 FLAGS = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -61,6 +62,7 @@ class Emulator:
     order: int = 0
     without: str = ""
     launches: list = field(default_factory=list)
+    table = Tables(lambda words: words, lambda: False)
 
     def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments) -> None:
         assert 0 < threads <= kernels.KERNELS[kernel][1] and 0 < grid < 1 << 31

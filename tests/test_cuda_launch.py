@@ -40,6 +40,8 @@ class Driver:
     def __init__(self, emulator: Emulator):
         self.emulator, self.names, self.launches, self.limits, self.status = emulator, {}, [], {}, 0
         self.attributes, self.thread = dict(ATTRIBUTES), threading.local()
+        self.memory, self.tried, self.full = {}, 0, 0
+        self.copying = self.running = False
 
     def cuLibraryLoadData(self, code, *options):
         assert code[:4] == b"\x7fELF" and options == ([], [], 0, [], [], 0)
@@ -75,11 +77,42 @@ class Driver:
     def CUfunction(self, handle):
         return handle
 
+    def cuMemAlloc(self, size):
+        assert self.thread.context == 5 and size
+        self.tried += 1
+        if self.tried <= self.full:
+            return 2, None
+        buffer = (ctypes.c_char * size)()
+        self.memory[ctypes.addressof(buffer)] = buffer
+        return 0, ctypes.addressof(buffer)
+
+    def cuMemcpyHtoDAsync(self, to, address, size, stream):
+        assert len(self.memory[to]) == size and stream == 77
+        ctypes.memmove(to, address, size)
+        self.copying = True
+        return (0,)
+
+    def cuStreamSynchronize(self, stream):
+        assert stream == 77
+        self.copying = False
+        return (0,)
+
+    def cuCtxSynchronize(self):
+        self.running = False
+        return (0,)
+
+    def cuMemFree(self, address):
+        assert not self.running
+        self.memory.pop(address)
+        return (0,)
+
     def cuLaunchKernel(self, f, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
         name = self.names[f]
         assert self.thread.context == 5  # of this thread: else 201, invalid context
         assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0) and shared <= self.limits[name]
+        assert not self.copying  # a table, which other streams read too
         self.launches.append((name, gx, bx, shared, stream))
+        self.running = True
         if self.status:
             return (self.status,)
         size = self.emulator.library.arguments_size()
@@ -276,15 +309,37 @@ def test_failures_are_tried_again_but_not_for_ever(monkeypatch, fresh):
     assert driver.reason(1) is None
 
 
-def test_tables_in_a_graph_are_kept(monkeypatch):
+def test_tables_lie_outside_of_torchs_pools(device):
+    """The driver's own memory, tried twice, freed when nothing uses it any more and the device has come to rest."""
+    memory = device.driver.memory
+    device.driver.full = 1
+    table = device.table(tables.build, 512, (2, 16, 16), 2, True)
+    assert list(memory) == [int(table)] and device.driver.tried == 2
+    words = tables.build(512, (2, 16, 16), 2, True)
+    assert memory[int(table)].raw == words.numpy().tobytes()
+    for n in range(64):
+        device.table(torch.zeros, n + 1)
+    assert len(memory) == 65  # `table` may be part of a call that is still to be launched
+    device.driver.running = True
+    del table
+    assert len(memory) == 64
+    device.driver.tried, device.driver.full = 0, 2
+    with pytest.raises(RuntimeError, match="CUDA driver: 2"):
+        device.table(torch.ones, 3)
+    assert len(memory) == 64 and len(device.table.recent) == 64
+
+
+def test_tables_in_a_graph_are_kept(device):
     """A captured graph knows addresses only: its tables outlive any number of others."""
-    cpu = torch.device("cpu")
-    kept = tables.on_device(cpu, tables.build, 512, (2, 16, 16), 2, True)
-    monkeypatch.setitem(tables._captured, (cpu, tables.build, 512, (2, 16, 16), 2, True), kept)
-    for n in range(32, 32 + 16 * 80, 16):
-        tables.on_device(cpu, lambda n: torch.zeros(n), n)
-    assert len(tables._cache) <= 64
-    assert tables.on_device(cpu, tables.build, 512, (2, 16, 16), 2, True) is kept
+    device.table(torch.zeros, 5)
+    device.capturing = True
+    kept = int(device.table(torch.zeros, 5))
+    with pytest.raises(RuntimeError, match="once before the capture"):
+        device.table(torch.zeros, 6)
+    device.capturing = False
+    for n in range(80):
+        device.table(torch.ones, n + 1)
+    assert len(device.driver.memory) == 65 and int(device.table(torch.zeros, 5)) == kept
 
 
 def test_missing_packages_name_the_extra(monkeypatch):

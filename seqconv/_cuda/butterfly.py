@@ -9,13 +9,15 @@ from torch import Tensor
 
 from seqconv._cuda.arguments import arguments
 from seqconv._cuda.plan import RADICES, radix_bytes
-from seqconv._cuda.tables import build, on_device
+from seqconv._cuda.tables import build
 from seqconv._pack import materialise
 
 THREADS = 256  # one for every element of the largest matrix
 
 
-def _fields(x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...], groups: int) -> dict:
+def _fields(
+    device, x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...], groups: int
+) -> dict:
     batch, channels, length = x.shape
     n = torch.Size(radices).numel()
     heads = factors[radices[0]].shape[0]
@@ -34,7 +36,7 @@ def _fields(x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...], gro
         "n": n,
         "count": len(radices),
         "radices": sum(r << (8 * i) for i, r in enumerate(radices)),
-        "tables": on_device(x.device, build, n, radices, len(radices), False),
+        "tables": device.table(build, n, radices, len(radices), False),
         "matrices": torch.cat(parts, 1).contiguous(),
         "matrix_channels": channels // heads,
         "u": x,
@@ -54,7 +56,7 @@ def _launch(device, kernel: str, fields: dict) -> None:
 def transform(device, x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...]) -> Tensor:
     """reference.butterfly."""
     x = materialise(x)
-    fields = _fields(x, factors, radices, _groups(x.shape[0], 64))
+    fields = _fields(device, x, factors, radices, _groups(x.shape[0], 64))
     out = torch.empty(*x.shape[:2], fields["n"], 2, dtype=torch.float32, device=x.device)
     _launch(device, "butterfly", fields | {"work": out})
     return out
@@ -66,7 +68,7 @@ def gradients(
     """Of x, and of the factors: one sum for every share of the batch, at most 8, added in order."""
     x, dz = materialise(x), dz.contiguous()
     batch, channels, _ = x.shape
-    fields = _fields(x, factors, radices, _groups(batch, 8))
+    fields = _fields(device, x, factors, radices, _groups(batch, 8))
     blocks = channels * fields["groups"]
     dx = torch.empty_like(x)
     sums = torch.zeros(blocks, fields["matrices"].shape[1], device=x.device)

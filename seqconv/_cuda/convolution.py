@@ -1,7 +1,8 @@
 """The operator on a device as a sequence of kernel launches: plans, scratch memory and packed arguments.
 
-A device is anything with `limits`, and `launch(kernel, grid, threads, shared, arguments)` that runs a kernel of
-csrc/device (see kernels.py) on the tensors' memory: the CUDA driver, or the tests' emulator.
+A device is anything with `limits`, `launch(kernel, grid, threads, shared, arguments)` that runs a kernel of
+csrc/device (see kernels.py) on the tensors' memory, and `table(function, *arguments)` that keeps a table
+(tables.py) there: the CUDA driver, or the tests' emulator.
 """
 
 import functools
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from seqconv._cuda.arguments import arguments, fill
 from seqconv._cuda.plan import MAX_PASSES, Plan, Problem, make_plan
-from seqconv._cuda.tables import SCALES, build, build_tensor, on_device
+from seqconv._cuda.tables import SCALES, build, build_tensor
 from seqconv._pack import (
     ABSENT,
     ACTIVATIONS,
@@ -159,7 +160,7 @@ class _Call:
 
     def run(self, kernel: str, launch: tuple[int, int, int], base, fields: dict) -> None:
         values, table = base
-        fields["tables"] = on_device(self.like.device, *table)
+        fields["tables"] = self.device.table(*table)
         self.device.launch(kernel, *launch, arguments(values, **fields))
 
     def of_taps(self, kernel: str, base, pieces: int, **fields) -> None:

@@ -7,14 +7,16 @@ import ctypes
 import functools
 import os
 import threading
+import weakref
 from array import array
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from seqconv._cuda import kernels
 from seqconv._cuda.plan import Limits
-from seqconv._cuda.tables import FIRST_CALL, CaptureError
+from seqconv._cuda.tables import FIRST_CALL, CaptureError, Tables
 
 OPTIONS = {"std": "c++17"}
 PACKAGED = Path(__file__).parent.parent / "cubins"
@@ -78,8 +80,29 @@ def _check(result):
     return values[0] if values else None
 
 
+class Memory:
+    """A copy of a tensor of the CPU in memory of its own, as an address; freed once all work on the device is done."""
+
+    def __init__(self, driver, words: Tensor, stream: int):
+        words, size = words.contiguous(), words.nbytes
+        status, self.address = driver.cuMemAlloc(size)
+        if status:  # torch keeps what it has freed
+            torch.cuda.empty_cache()
+            self.address = _check(driver.cuMemAlloc(size))
+
+        def free(address=self.address):
+            driver.cuCtxSynchronize(), driver.cuMemFree(address)
+
+        weakref.finalize(self, free).atexit = False  # with the process everything goes
+        _check(driver.cuMemcpyHtoDAsync(self.address, words.data_ptr(), size, stream))
+        _check(driver.cuStreamSynchronize(stream))  # other streams will read it
+
+    def __int__(self) -> int:
+        return int(self.address)
+
+
 class Device:
-    """One GPU: `launch` is what seqconv._cuda.convolution needs. `driver` is cuda.bindings.driver."""
+    """One GPU: `launch` and `table` are what seqconv._cuda.convolution needs. `driver` is cuda.bindings.driver."""
 
     def __init__(self, index: int, driver):
         self.index, self.driver = index, driver
@@ -105,6 +128,7 @@ class Device:
         self._kernels: dict = {}
         self._lock = threading.Lock()
         self._thread = threading.local()
+        self.table = Tables(self._upload, self._capturing)
 
     @property
     def arch(self) -> str:
@@ -137,15 +161,20 @@ class Device:
 
     def _bind_thread(self) -> None:
         """The driver knows no current device in a thread where nothing has called CUDA's runtime yet."""
+        if getattr(self._thread, "bound", False):
+            return
         if not int(_check(self.driver.cuCtxGetCurrent())):
             context = _check(self.driver.cuDevicePrimaryCtxRetain(self.handle))
             _check(self.driver.cuCtxSetCurrent(context))
         self._thread.bound = True
 
+    def _upload(self, words: Tensor) -> Memory:
+        self._bind_thread()
+        return Memory(self.driver, words, self._stream())
+
     def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments: array) -> None:
         """On torch's current stream of this device, which the caller has made current."""
-        if not getattr(self._thread, "bound", False):
-            self._bind_thread()
+        self._bind_thread()
         pointers = (ctypes.c_void_p * 1)(arguments.buffer_info()[0])
         result = self.driver.cuLaunchKernel(
             self.kernel(kernel), grid, 1, 1, threads, 1, 1, shared, self._stream(),

@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 
 _FIRST = 16  # room for the factors of the first inputs
-_cache: OrderedDict[tuple, Tensor] = OrderedDict()
-_captured: dict[tuple, Tensor] = {}  # a graph knows only their address
-_lock = threading.Lock()
 
 FIRST_CALL = (
     "fftconv: the first call of its kind must not be captured in a CUDA graph, because it compiles kernels "
@@ -116,22 +113,34 @@ def build_tensor(n: int, radices: tuple[int, ...]) -> Tensor:
     return torch.cat(words)
 
 
-def on_device(device: torch.device, function, *arguments) -> Tensor:
-    """function(*arguments) on a device, kept for the next call: the 64 used last, and what a CUDA graph uses."""
-    key = (device, function, *arguments)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    with _lock:
-        found = _captured.get(key, _cache.get(key))
-        if found is None:
-            if capturing:
-                raise CaptureError(FIRST_CALL)
-            found = _cache[key] = function(*arguments).to(device)
-            while len(_cache) > 64:
-                _cache.popitem(last=False)
-        elif capturing:
-            _captured[key] = found
-        elif key in _cache:
-            _cache.move_to_end(key)
-    if device.type == "cuda":
-        found.record_stream(torch.cuda.current_stream(device))
-    return found
+class Tables:
+    """A device's tables, kept for the next call: the 64 used last, and what a CUDA graph uses.
+
+    upload(words) keeps a tensor of the CPU in the device's memory, and what it returns keeps it there. That is
+    none of torch's pools: the first call may come while one of those serves a CUDA graph, which has to get back
+    all that was allocated for it.
+    """
+
+    def __init__(self, upload, capturing):
+        self.upload, self.capturing = upload, capturing
+        self.recent: OrderedDict[tuple, object] = OrderedDict()
+        self.captured: dict[tuple, object] = {}  # a graph knows only their address
+        self.lock = threading.Lock()
+
+    def __call__(self, function, *arguments):
+        key, capturing = (function, *arguments), self.capturing()
+        with self.lock:
+            found = self.captured.get(key, self.recent.get(key))
+            if found is None:
+                if capturing:
+                    raise CaptureError(FIRST_CALL)
+                with torch.device("cpu"):
+                    words = function(*arguments)
+                found = self.recent[key] = self.upload(words)
+                while len(self.recent) > 64:
+                    self.recent.popitem(last=False)
+            elif capturing:
+                self.captured[key] = found
+            elif key in self.recent:
+                self.recent.move_to_end(key)
+        return found
