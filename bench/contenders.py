@@ -56,13 +56,13 @@ class Case:
         shape = f"B={self.batch} H={self.channels} L={self.length}"
         return " ".join([shape, *words, "f+b" if self.op != "forward" else "forward"])
 
-    def tensors(self, device: str) -> tuple[list[Tensor | None], Tensor]:
-        """(u, k, skip, k_rev, pre_gate, post_gate) and the gradient of y, seeded."""
-        generator = torch.Generator().manual_seed(0)
+    def tensors(self, device: str) -> tuple[list[Tensor | None], Tensor | None]:
+        """(u, k, skip, k_rev, pre_gate, post_gate) and, where it is needed, the gradient of y, seeded."""
+        generator = torch.Generator(device).manual_seed(0)  # one thread of a CPU takes seconds
         dtype = DTYPES[self.dtype]
 
         def normal(*shape, scale=1.0, rows=False):
-            x = (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+            x = (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
             if rows and self.layout == "blh":
                 return x.transpose(1, 2).contiguous()
             return x
@@ -76,8 +76,10 @@ class Case:
         skip = normal(h)
         k_rev = normal(h, taps, scale=scale) if self.mode == "two_sided" else None
         pre, post = (normal(b, h, n, rows=True) if gated else None for _ in range(2))
-        dy = normal(b, *heads, h, n) if heads else normal(b, h, n, rows=True)
-        return [u, k, skip, k_rev, pre, post], dy
+        inputs = [u, k, skip, k_rev, pre, post]
+        if self.op == "forward":
+            return inputs, None
+        return inputs, normal(b, *heads, h, n) if heads else normal(b, h, n, rows=True)
 
     def flops(self) -> float:
         """Counted: complex transforms of 5 n log2 n of the row, once there and once back per head,
@@ -134,15 +136,11 @@ def fft(u, k, skip, k_rev, pre_gate, post_gate, layout="bhl") -> Tensor:
     return y.transpose(1, 2) if layout == "blh" else y
 
 
-_compiled = None
-
-
 def _torch_compile(case: Case, device: str) -> Callable | None:
     if case.mode != "causal" or case.layout != "bhl":
         return None
-    global _compiled
-    _compiled = _compiled or torch.compile(fft, dynamic=False)
-    return _compiled
+    torch._dynamo.reset()  # it gives up, and runs what it was given, after 8 lengths
+    return torch.compile(fft, dynamic=False)
 
 
 def _seqconv(case: Case, device: str) -> Callable:

@@ -87,7 +87,8 @@ def oracle(case: Case, tensors, dy):
         gates = {"pre_gate": pre_gate, "post_gate": post_gate}
         return reference.fftconv_fft(u, k, skip, k_rev=k_rev, layout=case.layout, **gates)
 
-    return call(case, definition, [None if t is None else t.double() for t in tensors], dy.double())
+    leaves, dy = ([None if t is None else t.double() for t in ts] for ts in (tensors, [dy]))
+    return call(case, definition, leaves, *dy)
 
 
 def errors(case: Case, results, exact) -> tuple[float, float]:

@@ -107,6 +107,28 @@ def test_every_contender_is_right_where_it_competes(mode, layout):
                 assert fftconv.errors(op, results, exact)[0] < 1e-6, name
 
 
+def test_every_case_is_compiled_anew(monkeypatch):
+    """However many came before: else dynamo would run the plain function, under the compiled one's name."""
+    modes = []
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+
+    def traced(*tensors):
+        modes.append(torch.compiler.is_compiling())
+        return fft(*tensors)
+
+    fft = contenders.fft
+    monkeypatch.setattr(contenders, "fft", traced)
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compile(f, backend="eager", **options)
+    )
+    for length in (16, 32, 48, 64):
+        case = Case(length=length)
+        contenders.make("torch.compile", case, "cpu")(case.tensors("cpu")[0])
+    torch._dynamo.reset()
+    assert modes == [True] * 4
+
+
 def test_rounds_are_interleaved():
     calls = []
     functions = {name: (lambda name=name: calls.append(name)) for name in "ab"}
