@@ -22,6 +22,19 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["fast", "accurate"])
+def mode(request):
+    """Whether the tensor cores' products may be summed in fp16, by torch's own switches."""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    usual = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, request.param == "fast")
+    yield request.param
+    for name, value in zip(names, usual, strict=True):
+        setattr(matmul, name, value)
+
+
 @pytest.fixture(params=["portable", "neon", "avx2", "avx512"])
 def isa(request):
     """Runs the test once with every instruction set that this processor has."""

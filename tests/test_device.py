@@ -5,6 +5,7 @@ import ctypes
 from dataclasses import replace
 
 import pytest
+import test_fftconv
 import torch
 from accuracy import EPS, assert_accurate, max_over_rms, rel_l2
 from cases import Case, double, oracle
@@ -34,33 +35,24 @@ def library():
     return build()
 
 
-@pytest.fixture(params=["fast", "accurate"])
-def mode(request):
-    matmul = torch.backends.cuda.matmul
-    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
-    usual = [getattr(matmul, name) for name in names]
-    for name in names:
-        setattr(matmul, name, request.param == "fast")
-    yield request.param
-    for name, value in zip(names, usual, strict=True):
-        setattr(matmul, name, value)
-
-
-def run(device: Emulator, case: Case, tensors=None):
-    tensors = case.tensors() if tensors is None else tensors
+def run(device: Emulator, case: Case):
+    tensors = case.tensors()
     with as_backend(device):
         return tensors, *case.with_gradients(fftconv, tensors)
 
 
-def check(device: Emulator, case: Case, mode: str = "fast", tensors=None):
+def check(device: Emulator, case: Case, mode: str = "fast"):
+    results = run(device, case)
+    compare(case, *results, mode, any("tensor" in kernel for kernel, *_ in device.launches))
+
+
+def compare(case: Case, tensors, y, grads, dy, mode: str, on_tensor_cores: bool):
     """Against float64: at float32's price where the radix kernels compute, else within what is stated."""
-    tensors, y, grads, dy = run(device, case, tensors)
     exact, definition = oracle(case)
     y64, grads64, _ = exact.with_gradients(definition, double(tensors), dy.double())
     y_fft, grads_fft, _ = case.with_gradients(reference.fftconv_fft, tensors, dy)
     results = [("y", y, y_fft, y64)]
     results += [(f"d{n}", g, grads_fft[n], grads64[n]) for n, g in grads.items()]
-    on_tensor_cores = any("tensor" in kernel for kernel, *_ in device.launches)
     for name, value, baseline, exact_value in results:
         # A skip's gradient is a direct sum in float32; through an activation it has v's error, of random signs.
         linear_skip = name == "dskip" and case.activation is None
@@ -255,6 +247,37 @@ def test_rows_do_not_meet(library):
         assert y[3, 1].isnan().any()
         y[3, 1] = clean[3, 1]
         assert torch.equal(y, clean)
+
+
+# What test_fftconv asks of the operator besides accuracy, for tensors of any device.
+PROPERTIES = {
+    f"{function.__name__}-{argument}": (function, (argument,) if argument else ())
+    for function, values in (
+        (
+            test_fftconv.test_gradient_of_one_argument_alone,
+            ["u", "k", "k_rev", "skip", "post_gate"],
+        ),
+        (test_fftconv.test_gradients_without_gates_or_kernel_gradient, [None]),
+        (test_fftconv.test_unknown_taps_do_not_matter, [None]),
+        (test_fftconv.test_the_future_moves_the_past_by_roundoff_only, [1.0, 1e6]),
+        (test_fftconv.test_extremes_stay_finite, [None]),
+        (test_fftconv.test_strides, ["every other", "transposed", "negated"]),
+        (test_fftconv.test_expanded_inputs_and_gradients, [None]),
+        (test_fftconv.test_blh_output_is_contiguous, [None]),
+        (test_fftconv.test_only_inputs_are_saved, [None]),
+        (test_fftconv.test_inputs_are_not_written, [None]),
+    )
+    for argument in values
+}
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_the_operators_properties(library, name):
+    function, given = PROPERTIES[name]
+    device = Emulator(library)
+    with as_backend(device):
+        function(*given)
+    assert device.launches
 
 
 ORDERS = [
