@@ -309,6 +309,25 @@ def test_failures_are_tried_again_but_not_for_ever(monkeypatch, fresh):
     assert driver.reason(1) is None
 
 
+@pytest.mark.parametrize("version, wanted", [(13000, ""), (12040, "cuda12"), (11080, "update")])
+def test_a_driver_older_than_the_compiler(monkeypatch, fresh, version, wanted):
+    """Machine code of a later CUDA does not load: what is said names the way out."""
+    bindings = pytest.importorskip("cuda.bindings.driver")
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setattr(bindings, "cuDriverGetVersion", lambda: (0, version))
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", lambda: (0, 13, 5))
+
+    def failing(index):
+        raise RuntimeError("seqconv: CUDA driver: 218")
+
+    monkeypatch.setattr(driver, "device", failing)
+    reason = driver.reason(0)
+    assert reason.startswith("seqconv: CUDA driver: 218") and wanted in reason
+    assert ("seqconv[cuda12]" in reason) == (version == 12040) and ("update" in reason) == (
+        version < 13000
+    )
+
+
 def test_tables_lie_outside_of_torchs_pools(device):
     """The driver's own memory, tried twice, freed when nothing uses it any more and the device has come to rest."""
     memory = device.driver.memory

@@ -197,6 +197,20 @@ def device(index: int) -> Device:
     return made
 
 
+def _hint(error: Exception) -> str:
+    """What would help."""
+    try:
+        from cuda.bindings import driver, nvrtc
+
+        known, made = _check(driver.cuDriverGetVersion()), _check(nvrtc.nvrtcVersion()[:2])
+    except Exception:  # one of the libraries is missing
+        known = made = 0
+    if made > known // 1000:
+        older = " or pip install 'seqconv[cuda12]'" if known // 1000 == 12 else ""
+        return f": NVRTC is of CUDA {made}, the driver of {known // 1000}: update the driver{older}"
+    return ": pip install 'seqconv[cuda]'" if "nvrtc" in str(error).lower() else ""
+
+
 _failures: dict[int, list[str]] = {}
 
 
@@ -210,7 +224,6 @@ def reason(index: int) -> str | None:
     except CaptureError:
         raise
     except Exception as error:  # cuda-bindings raise what they like where a library is missing
-        hint = ": pip install 'seqconv[cuda]'" if "nvrtc" in str(error).lower() else ""
-        failed.append(" ".join(str(error).split()) + hint)
+        failed.append(" ".join(str(error).split()) + _hint(error))
         return failed[-1]
     return None
