@@ -12,6 +12,7 @@ from seqconv._cuda.plan import (
     MAX_PASSES,
     MAX_THREADS,
     RADICES,
+    WIDE,
     Limits,
     Problem,
     factor,
@@ -56,11 +57,14 @@ def test_every_problem_has_a_valid_plan(limits):
             plan = make_plan(problem, limits, backward)
             assert math.prod(plan.radices) == plan.n and set(plan.radices) <= set(RADICES)
             assert plan.outer * plan.lower == plan.n
-            halo = max(problem.taps, 1) - 1 + problem.taps_rev
+            reach = max(problem.taps, 1) - 1, problem.taps_rev
+            past, future = reversed(reach) if backward else reach
             if plan.windows == 1:
-                assert plan.n >= problem.length
+                assert plan.n >= problem.length and plan.lead == 0
             else:
-                assert plan.windows * plan.step >= problem.length and plan.step + halo <= plan.n
+                assert plan.lead % WIDE == plan.step % WIDE == 0 and past <= plan.lead < past + WIDE
+                assert plan.windows * plan.step >= problem.length
+                assert plan.lead + plan.step + future <= plan.n
                 assert (plan.windows - 1) * plan.step < problem.length
             assert 1 <= plan.threads <= MAX_THREADS
             assert plan.taps_threads * plan.taps_slots <= MAX_THREADS

@@ -62,7 +62,6 @@ class _Layout:
         self.parts, self.row_threads = plan.parts, plan.row_threads
         self.mode = ("_fast" if problem.fast else "_accurate") if plan.engine == "tensor" else ""
         self.prefix = "tensor_" if plan.engine == "tensor" else ""
-        lead = problem.taps_rev if backward else max(problem.taps, 1) - 1
         fields = {
             "batch": problem.batch,
             "heads": problem.heads,
@@ -78,9 +77,7 @@ class _Layout:
             "parts": plan.parts,
             "blocks": plan.windows,
             "step": plan.step,
-            "lead": 0
-            if plan.windows == 1
-            else lead,  # into the past: of x in forward, of dv in backward
+            "lead": plan.lead,  # into the past: of x in forward, of dv in backward
             "order": {"": 0, "_accurate": 1, "_fast": 2}[self.mode],
         }
         taps = {"row_threads": plan.taps_threads, "slots": plan.taps_slots}

@@ -13,6 +13,7 @@ LAST = 16  # the last radix of every transform
 INNER = 256  # points that the tensor cores keep in registers
 MAX_THREADS = 512  # of a block: more would leave too few registers for 16 complex points
 MAX_PASSES = 8  # the kernels take the radices as the bytes of one number
+WIDE = 8  # numbers that the kernels read and write at once where a window's ends allow it
 MAX_PARTS = 8  # partial sums of a kernel's gradient; more only where channels are too few to fill the device
 # Relative L2 error of the tensor cores' fp16 operands, sums in fp16 (True, fast) or in float32, beside
 # the rounding of the result itself; the tests hold it.
@@ -85,6 +86,7 @@ class Plan:
     columns: int  # of one block of the passes over `outer` points
     windows: int
     step: int
+    lead: int  # of a window's points that lie before its first output
     planes: int  # rows of n points in shared memory for each slot
     row_threads: int
     slots: int
@@ -240,7 +242,10 @@ def _seconds(limits: Limits, moved: float, work: float, blocks: int, launches: i
 @functools.lru_cache(4096)
 def make_plan(problem: Problem, limits: Limits = H100, backward: bool = False) -> Plan:
     """The plan of the smallest predicted time. Every problem of 1 to `longest(limits)` steps has one."""
-    halo = max(problem.taps, 1) - 1 + problem.taps_rev
+    past, future = max(problem.taps, 1) - 1, problem.taps_rev
+    if backward:  # of the gradient, which is convolved with the kernel turned round
+        past, future = future, past
+    lead = -(-past // WIDE) * WIDE
     found = []
     engines = ["radix"]
     if problem.element == 2 and limits.tensor_cores and not (backward and problem.heads > 1):
@@ -252,10 +257,11 @@ def make_plan(problem: Problem, limits: Limits = H100, backward: bool = False) -
         all_sizes = [n for n in sizes(_largest(limits, engine, planes)) if n % unit == 0]
         # One window of the whole row, or windows whose transforms see the taps' reach around them.
         whole = [n for n in all_sizes if n >= problem.length][:3]
-        found += [_one_pass(problem, limits, engine, n, n, planes, backward) for n in whole]
+        found += [_one_pass(problem, limits, engine, n, n, 0, planes, backward) for n in whole]
         for n in all_sizes:
-            if max(2 * halo, INNER) <= n < problem.length:
-                found.append(_one_pass(problem, limits, engine, n, n - halo, planes, backward))
+            step = (n - lead - future) // WIDE * WIDE
+            if max(2 * (past + future), INNER) <= n < problem.length:
+                found.append(_one_pass(problem, limits, engine, n, step, lead, planes, backward))
         if engine == "radix" and (not whole or problem.length >= 4096):
             found += _three_passes(problem, limits, planes, backward)
     return min((p for p in found if p is not None), key=lambda p: p.seconds)
@@ -267,7 +273,7 @@ def _signal_bytes(problem: Problem, backward: bool) -> float:
     return each * problem.element * problem.length * problem.batch * problem.channels
 
 
-def _one_pass(problem, limits, engine, n, step, planes, backward) -> Plan | None:
+def _one_pass(problem, limits, engine, n, step, lead, planes, backward) -> Plan | None:
     windows = -(-problem.length // step)
     rows = (1 if problem.per_sample else problem.batch) * windows
     radices = factor(n)
@@ -302,6 +308,7 @@ def _one_pass(problem, limits, engine, n, step, planes, backward) -> Plan | None
         columns=columns,
         windows=windows,
         step=step,
+        lead=lead,
         planes=planes,
         row_threads=row_threads,
         slots=slots,
@@ -352,6 +359,7 @@ def _three_passes(problem, limits, planes, backward) -> list[Plan]:
                 columns=columns,
                 windows=1,
                 step=n,
+                lead=0,
                 planes=planes,
                 row_threads=row_threads,
                 slots=slots,
