@@ -287,7 +287,8 @@ ORDERS = [
     (Case(3, 1, 20000, 20000, skip="h"), SMALL),
     (Case(2, 1, 2500, 2500), SMALL),  # 10 x 256, whose outer passes meet elements of other threads
     (Case(5, 1, 5000, 5000, dtype=torch.float16), FEW),
-    (Case(5, 1, 700, 700, heads=2, dtype=torch.bfloat16), FEW),
+    (Case(5, 1, 700, 700, dtype=torch.bfloat16), FEW),  # a warp alone
+    (Case(5, 1, 1200, 1200, heads=2, dtype=torch.bfloat16), FEW),
     (Case(2, 1, 20000, 20000, dtype=torch.bfloat16), FEW),
     (Case(19, 1, 256, 256, skip="h", dtype=torch.bfloat16), FEW),
 ]

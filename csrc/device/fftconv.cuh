@@ -219,10 +219,15 @@ SEQCONV_DEVICE void forward(const Args& a, unsigned char* shared) {
 }
 
 // The skip's gradient by a direct sum: its transform would carry the round-off of all other taps.
+// Compensated, since its terms may cancel.
 template <class T>
 SEQCONV_DEVICE float skip_sum(Gated<T> dv, Gated<T> x, int n, Team team) {
-  float sum = 0.f;
-  for (int t = team.rank; t < n; t += team.size) sum += dv(t) * x(t);
+  float sum = 0.f, lost = 0.f;
+  for (int t = team.rank; t < n; t += team.size) {
+    const float term = dv(t) * x(t) - lost, next = sum + term;
+    lost = (next - sum) - term;
+    sum = next;
+  }
   return sum;
 }
 template <>

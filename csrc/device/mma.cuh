@@ -3,7 +3,7 @@
 #pragma once
 #include "radix.cuh"
 
-struct Pair {
+struct alignas(8) Pair {
   float x, y;
 };
 
@@ -51,6 +51,9 @@ SEQCONV_DEVICE u32 fma2(u32 a, u32 b, u32 c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
+SEQCONV_DEVICE u32 negate2(u32 a) {  // which goes into the instruction that uses it
+  u32 d;
+  asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
 #endif
-
-SEQCONV_DEVICE u32 negate2(u32 a) { return a ^ 0x80008000u; }

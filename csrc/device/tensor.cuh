@@ -15,24 +15,27 @@
 #include "fftconv.cuh"
 #include "tile.cuh"
 
+// The real parts of 256 points, then their imaginary parts, so that one address serves both. Rows
+// of 8 numbers move by one place every 256 points and every 4096, and swap every 64, so that the 8
+// rows that an instruction reads lie in different banks for every distance that occurs.
 struct HalfPlane {
   unsigned short *re, *im;
+  SEQCONV_DEVICE explicit HalfPlane(unsigned short* p) : re(p), im(p + 256) {}
 };
-// Rows of 8 numbers move by one place every 256 and every 4096, and swap every 64, so that the 8
-// rows that an instruction reads lie in different banks for every distance that occurs.
+enum { kTileHalves = 2 * 256 + 8 };  // halves
+// half_at(256 tile + i) for i < 256 is this and half_at(i).
+SEQCONV_DEVICE int half_at_tile(int tile) { return kTileHalves * tile + (tile >> 4) * 8; }
 SEQCONV_DEVICE int half_at(int i) {
-  return (((i >> 3) ^ ((i >> 6) & 1)) + (i >> 8) + (i >> 12)) * 8 + (i & 7);
+  return half_at_tile(i >> 8) + ((((i & 255) >> 3) ^ ((i >> 6) & 1)) * 8) + (i & 7);
 }
 // 16 neighbours from a multiple of 16 on: two pieces of 8, the second first every other 64.
 struct HalfRow {
   int base, flip;
   SEQCONV_DEVICE explicit HalfRow(int i)
-      : base(i + ((i >> 8) + (i >> 12)) * 8), flip(((i >> 6) & 1) * 8) {}
+      : base(half_at_tile(i >> 8) + (i & 255)), flip(((i >> 6) & 1) * 8) {}
   SEQCONV_DEVICE int at(int j) const { return base + ((8 * j) ^ flip); }
 };
-// half_at(256 tile + i) for i < 256 is their sum.
-SEQCONV_DEVICE int half_at_tile(int tile) { return (33 * tile + (tile >> 4)) * 8; }
-SEQCONV_DEVICE int half_plane_size(int n) { return n + 8 * (n >> 8) + 8 * (n >> 12) + 8; }
+SEQCONV_DEVICE int half_plane_size(int n) { return half_at_tile(n >> 8); }
 
 // Words of the table: the 16-point matrix, the twiddles of 256 points and their transpose; then for
 // each outer pass its matrix and the inverse's, and the two sets of twiddle factors.
@@ -401,8 +404,9 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
       for (int j = 0; j < 2; ++j)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = (w.group + 8 * half) * 16 + 8 * j + 2 * w.thread;
-          const int at = half_at_tile(tile) + half_at(row);
+          // half_at(16 (group + 8 half) + 8 j + 2 thread), of which most is the lane's alone
+          const int row = (2 * w.group + (j ^ ((w.group >> 2) & 1))) * 8 + 2 * w.thread;
+          const int at = half_at_tile(tile) + row + 128 * half;
           store_shared((u32*)(plane.re + at), to_operand(y.re[j][half]));
           store_shared((u32*)(plane.im + at), to_operand(y.im[j][half]));
         }

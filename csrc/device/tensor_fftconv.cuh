@@ -11,15 +11,18 @@ struct TensorShared {
 SEQCONV_DEVICE TensorShared tensor_shared(const Args& a, const Work& w, unsigned char* shared,
                                           int planes) {
   const int size = half_plane_size((int)a.transform.n);
-  unsigned short* first = (unsigned short*)shared + w.slot * planes * 2 * size;
-  unsigned short* second = planes > 1 ? first + 2 * size : first;
-  float* largest = (float*)((unsigned short*)shared + (int)a.slots * planes * 2 * size);
-  return {{first, first + size}, {second, second + size}, largest + w.slot * (w.team.size / 32)};
+  unsigned short* first = (unsigned short*)shared + w.slot * planes * size;
+  float* largest = (float*)((unsigned short*)shared + (int)a.slots * planes * size);
+  return {HalfPlane(first), HalfPlane(planes > 1 ? first + size : first),
+          largest + w.slot * (w.team.size / 32)};
 }
 
 // Takes 8 results from shared memory. A plain row (no gates, no activation, neighbours in memory)
 // needs its address alone, which stays in a register; everything else is made anew each time by
 // `make`.
+struct alignas(16) Quad {
+  float at[4];
+};
 template <class T, class Make>
 struct Results {
   T* plain;  // or null
@@ -32,24 +35,28 @@ struct Results {
     if (plain != nullptr && !whole && (t + 8 <= begin || t >= end)) return;
     if (plain != nullptr && whole) {
       Eight<T> out;
+      float v[8];
+      load(low, high, v);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) from_float(out.at[i], load(low, high, i));
+      for (int i = 0; i < 8; ++i) from_float(out.at[i], v[i]);
       *(Eight<T>*)(plain + t) = out;
       return;
     }
     const auto sink = make();
     if (sink.fits(t)) {
       float v[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = load(low, high, i);
+      load(low, high, v);
       sink.piece(t, v);
       return;
     }
 #pragma unroll 1
-    for (int i = 0; i < 8; ++i) sink(t + i, c32{load(low, high, i), 0.f});
+    for (int i = 0; i < 8; ++i)
+      sink(t + i, c32{load_shared((i < 4 ? low : high) + (i & 3)) * scale, 0.f});
   }
-  SEQCONV_DEVICE float load(const float* low, const float* high, int i) const {
-    return load_shared((i < 4 ? low : high) + (i & 3)) * scale;
+  SEQCONV_DEVICE void load(const float* low, const float* high, float (&v)[8]) const {
+    const Quad a = load_shared((const Quad*)low), b = load_shared((const Quad*)high);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = (i < 4 ? a.at[i & 3] : b.at[i & 3]) * scale;
   }
 };
 template <class T, class Make>

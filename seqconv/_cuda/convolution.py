@@ -257,7 +257,8 @@ class _Call:
                 work = self.work(p.heads, p.sets)
                 self.of_taps("taps_gradient", at.taps, at.outer, partial=partial, dk=rows(work))
                 self.of_columns("long_taps_gradient", p.kernel_rows, work=work, **taps)
-        return sums["partial_skip"].sum((0, 1, 4)) if skip else None
+        # in float64: they may cancel
+        return sums["partial_skip"].sum((0, 1, 4), dtype=torch.float64) if skip else None
 
 
 def _channels_at_once(problem: Problem, plans: list[Plan]) -> int:

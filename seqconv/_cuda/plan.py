@@ -152,7 +152,7 @@ def radix_bytes(n: int) -> int:
 
 def tensor_bytes(n: int) -> int:
     """A row of complex fp16 in shared memory, 16 bytes wider every 256 and every 4096."""
-    return 4 * (n + 8 * (n // 256) + 8 * (n // 4096) + 8)
+    return 4 * n + 16 * (n // 256 + n // 4096)
 
 
 def _split(m: int) -> tuple[int, ...] | None:
@@ -196,11 +196,12 @@ def _largest(limits: Limits, engine: str, planes: int) -> int:
 
 
 def _teams(n: int, engine: str) -> int:
-    """Threads that share a row of n points."""
+    """Threads that share a row of n points. Few warps with several tiles each have less to set up, and
+    registers allow 16 of them at a time however they are shared out."""
     if engine == "radix":
         return min(MAX_THREADS, n // LAST)
     tiles = n // INNER
-    rounds = -(-tiles // (8 if tiles <= 16 else 16))
+    rounds = -(-tiles // (4 if tiles <= 16 else 8 if tiles <= 32 else 16))
     return 32 * -(-tiles // rounds)
 
 

@@ -420,6 +420,7 @@ inline u32 fma2(u32 a, u32 b, u32 c) {
   };
   return one(a, b, c) | one(a >> 16, b >> 16, c >> 16) << 16;
 }
+inline u32 negate2(u32 a) { return a ^ 0x80008000u; }
 inline u32 mul2(u32 a, u32 b) {
   return bits_of((_Float16)((float)half_of(a) * (float)half_of(b))) |
          bits_of((_Float16)((float)half_of(a >> 16) * (float)half_of(b >> 16)))
