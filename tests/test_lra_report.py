@@ -86,9 +86,11 @@ def test_report_does_not_mix_unlike_runs(tmp_path):
     runs = load([tmp_path / name for name in "abc"])
     text = report(runs)
     assert "| 85.00 ± 7.07†; 70.00† (1 seed) |" in text and "| 1.9 to 50% of ours |" in text
-    write_run(tmp_path / "e", "digits", "s4d", 0, 0.7, operator="reference: fallback")
+    write_run(tmp_path / "e", "digits", "s4d", 0, 0.69, operator="reference: fallback")
     text = report(load([tmp_path / "b", tmp_path / "e"]))
-    assert "| 70.00†; 70.00† |" in text and text.count("32-true, on torch.fft |") == 1
+    assert "| 10.0 | 17.0 | 70.00† |" in text and text.count("32-true, on torch.fft |") == 1
+    assert "seqconv's kernels minus torch.fft, on the same seeds: digits s4d +1.00." in text
+    assert "| 69.00† |" in report(load([tmp_path / "e"]))
     text = report(load([tmp_path / "d"]))
     assert "| 60.00*† |" in text and "25% of ours, with model.d_model 16" in text
 

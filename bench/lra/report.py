@@ -4,6 +4,7 @@ import csv
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.lra import files, recipes
@@ -105,12 +106,17 @@ def precision(run: dict) -> str:
     return run["config"]["run"]["precision"]
 
 
+def on_torch_fft(run: dict) -> bool:
+    return "fallback" in run.get("operator", "")
+
+
 def settings(run: dict, *, but: str = "") -> str:
     """What a group of runs shares: data, machine, and all options but the seed and what does not matter."""
     config = {k: v for k, v in run["config"].items() if k != "run"}
     names = {"max_minutes", "precision", "eval_steps"} - {but}
     kept = {k: run["config"]["run"].get(k) for k in names}
-    facts = {k: run.get(k) for k in ("device", "operator", "processes", "samples", "data")}
+    facts = {"device", "operator", "processes", "samples", "data"} - {but}
+    facts = {k: run.get(k) for k in facts}
     return json.dumps([config, kept, facts], sort_keys=True)
 
 
@@ -140,6 +146,7 @@ def summary(runs: list[dict]) -> str:
         row = [task, f"{100 * of_task[0]['chance']:.1f}", f"{100 * of_task[0]['majority']:.1f}"]
         for layer in layers:
             found = [group for key, group in groups.items() if key[:2] == (task, layer)]
+            found = [g for g in found if not on_torch_fft(g[0])] or found
             several = len({precision(g[0]) for g in found}) > 1
             cells = [several * f"{precision(g[0])}: " + cell(g, seeds) for g in found]
             published = [r["published"] for r in of_task if r["layer"] == layer and r["published"]]
@@ -153,24 +160,28 @@ def summary(runs: list[dict]) -> str:
             f"{task} {recipes.BARS[task, layer]}" for task, layer in sorted(missed)
         )
         parts.append(f"† below the bar that was set beforehand: {', '.join(bars)}.")
-    differences = precisions(groups.values())
-    if differences:
-        parts.append(f"bf16-mixed minus 32-true, on the same seeds: {', '.join(differences)}.")
+    for what, *how in (
+        ("bf16-mixed minus 32-true", "precision", precision, "bf16-mixed", "32-true"),
+        ("seqconv's kernels minus torch.fft", "operator", on_torch_fft, False, True),
+    ):
+        found = differences(groups.values(), *how)
+        if found:
+            parts.append(f"{what}, on the same seeds: {', '.join(found)}.")
     return "\n\n".join(parts)
 
 
-def precisions(groups) -> list[str]:
-    """What bfloat16 changes where all else is the same, in points: the mean over the seeds that ended in both."""
+def differences(groups, aspect: str, value: Callable, one, other) -> list[str]:
+    """In points, where all but the aspect is the same: the mean over the seeds that ended with both values of it."""
     pairs, found = defaultdict(dict), []
     for group in groups:
         done = {r["seed"]: 100 * r["test_accuracy"] for r in group if r["status"] == "done"}
-        key = label(group[0]), group[0]["layer"], settings(group[0], but="precision")
-        pairs[key][precision(group[0])] = done
+        key = label(group[0]), group[0]["layer"], settings(group[0], but=aspect)
+        pairs[key][value(group[0])] = done
     for (task, layer, _), by in pairs.items():
-        half, whole = by.get("bf16-mixed", {}), by.get("32-true", {})
-        both = half.keys() & whole.keys()
+        mine, theirs = by.get(one, {}), by.get(other, {})
+        both = mine.keys() & theirs.keys()
         if both:
-            change = statistics.mean(half[s] - whole[s] for s in both)
+            change = statistics.mean(mine[s] - theirs[s] for s in both)
             found.append(f"{task} {layer} {change:+.2f}")
     return found
 
@@ -220,7 +231,7 @@ def details(runs: list[dict]) -> str:
 
         first = group[0]
         source = f"{first['published']:g} ({first['source']})" if first["published"] else "-"
-        torch_fft = ", on torch.fft" if "fallback" in first.get("operator", "") else ""
+        torch_fft = ", on torch.fft" * on_torch_fft(first)
         rows.append(
             [
                 task,
