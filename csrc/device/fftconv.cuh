@@ -222,7 +222,7 @@ SEQCONV_DEVICE void forward(const Args& a, unsigned char* shared) {
 // Compensated, since its terms may cancel.
 template <class T>
 SEQCONV_DEVICE float skip_sum(Gated<T> dv, Gated<T> x, int n, Team team) {
-  float sum = 0.f, lost = 0.f;
+  float sum = 0.f, lost = 0.f;  // what rounding added to the sum: a small team's sums are long
   for (int t = team.rank; t < n; t += team.size) {
     const float term = dv(t) * x(t) - lost, next = sum + term;
     lost = (next - sum) - term;
