@@ -125,6 +125,16 @@ def test_one_pass_up_to_32768_points():
         assert (plan.engine, plan.n, plan.long) == ("radix", length, False)
 
 
+def test_warps_of_a_row():
+    """Few, which share out what every warp has to set up, where rows keep the device busy; else more."""
+    for length, most in ((256, 1), (1024, 1), (2048, 2), (4096, 4), (8192, 8), (32768, 16)):
+        many = make_plan(Problem(64, 1, 768, length, length, 0, False, 2))
+        assert many.row_threads == 32 * most and many.threads >= 256
+    for length in (1024, 2048, 4096):
+        few = make_plan(Problem(1, 1, 8, length, length, 0, False, 2))
+        assert few.row_threads >= min(256, 32 * length // 256), few
+
+
 def test_two_sided_takes_the_same_transform():
     for length in (1000, 5000, 16384, 1 << 20):
         causal = Problem(8, 1, 64, length, length, 0, False, 2)

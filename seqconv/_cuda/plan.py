@@ -24,7 +24,10 @@ LAUNCH = 3e-6  # seconds
 RADIX_ENDS, RADIX_PASS = 100, 49
 # Tensor cores, for a tile of 256 points: reading and the inner 256 points, the first outer pass with
 # writing, every other outer pass, writing where there is no outer pass; sums in float32 cost more.
-TENSOR_INNER, TENSOR_FIRST, TENSOR_PASS, TENSOR_WRITE, TENSOR_ACCURATE = 305, 390, 340, 200, 1.4
+TENSOR_INNER, TENSOR_FIRST, TENSOR_PASS, TENSOR_WRITE, TENSOR_ACCURATE = 270, 355, 310, 185, 1.35
+# And for every warp of a row once: addresses, and the matrices and twiddles of each outer pass.
+TENSOR_ROW, TENSOR_SETUP = 150, 500
+BUSY, FULL = 8, 16  # warps that keep a multiprocessor busy; as many as there are registers for
 
 
 @dataclass(frozen=True)
@@ -195,14 +198,13 @@ def _largest(limits: Limits, engine: str, planes: int) -> int:
     return n
 
 
-def _teams(n: int, engine: str) -> int:
-    """Threads that share a row of n points. Few warps with several tiles each have less to set up, and
-    registers allow 16 of them at a time however they are shared out."""
+def _teams(n: int, engine: str) -> tuple[int, ...]:
+    """Threads that may share a row of n points. Few warps with many tiles each have less to set up."""
     if engine == "radix":
-        return min(MAX_THREADS, n // LAST)
-    tiles = n // INNER
-    rounds = -(-tiles // (4 if tiles <= 16 else 8 if tiles <= 32 else 16))
-    return 32 * -(-tiles // rounds)
+        return (min(MAX_THREADS, n // LAST),)
+    tiles, most = n // INNER, MAX_THREADS // 32
+    warps = {-(-tiles // rounds) for rounds in (1, 2, 4) if tiles <= rounds * most}
+    return tuple(32 * w for w in sorted(warps or {-(-tiles // -(-tiles // most))}))
 
 
 def _slots(limits: Limits, row_threads: int, row_bytes: int, rows: int) -> int:
@@ -224,19 +226,27 @@ def _groups(problem: Problem, limits: Limits, rows: int, slots: int, backward: b
     return -(-rows // -(-rows // groups))  # none without rows
 
 
-def _instructions(problem: Problem, engine: str, n: int, radices: tuple[int, ...]) -> float:
+def _instructions(
+    problem, engine: str, n: int, radices: tuple[int, ...], threads: int = 0
+) -> float:
     """Warp instructions of one transform there and back."""
     if engine == "radix":
         return n * (RADIX_ENDS + RADIX_PASS * (len(radices) - 2)) / 32
     outer = len(radices) - 2
     tile = TENSOR_INNER + (TENSOR_FIRST + TENSOR_PASS * (outer - 1) if outer else TENSOR_WRITE)
-    return n / INNER * tile * (1 if problem.fast else TENSOR_ACCURATE)
+    tiles = n / INNER * tile * (1 if problem.fast else TENSOR_ACCURATE)
+    return tiles + threads / 32 * (TENSOR_ROW + TENSOR_SETUP * outer)
 
 
-def _seconds(limits: Limits, moved: float, work: float, blocks: int, launches: int) -> float:
-    """The slower of memory and instructions, plus a little of the other, since they overlap in part only."""
+def _seconds(
+    limits: Limits, moved: float, work: float, blocks: int, warps: float, launches: int
+) -> float:
+    """The slower of memory and instructions, plus a little of the other, since they overlap in part only.
+
+    `blocks` of them, and `warps` that a multiprocessor at work has at a time.
+    """
     busy = min(1.0, blocks / limits.processors)
-    io, issue = moved / limits.bandwidth / busy, work / limits.issue / busy
+    io, issue = moved / limits.bandwidth / busy, work / limits.issue / busy / min(1.0, warps / BUSY)
     return max(io, issue) + 0.1 * min(io, issue) + launches * LAUNCH
 
 
@@ -258,11 +268,14 @@ def make_plan(problem: Problem, limits: Limits = H100, backward: bool = False) -
         all_sizes = [n for n in sizes(_largest(limits, engine, planes)) if n % unit == 0]
         # One window of the whole row, or windows whose transforms see the taps' reach around them.
         whole = [n for n in all_sizes if n >= problem.length][:3]
-        found += [_one_pass(problem, limits, engine, n, n, 0, planes, backward) for n in whole]
+        windows = [(n, n, 0) for n in whole]
         for n in all_sizes:
             step = (n - lead - future) // WIDE * WIDE
             if max(2 * (past + future), INNER) <= n < problem.length:
-                found.append(_one_pass(problem, limits, engine, n, step, lead, planes, backward))
+                windows.append((n, step, lead))
+        for window in windows:
+            for team in _teams(window[0], engine):
+                found.append(_one_pass(problem, limits, engine, *window, team, planes, backward))
         if engine == "radix" and (not whole or problem.length >= 4096):
             found += _three_passes(problem, limits, planes, backward)
     return min((p for p in found if p is not None), key=lambda p: p.seconds)
@@ -274,11 +287,10 @@ def _signal_bytes(problem: Problem, backward: bool) -> float:
     return each * problem.element * problem.length * problem.batch * problem.channels
 
 
-def _one_pass(problem, limits, engine, n, step, lead, planes, backward) -> Plan | None:
+def _one_pass(problem, limits, engine, n, step, lead, row_threads, planes, backward) -> Plan | None:
     windows = -(-problem.length // step)
     rows = (1 if problem.per_sample else problem.batch) * windows
     radices = factor(n)
-    row_threads = _teams(n, engine)
     row_bytes = planes * (radix_bytes(n) if engine == "radix" else tensor_bytes(n))
     slots = _slots(limits, row_threads, row_bytes, min(rows, MAX_PARTS) if backward else rows)
     groups = _groups(problem, limits, rows, slots, backward)
@@ -290,17 +302,19 @@ def _one_pass(problem, limits, engine, n, step, lead, planes, backward) -> Plan 
         return None
     outer = math.prod(outer_radices)
     columns = _columns(limits, outer, n // outer)
-    taps_threads = _teams(n // outer, "radix")
+    (taps_threads,) = _teams(n // outer, "radix")
     taps_slots = _slots(limits, taps_threads, radix_bytes(n // outer), problem.kernel_rows * outer)
 
     spectrum = (4 if engine == "tensor" and problem.fast else 8) * n * problem.kernel_rows
     moved = _signal_bytes(problem, backward) * (n / step if windows > 1 else 1)
     moved += 2 * spectrum + (16 * n * problem.kernel_rows * groups * slots if backward else 0)
     transforms = (1 + problem.heads) / 2 + (problem.heads / 2 if backward else 0)
-    work = transforms * _instructions(problem, engine, n, radices)
+    work = transforms * _instructions(problem, engine, n, radices, row_threads)
     work *= problem.batch * problem.channels * windows
     work += problem.kernel_rows * _instructions(problem, "radix", n, radices) / 2
     blocks = problem.sets * problem.channels * groups
+    fit = min(limits.shared_total // (slots * row_bytes), FULL * 32 // (row_threads * slots))
+    warps = max(1, min(fit, blocks / limits.processors)) * row_threads * slots / 32
     return Plan(
         engine=engine,
         n=n,
@@ -316,7 +330,7 @@ def _one_pass(problem, limits, engine, n, step, lead, planes, backward) -> Plan 
         groups=groups,
         taps_threads=taps_threads,
         taps_slots=taps_slots,
-        seconds=_seconds(limits, moved, work, blocks, 3 if backward else 2),
+        seconds=_seconds(limits, moved, work, blocks, warps, 3 if backward else 2),
     )
 
 
@@ -341,7 +355,7 @@ def _three_passes(problem, limits, planes, backward) -> list[Plan]:
         if radix_bytes(outer * columns) > limits.shared:
             continue
         inner = replace(problem, channels=problem.channels * outer)
-        row_threads = _teams(lower, "radix")
+        (row_threads,) = _teams(lower, "radix")
         slots = _slots(limits, row_threads, planes * radix_bytes(lower), min(rows, MAX_PARTS))
         groups = _groups(inner, limits, rows, slots, backward)
         taps_slots = _slots(limits, row_threads, radix_bytes(lower), inner.kernel_rows)
@@ -367,7 +381,9 @@ def _three_passes(problem, limits, planes, backward) -> list[Plan]:
                 groups=groups,
                 taps_threads=row_threads,
                 taps_slots=taps_slots,
-                seconds=_seconds(limits, moved, work, limits.processors, 8 if backward else 5),
+                seconds=_seconds(
+                    limits, moved, work, limits.processors, FULL, 8 if backward else 5
+                ),
             )
         )
     return found
