@@ -119,6 +119,20 @@ SEQCONV_DEVICE bool aligned(const T* p, i64 step, int bytes) {
   return p == nullptr || (step == 1 && ((i64)p & (bytes - 1)) == 0);
 }
 
+// 8 numbers of 16 bits, two to a word: chosen whole, where Eight would be chosen number by number.
+template <class T>
+SEQCONV_DEVICE uint4 eight_words(const T* p, bool is_there) {
+  uint4 x{0, 0, 0, 0};
+  if (is_there) x = *(const uint4*)p;
+  return x;
+}
+template <class T>
+SEQCONV_DEVICE void to_floats(uint4 x, float (&v)[8]) {
+  const u32 words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = to_float(T{(unsigned short)(words[i / 2] >> (16 * (i & 1)))});
+}
+
 // gate * value, zero outside the place
 template <class T>
 struct Gated {
@@ -142,6 +156,9 @@ struct Gated {
     return whole && (wide != nullptr ? aligned(wide, 1, 16)
                                      : aligned(data, step, 16) && aligned(gate, gate_step, 16));
   }
+  SEQCONV_DEVICE uint4 plain_piece(int t) const {
+    return eight_words(data + t, t >= begin && t < end);
+  }
   SEQCONV_DEVICE void piece(int t, float (&v)[8]) const {
     const bool is_inside = t >= begin && t < end;
     if (wide != nullptr) {
@@ -150,13 +167,12 @@ struct Gated {
       for (int i = 0; i < 8; ++i) v[i] = x.at[i];
       return;
     }
-    const Eight<T> x = is_inside ? *(const Eight<T>*)(data + t) : Eight<T>{};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = to_float(x.at[i]);
+    to_floats<T>(plain_piece(t), v);
     if (gate == nullptr) return;
-    const Eight<T> by = is_inside ? *(const Eight<T>*)(gate + t) : Eight<T>{};
+    float by[8];
+    to_floats<T>(eight_words(gate + t, is_inside), by);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] *= to_float(by.at[i]);
+    for (int i = 0; i < 8; ++i) v[i] *= by[i];
   }
 };
 template <>

@@ -123,7 +123,7 @@ SEQCONV_DEVICE int stage(const HalfPlane& plane, int n, const Gated<T>& source, 
                          Team team) {
   const bool in_pieces = source.in_pieces();
   float largest = 0.f;
-  const auto measure = [&](float x) { largest = fabsf(x) > largest ? fabsf(x) : largest; };
+  const auto measure = [&](float x) { largest = fmaxf(largest, fabsf(x)); };
   if (in_pieces) {
     for (int t = team.rank * 8; t < n; t += team.size * 8) {
       float v[8];
