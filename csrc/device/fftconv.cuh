@@ -25,8 +25,12 @@ SEQCONV_DEVICE Work work(const Args& a) {
 }
 SEQCONV_DEVICE Place place(const Args& a, const Work& w, int first) {
   const int row = first + w.slot;
-  return place(a, a.per_sample ? w.set : row / (int)a.blocks, w.channel, row % (int)a.blocks,
-               row < w.last);
+  int sample = row, window = 0;
+  if (a.blocks > 1) {  // division is slow
+    sample = row / (int)a.blocks;
+    window = row - sample * (int)a.blocks;
+  }
+  return place(a, a.per_sample ? w.set : sample, w.channel, window, row < w.last);
 }
 SEQCONV_DEVICE i64 kernel_row(const Args& a, const Work& w, i64 head) {
   return (w.set * a.heads + head) * a.channels + w.channel;

@@ -100,13 +100,15 @@ SEQCONV_DEVICE Factors<Pair> load_spectrum(const u32* tile, int lane, Pair) {
   return f;
 }
 
-// The largest size over the team's threads; all threads of the block come here.
+// The largest size over the team's threads; all threads of the block come here, and meet where a
+// team is more than a warp.
 SEQCONV_DEVICE float team_max(float x, float* shared, Team team) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) {
     const float other = shuffle_xor(x, lanes);
     x = x > other ? x : other;
   }
+  if (team.size == 32) return x;
   if ((team.rank & 31) == 0) store_shared(shared + (team.rank >> 5), x);
   sync_block();
   float all = load_shared(shared);
