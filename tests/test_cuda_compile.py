@@ -157,3 +157,18 @@ def test_cache_is_safe_under_concurrent_processes(tmp_path):
     results = {process.communicate()[0] for process in running}
     assert len(results) == 1 and len(results.pop()) == 65
     assert [p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size > 1000]
+
+
+def test_prebuild_fills_the_cache(tmp_path, monkeypatch, capsys):
+    """What it compiled is not compiled again, and another state of the source is another entry."""
+    monkeypatch.setenv("SEQCONV_CACHE", str(tmp_path))
+    entries = lambda: [p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size > 1000]  # noqa: E731
+    assert prebuild.main(["--arch", "sm_90", "--kernels", "^kernel_scales$"]) == 0
+    capsys.readouterr()
+    assert len(entries()) == 1
+    before = [p.stat().st_mtime_ns for p in entries()]
+    code = driver.compile_kernel("kernel_scales", "sm_90")
+    assert code[:4] == b"\x7fELF" and [p.stat().st_mtime_ns for p in entries()] == before
+    usual = kernels.source
+    monkeypatch.setattr(kernels, "source", lambda name: usual(name) + "// another state\n")
+    assert driver.compile_kernel("kernel_scales", "sm_90") and len(entries()) == 2

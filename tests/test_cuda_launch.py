@@ -379,6 +379,61 @@ def test_explain_shows_the_plan(device, monkeypatch):
     assert "tensor cores" in text and "5120" in text and "predicted" in text and "sm_90" in text
 
 
+def test_the_road_of_a_cuda_tensor(library, monkeypatch, fresh):
+    """Through the package's own questions to torch: which device, which stream, is it capturing."""
+    asked, current = [], SimpleNamespace(cuda_stream=77)
+
+    class Current:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            asked.append(self.index)
+
+        def __exit__(self, *_):
+            asked.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: asked.append(index) or current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(driver, "find_prebuilt", lambda name, *_: b"\x7fELF " + name.encode())
+    made = driver.Device(0, Driver(Emulator(library)))
+    monkeypatch.setattr(driver, "device", lambda index: [made][index])
+    u, k, y = torch.randn(2, 3, 300), torch.randn(3, 300), torch.empty(2, 3, 300)
+    _cuda.forward(y, u, k, None, None, None, None, "none")
+    assert rel_l2(y, reference.fftconv_fft(u.double(), k.double())) < 1e-6
+    du = torch.empty_like(u)
+    _cuda.backward((du, *[None] * 5), torch.ones_like(y), u, k, None, None, None, None, "none")
+    leaf = u.double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.fftconv_fft(leaf, k.double()).sum(), leaf)
+    assert rel_l2(du, expected) < 1e-6
+    assert asked[0] == 0 and asked.count("left") == 2 and set(asked) == {0, "left"}
+    assert {launch[4] for launch in made.driver.launches} == {77}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="once before the capture"):
+        _cuda.forward(torch.empty(2, 3, 999), torch.randn(2, 3, 999), k, *[None] * 4, "none")
+
+
+def test_devices_of_two_kinds(library, monkeypatch):
+    """Each asks for machine code of its own architecture."""
+    asked = []
+
+    def found(name, major, minor):
+        asked.append((major, minor))
+        return b"\x7fELF " + name.encode()
+
+    monkeypatch.setattr(driver, "find_prebuilt", found)
+    for capability in ((9, 0), (8, 6)):
+        fake = Driver(Emulator(library))
+        fake.attributes |= dict(
+            zip(("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR"), capability, strict=True)
+        )
+        with as_backend(Device(0, fake)):
+            fftconv(torch.randn(1, 2, 300), torch.randn(2, 300))
+    assert asked == [(9, 0)] * 2 + [(8, 6)] * 2
+
+
 def test_every_kernel_has_an_entry(library):
     for name in kernels.KERNELS:
         assert getattr(library, f"emulate_{name}")
