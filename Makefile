@@ -26,8 +26,8 @@ sanitize: .venv/ready  ## the kernels' tests under AddressSanitizer and Undefine
 	  tests/test_fftconv.py tests/test_random.py tests/test_plan.py tests/test_kernels.py tests/test_ssm.py tests/test_butterfly_kernels.py $(ARGS)
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SEQCONV_EMULATOR_FLAGS="$(SANITIZE)" ../../$(BIN)/python -m pytest -q \
-	  tests/test_device.py tests/test_cuda_ssm.py \
-	  -k "operators_cases or edge_lengths or three_passes or windows or sizes or growing" $(ARGS)
+	  tests/test_device.py tests/test_cuda_ssm.py tests/test_cuda_butterfly.py \
+	  -k "operators_cases or edge_lengths or three_passes or windows or sizes or growing or matrices" $(ARGS)
 
 neon:  ## the kernels for arm64, cross-compiled (Debian: g++-aarch64-linux-gnu) and run in qemu-user
 	mkdir -p build

@@ -17,12 +17,29 @@ if driver.packages_reason():
 NAMES = tuple(kernels.KERNELS)
 OTHERS = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
 REGISTERS = 65536  # of a multiprocessor
+# Of a thread on sm_90, by what a kernel's name begins with, the longest that fits: a little above what it takes.
+# Where 512 threads leave 128, and the compiler takes them, the spills below are what fails.
+CEILINGS = {
+    "spectrum": 120,
+    "kernel_scales": 40,
+    "taps_gradient": 124,
+    "long_taps": 120,
+    "long_input": 120,
+    "long_input_gradient": 124,
+    "long_output": 124,
+    "long_gradient": 128,
+    "butterfly": 192,
+    "butterfly_backward": 208,
+    "ssm_powers": 40,
+    "ssm_forward": 96,
+    "ssm_backward": 124,
+    "ssm_gradients": 72,
+    "forward": 128,
+    "backward": 128,
+    "tensor": 128,
+}
 # Bytes of registers spilled to memory: none on sm_90 but where products are summed in float32.
 SPILLS = {"sm_90": {"accurate": 32}, "others": {"": 96}}
-# Registers on sm_90 of what stays below the most that a block of its size may have.
-CEILINGS = {"kernel_scales": 48, "ssm_powers": 40, "ssm_gradients": 72, "ssm_forward": 96}
-CEILINGS |= {"butterfly": 208, "butterfly_backward": 216, "spectrum": 120, "long_taps": 120}
-CEILINGS |= {"long_input": 120, "long_input_gradient": 124, "long_output": 124}
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -50,8 +67,9 @@ def test_compiles_within_its_resources(arch, name):
     used = resources(name, arch)
     _, threads, blocks = kernels.KERNELS[name]
     assert used["registers"] * threads * blocks <= REGISTERS
-    family = name.removesuffix("_" + name.split("_")[-1]) if name not in CEILINGS else name
-    assert arch != "sm_90" or used["registers"] <= CEILINGS.get(family, REGISTERS // threads)
+    if arch == "sm_90":
+        kind = max((k for k in CEILINGS if name.startswith(k)), key=len)
+        assert used["registers"] <= CEILINGS[kind], used
     assert used["shared"] == 0  # all of it is dynamic, and planned
     allowed = SPILLS["sm_90" if arch == "sm_90" else "others"]
     most = max((size for key, size in allowed.items() if key in name), default=0)

@@ -13,6 +13,7 @@ import torch
 from accuracy import rel_l2
 from cases import Case, double
 from emulated import HERE, Emulator, as_backend, build
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqconv
 from seqconv import _cuda, _ops, fftconv, reference
@@ -432,6 +433,19 @@ def test_devices_of_two_kinds(library, monkeypatch):
         with as_backend(Device(0, fake)):
             fftconv(torch.randn(1, 2, 300), torch.randn(2, 300))
     assert asked == [(9, 0)] * 2 + [(8, 6)] * 2
+
+
+def test_explain_tells_a_cuda_tensor_what_it_takes(device, monkeypatch):
+    with FakeTensorMode():  # a CUDA tensor without a device
+        u, k = torch.empty(2, 3, 500, device="cuda:0"), torch.empty(3, 500, device="cuda:0")
+        monkeypatch.setattr(driver, "reason", lambda index: "pip install 'seqconv[cuda]'")
+        found = seqconv.explain(u, k)
+        assert found.backend == "reference" and "seqconv[cuda]" in found.fallback
+        monkeypatch.setattr(driver, "reason", lambda index: None)
+        monkeypatch.setattr(driver, "device", lambda index: device)
+        assert "float64" in seqconv.explain(u.double(), k.double()).fallback
+        found = seqconv.explain(u, k)
+        assert (found.backend, found.fallback) == ("cuda", None) and "512 points" in found.plan
 
 
 def test_every_kernel_has_an_entry(library):

@@ -223,7 +223,6 @@ SEQCONV_DEVICE void forward(const Args& a, unsigned char* shared) {
 }
 
 // The skip's gradient by a direct sum: its transform would carry the round-off of all other taps.
-// Compensated, since its terms may cancel.
 template <class T>
 SEQCONV_DEVICE float skip_sum(Gated<T> dv, Gated<T> x, int n, Team team) {
   float sum = 0.f, lost = 0.f;  // what rounding added to the sum: a small team's sums are long
