@@ -5,7 +5,8 @@ python -m bench.ssm_kernel [--lengths 1024 4096] [--json FILE] [--plot FILE]
 Every number is the median of interleaved rounds in one process under the C library's tuned allocator,
 the stricter comparison (see bench.fftconv); nothing is timed that differs from float64's definition.
 The sum alone starts from its float64 exponents and weights; "from parameters" is seqconv.ssm_kernel
-as a layer calls it, which makes those first: a fixed time per mode, whatever the length.
+as a layer calls it, which makes those first: a fixed time per mode, whatever the length. The bar over
+torch.bmm is on the preallocated output forward (torch.bmm's is new each time) and on a new one with gradients.
 The einsum and PyKeOps take seconds: they are given few of the channels and scaled, since channels
 never meet. The floor is two multiply-adds per mode and element, three times that with gradients, at
 the rate of a matrix product.

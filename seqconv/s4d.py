@@ -207,7 +207,7 @@ class S4D(ConvLayer):
         "zoh"          Abar = exp(dt A)                        Bbar = B (exp(dt A) - 1) / A
         "bilinear"     Abar = (1 + dt A / 2) / (1 - dt A / 2)  Bbar = B dt / (1 - dt A / 2)
         "dss"          as "zoh", K without the factor 2
-        "dss_softmax"  as "dss", Bbar divided by exp(dt A length) - 1
+        "dss_softmax"  as "dss", Bbar divided by exp(dt A length) - 1; more of it in seqconv.ssm_kernel
 
     The sum has modes = d_state / 2 terms, one of each conjugate pair; as many with "dss" and "dss_softmax",
     where they are no halves of pairs. A by `init`, with N = d_state and n = 0 ... modes - 1:
@@ -219,8 +219,8 @@ class S4D(ConvLayer):
         "legs"  -1/2 + i y, with i y the eigenvalues of HiPPO-LegS's skew part
         "diag"  half of the sets inv, half lin             "hippo" half legs, half fout
 
-    B is 1 but for "legs", "fout" and "foud": see seqconv.s4d_init. The state_dict does not depend on the
-    length; options are not part of it.
+    -Re A begins at 1e-4 at least, but with real_transform="none". B is 1 but for "legs", "fout" and "foud":
+    see seqconv.s4d_init. The state_dict does not depend on the length; options are not part of it.
 
     Parameters, all real: kernel.inv_dt (d_model,), log dt, uniform in [log dt_min, log dt_max];
     inv_A_real (n_ssm, modes), log(-Re A), and inv_A_imag (n_ssm, modes), Im A, and B (n_ssm, modes, 2),

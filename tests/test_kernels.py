@@ -98,6 +98,10 @@ WAYS = {
     "streamed, heads": Case(
         length=1031, taps=1031, channels=1018, batch=1, heads=2, skip="ch", activation="relu"
     ),
+    "streamed, plain heads": Case(length=1031, taps=1031, channels=1018, batch=1, heads=2),
+    "streamed, shared": Case(
+        length=700_001, taps=700_001, channels=3, batch=1, skip="h", post_gate=True
+    ),
     "streamed, double": Case(
         length=1025, taps=20, channels=1030, batch=1, dtype=torch.float64, pre_gate=True
     ),

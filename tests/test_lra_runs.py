@@ -67,9 +67,12 @@ def test_what_a_run_folder_refuses(tmp_path):
     missing = start("fit", "digits", "--out", tmp_path / "no", "--resume")
     assert "there is no" in finish(missing, 1)
     (out / "last.ckpt").unlink()
+    wrong = finish(start("fit", "digits", "--out", out, *TINY, "--resume", "--optim.lr", 0.5), 1)
+    assert "optim.lr was 0.01, now 0.5" in wrong
     again = finish(start("fit", "digits", "--out", out, *TINY, "--resume"))
     assert "has no checkpoint yet: starting from the beginning" in again
-    assert json.loads((out / "result.json").read_text())["steps"] == 72
+    result = json.loads((out / "result.json").read_text())
+    assert result["steps"] == 72 and len(result["sessions"]) == 2
     (out / "last.ckpt").unlink()
     assert "there is no" in finish(start("fit", "digits", "--out", out, *TINY, "--resume"), 1)
     assert "data_batch_1 is missing" in finish(start("fit", "image", "--out", tmp_path / "im"), 1)

@@ -140,13 +140,14 @@ def summary(runs: list[dict]) -> str:
     marks mean."""
     layers = list(dict.fromkeys(r["layer"] for r in runs))
     tasks = list(dict.fromkeys(label(r) for r in runs))
-    groups, rows, seeds = grouped(runs), [], usual(runs)
+    groups, rows, shown, seeds = grouped(runs), [], [], usual(runs)
     for task in tasks:
         of_task = [r for r in runs if label(r) == task]
         row = [task, f"{100 * of_task[0]['chance']:.1f}", f"{100 * of_task[0]['majority']:.1f}"]
         for layer in layers:
             found = [group for key, group in groups.items() if key[:2] == (task, layer)]
             found = [g for g in found if not on_torch_fft(g[0])] or found
+            shown += found
             several = len({precision(g[0]) for g in found}) > 1
             cells = [several * f"{precision(g[0])}: " + cell(g, seeds) for g in found]
             published = [r["published"] for r in of_task if r["layer"] == layer and r["published"]]
@@ -154,7 +155,7 @@ def summary(runs: list[dict]) -> str:
             row.append(text + (f" [{published[0]:g}]" if published else ""))
         rows.append(row)
     parts = [markdown(["task", "chance", "majority", *layers], rows)]
-    missed = {(g[0]["task"], g[0]["layer"]) for g in groups.values() if below(g)}
+    missed = {(g[0]["task"], g[0]["layer"]) for g in shown if below(g)}
     if missed:
         bars = dict.fromkeys(
             f"{task} {recipes.BARS[task, layer]}" for task, layer in sorted(missed)
@@ -172,18 +173,22 @@ def summary(runs: list[dict]) -> str:
 
 def differences(groups, aspect: str, value: Callable, one, other) -> list[str]:
     """In points, where all but the aspect is the same: the mean over the seeds that ended with both values of it."""
-    pairs, found = defaultdict(dict), []
-    for group in groups:
-        done = {r["seed"]: 100 * r["test_accuracy"] for r in group if r["status"] == "done"}
-        key = label(group[0]), group[0]["layer"], settings(group[0], but=aspect)
-        pairs[key][value(group[0])] = done
-    for (task, layer, _), by in pairs.items():
-        mine, theirs = by.get(one, {}), by.get(other, {})
-        both = mine.keys() & theirs.keys()
-        if both:
-            change = statistics.mean(mine[s] - theirs[s] for s in both)
-            found.append(f"{task} {layer} {change:+.2f}")
-    return found
+    runs, pairs = [r for group in groups for r in group if r["status"] == "done"], defaultdict(list)
+    for mine in (r for r in runs if value(r) == one):
+        for theirs in (r for r in runs if value(r) == other and alike(r, mine, aspect)):
+            change = 100 * (mine["test_accuracy"] - theirs["test_accuracy"])
+            pairs[label(mine), mine["layer"]].append(change)
+    return [f"{t} {layer} {statistics.mean(p):+.2f}" for (t, layer), p in pairs.items()]
+
+
+def alike(a: dict, b: dict, but: str) -> bool:
+    """Whether two runs differ in one aspect alone; what the older one has not written down is taken as the same."""
+    first, second = ({"data": None} | r for r in (a, b))
+    if None in (first["data"], second["data"]):
+        first["data"] = second["data"] = None
+    same = all(a.get(k) == b.get(k) for k in ("task", "layer", "seed"))
+    steps = a["plan"]["steps"] == b["plan"]["steps"]
+    return same and steps and settings(first, but=but) == settings(second, but=but)
 
 
 def spread(values: list[float]) -> str:

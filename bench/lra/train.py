@@ -84,10 +84,13 @@ def _fit(config: options.Config, device: torch.device) -> dict:
         facts["sessions"][-1]["seconds"] = time.perf_counter() - began
         files.write_json(out / "run.json", facts)
 
+    facts["identity"] = identity
     if RANK == 0:
-        if not state:
+        if not config.run.resume:
             clear(out)
         facts["sessions"] = sessions(out, facts)
+        if not state:
+            clear(out)
         files.write_text(out / "config.yaml", config_yaml(config))
         clock()
         announce(facts, config, schedule)
@@ -161,13 +164,11 @@ def prepare(config: options.Config, out: Path, identity: dict) -> dict | None:
     if not last.exists():
         if not (out / "run.json").exists() or (out / "result.json").exists():
             raise SystemExit(f"--resume: there is no {last}")
+        same_run(json.loads((out / "run.json").read_text()).get("identity", {}), identity, out)
         console.print(f"{out} has no checkpoint yet: starting from the beginning.")
         return None
     state = load(last)
-    was = state["identity"]
-    changed = [f"{k} was {was.get(k)!r}, now {v!r}" for k, v in identity.items() if was.get(k) != v]
-    if changed:
-        raise SystemExit(f"--resume: {last} belongs to another run: {', '.join(changed)}")
+    same_run(state["identity"], identity, last)
     step = next(s for name, s in state["callbacks"].items() if name.startswith("Journal"))[
         "best_step"
     ]
@@ -179,6 +180,12 @@ def prepare(config: options.Config, out: Path, identity: dict) -> dict | None:
             f"--resume: {last} needs the best weights so far, of step {step}, in {best}"
         )
     return state
+
+
+def same_run(was: dict, identity: dict, place: Path) -> None:
+    changed = [f"{k} was {was.get(k)!r}, now {v!r}" for k, v in identity.items() if was.get(k) != v]
+    if changed:
+        raise SystemExit(f"--resume: {place} belongs to another run: {', '.join(changed)}")
 
 
 def load(path: Path) -> dict:

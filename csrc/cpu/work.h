@@ -93,7 +93,8 @@ struct Work {
         v.panel = shared ? shared : scratch.take<T>(heads * group * pitch);
       return v;
     };
-    const bool streams = p.length >= kStreamLength && (gated || p.pre_gate || p.heads > 1);
+    const bool streams =
+        kStreams && p.length >= kStreamLength && (gated || p.pre_gate || p.heads > 1);
     const auto result = [&](const Tensor& t, int64_t heads, T* shared = nullptr) {
       View<T> v = view(t, heads, shared);
       v.streamed = streams && !v.panel && t.dtype == kDtype<T> && t.stride[3] == 1 &&

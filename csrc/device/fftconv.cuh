@@ -228,7 +228,7 @@ SEQCONV_DEVICE float skip_sum(Gated<T> dv, Gated<T> x, int n, Team team) {
   float sum = 0.f, lost = 0.f;  // what rounding added to the sum: a small team's sums are long
   for (int t = team.rank; t < n; t += team.size) {
     const float term = dv(t) * x(t) - lost, next = sum + term;
-    lost = (next - sum) - term;
+    lost = next - next == 0.f ? (next - sum) - term : 0.f;  // an infinite sum stays what it is
     sum = next;
   }
   return sum;

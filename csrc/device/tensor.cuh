@@ -17,7 +17,7 @@
 
 // The real parts of 256 points, then their imaginary parts, so that one address serves both. Rows
 // of 8 numbers move by one place every 256 points and every 4096, and swap every 64, so that the 8
-// rows that an instruction reads lie in different banks for every distance that occurs.
+// rows that an instruction reads lie in different banks for the distances of long rows.
 struct HalfPlane {
   unsigned short *re, *im;
   SEQCONV_DEVICE explicit HalfPlane(unsigned short* p) : re(p), im(p + 256) {}

@@ -43,6 +43,8 @@ def main(argv: list[str], make_parser: Callable) -> None:
         known(chosen.task)
     except DataError as error:
         parser.error(str(error))
+    if command == "check" and chosen.seconds <= 0:
+        parser.error(f"--seconds must be positive, got {chosen.seconds}")
     root = Path(chosen.root)
     try:
         if command == "make":

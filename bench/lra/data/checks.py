@@ -118,7 +118,7 @@ def generalises(info: Info, splits: dict[str, Split], seconds: float) -> bool | 
         return found
     few, until, hits = order[:2000], time.monotonic() + seconds, []
     parts = max(1, len(few) // 32)
-    while time.monotonic() < until and (not hits or np.concatenate(hits[-parts:]).mean() < 0.95):
+    while not hits or (time.monotonic() < until and np.concatenate(hits[-parts:]).mean() < 0.95):
         hits += train(np.array_split(rng.permutation(few), parts), until)
     late = np.concatenate(hits[-parts:])
     return verdict(late, test(), sum(map(len, hits)), info.majority, by_heart=len(few))
