@@ -110,7 +110,6 @@ def test_every_contender_is_right_where_it_competes(mode, layout):
 def test_every_case_is_compiled_anew(monkeypatch):
     """However many came before: else dynamo would run the plain function, under the compiled one's name."""
     modes = []
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
 
     def traced(*tensors):
         modes.append(torch.compiler.is_compiling())
@@ -122,9 +121,10 @@ def test_every_case_is_compiled_anew(monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda f, **options: compile(f, backend="eager", **options)
     )
-    for length in (16, 32, 48, 64):
-        case = Case(length=length)
-        contenders.make("torch.compile", case, "cpu")(case.tensors("cpu")[0])
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for length in (16, 32, 48, 64):
+            case = Case(length=length)
+            contenders.make("torch.compile", case, "cpu")(case.tensors("cpu")[0])
     torch._dynamo.reset()
     assert modes == [True] * 4
 
