@@ -18,7 +18,8 @@ from seqconv._cuda import kernels
 from seqconv._cuda.plan import Limits
 from seqconv._cuda.tables import FIRST_CALL, CaptureError, Tables
 
-OPTIONS = {"std": "c++17"}
+# NVRTC 12 takes generic lambdas for host code otherwise.
+OPTIONS = {"std": "c++17", "device_as_default_execution_space": True}
 PACKAGED = Path(__file__).parent.parent / "cubins"
 
 
