@@ -74,7 +74,8 @@ def test_every_problem_has_a_valid_plan(limits):
             rows = (1 if problem.per_sample else problem.batch) * plan.windows
             assert plan.groups >= 1 and -(-rows // plan.groups) * (plan.groups - 1) < rows
             if backward:
-                few = problem.sets * problem.channels * plan.outer * MAX_PARTS < limits.processors
+                across = problem.sets * problem.channels * (plan.outer if plan.long else 1)
+                few = across * MAX_PARTS < limits.processors
                 assert plan.parts <= (max(MAX_PARTS, rows // 2) if few else MAX_PARTS)
             if plan.engine == "tensor":
                 assert problem.element == 2 and limits.tensor_cores and plan.row_threads % 32 == 0
@@ -120,6 +121,10 @@ def test_one_pass_up_to_32768_points():
             problem = Problem(64, 1, 768, length, length, rev, False, 2)
             plan = make_plan(problem)
             assert (plan.engine, plan.n, plan.windows, plan.long) == ("tensor", length, 1, False)
+            for batch in (8, 64):  # backward too, beyond two planes with one
+                plan = make_plan(replace(problem, batch=batch), backward=True)
+                assert (plan.engine, plan.n, plan.windows) == ("tensor", length, 1), plan
+                assert (plan.planes, plan.aside) == ((1, True) if length == 32768 else (2, False))
     for length in (1024, 4096, 16384):
         plan = make_plan(Problem(64, 1, 768, length, length, length - 1, False, 4))
         assert (plan.engine, plan.n, plan.long) == ("radix", length, False)

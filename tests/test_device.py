@@ -3,6 +3,7 @@ with races looked for and every barrier left out once."""
 
 import ctypes
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import test_fftconv
@@ -15,13 +16,23 @@ from test_fftconv import CASES
 from seqconv import fftconv, reference
 from seqconv._cuda import convolution
 from seqconv._cuda.arguments import arguments
-from seqconv._cuda.plan import H100, OPERAND_ERROR, Limits
+from seqconv._cuda.plan import H100, OPERAND_ERROR, Limits, make_plan, tensor_bytes
 
 A100 = Limits(shared=166912, shared_total=167936, processors=108, clock=1.41e9, bandwidth=1.55e12)
 TURING = Limits(65536, 65536, 40, 1.59e9, 3.2e11, tensor_cores=False)
 # Long rows at lengths that an emulator can afford; several rows for every block.
 SMALL = Limits(shared=20000, shared_total=20000, processors=1)
 FEW = replace(H100, processors=1)
+
+
+class OnePlane(Limits):
+    """Gradients on tensor cores take one plane even where two fit."""
+
+
+def one_plane(n: int) -> Limits:
+    """Where gradients of 16-bit rows of n points take one pass, but not with two planes."""
+    return Limits(shared=tensor_bytes(n) + 256, shared_total=tensor_bytes(n) + 256, processors=1)
+
 
 # Relative L2 error of the tensor cores' fp16 operands, beside the rounding of the stored result;
 # behind an activation, which may leave little of its input, and in gradients, where two such
@@ -127,8 +138,75 @@ def test_longest_single_passes(library, mode, length):
         *[narrow[n] for n in ("u", "k", "k_rev", "skip", "pre_gate", "post_gate")],
         "none",
     )
-    y64 = reference.fftconv_fft(**double(narrow))
+    leaves = {n: t if t is None else t.requires_grad_() for n, t in double(narrow).items()}
+    y64 = reference.fftconv_fft(**leaves)
     assert rel_l2(y, y64) <= STATED[mode] + ROUNDING[case.dtype]
+
+    plan = convolution.make_plan(
+        convolution.describe(tensors["u"], tensors["k"], tensors["k_rev"]), H100, backward=True
+    )
+    assert (plan.engine, plan.n, plan.aside) == ("tensor", length, length > 27904)
+    names, dy = ("u", "k", "k_rev", "skip"), torch.randn(1, 1, length).to(case.dtype)
+    grads = [torch.empty_like(narrow[n]) for n in names]
+    inputs = [narrow[n] for n in (*names, "pre_gate", "post_gate")]
+    convolution.backward(device, (*grads, None, None), dy, *inputs, "none")
+    assert not any(kernel.startswith("long_gradient") for kernel, *_ in device.launches)
+    exact = torch.autograd.grad(y64, [leaves[n] for n in names], dy.double())
+    for name, grad, grad64 in zip(names, grads, exact, strict=True):
+        assert rel_l2(grad, grad64) <= 2 * STATED[mode] + ROUNDING.get(grad.dtype, 0), name
+
+
+ONE_PLANE = [
+    Case(3, 2, 700, 700, taps_rev=699, skip="h", pre_gate=True, activation="gelu"),  # 3 x 256
+    Case(2, 2, 1200, 1200, mode="circular", post_gate=True, layout="blh"),
+    Case(3, 2, 2000, 2000, skip="h", taps_rev=7, per_sample=True, heads=1),
+    Case(2, 1, 5000, 5000, skip="h", taps_rev=4999),
+    Case(2, 1, 9000, 70, skip="h", pre_gate=True),  # windows
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ONE_PLANE, ids=str)
+def test_one_plane_for_two_spectra(library, mode, dtype, case, monkeypatch):
+    """Gradients in one pass where the block's memory holds a row only once, and no row of float32 taps."""
+    case, plans = replace(case, dtype=dtype), []
+
+    def noted(problem, limits, backward=False):
+        plan = make_plan(problem, limits, backward)
+        plans.append(plan) if backward else None
+        return plan
+
+    monkeypatch.setattr(convolution, "make_plan", noted)
+    n = {700: 768, 1200: 1280, 2000: 2048, 5000: 5120, 9000: 1280}[case.length]
+    device = Emulator(library, one_plane(n))
+    check(device, case, mode)
+    ran = [kernel for kernel, *_ in device.launches]
+    assert any(kernel.startswith("tensor_backward") for kernel in ran), ran
+    assert not any("backward_c32" in kernel for kernel in ran)
+    assert plans and all(plan.aside for plan in plans)
+    if case.taps == case.length:
+        assert {(plan.n, plan.windows) for plan in plans} == {(n, 1)}
+        assert "long_taps_gradient" in ran
+    else:
+        assert all(plan.windows > 1 for plan in plans)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(19, 1, 256, 256, skip="h", dtype=torch.bfloat16),
+        Case(5, 3, 700, 700, taps_rev=3, pre_gate=True, dtype=torch.float16),
+        Case(3, 2, 1000, 1000, heads=1, per_sample=True, dtype=torch.bfloat16),
+        Case(2, 1, 5000, 5000, skip="h", activation="silu", dtype=torch.bfloat16),
+        Case(2, 1, 20000, 64, taps_rev=30, dtype=torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_one_plane_or_two_give_the_same(library, mode, case):
+    """To the bit, in any number of slots and groups: what waits in global memory is not rounded."""
+    two = results(library, case, FEW, 0)
+    for a, b in zip(two, results(library, case, OnePlane(processors=1), 7), strict=True):
+        assert torch.equal(a, b)
 
 
 LONG = [
@@ -291,12 +369,22 @@ ORDERS = [
     (Case(5, 1, 1200, 1200, heads=2, dtype=torch.bfloat16), FEW),
     (Case(2, 1, 20000, 20000, dtype=torch.bfloat16), FEW),
     (Case(19, 1, 256, 256, skip="h", dtype=torch.bfloat16), FEW),
+    (Case(5, 1, 256, 256, skip="h", dtype=torch.bfloat16), OnePlane(processors=1)),  # warps alone
+    (Case(2, 1, 5000, 5000, dtype=torch.bfloat16), one_plane(5120)),
 ]
 
 
 def results(library, case: Case, limits: Limits, order: int, without: str = ""):
+    def planned(problem, limits, backward=False):
+        plan = make_plan(problem, limits, backward)
+        if not (backward and isinstance(limits, OnePlane)):
+            return plan
+        assert (plan.engine, plan.planes) == ("tensor", 2)
+        return replace(plan, planes=1)
+
     torch.manual_seed(0)
-    _, y, grads, _ = run(Emulator(library, limits, order, without), case)
+    with patch.object(convolution, "make_plan", planned):
+        _, y, grads, _ = run(Emulator(library, limits, order, without), case)
     return [y, *grads.values()]
 
 

@@ -50,7 +50,8 @@ struct Args {
   c32* partial;   // (part, kernel row, n): sums of dv times the conjugate of x
   float* partial_skip;  // (part, kernel row, row_threads)
   i64 parts;
-  c32* work;    // long rows: (batch, heads, channels, n)
+  c32* work;    // long rows: (batch, heads, channels, n); tensor cores: x's spectra, see
+                // tensor_backward
   float* wide;  // dv (batch, heads, channels, length), where it is not simply post_gate * dy
   const c32* matrices;    // the learned butterfly: (head), see butterfly.cuh
   c32* partial_matrices;  // (block): sums of their gradients

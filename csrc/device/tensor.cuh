@@ -349,6 +349,52 @@ SEQCONV_DEVICE Result<Number> inner_forward(const Transform& t, const HalfPlane&
   const Matrix rows = to_operand(x);
   return product<Number>(rows, transposed(f));
 }
+// A tile's spectrum in global memory: 16 bytes of every lane beside the other lanes', and only the
+// lane that wrote them reads them back.
+template <class Number>
+struct alignas(16) Piece {
+  Number at[16 / sizeof(Number)];
+};
+template <class Number>
+SEQCONV_DEVICE void store_result(u32* tile, const Result<Number>& x, int lane) {
+  constexpr int kEach = 16 / sizeof(Number);
+#pragma unroll
+  for (int p = 0; p < 8 / kEach; ++p) {
+    Piece<Number> piece;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int e = p * kEach + i;
+      piece.at[i] = (e < 4 ? x.re : x.im)[e >> 1 & 1][e & 1];
+    }
+    ((Piece<Number>*)tile)[p * 32 + lane] = piece;
+  }
+}
+template <class Number>
+SEQCONV_DEVICE Result<Number> load_result(const u32* tile, int lane) {
+  constexpr int kEach = 16 / sizeof(Number);
+  Result<Number> x;
+#pragma unroll
+  for (int p = 0; p < 8 / kEach; ++p) {
+    const Piece<Number> piece = ((const Piece<Number>*)tile)[p * 32 + lane];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int e = p * kEach + i;
+      (e < 4 ? x.re : x.im)[e >> 1 & 1][e & 1] = piece.at[i];
+    }
+  }
+  return x;
+}
+// The spectra of all tiles, which frees the plane.
+template <class Number>
+SEQCONV_DEVICE void put_aside(const Transform& t, const HalfPlane& plane, u32* to, const Warp& w) {
+  const u32* table = (const u32*)t.tables;
+  const Matrix f = load_matrix(table, w.lane);
+  const Twiddles<Number> twiddles(table + kMatrixWords, w);
+  for (int tile = w.index; tile < (int)t.n / 256; tile += w.count)
+    store_result(to + tile * 64 * (int)sizeof(Number),
+                 inner_forward<Number>(t, plane, tile, f, twiddles, w), w.lane);
+  sync_warp();  // a team of more warps meets before it writes to the plane again: team_max
+}
 // And back, as the right operand of the last product.
 template <class Number>
 SEQCONV_DEVICE Columns inner_inverse(const Result<Number>& spectrum, const Matrix& f,

@@ -98,26 +98,33 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
   }
 }
 
-// One head: several would need a third plane for the sum of their gradients.
+// One head: several would need a third plane for the sum of their gradients. Where there is `work`,
+// one plane does for x and then for dv: x's spectrum waits there, in room of the slot's own that
+// it uses for every row.
 template <class T, class Number>
 SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
   const Work work_ = work(a);
   const Warp w = warp_of(work_.team);
   const Transform& t = a.transform;
-  const TensorShared s = tensor_shared(a, work_, shared, 2);
+  const bool with_dk = a.partial != nullptr;
+  const TensorShared s = tensor_shared(a, work_, shared, with_dk && a.work == nullptr ? 2 : 1);
   const i64 rows = (a.per_sample ? a.batch : 1) * a.channels, row = kernel_row(a, work_, 0);
   const i64 part = (i64)work_.group * a.slots + work_.slot;
+  const auto aside = [&](int tile) {
+    return (u32*)a.work + ((part * rows + row) * t.n + tile * 256) * (i64)(sizeof(Number) / 4);
+  };
   const bool is_plain = a.pre_gate.data == nullptr && a.dpre_gate.data == nullptr;
   for (int first = work_.first; first < work_.last; first += (int)a.slots) {
     const bool begins = first == work_.first;
     float up_x = 1.f, up_g = 1.f;  // what undoes the scaling of x and dv
-    for (int signal = 0; signal < 2; ++signal) {
+    for (int signal = with_dk ? 0 : 1; signal < 2; ++signal) {
       const Place p = place(a, work_, first);
       const Gated<T> source = signal == 0 ? input<T>(a, inside(a, p)) : gradient<T>(a, p, 0);
       const HalfPlane plane = signal == 0 ? s.x : s.g;
       const float up = power_of_two(stage(plane, (int)t.n, source, s.largest, work_.team));
       signal == 0 ? up_x = up : up_g = up;
       tensor_forward_passes<Number>(t, plane, w);
+      if (signal == 0 && a.work != nullptr) put_aside<Number>(t, plane, aside(0), w);
     }
     if (a.partial_skip != nullptr) {
       const Place p = place(a, work_, first);
@@ -131,8 +138,10 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
         t, s.g, w,
         [&](int tile, const Matrix& f, const Twiddles<Number>& twiddles) {
           Result<Number> z = inner_forward<Number>(t, s.g, tile, f, twiddles, w);
-          if (a.partial != nullptr) {
-            const Result<Number> x = inner_forward<Number>(t, s.x, tile, f, twiddles, w);
+          if (with_dk) {
+            const Result<Number> x = a.work != nullptr
+                                         ? load_result<Number>(aside(tile), w.lane)
+                                         : inner_forward<Number>(t, s.x, tile, f, twiddles, w);
             c32x2* dk = (c32x2*)(a.partial + (part * rows + row) * t.n) + tile * 128 + w.lane * 4;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {

@@ -60,8 +60,10 @@ class _Layout:
     def __init__(self, problem: Problem, plan: Plan, activation: str, backward: bool):
         self.n, self.outer, self.lower, self.long = plan.n, plan.outer, plan.lower, plan.long
         self.parts, self.row_threads = plan.parts, plan.row_threads
+        self.aside = backward and plan.aside
         self.mode = ("_fast" if problem.fast else "_accurate") if plan.engine == "tensor" else ""
         self.prefix = "tensor_" if plan.engine == "tensor" else ""
+        self.words = (1 if self.mode == "_fast" else 2) * plan.n  # of a spectrum
         fields = {
             "batch": problem.batch,
             "heads": problem.heads,
@@ -125,7 +127,9 @@ class _Layout:
         if plan.engine == "radix":
             return _bits(1 / plan.lower)  # the outer passes carry the rest
         there, back = (math.prod(SCALES[r][i] for r in plan.radices) for i in (0, 1))
-        return _bits(1 / (plan.n * there * (there if gradient else back)))
+        if gradient:  # whose outer passes carry the rest
+            return _bits(1 / (plan.lower * there * there))
+        return _bits(1 / (plan.n * there * back))
 
     def _radix(self, fields, n: int, radices: tuple[int, ...], passes: int, twist: bool):
         return self._transform(fields, n, radices, (build, n, radices, passes, twist))
@@ -186,7 +190,7 @@ class _Call:
         """The fields that hold it: (kernel row, n) complex in the order that the passes leave, and its scales."""
         at, rows = self.spectra, self.problem.kernel_rows
         given = {"k": k, "k_rev": k_rev, "skip": skip}
-        out = {"spectrum": self.empty(rows, (1 if at.mode == "_fast" else 2) * at.n)}
+        out = {"spectrum": self.empty(rows, at.words)}
         if at.mode:
             out["scales"] = self.empty(rows)
         if at.outer == 1:
@@ -225,15 +229,15 @@ class _Call:
         sums = {"partial": partial}
         sink = {"du": du, "dpre_gate": dpre_gate}
         taps = {"dk": dk, "dk_rev": dk_rev}
+        rows = lambda t: _rows(t, at.outer, at.lower)  # noqa: E731
         if not at.long:
             sums["partial_skip"] = (
                 self.empty(at.parts, p.sets, p.heads, p.channels, at.row_threads) if skip else None
             )
-            self.of_rows(self.kernel("backward"), **spectrum, **sums, **source, **sink)
-            if with_dk:
-                self.of_taps("taps_gradient", at.taps, 1, partial=partial, **taps)
+            aside = with_dk and at.aside
+            work = self.empty(at.parts, p.kernel_rows, at.words) if aside else None
+            self.of_rows(self.kernel("backward"), **spectrum, **sums, work=work, **source, **sink)
         else:
-            rows = lambda t: _rows(t, at.outer, at.lower)  # noqa: E731
             x, dv = self.work(1), self.work(p.heads)
             dx = x if with_dx else None  # a row of x is read before its gradient is written
             signals = {name: source.get(name) for name in ("u", "pre_gate")}
@@ -253,10 +257,12 @@ class _Call:
             if with_dx:
                 name = f"long_input_gradient_{self.suffix}"
                 self.of_columns(name, p.batch * p.channels, work=dx, **sink, **signals)
-            if with_dk:
-                work = self.work(p.heads, p.sets)
-                self.of_taps("taps_gradient", at.taps, at.outer, partial=partial, dk=rows(work))
-                self.of_columns("long_taps_gradient", p.kernel_rows, work=work, **taps)
+        if with_dk and at.outer == 1:
+            self.of_taps("taps_gradient", at.taps, 1, partial=partial, **taps)
+        elif with_dk:
+            work = self.work(p.heads, p.sets)
+            self.of_taps("taps_gradient", at.taps, at.outer, partial=partial, dk=rows(work))
+            self.of_columns("long_taps_gradient", p.kernel_rows, work=work, **taps)
         # in float64: they may cancel
         return sums["partial_skip"].sum((0, 1, 4), dtype=torch.float64) if skip else None
 

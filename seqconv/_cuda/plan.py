@@ -79,7 +79,8 @@ class Plan:
 
     engine "radix" computes in float32, "tensor" on tensor cores with fp16 operands. n = outer *
     lower: with outer > 1 the radix engine takes three passes over global memory, and the tensor
-    engine computes its kernels' spectra so. A row is cut into `windows` of `step` outputs each.
+    engine computes its kernels' spectra and their gradients so. A row is cut into `windows` of `step`
+    outputs each.
     """
 
     engine: str
@@ -113,6 +114,11 @@ class Plan:
     @property
     def long(self) -> bool:
         return self.engine == "radix" and self.outer > 1
+
+    @property
+    def aside(self) -> bool:
+        """Whether, in backward, x's spectrum waits in global memory while dv has the only plane."""
+        return self.engine == "tensor" and self.planes == 1
 
     @property
     def parts(self) -> int:
@@ -258,12 +264,13 @@ def make_plan(problem: Problem, limits: Limits = H100, backward: bool = False) -
         past, future = future, past
     lead = -(-past // WIDE) * WIDE
     found = []
-    engines = ["radix"]
+    usual = 1 + backward + (problem.heads > 1)
+    engines = [("radix", usual)]
     if problem.element == 2 and limits.tensor_cores and not (backward and problem.heads > 1):
-        engines.append("tensor")
-    for engine in engines:
-        planes = 2 if backward else 1
-        planes += 1 if problem.heads > 1 else 0
+        engines.append(("tensor", usual))
+        if backward:
+            engines.append(("tensor", 1))  # x's spectrum waits in global memory
+    for engine, planes in engines:
         unit = LAST if engine == "radix" else INNER
         all_sizes = [n for n in sizes(_largest(limits, engine, planes)) if n % unit == 0]
         # One window of the whole row, or windows whose transforms see the taps' reach around them.
@@ -298,16 +305,21 @@ def _one_pass(problem, limits, engine, n, step, lead, row_threads, planes, backw
     outer_radices: tuple[int, ...] = ()
     while radix_bytes(n // math.prod(outer_radices)) > limits.shared:
         outer_radices = radices[: len(outer_radices) + 1]
-    if backward and outer_radices:
-        return None
     outer = math.prod(outer_radices)
+    if outer > 1 and n // outer < INNER:
+        return None  # the spectra's order has tiles of 256
     columns = _columns(limits, outer, n // outer)
     (taps_threads,) = _teams(n // outer, "radix")
     taps_slots = _slots(limits, taps_threads, radix_bytes(n // outer), problem.kernel_rows * outer)
 
+    launches = (3 if backward else 2) + bool(outer_radices) * (3 if backward else 2)
     spectrum = (4 if engine == "tensor" and problem.fast else 8) * n * problem.kernel_rows
     moved = _signal_bytes(problem, backward) * (n / step if windows > 1 else 1)
     moved += 2 * spectrum + (16 * n * problem.kernel_rows * groups * slots if backward else 0)
+    if outer_radices:  # the pieces, there and back
+        moved += (32 if backward else 16) * n * problem.kernel_rows
+    if backward and planes == 1:  # spectra of x; most of them stay in the cache
+        moved += (8 if problem.fast else 16) * n * windows * problem.batch * problem.channels
     transforms = (1 + problem.heads) / 2 + (problem.heads / 2 if backward else 0)
     work = transforms * _instructions(problem, engine, n, radices, row_threads)
     work *= problem.batch * problem.channels * windows
@@ -330,7 +342,7 @@ def _one_pass(problem, limits, engine, n, step, lead, row_threads, planes, backw
         groups=groups,
         taps_threads=taps_threads,
         taps_slots=taps_slots,
-        seconds=_seconds(limits, moved, work, blocks, warps, 3 if backward else 2),
+        seconds=_seconds(limits, moved, work, blocks, warps, launches),
     )
 
 
