@@ -2,7 +2,7 @@
 
 python -m bench.fftconv            a sample, under 4 minutes
 python -m bench.fftconv --full     every requirement, under an hour; goes on where it was stopped
-python -m bench.fftconv --table    the README's table and picture, from the results on disk
+python -m bench.fftconv --table    the README's table and picture, and fftconv.md, from the results on disk
 
 Every number is the median of interleaved rounds in one process; nothing is timed whose result
 differs from float64's. Ratios are medians of the rounds' own ratios to the torch.fft formulation.
@@ -31,6 +31,7 @@ from bench.requirements import (
     THREADS,
     heads_for,
     neighbours,
+    page,
     plural,
     readme_table,
     requirements,
@@ -462,6 +463,7 @@ def main() -> None:
             report.replace_between(report.ROOT / "README.md", "gpu bench", table)
         rows = report.same_run([row for row in rows if row["isa"] is not None])
         report.replace_between(report.ROOT / "README.md", "bench", readme_table(rows))
+        (report.RESULTS / "fftconv.md").write_text(page(rows))
         report.plot(rows, args.plot or report.RESULTS / "fftconv.png")
         return None
     if min(*args.lengths, *args.batch, args.elements, 1) < 1:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from bench import contenders, fftconv, report, timing
 from bench.contenders import Case
+from bench.requirements import requirements
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--lengths", "256", "1000", "--elements", "16384", "--budget", "0.05"]
@@ -181,3 +183,20 @@ def test_readme_section_is_replaced_whole(tmp_path):
     assert path.read_text() == "before\n<!-- bench -->\nnew\n<!-- end of bench -->\nafter\n"
     with pytest.raises(ValueError, match="wanted"):
         report.replace_between(path, "other", "new")
+
+
+def test_a_missed_requirement_says_what_the_floors_allow():
+    base = {
+        "tag": "speed",
+        "allocator": "tuned",
+        "threads": 1,
+        "gate": True,
+        "peak_bytes": None,
+    } | asdict(Case())
+    base |= {"batch": 8, "channels": 128, "length": 4096, "floor_copy": 1.0, "floor_flops": 3.0}
+    rows = [base | {"contender": "torch.fft", "median": 24.0, "ratio": 1.0}]
+    for ratio, measured, met in ((4.0, "4x, floors 6x", False), (5.5, "5.5x", True)):
+        lines = requirements(
+            [*rows, base | {"contender": "seqconv", "median": 24 / ratio, "ratio": ratio}]
+        )
+        assert ("tuned, forward, B=8, L=4K, 1 thread", ">= 5x", measured, met) in lines
