@@ -71,7 +71,7 @@ bench-layers: .venv/ready  ## every layer beside itself on torch.fft, and the RE
 gallery: .venv/ready  ## pictures of every layer's kernels before and after training
 	$(BIN)/python -m bench.gallery $(ARGS)
 
-bench-table: .venv/ready  ## the README's table and picture, from bench/results
+bench-table: .venv/ready  ## the README's table, fftconv.md and picture, from bench/results
 	$(BIN)/python -m bench.fftconv --table
 
 lra-table: .venv/ready  ## the README's table of training runs, from bench/results

@@ -2,6 +2,7 @@
 with races looked for and every barrier left out once."""
 
 import ctypes
+import math
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from test_fftconv import CASES
 from seqconv import fftconv, reference
 from seqconv._cuda import convolution
 from seqconv._cuda.arguments import arguments
-from seqconv._cuda.plan import H100, OPERAND_ERROR, Limits, make_plan, tensor_bytes
+from seqconv._cuda.plan import H100, OPERAND_ERROR, Limits, Problem, make_plan, tensor_bytes
 
 A100 = Limits(shared=166912, shared_total=167936, processors=108, clock=1.41e9, bandwidth=1.55e12)
 TURING = Limits(65536, 65536, 40, 1.59e9, 3.2e11, tensor_cores=False)
@@ -27,6 +28,15 @@ FEW = replace(H100, processors=1)
 
 class OnePlane(Limits):
     """Gradients on tensor cores take one plane even where two fit."""
+
+
+def planned(problem, limits, backward=False):
+    """make_plan, with one plane for gradients where the limits say so."""
+    plan = make_plan(problem, limits, backward)
+    if not (backward and isinstance(limits, OnePlane)):
+        return plan
+    assert (plan.engine, plan.planes) == ("tensor", 2)
+    return replace(plan, planes=1)
 
 
 def one_plane(n: int) -> Limits:
@@ -209,6 +219,43 @@ def test_one_plane_or_two_give_the_same(library, mode, case):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("wanted", ["u", "skip", "u skip", "k"])
+@pytest.mark.parametrize(
+    "limits", [FEW, OnePlane(processors=1), one_plane(1024)], ids=["2", "1", "pieces"]
+)
+def test_gradients_of_some_arguments_are_those_of_all(library, mode, wanted, limits):
+    """Also where none of the taps is wanted, whose spectra of x are left out."""
+    torch.manual_seed(0)
+    case = Case(3, 2, 1000, 1000, taps_rev=5, skip="h", dtype=torch.bfloat16)
+    tensors, dy = case.tensors(), torch.randn(3, 2, 1000).to(case.dtype)
+    names = ("u", "k", "k_rev", "skip")
+    inputs = [tensors[n] for n in names] + [None, None]
+
+    def gradients(limits, some):
+        grads = [torch.full_like(tensors[n], math.nan) if n in some else None for n in names]
+        with patch.object(convolution, "make_plan", planned):
+            device = Emulator(library, limits)
+            convolution.backward(device, (*grads, None, None), dy, *inputs, "none")
+        return dict(zip(names, grads, strict=True))
+
+    every = gradients(limits, names)
+    for name, grad in gradients(limits, wanted.split()).items():
+        assert grad is None or torch.equal(grad, every[name]), name
+
+
+def test_scratch_of_long_gradients_is_bounded():
+    """Of 768 channels some at a time; a call forward has only spectra."""
+    for per_sample in (False, True):
+        problem = Problem(64, 1, 768, 32768, 32768, 0, per_sample, 2)
+        plans = [make_plan(problem, H100, backward=b) for b in (False, True)]
+        assert plans[1].aside and plans[1].outer > 1
+        slices = list(convolution._slices(problem, plans))
+        assert sum(count for _, count in slices) == 768
+        each = problem.sets * plans[1].n * (4 + 12 * plans[1].parts + 8)
+        assert slices[0][1] == max(1, (1 << 28) // each) < 768
+        assert list(convolution._slices(problem, plans[:1])) == [(0, 768)]
+
+
 LONG = [
     Case(
         2,
@@ -375,13 +422,6 @@ ORDERS = [
 
 
 def results(library, case: Case, limits: Limits, order: int, without: str = ""):
-    def planned(problem, limits, backward=False):
-        plan = make_plan(problem, limits, backward)
-        if not (backward and isinstance(limits, OnePlane)):
-            return plan
-        assert (plan.engine, plan.planes) == ("tensor", 2)
-        return replace(plan, planes=1)
-
     torch.manual_seed(0)
     with patch.object(convolution, "make_plan", planned):
         _, y, grads, _ = run(Emulator(library, limits, order, without), case)

@@ -268,13 +268,19 @@ class _Call:
 
 
 def _channels_at_once(problem: Problem, plans: list[Plan]) -> int:
-    """Channels of a call whose scratch for long rows stays within WORK_BYTES."""
+    """Channels of a call, planned forward and perhaps backward, whose scratch for long rows stays within WORK_BYTES."""
     count = problem.channels
     for plan in plans:
         if plan.long:
             signals = 2 + 2 * problem.heads
             each = 8 * plan.n * (problem.batch * signals + 3 * problem.heads * problem.sets)
             count = max(1, min(count, WORK_BYTES // each))
+    for plan in plans[1:]:
+        if plan.engine == "tensor" and plan.outer > 1:
+            # Spectra of the taps, sums of their gradients, x put aside, and the rows that the sums come back in.
+            words = plan.n * (1 if problem.fast else 2)
+            each = 4 * words + plan.parts * (8 * plan.n + 4 * words * plan.aside) + 8 * plan.n
+            count = max(1, min(count, WORK_BYTES // (each * problem.sets * problem.heads)))
     return count
 
 
