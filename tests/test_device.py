@@ -166,6 +166,16 @@ def test_longest_single_passes(library, mode, length):
         assert rel_l2(grad, grad64) <= 2 * STATED[mode] + ROUNDING.get(grad.dtype, 0), name
 
 
+def test_taps_gradients_in_pieces(library, mode):
+    """Of rows that fit twice as fp16 numbers, and not once as the float32 numbers of the taps."""
+    case = Case(2, 1, 1024, 1024, taps_rev=1023, skip="h", dtype=torch.float16)
+    device = Emulator(library, Limits(shared=8500, shared_total=64000, processors=1))
+    check(device, case, mode)
+    plan = make_plan(convolution.describe(*case_inputs(case)), device.limits, backward=True)
+    assert (plan.engine, plan.n, plan.planes) == ("tensor", 1024, 2)
+    assert "long_taps_gradient" in [kernel for kernel, *_ in device.launches]
+
+
 ONE_PLANE = [
     Case(3, 2, 700, 700, taps_rev=699, skip="h", pre_gate=True, activation="gelu"),  # 3 x 256
     Case(2, 2, 1200, 1200, mode="circular", post_gate=True, layout="blh"),
@@ -212,11 +222,20 @@ def test_one_plane_for_two_spectra(library, mode, dtype, case, monkeypatch):
     ],
     ids=str,
 )
-def test_one_plane_or_two_give_the_same(library, mode, case):
-    """To the bit, in any number of slots and groups: what waits in global memory is not rounded."""
+def test_one_plane_or_two_give_the_same(library, mode, monkeypatch, case):
+    """To the bit, in any number of slots and groups: what waits in global memory is not rounded. Every slot
+    has room of its own, none of which is left as NaN: blocks that share it meet on a GPU only."""
     two = results(library, case, FEW, 0)
+    empty, scratch = convolution._Call.empty, []
+
+    def recorded(call, *shape):
+        scratch.append(empty(call, *shape))
+        return scratch[-1]
+
+    monkeypatch.setattr(convolution._Call, "empty", recorded)
     for a, b in zip(two, results(library, case, OnePlane(processors=1), 7), strict=True):
         assert torch.equal(a, b)
+    assert scratch and not any(t.isnan().any() for t in scratch)
 
 
 @pytest.mark.parametrize("wanted", ["u", "skip", "u skip", "k"])
