@@ -229,7 +229,7 @@ def test_one_plane_or_two_give_the_same(library, mode, monkeypatch, case):
     empty, scratch = convolution._Call.empty, []
 
     def recorded(call, *shape):
-        scratch.append(empty(call, *shape))
+        scratch.append(empty(call, *shape).fill_(math.nan))
         return scratch[-1]
 
     monkeypatch.setattr(convolution._Call, "empty", recorded)
