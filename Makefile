@@ -12,8 +12,9 @@ ARCHS := sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--resume
 	$(BIN)/python -m bench.lra fit mnist5k --optim.epochs 6 --compare 15 --overwrite $(ARGS)
 
+# Two at a time; threads that wait would spin in each other's way.
 test: .venv/ready  ## the whole suite; ARGS="-m 'not slow'" for the quick part
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # A copy of the checkout with an instrumented extension: the installed one stays as it is.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1

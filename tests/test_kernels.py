@@ -70,6 +70,26 @@ WAYS = {
         layout="blh", channels=19, length=100, taps=100, dtype=torch.float64, post_gate=True
     ),
     "panels, half": Case(layout="blh", channels=9, length=999, taps=999, dtype=torch.bfloat16),
+    # Two channels that are all there are, and the same past the caches, aligned and not.
+    "pairs": Case(
+        layout="blh",
+        channels=2,
+        length=1003,
+        taps=1003,
+        taps_rev=7,
+        skip="h",
+        pre_gate=True,
+        post_gate=True,
+        activation="silu",
+    ),
+    "pairs, heads": Case(layout="blh", channels=2, length=517, taps=517, heads=3, skip="ch"),
+    "pairs, double": Case(
+        layout="blh", channels=2, length=140, taps=140, dtype=torch.float64, post_gate=True
+    ),
+    "pairs, half": Case(layout="blh", channels=2, length=999, taps=999, dtype=torch.bfloat16),
+    "pairs, streamed": Case(
+        layout="blh", channels=2, length=350_001, taps=350_001, batch=3, skip="h"
+    ),
     # Short rows of many channels, taken a few channels at a time.
     "groups": Case(channels=35, length=257, taps=257, taps_rev=3, skip="h", batch=3),
     "groups, heads": Case(channels=33, length=130, taps=130, heads=2, skip="ch", pre_gate=True),

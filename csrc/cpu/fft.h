@@ -69,6 +69,11 @@ struct Ahead {
   void will_write(Lines lines) {
     if (lines.first && writes < kMost) write[writes++] = lines;
   }
+  template <class T>
+  void will_read_spectrum(const T* spectrum) {  // twice as many lines
+    const char* first = reinterpret_cast<const char*>(spectrum);
+    for (int half = 0; spectrum && half < 2; ++half) will_read({first + 64 * half, 128});
+  }
 };
 
 // The middle of a transform: the last split, of nodes of four positions, and its inverse. The
@@ -169,7 +174,17 @@ struct Task {
   const T* factor = nullptr;  // multiplies it, conjugated on demand
   bool conjugate = false;
   Ahead ahead;
+
+  // What the middle takes from other spectra after the split, in the same order.
+  void fetch_spectra(Ahead& to) const {
+    to.will_read_spectrum(factor);
+    to.will_read_spectrum(dk);
+    to.will_read_spectrum(sum);
+    to.will_read_spectrum(sum ? other : split_x ? nullptr : x);
+  }
 };
+constexpr int64_t kFarPoints =
+    1 << 18;  // from here on spectra lie far beyond the second-level cache
 
 template <bool kDeep, bool kCompact, class T>
 void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t groups) {
@@ -180,10 +195,12 @@ void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t g
   const Middle<T> w{stage, plan.twiddles + plan.middle + skipped};
   if (task.split) {
     const int64_t row = at * kLanes<T> * static_cast<int64_t>(sizeof(T)) / 64;
+    Ahead ahead = task.ahead;
+    if (plan.n >= kFarPoints) task.fetch_spectra(ahead);
     const auto keep = [](T* spectrum) {
       return [=](int64_t i, Complex<T> a) { store(spectrum + i, a); };
     };
-    middle_forward<kDeep, kCompact, T>(data, groups, w, task.ahead, row, keep(data));
+    middle_forward<kDeep, kCompact, T>(data, groups, w, ahead, row, keep(data));
     T *x = task.x + from, *dk = task.dk + from;
     if (task.split_x && task.keep_x)
       middle_forward<kDeep, kCompact, T>(x, groups, w, Ahead{}, 0, keep(x));

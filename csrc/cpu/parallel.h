@@ -1,5 +1,9 @@
 // Memory and threads for the drivers of the kernels (fftconv.cpp, ssm.cpp, butterfly.cpp).
 #pragma once
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -16,8 +20,18 @@ struct Free {
 };
 using Memory = std::unique_ptr<char, Free>;
 
+// Long rows' scratch spans thousands of pages, each a fault in a fresh mapping: large ones, where
+// the system has them.
+constexpr size_t kHugePage = size_t{2} << 20;
+
 inline Memory allocate(size_t bytes) {
-  return Memory(static_cast<char*>(std::aligned_alloc(64, (bytes / 64 + 1) * 64)));
+  const size_t unit = bytes < 2 * kHugePage ? 64 : kHugePage;
+  const size_t size = (bytes / unit + 1) * unit;
+  Memory memory(static_cast<char*>(std::aligned_alloc(unit, size)));
+#if defined(MADV_HUGEPAGE)
+  if (memory && unit == kHugePage) madvise(memory.get(), size, MADV_HUGEPAGE);
+#endif
+  return memory;
 }
 
 // Threads that a call may use which asks for `asked`.

@@ -119,6 +119,16 @@ struct EveryOtherQuad {
   static constexpr int at(int l, int w) { return 4 * kOdd + l % 4 + l / 4 * w; }
 };
 
+// Every other lane of both, and what puts them side by side again: its low or high half.
+template <int kOdd>
+struct Unzip {
+  static constexpr int at(int l, int) { return 2 * l + kOdd; }
+};
+template <int kHigh>
+struct Zip {
+  static constexpr int at(int l, int w) { return kHigh * (w / 2) + l / 2 + l % 2 * w; }
+};
+
 // Transposes the 4x4 matrices that quad j of a, b, c, d are the rows of.
 template <class T, int Q = kQuads<T>>
 SEQCONV_INLINE void transpose(Vec<T, Q>& a, Vec<T, Q>& b, Vec<T, Q>& c, Vec<T, Q>& d) {

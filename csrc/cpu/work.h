@@ -93,12 +93,12 @@ struct Work {
         v.panel = shared ? shared : scratch.take<T>(heads * group * pitch);
       return v;
     };
-    const bool streams =
-        kStreams && p.length >= kStreamLength && (gated || p.pre_gate || p.heads > 1);
+    const bool more = gated || p.pre_gate || p.heads > 1;
     const auto result = [&](const Tensor& t, int64_t heads, T* shared = nullptr) {
       View<T> v = view(t, heads, shared);
-      v.streamed = streams && !v.panel && t.dtype == kDtype<T> && t.stride[3] == 1 &&
-                   p.batch * heads * p.channels * p.length * size_of(t.dtype) >= kStreamBytes;
+      v.streamed = kStreams && p.length >= kStreamLength && t.dtype == kDtype<T> &&
+                   p.batch * heads * p.channels * p.length * size_of(t.dtype) >= kStreamBytes &&
+                   (v.panel ? is_pair(t) : more && t.stride[3] == 1);
       return v;
     };
     // A row that is consumed before the result appears lends it its place.
@@ -136,6 +136,11 @@ struct Work {
     return {reinterpret_cast<char*>(v.panel + (c * group + g) * pitch), kDtype<T>, 1};
   }
 
+  // Whether the unit's rows are two channels that are all there are.
+  bool is_pair(const Tensor& t) const {
+    return unit.channels == 2 && t.stride[2] == 1 && t.stride[3] == 2;
+  }
+
   // Copies sample b of a view into its panel, or back out.
   template <bool kIn>
   void move(const View<T>& v, int64_t b, int64_t heads) {
@@ -147,7 +152,7 @@ struct Work {
     });
   }
 
-  // Times [begin, end), 4x4 elements at a time where it can.
+  // Times [begin, end), pairs or 4x4 elements at a time where it can.
   template <bool kIn>
   void move_times(const View<T>& v, int64_t b, int64_t c, int64_t begin, int64_t end) const {
     const Tensor& t = *v.tensor;
@@ -156,15 +161,20 @@ struct Work {
       using S = typename decltype(tag)::Type;
       S* outside = reinterpret_cast<S*>(row(t, b, c, 0).base);
       T* inside = v.panel + c * group * pitch;
-      int64_t done = 0;  // channels done four by four
-      const int64_t fours = begin + (end - begin) / 4 * 4;
+      int64_t done = 0, until = begin;  // channels and times that whole vectors have done
       if constexpr (sizeof(S) == sizeof(T)) {
-        if (across == 1) {
+        if (is_pair(t)) {
+          T* there = reinterpret_cast<T*>(outside) + 2 * until;
+          const bool past = v.streamed && reinterpret_cast<uintptr_t>(there) % sizeof(Vec<T>) == 0;
+          done = 2;
+          for (; until + kLanes<T> <= end; until += kLanes<T>, there += 2 * kLanes<T>)
+            move_pair<kIn>(there, inside + until, past);
+        } else if (across == 1) {
           done = unit.channels / 4 * 4;
-          for (int64_t i = begin; i < fours; i += 4)
+          for (; until + 4 <= end; until += 4)
             for (int64_t g = 0; g < done; g += 4) {
-              T* there = reinterpret_cast<T*>(outside) + i * along + g;
-              T* here = inside + g * pitch + i;
+              T* there = reinterpret_cast<T*>(outside) + until * along + g;
+              T* here = inside + g * pitch + until;
               if constexpr (kIn)
                 transpose_block<T>(there, along, here, pitch);
               else
@@ -173,7 +183,7 @@ struct Work {
         }
       }
       for (int64_t i = begin; i < end; ++i) {
-        for (int64_t g = i < fours ? done : 0; g < unit.channels; ++g) {
+        for (int64_t g = i < until ? done : 0; g < unit.channels; ++g) {
           S& there = outside[g * across + i * along];
           T& here = inside[g * pitch + i];
           if constexpr (kIn)
@@ -183,6 +193,28 @@ struct Work {
         }
       }
     });
+  }
+
+  // A vector of each of the two channels of a pair; `past` the caches, if told so.
+  template <bool kIn>
+  void move_pair(T* there, T* here, bool past) const {
+    using V = typename VectorOf<T>::Unaligned;
+    const auto at = [](T* p) -> V& { return *reinterpret_cast<V*>(p); };
+    if constexpr (kIn) {
+      const Vec<T> low = at(there), high = at(there + kLanes<T>);
+      at(here) = shuffle<Unzip<0>, T>(low, high);
+      at(here + pitch) = shuffle<Unzip<1>, T>(low, high);
+    } else {
+      const Vec<T> even = at(here), odd = at(here + pitch);
+      const Vec<T> low = shuffle<Zip<0>, T>(even, odd), high = shuffle<Zip<1>, T>(even, odd);
+      if (past) {
+        stream<T>(there, low);
+        stream<T>(there + kLanes<T>, high);
+      } else {
+        at(there) = low;
+        at(there + kLanes<T>) = high;
+      }
+    }
   }
 
   bool fetches() const { return !blocked && p.length <= kFetchAhead; }
