@@ -129,6 +129,10 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g, bool f
         task.ahead.will_write(w.lines(w.du, b, g, false));
         task.ahead.will_write(w.lines(w.dpre, b, g, false));
       }
+      task.ahead.will_read(w.lines(in.row, (j + 1) * plan.n));
+      task.ahead.will_read(w.lines(in.gate, (j + 1) * plan.n));
+      task.ahead.will_read(w.lines(gradient(c).row, (j + 2) * plan.n));
+      task.ahead.will_write(w.lines(dx.row, j * plan.n));
       if (single) {
         task.factor = w.kernel(g, c);
         task.conjugate = true;

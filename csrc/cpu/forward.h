@@ -11,6 +11,9 @@ void convolve(Work<T>& w, int64_t g, int64_t c, const Source<T>& in, const T* sp
     task.split = !spectrum;
     task.factor = w.kernel(g, c);
     task.ahead = ahead;
+    task.ahead.will_read(w.lines(in.row, (j + 1) * w.plan.n));
+    task.ahead.will_read(w.lines(in.gate, (j + 1) * w.plan.n));
+    task.ahead.will_write(w.lines(sink.row, j * w.plan.n));
     if (task.split) w.enter_input(w.a, in, j);
     run_task(w.plan, task, w.team);
     leave(w.plan, w.team, w.a, w.plan.plain, sink.at(j * w.plan.n));

@@ -239,6 +239,13 @@ struct Work {
     return {s.stride == 1 ? s.base : nullptr, 64 * size_of(s.dtype) / static_cast<int>(sizeof(T))};
   }
 
+  // The same of a block's row from time t on.
+  Ahead::Lines lines(const Series& s, int64_t t) const {
+    if (!blocked || plan.n > kFetchAhead || !s || s.stride != 1 || s.streamed) return {};
+    const int64_t size = size_of(s.dtype);
+    return {s.base + t * size, 64 * size / static_cast<int>(sizeof(T))};
+  }
+
   Source<T> input(int64_t b, int64_t g) const {
     return {row(u, b, 0, g), row(pre, b, 0, g), p.length};
   }
