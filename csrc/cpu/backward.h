@@ -77,10 +77,7 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g, bool f
       Ahead ahead;
       convolve<T>(w, g, c, in, early ? w.x : nullptr, sink, ahead);
     }
-    if (direct && (wanted.dk || wanted.dskip))
-      direct_dots(w, in, gradient(c), w.dots(g, c) + 1);
-    else if (wanted.dskip)
-      add_dot(w, in, gradient(c), w.dots(g, c));
+    if (direct && (wanted.dk || wanted.dskip)) direct_dots(w, in, gradient(c), w.dots(g, c) + 1);
   }
 
   Epilogue<T> epilogue{};
@@ -106,12 +103,18 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g, bool f
     }
     return;
   }
-  if (!wanted.dx && !wanted.dk) return;
-  for (int64_t j = 0; j < w.method.blocks; ++j) {
+  const bool transforms = wanted.dx || wanted.dk;
+  // Just before the row is transformed, while it is in cache.
+  const auto add_skip = [&](int64_t c) {
+    if (wanted.dskip) add_dot(w, in, gradient(c), w.dots(g, c));
+  };
+  for (int64_t c = 0; !transforms && c < p.heads; ++c) add_skip(c);
+  for (int64_t j = 0; transforms && j < w.method.blocks; ++j) {
     const bool with_x = wanted.dk && !early;
     if (with_x) enter(plan, w.team, w.x, plan.plain, in.at(j * plan.n));
     const bool single = p.heads == 1;
     for (int64_t c = 0; c < p.heads; ++c) {
+      if (j == 0) add_skip(c);
       w.enter_gradient(w.a, gradient(c), j);
       Task<T> task(w.a);
       if (wanted.dk) {
