@@ -39,5 +39,5 @@ def reach(length: int, k: Tensor, k_rev: Tensor | None) -> tuple[int, int]:
 def zero_unreached(dk: Tensor | None, dk_rev: Tensor | None, length: int) -> None:
     """The gradient of taps that meet no output."""
     for grad, last in ((dk, length), (dk_rev, length - 1)):
-        if grad is not None:
+        if grad is not None and grad.shape[-1] > last:
             grad[..., last:] = 0
