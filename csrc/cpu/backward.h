@@ -53,9 +53,11 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g, bool f
     Task<T> task(w.x);
     task.join = false;
     if (w.fetches()) {
-      task.ahead.will_read(w.lines(w.dy, b, g, false));
-      task.ahead.will_read(w.lines(w.post, b, g, false));
-      task.ahead.will_write(w.lines(w.dpost, b, g, false));
+      for (int64_t c = 0; c < p.heads; ++c) {
+        task.ahead.will_read(w.lines(w.dy, b, g, false, c));
+        task.ahead.will_read(w.lines(w.post, b, g, false, c));
+        task.ahead.will_write(w.lines(w.dpost, b, g, false, c));
+      }
     }
     run_task(plan, task, w.team);
   }
@@ -125,17 +127,24 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g, bool f
         task.add_dk = !first || j > 0;
       }
       task.join = single && wanted.dx;
+      if (w.fetches() && c + 1 < p.heads && !w.gated)
+        task.ahead.will_read(w.lines(w.dy, b, g, false, c + 1));
+      if (w.fetches() && (p.kernel_per_sample || b + 1 == w.unit.batch_end))
+        task.ahead.will_write(w.lines(w.row(p.dk, b, c, g)));
       if (w.fetches() && c + 1 == p.heads) {
+        task.ahead.will_read(w.next_kernel(b, g));
         task.ahead.will_read(w.lines(w.u, b, g, true));
         task.ahead.will_read(w.lines(w.pre, b, g, true));
         if (!w.gated) task.ahead.will_read(w.lines(w.dy, b, g, true));
         task.ahead.will_write(w.lines(w.du, b, g, false));
         task.ahead.will_write(w.lines(w.dpre, b, g, false));
       }
-      task.ahead.will_read(w.lines(in.row, (j + 1) * plan.n));
-      task.ahead.will_read(w.lines(in.gate, (j + 1) * plan.n));
-      task.ahead.will_read(w.lines(gradient(c).row, (j + 2) * plan.n));
-      task.ahead.will_write(w.lines(dx.row, j * plan.n));
+      if (w.fetches_blocks()) {
+        task.ahead.will_read(w.lines(in.row, (j + 1) * plan.n));
+        task.ahead.will_read(w.lines(in.gate, (j + 1) * plan.n));
+        task.ahead.will_read(w.lines(gradient(c).row, (j + 2) * plan.n));
+        task.ahead.will_write(w.lines(dx.row, j * plan.n));
+      }
       if (single) {
         task.factor = w.kernel(g, c);
         task.conjugate = true;

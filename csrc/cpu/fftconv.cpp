@@ -171,6 +171,7 @@ class Run {
       unit.batch = i / groups * step;
       unit.batch_end = std::min(p_.batch, unit.batch + step);
       unit.team = &team;
+      unit.next = i + threads_ < groups ? (i + threads_) * group_ : -1;
       (backward_ ? kernel_.backward : kernel_.forward)(p_, method_, transform(), unit, scratch);
     };
     if (!share) {

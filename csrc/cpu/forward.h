@@ -11,9 +11,11 @@ void convolve(Work<T>& w, int64_t g, int64_t c, const Source<T>& in, const T* sp
     task.split = !spectrum;
     task.factor = w.kernel(g, c);
     task.ahead = ahead;
-    task.ahead.will_read(w.lines(in.row, (j + 1) * w.plan.n));
-    task.ahead.will_read(w.lines(in.gate, (j + 1) * w.plan.n));
-    task.ahead.will_write(w.lines(sink.row, j * w.plan.n));
+    if (w.fetches_blocks()) {
+      task.ahead.will_read(w.lines(in.row, (j + 1) * w.plan.n));
+      task.ahead.will_read(w.lines(in.gate, (j + 1) * w.plan.n));
+      task.ahead.will_write(w.lines(sink.row, j * w.plan.n));
+    }
     if (task.split) w.enter_input(w.a, in, j);
     run_task(w.plan, task, w.team);
     leave(w.plan, w.team, w.a, w.plan.plain, sink.at(j * w.plan.n));
@@ -38,6 +40,7 @@ void forward_unit(const Problem& p, const Method& method, const Transform<T>& pl
       if (w.fetches()) {
         ahead.will_read(w.lines(w.u, b, g, true));
         ahead.will_read(w.lines(w.pre, b, g, true));
+        ahead.will_read(w.next_kernel(b, g));
         for (int64_t c = 0; c < p.heads; ++c) {
           ahead.will_read(w.lines(w.post, b, g, false, c));
           ahead.will_write(w.lines(w.y, b, g, false, c));

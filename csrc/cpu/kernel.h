@@ -62,8 +62,9 @@ void wait_a_little(int64_t times_before);
 struct Unit {
   int64_t channel, channels;  // handled together: more than one where they are adjacent in memory
   int64_t batch, batch_end;
-  Team* team;     // for the inside of a row, where there are fewer units than threads
-  char* partial;  // where sums over the batch go, to be reduced later; null: finish them here
+  Team* team;         // for the inside of a row, where there are fewer units than threads
+  char* partial;      // where sums over the batch go, to be reduced later; null: finish them here
+  int64_t next = -1;  // the channel that this thread will probably start with afterwards
 };
 
 template <class T>

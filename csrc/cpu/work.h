@@ -33,7 +33,7 @@ struct Sums {
 // A tensor as the rows of a unit see it.
 template <class T>
 struct View {
-  const Tensor* tensor;
+  const Tensor* tensor = nullptr;
   T* panel = nullptr;     // transposed copy, (heads, channels, length), of one sample of the unit
   bool streamed = false;  // a result too large to be found in cache by whoever reads it
 };
@@ -218,6 +218,7 @@ struct Work {
   }
 
   bool fetches() const { return !blocked && p.length <= kFetchAhead; }
+  bool fetches_blocks() const { return blocked && plan.n <= kFetchAhead; }
   // What to fetch while channel g of sample b is in work. Of a view that is read as it lies: the
   // row itself, or the one after it, in the next channel or sample. Of a panel: its part of the
   // lines that the panel is copied to, or that the next is copied from.
@@ -239,11 +240,17 @@ struct Work {
     return {s.stride == 1 ? s.base : nullptr, 64 * size_of(s.dtype) / static_cast<int>(sizeof(T))};
   }
 
-  // The same of a block's row from time t on.
-  Ahead::Lines lines(const Series& s, int64_t t) const {
-    if (!blocked || plan.n > kFetchAhead || !s || s.stride != 1 || s.streamed) return {};
+  // A row as it lies, from time t on.
+  static Ahead::Lines lines(const Series& s, int64_t t = 0) {
+    if (!s || s.stride != 1 || s.streamed) return {};
     const int64_t size = size_of(s.dtype);
     return {s.base + t * size, 64 * size / static_cast<int>(sizeof(T))};
+  }
+
+  // What follows the last row of a unit.
+  Ahead::Lines next_kernel(int64_t b, int64_t g) const {
+    if (unit.next < 0 || b + 1 < unit.batch_end || g + 1 < unit.channels) return {};
+    return lines(row(p.k, p.kernel_per_sample ? unit.batch : 0, 0, unit.next - unit.channel));
   }
 
   Source<T> input(int64_t b, int64_t g) const {
@@ -319,11 +326,15 @@ struct Work {
         }
         Task<T> task(to);
         task.join = false;
-        if (fetches() && c + 1 == p.heads) {
-          const bool last = g + 1 == unit.channels;
-          const Series next = last ? row(u, b, 0, 0) : row(p.k, b, 0, g + 1);
-          if (T* first = contiguous<T>(next))
-            task.ahead.will_read({reinterpret_cast<const char*>(first), 64});
+        if (fetches() && c + 1 < p.heads) {
+          task.ahead.will_read(lines(row(p.k, b, c + 1, g)));
+        } else if (fetches() && g + 1 < unit.channels) {
+          task.ahead.will_read(lines(row(p.k, b, 0, g + 1)));
+        } else if (fetches()) {
+          const int64_t sample = p.kernel_per_sample ? b : unit.batch;
+          task.ahead.will_read(lines(u, sample, 0, false));
+          task.ahead.will_read(lines(pre, sample, 0, false));
+          if (dy.tensor) task.ahead.will_read(lines(dy, sample, 0, false));
         }
         run_task(plan, task, team);
       }
