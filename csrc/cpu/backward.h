@@ -52,11 +52,13 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g, bool f
     enter(plan, w.team, w.x, plan.plain, in);
     Task<T> task(w.x);
     task.join = false;
+    Ahead ahead;
+    task.ahead = &ahead;
     if (w.fetches()) {
       for (int64_t c = 0; c < p.heads; ++c) {
-        task.ahead.will_read(w.lines(w.dy, b, g, false, c));
-        task.ahead.will_read(w.lines(w.post, b, g, false, c));
-        task.ahead.will_write(w.lines(w.dpost, b, g, false, c));
+        ahead.will_read(w.lines(w.dy, b, g, false, c));
+        ahead.will_read(w.lines(w.post, b, g, false, c));
+        ahead.will_write(w.lines(w.dpost, b, g, false, c));
       }
     }
     run_task(plan, task, w.team);
@@ -76,8 +78,7 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g, bool f
       epilogue.dpost_gate = w.row(w.dpost, b, c, g);
       epilogue.dv = w.dv + c * p.length;
       const Sink<T> sink{{}, p.length, 0, Epilogue<T>::backward, &epilogue};
-      Ahead ahead;
-      convolve<T>(w, g, c, in, early ? w.x : nullptr, sink, ahead);
+      convolve<T>(w, g, c, in, early ? w.x : nullptr, sink, nullptr);
     }
     if (direct && (wanted.dk || wanted.dskip)) direct_dots(w, in, gradient(c), w.dots(g, c) + 1);
   }
@@ -127,23 +128,25 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g, bool f
         task.add_dk = !first || j > 0;
       }
       task.join = single && wanted.dx;
+      Ahead ahead;
+      task.ahead = w.fetches() || w.fetches_blocks() ? &ahead : nullptr;
       if (w.fetches() && c + 1 < p.heads && !w.gated)
-        task.ahead.will_read(w.lines(w.dy, b, g, false, c + 1));
+        ahead.will_read(w.lines(w.dy, b, g, false, c + 1));
       if (w.fetches() && (p.kernel_per_sample || b + 1 == w.unit.batch_end))
-        task.ahead.will_write(w.lines(w.row(p.dk, b, c, g)));
+        ahead.will_write(w.lines(w.row(p.dk, b, c, g)));
       if (w.fetches() && c + 1 == p.heads) {
-        task.ahead.will_read(w.next_kernel(b, g));
-        task.ahead.will_read(w.lines(w.u, b, g, true));
-        task.ahead.will_read(w.lines(w.pre, b, g, true));
-        if (!w.gated) task.ahead.will_read(w.lines(w.dy, b, g, true));
-        task.ahead.will_write(w.lines(w.du, b, g, false));
-        task.ahead.will_write(w.lines(w.dpre, b, g, false));
+        ahead.will_read(w.next_kernel(b, g));
+        ahead.will_read(w.lines(w.u, b, g, true));
+        ahead.will_read(w.lines(w.pre, b, g, true));
+        if (!w.gated) ahead.will_read(w.lines(w.dy, b, g, true));
+        ahead.will_write(w.lines(w.du, b, g, false));
+        ahead.will_write(w.lines(w.dpre, b, g, false));
       }
       if (w.fetches_blocks()) {
-        task.ahead.will_read(w.lines(in.row, (j + 1) * plan.n));
-        task.ahead.will_read(w.lines(in.gate, (j + 1) * plan.n));
-        task.ahead.will_read(w.lines(gradient(c).row, (j + 2) * plan.n));
-        task.ahead.will_write(w.lines(dx.row, j * plan.n));
+        ahead.will_read(w.lines(in.row, (j + 1) * plan.n));
+        ahead.will_read(w.lines(in.gate, (j + 1) * plan.n));
+        ahead.will_read(w.lines(gradient(c).row, (j + 2) * plan.n));
+        ahead.will_write(w.lines(dx.row, j * plan.n));
       }
       if (single) {
         task.factor = w.kernel(g, c);

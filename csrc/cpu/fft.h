@@ -75,6 +75,18 @@ struct Ahead {
     for (int half = 0; spectrum && half < 2; ++half) will_read({first + 64 * half, 128});
   }
 };
+// Lines [line, line + kLines) of all of them; a call would push out a loop's registers.
+template <int64_t kLines>
+SEQCONV_INLINE void fetch(const Ahead& ahead, int64_t line) {
+  for (int i = 0; i < ahead.reads; ++i) {
+    const char* at = ahead.read[i].first + line * ahead.read[i].step;
+    for (int64_t j = 0; j < kLines; ++j, at += ahead.read[i].step) __builtin_prefetch(at, 0, 2);
+  }
+  for (int i = 0; i < ahead.writes; ++i) {
+    const char* at = ahead.write[i].first + line * ahead.write[i].step;
+    for (int64_t j = 0; j < kLines; ++j, at += ahead.write[i].step) __builtin_prefetch(at, 1, 2);
+  }
+}
 
 // The middle of a transform: the last split, of nodes of four positions, and its inverse. The
 // positions of four nodes in a row are transposed, so that the lanes of a quad are the nodes. With
@@ -97,12 +109,7 @@ SEQCONV_INLINE void middle_forward(const T* data, int64_t groups, Middle<T> twid
   constexpr int64_t kLines = 4 * kLanes<T> * sizeof(T) / 64;  // of a row that a group stands for
   constexpr int64_t kTwiddles = (kCompact ? 1 : 3) * kStep<T>;
   for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t end = line + kLines; line < end; ++line) {
-      for (int i = 0; i < ahead.reads; ++i)
-        __builtin_prefetch(ahead.read[i].first + line * ahead.read[i].step, 0, 2);
-      for (int i = 0; i < ahead.writes; ++i)
-        __builtin_prefetch(ahead.write[i].first + line * ahead.write[i].step, 1, 2);
-    }
+    fetch<kLines>(ahead, line + g * kLines);
     Complex<T> w[4], a[4];
     SEQCONV_UNROLL
     for (int r = 0; r < 4; ++r) a[r] = load<T>(data + (4 * g + r) * kStep<T>);
@@ -173,7 +180,7 @@ struct Task {
   const T* source = nullptr;  // the inverse's input in place of data
   const T* factor = nullptr;  // multiplies it, conjugated on demand
   bool conjugate = false;
-  Ahead ahead;
+  const Ahead* ahead = nullptr;
 
   // What the middle takes from other spectra after the split, in the same order.
   void fetch_spectra(Ahead& to) const {
@@ -195,8 +202,9 @@ void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t g
   const Middle<T> w{stage, plan.twiddles + plan.middle + skipped};
   if (task.split) {
     const int64_t row = at * kLanes<T> * static_cast<int64_t>(sizeof(T)) / 64;
-    Ahead ahead = task.ahead;
-    if (plan.n >= kFarPoints) task.fetch_spectra(ahead);
+    Ahead far;
+    if (plan.n >= kFarPoints) task.fetch_spectra(far);
+    const Ahead& ahead = task.ahead ? *task.ahead : far;
     const auto keep = [](T* spectrum) {
       return [=](int64_t i, Complex<T> a) { store(spectrum + i, a); };
     };

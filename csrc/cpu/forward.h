@@ -3,7 +3,7 @@
 // v of channel g and head c of sample b, to sink; `spectrum` is that of the input, if known.
 template <class T>
 void convolve(Work<T>& w, int64_t g, int64_t c, const Source<T>& in, const T* spectrum,
-              const Sink<T>& sink, const Ahead& ahead) {
+              const Sink<T>& sink, const Ahead* ahead) {
   if (w.method.direct) return direct_forward(w, w.kernel(g, c), in, sink);
   for (int64_t j = 0; j < w.method.blocks; ++j) {
     Task<T> task(w.a);
@@ -11,10 +11,12 @@ void convolve(Work<T>& w, int64_t g, int64_t c, const Source<T>& in, const T* sp
     task.split = !spectrum;
     task.factor = w.kernel(g, c);
     task.ahead = ahead;
+    Ahead block;
     if (w.fetches_blocks()) {
-      task.ahead.will_read(w.lines(in.row, (j + 1) * w.plan.n));
-      task.ahead.will_read(w.lines(in.gate, (j + 1) * w.plan.n));
-      task.ahead.will_write(w.lines(sink.row, j * w.plan.n));
+      block.will_read(w.lines(in.row, (j + 1) * w.plan.n));
+      block.will_read(w.lines(in.gate, (j + 1) * w.plan.n));
+      block.will_write(w.lines(sink.row, j * w.plan.n));
+      task.ahead = &block;
     }
     if (task.split) w.enter_input(w.a, in, j);
     run_task(w.plan, task, w.team);
@@ -51,7 +53,7 @@ void forward_unit(const Problem& p, const Method& method, const Transform<T>& pl
         w.enter_input(w.x, in, 0);
         Task<T> task(w.x);
         task.join = false;
-        task.ahead = ahead;
+        task.ahead = &ahead;
         run_task(plan, task, w.team);
       }
       for (int64_t c = 0; c < p.heads; ++c) {
@@ -64,7 +66,7 @@ void forward_unit(const Problem& p, const Method& method, const Transform<T>& pl
           sink.function = Epilogue<T>::forward;
           sink.context = &epilogue;
         }
-        convolve(w, g, c, in, shared ? w.x : nullptr, sink, ahead);
+        convolve(w, g, c, in, shared ? w.x : nullptr, sink, &ahead);
       }
     }
     w.template move<false>(w.y, b, p.heads);

@@ -326,15 +326,17 @@ struct Work {
         }
         Task<T> task(to);
         task.join = false;
+        Ahead ahead;
+        task.ahead = &ahead;
         if (fetches() && c + 1 < p.heads) {
-          task.ahead.will_read(lines(row(p.k, b, c + 1, g)));
+          ahead.will_read(lines(row(p.k, b, c + 1, g)));
         } else if (fetches() && g + 1 < unit.channels) {
-          task.ahead.will_read(lines(row(p.k, b, 0, g + 1)));
+          ahead.will_read(lines(row(p.k, b, 0, g + 1)));
         } else if (fetches()) {
           const int64_t sample = p.kernel_per_sample ? b : unit.batch;
-          task.ahead.will_read(lines(u, sample, 0, false));
-          task.ahead.will_read(lines(pre, sample, 0, false));
-          if (dy.tensor) task.ahead.will_read(lines(dy, sample, 0, false));
+          ahead.will_read(lines(u, sample, 0, false));
+          ahead.will_read(lines(pre, sample, 0, false));
+          if (dy.tensor) ahead.will_read(lines(dy, sample, 0, false));
         }
         run_task(plan, task, team);
       }
