@@ -35,6 +35,11 @@ SEQCONV_DEVICE Place place(const Args& a, const Work& w, int first) {
 SEQCONV_DEVICE i64 kernel_row(const Args& a, const Work& w, i64 head) {
   return (w.set * a.heads + head) * a.channels + w.channel;
 }
+// Of the sums over rows: every slot of a group has its own.
+SEQCONV_DEVICE i64 sums_row(const Args& a, const Work& w, i64 head) {
+  const i64 part = w.group * (int)a.slots + w.slot;
+  return part * (a.per_sample ? a.batch : 1) * a.heads * a.channels + kernel_row(a, w, head);
+}
 SEQCONV_DEVICE int plane_size(i64 n) { return (int)(n + (n >> 4) + 1); }
 
 template <class Source>
@@ -246,8 +251,6 @@ SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
   const Transform& t = a.transform;
   const int size = plane_size(t.n);
   const int stride = (int)a.slots * size;
-  const i64 rows = (a.per_sample ? a.batch : 1) * a.heads * a.channels;
-  const i64 part = w.group * a.slots + w.slot;
   const bool with_dk = a.partial != nullptr,
              with_dx = a.du.data != nullptr || a.dpre_gate.data != nullptr;
   const Plane g{(c32*)shared + w.slot * size}, x{g.data + (with_dk ? stride : 0)};
@@ -261,16 +264,16 @@ SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
          ++signal) {  // x, then dv of every head
       const bool is_x = signal < 0;
       const Plane plane = is_x ? x : g;
-      const Gated<T> source = is_x ? input<T>(a, outputs()) : gradient<T>(a, whole(), signal);
-      forward_passes(t, plane, source, w.team);
-      const i64 row = kernel_row(a, w, is_x ? 0 : signal);
+      forward_passes(t, plane, is_x ? input<T>(a, outputs()) : gradient<T>(a, whole(), signal),
+                     w.team);
       if (!is_x && a.partial_skip != nullptr) {
-        float* mine = a.partial_skip + (part * rows + row) * a.row_threads + w.team.rank;
-        const float dskip = skip_sum(source, input<T>(a, outputs()), (int)t.n, w.team);
+        float* mine = a.partial_skip + sums_row(a, w, signal) * a.row_threads + w.team.rank;
+        const float dskip =
+            skip_sum(gradient<T>(a, whole(), signal), input<T>(a, outputs()), (int)t.n, w.team);
         *mine = begins ? dskip : *mine + dskip;
       }
-      const c32* k = a.spectrum + row * t.n;
-      c32* dk = with_dk ? a.partial + (part * rows + row) * t.n : nullptr;
+      const c32* k = a.spectrum + kernel_row(a, w, is_x ? 0 : signal) * t.n;
+      c32* dk = with_dk && !is_x ? a.partial + sums_row(a, w, signal) * t.n : nullptr;
       const auto product = [&](int f, int at, c32 z) {
         if (with_dk) {
           const c32 d = z * conj(load_shared(x.at(at)));

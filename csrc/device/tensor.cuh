@@ -428,11 +428,11 @@ SEQCONV_DEVICE void emit(const HalfPlane& plane, const Pair (&v)[2][2], const Wa
 }
 
 // Everything from the innermost 256 points on: `spectra(tile, f, twiddles)` gives the product with
-// the kernel; the sink takes 8 results from time t on, 4 and 4 in shared memory. What only the
-// inner loop needs is loaded for it, and that its registers are free after it: registers.
-template <class Number, class Spectra, class Sink>
+// the kernel; the sink takes 8 results from time t on, 4 and 4 in shared memory. What a loop needs
+// is made for it alone, the sink at the end: kept any longer, it would cost the others registers.
+template <class Number, class Spectra, class MakeSink>
 SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, const Warp& w,
-                                   Spectra spectra, Sink sink) {
+                                   Spectra spectra, MakeSink make_sink) {
   const int outer = (int)t.count - 2, tiles = (int)t.n / 256;
   const u32* table = (const u32*)t.tables;
   {
@@ -444,7 +444,7 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
       if (outer == 0) {
         Pair v[2][2];
         real_product(v, load_matrix(table + kInnerWords + kMatrixWords, w.lane), x);
-        emit(plane, v, w, w.group * 16, (w.group + 8) * 16, (w.lane >> 1) * 16, sink);
+        emit(plane, v, w, w.group * 16, (w.group + 8) * 16, (w.lane >> 1) * 16, make_sink());
         continue;
       }
       const Result<Number> y = product<Number>(conj(f), x);
@@ -474,6 +474,7 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
   const OuterPass pass = outer_pass(t, 0);
   const TileRow first = tile_row(pass, w.group), second = tile_row(pass, w.group + 8);
   const TileRow passed = tile_row(pass, w.lane >> 1);
+  const auto sink = make_sink();
   outer_inverse<Number>(
       plane, pass, w, [&](const TileCursor& at, const Matrix& m, const Columns& x) {
         Pair v[2][2];

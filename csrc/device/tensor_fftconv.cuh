@@ -79,10 +79,9 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
     const int exponent =
         stage(x, (int)t.n, input<T>(a, place(a, work_, first)), s.largest, work_.team);
     tensor_forward_passes<Number>(t, x, w);
-    const Place p = place(a, work_, first);
     for (int head = 0; head < (int)a.heads; ++head) {
-      const i64 row = kernel_row(a, work_, head);
-      const u32* k = (const u32*)a.spectrum + row * t.n * (sizeof(Number) / 4);
+      const u32* k =
+          (const u32*)a.spectrum + kernel_row(a, work_, head) * t.n * (sizeof(Number) / 4);
       tensor_inverse<Number>(
           t, v, w,
           [&](int tile, const Matrix& f, const Twiddles<Number>& twiddles) {
@@ -91,9 +90,13 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
                             load_spectrum(k + tile * 256 * (sizeof(Number) / 4), w.lane, Number{}));
             return z;
           },
-          results(shifted<T>(a.y, p, head), a.y.time, is_plain, inside(a, p),
-                  power_of_two(exponent) * a.scales[row],
-                  [&] { return Sinks<T>::output(a, inside(a, place(a, work_, first)), head); }));
+          [&] {
+            const Place p = place(a, work_, first);
+            return results(shifted<T>(a.y, p, head), a.y.time, is_plain, inside(a, p),
+                           power_of_two(exponent) * a.scales[kernel_row(a, work_, head)], [&] {
+                             return Sinks<T>::output(a, inside(a, place(a, work_, first)), head);
+                           });
+          });
     }
   }
 }
@@ -108,10 +111,8 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
   const Transform& t = a.transform;
   const bool with_dk = a.partial != nullptr;
   const TensorShared s = tensor_shared(a, work_, shared, with_dk && a.work == nullptr ? 2 : 1);
-  const i64 rows = (a.per_sample ? a.batch : 1) * a.channels, row = kernel_row(a, work_, 0);
-  const i64 part = (i64)work_.group * a.slots + work_.slot;
   const auto aside = [&](int tile) {
-    return (u32*)a.work + ((part * rows + row) * t.n + tile * 256) * (i64)(sizeof(Number) / 4);
+    return (u32*)a.work + (sums_row(a, work_, 0) * t.n + tile * 256) * (i64)(sizeof(Number) / 4);
   };
   const bool is_plain = a.pre_gate.data == nullptr && a.dpre_gate.data == nullptr;
   for (int first = work_.first; first < work_.last; first += (int)a.slots) {
@@ -128,12 +129,11 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
     }
     if (a.partial_skip != nullptr) {
       const Place p = place(a, work_, first);
-      float* mine = a.partial_skip + (part * rows + row) * a.row_threads + work_.team.rank;
+      float* mine = a.partial_skip + sums_row(a, work_, 0) * a.row_threads + work_.team.rank;
       const float dskip =
           skip_sum(gradient<T>(a, p, 0), input<T>(a, inside(a, p)), (int)t.n, work_.team);
       *mine = begins ? dskip : *mine + dskip;
     }
-    const Place p = place(a, work_, first);
     tensor_inverse<Number>(
         t, s.g, w,
         [&](int tile, const Matrix& f, const Twiddles<Number>& twiddles) {
@@ -142,7 +142,7 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
             const Result<Number> x = a.work != nullptr
                                          ? load_result<Number>(aside(tile), w.lane)
                                          : inner_forward<Number>(t, s.x, tile, f, twiddles, w);
-            c32x2* dk = (c32x2*)(a.partial + (part * rows + row) * t.n) + tile * 128 + w.lane * 4;
+            c32x2* dk = (c32x2*)(a.partial + sums_row(a, work_, 0) * t.n) + tile * 128 + w.lane * 4;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               Pair re = to_pair(z.re[e >> 1][e & 1]), im = to_pair(z.im[e >> 1][e & 1]);
@@ -152,11 +152,16 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
               dk[e] = d;
             }
           }
-          const u32* k = (const u32*)a.spectrum + (row * t.n + tile * 256) * (sizeof(Number) / 4);
+          const u32* k = (const u32*)a.spectrum +
+                         (kernel_row(a, work_, 0) * t.n + tile * 256) * (sizeof(Number) / 4);
           multiply<true>(z, load_spectrum(k, w.lane, Number{}));
           return z;
         },
-        results(shifted<T>(a.du, p, 0), a.du.time, is_plain, inside(a, p), up_g * a.scales[row],
-                [&] { return input_gradient<T>(a, inside(a, place(a, work_, first))); }));
+        [&] {
+          const Place p = place(a, work_, first);
+          return results(shifted<T>(a.du, p, 0), a.du.time, is_plain, inside(a, p),
+                         up_g * a.scales[kernel_row(a, work_, 0)],
+                         [&] { return input_gradient<T>(a, inside(a, place(a, work_, first))); });
+        });
   }
 }
