@@ -23,6 +23,12 @@ SEQCONV_DEVICE void sync_block() { __syncthreads(); }
 SEQCONV_DEVICE void sync_warp() { __syncwarp(); }
 // Loads below stay below: hoisted, those of a whole butterfly would not fit in registers.
 SEQCONV_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
+// x; what follows from it is computed below as well: hoisted out of a branch that few take, it
+// would cost all others registers.
+SEQCONV_DEVICE int keep_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 SEQCONV_DEVICE float shuffle_xor(float x, int lanes) {
   return __shfl_xor_sync(0xffffffffu, x, lanes);
 }

@@ -32,13 +32,14 @@ SEQCONV_DEVICE Place place(const Args& a, const Work& w, int first) {
   }
   return place(a, a.per_sample ? w.set : sample, w.channel, window, row < w.last);
 }
-SEQCONV_DEVICE i64 kernel_row(const Args& a, const Work& w, i64 head) {
-  return (w.set * a.heads + head) * a.channels + w.channel;
+SEQCONV_DEVICE int kernel_row(const Args& a, const Work& w, int head) {
+  return (w.set * (int)a.heads + head) * (int)a.channels + w.channel;
 }
 // Of the sums over rows: every slot of a group has its own.
-SEQCONV_DEVICE i64 sums_row(const Args& a, const Work& w, i64 head) {
-  const i64 part = w.group * (int)a.slots + w.slot;
-  return part * (a.per_sample ? a.batch : 1) * a.heads * a.channels + kernel_row(a, w, head);
+SEQCONV_DEVICE int sums_row(const Args& a, const Work& w, int head) {
+  const int part = w.group * (int)a.slots + w.slot,
+            rows = (int)((a.per_sample ? a.batch : 1) * a.heads * a.channels);
+  return part * rows + kernel_row(a, w, head);
 }
 SEQCONV_DEVICE int plane_size(i64 n) { return (int)(n + (n >> 4) + 1); }
 

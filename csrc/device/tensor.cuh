@@ -44,9 +44,11 @@ enum { kMatrixWords = 256, kInnerWords = kMatrixWords + 2 * 512, kColumnWords = 
 struct Warp {
   int index, count, lane, group, thread;
 };
+SEQCONV_DEVICE Warp warp_of(int index, int count, int lane) {
+  return {index, count, lane, lane >> 2, lane & 3};
+}
 SEQCONV_DEVICE Warp warp_of(Team team) {
-  const int lane = team.rank & 31;
-  return {team.rank >> 5, team.size >> 5, lane, lane >> 2, lane & 3};
+  return warp_of(team.rank >> 5, team.size >> 5, team.rank & 31);
 }
 
 SEQCONV_DEVICE Matrix load_matrix(const u32* words, int lane) {
@@ -442,9 +444,11 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
       const Columns x = inner_inverse<Number>(spectra(tile, f, there), f, back, w);
       sync_warp();
       if (outer == 0) {
+        const Warp own = warp_of(w.index, w.count, keep_here(w.lane));
         Pair v[2][2];
-        real_product(v, load_matrix(table + kInnerWords + kMatrixWords, w.lane), x);
-        emit(plane, v, w, w.group * 16, (w.group + 8) * 16, (w.lane >> 1) * 16, make_sink());
+        real_product(v, load_matrix(table + kInnerWords + kMatrixWords, own.lane), x);
+        emit(plane, v, own, own.group * 16, (own.group + 8) * 16, (own.lane >> 1) * 16,
+             make_sink());
         continue;
       }
       const Result<Number> y = product<Number>(conj(f), x);

@@ -111,9 +111,8 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
   const Transform& t = a.transform;
   const bool with_dk = a.partial != nullptr;
   const TensorShared s = tensor_shared(a, work_, shared, with_dk && a.work == nullptr ? 2 : 1);
-  const auto aside = [&](int tile) {
-    return (u32*)a.work + (sums_row(a, work_, 0) * t.n + tile * 256) * (i64)(sizeof(Number) / 4);
-  };
+  const int sums = sums_row(a, work_, 0);
+  const auto aside = [&](i64 at) { return (u32*)a.work + at * (sizeof(Number) / 4); };
   const bool is_plain = a.pre_gate.data == nullptr && a.dpre_gate.data == nullptr;
   for (int first = work_.first; first < work_.last; first += (int)a.slots) {
     const bool begins = first == work_.first;
@@ -125,11 +124,11 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
       const float up = power_of_two(stage(plane, (int)t.n, source, s.largest, work_.team));
       signal == 0 ? up_x = up : up_g = up;
       tensor_forward_passes<Number>(t, plane, w);
-      if (signal == 0 && a.work != nullptr) put_aside<Number>(t, plane, aside(0), w);
+      if (signal == 0 && a.work != nullptr) put_aside<Number>(t, plane, aside(sums * t.n), w);
     }
     if (a.partial_skip != nullptr) {
       const Place p = place(a, work_, first);
-      float* mine = a.partial_skip + sums_row(a, work_, 0) * a.row_threads + work_.team.rank;
+      float* mine = a.partial_skip + sums * a.row_threads + work_.team.rank;
       const float dskip =
           skip_sum(gradient<T>(a, p, 0), input<T>(a, inside(a, p)), (int)t.n, work_.team);
       *mine = begins ? dskip : *mine + dskip;
@@ -139,10 +138,11 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
         [&](int tile, const Matrix& f, const Twiddles<Number>& twiddles) {
           Result<Number> z = inner_forward<Number>(t, s.g, tile, f, twiddles, w);
           if (with_dk) {
+            const i64 at = sums * t.n + tile * 256;
             const Result<Number> x = a.work != nullptr
-                                         ? load_result<Number>(aside(tile), w.lane)
+                                         ? load_result<Number>(aside(at), w.lane)
                                          : inner_forward<Number>(t, s.x, tile, f, twiddles, w);
-            c32x2* dk = (c32x2*)(a.partial + sums_row(a, work_, 0) * t.n) + tile * 128 + w.lane * 4;
+            c32x2* dk = (c32x2*)(a.partial + at) + w.lane * 4;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               Pair re = to_pair(z.re[e >> 1][e & 1]), im = to_pair(z.im[e >> 1][e & 1]);

@@ -355,6 +355,7 @@ inline void sync_warp(const char *file = __builtin_FILE(),
     emulator::meet(nullptr, &here, [](void **) { ++emulator::warp().syncs; });
 }
 inline void keep_order() {}
+inline int keep_here(int x) { return x; }
 inline int log2_of(int power) { return 31 - __builtin_clz(power); }
 inline float shuffle_xor(float x, int lanes) {
   static const char here = 0;
