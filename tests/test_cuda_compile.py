@@ -41,9 +41,12 @@ CEILINGS = {
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Every kernel for sm_90, and on the other architectures each one somewhere."""
+    """Every kernel for sm_90, and on the other architectures each one somewhere: of those that know their
+    length, one for each."""
+    fixed = [name for name in NAMES if name.rsplit("_")[-1].isdigit()]
+    some = [name for name in NAMES if name not in fixed] + fixed[:: len(OTHERS)]
     return [("sm_90", name) for name in NAMES] + [
-        (OTHERS[i % len(OTHERS)], name) for i, name in enumerate(NAMES)
+        (OTHERS[i % len(OTHERS)], name) for i, name in enumerate(some)
     ]
 
 

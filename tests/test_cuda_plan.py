@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from seqconv._cuda import kernels
 from seqconv._cuda.plan import (
     H100,
     MAX_PARTS,
@@ -144,6 +145,10 @@ def test_two_sided_takes_the_same_transform():
     for length in (1000, 5000, 16384, 1 << 20):
         causal = Problem(8, 1, 64, length, length, 0, False, 2)
         assert make_plan(replace(causal, taps_rev=length - 1)).n == make_plan(causal).n
+
+
+def test_kernels_that_know_their_length_have_the_plans_radices():
+    assert all(factor(n) == radices for n, radices in kernels.FIXED.items())
 
 
 def test_factor_and_sizes():

@@ -15,7 +15,7 @@ from emulated import Emulator, as_backend, build
 from test_fftconv import CASES
 
 from seqconv import fftconv, reference
-from seqconv._cuda import convolution
+from seqconv._cuda import convolution, kernels
 from seqconv._cuda.arguments import arguments
 from seqconv._cuda.plan import H100, OPERAND_ERROR, Limits, Problem, make_plan, tensor_bytes
 
@@ -125,6 +125,23 @@ def test_edge_lengths(library, mode, dtype, length):
             Case(length=length, taps=length, dtype=dtype, **small, **options),
             mode,
         )
+
+
+@pytest.mark.parametrize("n", kernels.FIXED)
+def test_kernels_that_know_their_length(library, n, monkeypatch):
+    """Within what is stated, and to the bit what the kernel for any length gives."""
+    dtype = (torch.float16, torch.bfloat16)[n.bit_length() % 2]
+    case = Case(2, 1, n - 1, n - 1, taps_rev=n - 2, skip="h", dtype=dtype)
+    device = Emulator(library, FEW)
+    check(device, case)
+    ran = {kernel for kernel, *_ in device.launches if "tensor" in kernel}
+    assert len(ran) == 2 and all(kernel.endswith(f"_fast_{n}") for kernel in ran)
+    fixed, usual = results(library, case, FEW, 7), dict(kernels.KERNELS)
+    for kernel in ran:
+        del usual[kernel]
+    monkeypatch.setattr(kernels, "KERNELS", usual)
+    for a, b in zip(fixed, results(library, case, FEW, 0), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("length", [16384, 32768, 51200])
@@ -434,6 +451,9 @@ ORDERS = [
     (Case(5, 1, 700, 700, dtype=torch.bfloat16), FEW),  # a warp alone
     (Case(5, 1, 1200, 1200, heads=2, dtype=torch.bfloat16), FEW),
     (Case(2, 1, 20000, 20000, dtype=torch.bfloat16), FEW),
+    (Case(5, 1, 1000, 1000, dtype=torch.bfloat16), FEW),  # kernels that know their length
+    (Case(2, 1, 8192, 8192, skip="h", dtype=torch.float16), FEW),
+    (Case(2, 1, 2048, 2048, dtype=torch.bfloat16), OnePlane(processors=1)),
     (Case(19, 1, 256, 256, skip="h", dtype=torch.bfloat16), FEW),
     (Case(5, 1, 256, 256, skip="h", dtype=torch.bfloat16), OnePlane(processors=1)),  # warps alone
     (Case(2, 1, 5000, 5000, dtype=torch.bfloat16), one_plane(5120)),

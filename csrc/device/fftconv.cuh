@@ -49,12 +49,14 @@ SEQCONV_DEVICE void forward_passes(const Transform& t, Plane plane, Source sourc
   sync_block();
   middle_passes<false>(t, plane, (int)t.n, (int)t.count - 1, AllColumns(), team);
 }
-template <class Sink>
-SEQCONV_DEVICE void inverse_passes(const Transform& t, Plane plane, Sink sink, Team team) {
+// The sink is made at the end: kept through the passes, it would cost them registers.
+template <class MakeSink>
+SEQCONV_DEVICE void inverse_passes(const Transform& t, Plane plane, MakeSink make_sink, Team team) {
   sync_block();
   middle_passes<true>(t, plane, (int)t.n, (int)t.count - 1, AllColumns(), team);
   last_pass(t, plane, (int)t.n, AllColumns(), team);
   sync_block();
+  const auto sink = make_sink();
   for (int i = team.rank; i < (int)t.n; i += team.size) sink(i, load_shared(plane.at(i)));
   sync_block();
 }
@@ -187,11 +189,12 @@ SEQCONV_DEVICE void taps_gradient_kernel(const Args& a, unsigned char* shared) {
         return sum * scale;
       },
       r.team);
-  const TapsGradient sink = taps_gradient(a, r.row);
   inverse_passes(
       t, plane,
-      [&](int at, c32 z) {
-        if (r.real) sink(at, z);
+      [&] {
+        return [&, sink = taps_gradient(a, r.row)](int at, c32 z) {
+          if (r.real) sink(at, z);
+        };
       },
       r.team);
 }
@@ -204,8 +207,7 @@ SEQCONV_DEVICE void forward(const Args& a, unsigned char* shared) {
   const int size = plane_size(t.n);
   const Plane x{(c32*)shared + w.slot * size}, v{a.heads > 1 ? x.data + a.slots * size : x.data};
   for (int first = w.first; first < w.last; first += (int)a.slots) {
-    const Place p = place(a, w, first);
-    forward_passes(t, x, input<T>(a, p), w.team);
+    forward_passes(t, x, input<T>(a, place(a, w, first)), w.team);
     if (a.heads > 1) {
       middle<kForwardOnly>(
           t, x,
@@ -223,7 +225,8 @@ SEQCONV_DEVICE void forward(const Args& a, unsigned char* shared) {
       } else {
         middle<kBoth>(t, v, [&](int f, int, c32 z) { return z * k[f]; }, w.team);
       }
-      inverse_passes(t, v, Sinks<T>::output(a, inside(a, p), head), w.team);
+      inverse_passes(
+          t, v, [&] { return Sinks<T>::output(a, inside(a, place(a, w, first)), head); }, w.team);
     }
   }
 }
@@ -303,7 +306,7 @@ SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
       middle<kInverseOnly>(
           t, sum, [&](int, int at, c32) { return load_shared(sum.at(at)); }, w.team);
     }
-    inverse_passes(t, sum, input_gradient<T>(a, outputs()), w.team);
+    inverse_passes(t, sum, [&] { return input_gradient<T>(a, outputs()); }, w.team);
   }
 }
 

@@ -31,8 +31,10 @@ SEQCONV_DEVICE int half_at(int i) {
 // 16 neighbours from a multiple of 16 on: two pieces of 8, the second first every other 64.
 struct HalfRow {
   int base, flip;
-  SEQCONV_DEVICE explicit HalfRow(int i)
-      : base(half_at_tile(i >> 8) + (i & 255)), flip(((i >> 6) & 1) * 8) {}
+  // The group-th 16, counted from a tile that is at `base` (16 tiles further on, 8 are to be
+  // added).
+  SEQCONV_DEVICE HalfRow(int group, int tile)
+      : base(tile + 16 * group + (kTileHalves - 256) * (group >> 4)), flip(group << 1 & 8) {}
   SEQCONV_DEVICE int at(int j) const { return base + ((8 * j) ^ flip); }
 };
 SEQCONV_DEVICE int half_plane_size(int n) { return half_at_tile(n >> 8); }
@@ -68,24 +70,27 @@ SEQCONV_DEVICE Factors<Number> load_factors(const u32* words, const Warp& w) {
     }
   return f;
 }
-// The twiddles of all tiles: kept as fp16 pairs, or loaded again for each as float32, which would
-// take 16 registers.
-template <class Number>
-struct Twiddles {
-  Factors<Number> factors;
-  SEQCONV_DEVICE Twiddles(const u32* words, const Warp& w)
-      : factors(load_factors<Number>(words, w)) {}
-  SEQCONV_DEVICE Factors<Number> get(const Warp&) const { return factors; }
-};
-template <>
-struct Twiddles<Pair> {
-  const u32* words;
-  SEQCONV_DEVICE Twiddles(const u32* from, const Warp&) : words(from) {}
-  SEQCONV_DEVICE Factors<Pair> get(const Warp& w) const {
+// The same factors for every tile: kept as fp16 pairs, or loaded again for each as float32, which
+// would take 16 registers.
+template <class Number, class Load>
+struct EveryTile {
+  Load load;
+  Factors<Number> kept;
+  SEQCONV_DEVICE explicit EveryTile(Load l) : load(l), kept(l()) {}
+  SEQCONV_DEVICE Factors<Number> operator()() const {
+    if (sizeof(Number) == sizeof(u32)) return kept;
     keep_order();
-    return load_factors<Pair>(words, w);
+    return load();
   }
 };
+template <class Number, class Load>
+SEQCONV_DEVICE EveryTile<Number, Load> every_tile(Load load) {
+  return EveryTile<Number, Load>(load);
+}
+template <class Number>
+SEQCONV_DEVICE auto twiddles_of(const u32* words, const Warp& w) {
+  return every_tile<Number>([=] { return load_factors<Number>(words, w); });
+}
 // Of the kernel's spectrum, kept in the order of a result's elements: 256 words of fp16 pairs or
 // 512 of float32.
 SEQCONV_DEVICE Factors<u32> load_spectrum(const u32* tile, int lane, u32) {
@@ -156,11 +161,12 @@ SEQCONV_DEVICE int stage(const HalfPlane& plane, int n, const Gated<T>& source, 
   return exponent;
 }
 
-// An outer pass: `blocks` blocks of radix x distance points; a tile is 16 rows, (16 / radix) groups
-// of 16 columns.
+// An outer pass: `blocks` blocks of radix points at a distance of `span` times 256; a tile is 16
+// rows, (16 / radix) groups of 16 columns.
 struct OuterPass {
   const u32* words;
-  int radix, distance, blocks, groups, tiles;  // tiles of one block
+  int radix, span, blocks, groups, tiles;  // tiles of one block
+  bool full;                               // every tile has all rows
 
   SEQCONV_DEVICE Matrix matrix(bool inverse, int lane) const {
     return load_matrix(words + (inverse ? kMatrixWords : 0), lane);
@@ -172,55 +178,66 @@ struct OuterPass {
     return ((const c32*)(words + 2 * kMatrixWords + kColumnWords))[group * radix + p];
   }
 };
-// A row of a tile: result p (or input i) of a group of columns, a group that no tile has where
-// there is no such row.
-struct TileRow {
-  int p, group;
-};
-SEQCONV_DEVICE TileRow tile_row(const OuterPass& pass, int row) {
-  const int group = row / pass.radix, p = row - group * pass.radix;
-  return {group < pass.groups ? p : 0, group < pass.groups ? group : 1 << 24};
-}
-// A warp's tiles, one after another: division is slow.
-struct TileCursor {
-  int block, tile;
-
-  SEQCONV_DEVICE TileCursor(const OuterPass& pass, const Warp& w)
-      : block(w.index / pass.tiles), tile(w.index % pass.tiles) {}
-  SEQCONV_DEVICE void next(const OuterPass& pass, const Warp& w) {
-    for (tile += w.count; tile >= pass.tiles; tile -= pass.tiles) ++block;
-  }
-  // Of the group of 16 columns; the first where there are no more.
-  SEQCONV_DEVICE int columns(const OuterPass& pass, const TileRow& row) const {
-    const int found = tile * pass.groups + row.group;
-    return found < pass.distance / 16 ? found : tile * pass.groups;
-  }
-  SEQCONV_DEVICE bool has(const OuterPass& pass, const TileRow& row) const {
-    return tile * pass.groups + row.group < pass.distance / 16;
-  }
-  SEQCONV_DEVICE int position(const OuterPass& pass, const TileRow& row) const {
-    return (block * pass.radix + row.p) * pass.distance + columns(pass, row) * 16;
-  }
-};
 SEQCONV_DEVICE OuterPass outer_pass(const Transform& t, int d) {
   const u32* words = (const u32*)t.tables + kInnerWords;
-  int block = (int)t.n, blocks = 1;
+  int block = (int)t.n / 256, blocks = 1;
   for (int i = 0; i < d; ++i) {
-    words += 2 * kMatrixWords + kColumnWords + block / 8;
+    words += 2 * kMatrixWords + kColumnWords + block * 32;
     blocks *= radix_of(t, i);
     block /= radix_of(t, i);
   }
-  const int radix = radix_of(t, d), distance = block / radix, groups = 16 / radix;
-  return {words, radix, distance, blocks, groups, (distance / 16 + groups - 1) / groups};
+  const int radix = radix_of(t, d), span = block / radix, groups = 16 / radix;
+  const bool full = 16 % radix == 0 && span * 16 % groups == 0;
+  return {words, radix, span, blocks, groups, (span * 16 + groups - 1) / groups, full};
 }
+// A row of a tile: result p (or input i) of a group of columns, a group that no tile has where
+// there is no such row. The last two are what it adds to a place.
+struct TileRow {
+  int p, group, tile, base;
+};
+SEQCONV_DEVICE TileRow tile_row(const OuterPass& pass, int row) {
+  const int group = row / pass.radix, p = group < pass.groups ? row - group * pass.radix : 0;
+  const int tile = p * pass.span;
+  return {p, group < pass.groups ? group : 1 << 24, tile, kTileHalves * tile};
+}
+struct Spot {
+  int time;  // or -1
+  HalfRow row;
+};
+// One of the pass's tiles: the first 256 points of its block, its first group of 16 columns, and
+// how many there are.
+struct Tile {
+  int first, columns, limit;
+  bool full;
+
+  SEQCONV_DEVICE Tile(const OuterPass& pass, const Divisor& by_tiles, int index) {
+    const int block = pass.blocks == 1 ? 0 : by_tiles.quotient(index);
+    first = block * pass.radix * pass.span;
+    columns = (index - block * pass.tiles) * pass.groups;
+    limit = pass.span * 16;
+    full = pass.full;
+  }
+  SEQCONV_DEVICE bool has(const TileRow& row) const { return full || columns + row.group < limit; }
+  // The row's group of 16 columns; the first where there are no more.
+  SEQCONV_DEVICE int group(const TileRow& row) const {
+    return has(row) ? columns + row.group : columns;
+  }
+  SEQCONV_DEVICE HalfRow place(const TileRow& row) const {
+    const int c = group(row), tile = first + row.tile + (c >> 4);
+    return HalfRow(c, row.base + kTileHalves * first + 8 * (tile >> 4));
+  }
+  SEQCONV_DEVICE Spot spot(const TileRow& row) const {
+    return {has(row) ? (first + row.tile) * 256 + group(row) * 16 : -1, place(row)};
+  }
+};
 
 template <class Number>
-SEQCONV_DEVICE void store_tile(const HalfPlane& plane, const OuterPass& pass, const TileCursor& at,
-                               const TileRow (&rows)[2], const Result<Number>& x, const Warp& w) {
+SEQCONV_DEVICE void store_tile(const HalfPlane& plane, const Tile& at, const TileRow (&rows)[2],
+                               const Result<Number>& x, const Warp& w) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (!at.has(pass, rows[half])) continue;
-    const HalfRow row(at.position(pass, rows[half]));
+    if (!at.has(rows[half])) continue;
+    const HalfRow row = at.place(rows[half]);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int place = row.at(j) + 2 * w.thread;
@@ -235,17 +252,21 @@ SEQCONV_DEVICE void outer_forward(const HalfPlane& plane, const OuterPass& pass,
   const Matrix f = pass.matrix(false, w.lane);
   const TileRow loaded = tile_row(pass, w.lane & 15);
   const TileRow rows[2] = {tile_row(pass, w.group), tile_row(pass, w.group + 8)};
-  Factors<Number> column;
+  const auto column = every_tile<Number>([&] {
+    Factors<Number> factors;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int p = rows[half].p, c = 8 * j + 2 * w.thread;
-      column.set(j, half, pass.column_factor(p, c), pass.column_factor(p, c + 1));
-    }
-  }
-  for (TileCursor at(pass, w); at.block < pass.blocks; at.next(pass, w)) {
-    const int from = HalfRow(at.position(pass, loaded)).at(w.lane >> 4);
+      for (int j = 0; j < 2; ++j) {
+        const int p = rows[half].p, c = 8 * j + 2 * w.thread;
+        factors.set(j, half, pass.column_factor(p, c), pass.column_factor(p, c + 1));
+      }
+    return factors;
+  });
+  const Divisor by_tiles(pass.tiles);
+  for (int i = w.index; i < pass.blocks * pass.tiles; i += w.count) {
+    const Tile at(pass, by_tiles, i);
+    const int from = at.place(loaded).at(w.lane >> 4);
     u32 re[4], im[4];
     load_transposed(im, plane.im + from);
     if (!kReal) load_transposed(re, plane.re + from);
@@ -258,16 +279,16 @@ SEQCONV_DEVICE void outer_forward(const HalfPlane& plane, const OuterPass& pass,
       x = product<Number>(
           f, Columns{{{re[0], re[1]}, {re[2], re[3]}}, {{im[0], im[1]}, {im[2], im[3]}}});
     }
-    multiply<false>(x, column);
+    multiply<false>(x, column());
     Factors<Number> group;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const c32 v = pass.group_factor(rows[half].p, at.columns(pass, rows[half]));
+      const c32 v = pass.group_factor(rows[half].p, at.group(rows[half]));
       group.set(0, half, v, v);
       group.set(1, half, v, v);
     }
     multiply<false>(x, group);
-    store_tile(plane, pass, at, rows, x, w);
+    store_tile(plane, at, rows, x, w);
   }
 }
 
@@ -280,18 +301,25 @@ SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass,
   const TileRow loaded = tile_row(pass, w.lane & 15);
   TileRow rows[2]
               [2];  // of a right operand: 2 thread and 2 thread + 1, and 8 below, in column `group`
-  Factors<Number> column;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     rows[half][0] = tile_row(pass, 2 * w.thread + 8 * half);
     rows[half][1] = tile_row(pass, 2 * w.thread + 1 + 8 * half);
-#pragma unroll
-    for (int j = 0; j < 2; ++j)
-      column.set(j, half, pass.column_factor(rows[half][0].p, 8 * j + w.group),
-                 pass.column_factor(rows[half][1].p, 8 * j + w.group));
   }
-  for (TileCursor at(pass, w); at.block < pass.blocks; at.next(pass, w)) {
-    const int from = HalfRow(at.position(pass, loaded)).at(w.lane >> 4);
+  const auto column = every_tile<Number>([&] {
+    Factors<Number> factors;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        factors.set(j, half, pass.column_factor(rows[half][0].p, 8 * j + w.group),
+                    pass.column_factor(rows[half][1].p, 8 * j + w.group));
+    return factors;
+  });
+  const Divisor by_tiles(pass.tiles);
+  for (int i = w.index; i < pass.blocks * pass.tiles; i += w.count) {
+    const Tile at(pass, by_tiles, i);
+    const int from = at.place(loaded).at(w.lane >> 4);
     u32 re[4], im[4];
     load_transposed(re, plane.re + from);
     load_transposed(im, plane.im + from);
@@ -301,13 +329,12 @@ SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const TileRow &p = rows[half][0], &q = rows[half][1];
-      group.set(0, half, pass.group_factor(p.p, at.columns(pass, p)),
-                pass.group_factor(q.p, at.columns(pass, q)));
+      group.set(0, half, pass.group_factor(p.p, at.group(p)), pass.group_factor(q.p, at.group(q)));
       group.re[1][half] = group.re[0][half];
       group.im[1][half] = group.im[0][half];
     }
     multiply<true>(x, group);
-    multiply<true>(x, column);
+    multiply<true>(x, column());
     store(at, f, x);
   }
 }
@@ -317,22 +344,20 @@ template <class Number>
 SEQCONV_DEVICE void tensor_forward_passes(const Transform& t, const HalfPlane& plane,
                                           const Warp& w) {
   const int outer = (int)t.count - 2;
-  for (int d = 0; d < outer; ++d) {
-    const OuterPass pass = outer_pass(t, d);
-    if (d == 0) {
-      outer_forward<Number, true>(plane, pass, w);
-    } else {
-      outer_forward<Number, false>(plane, pass, w);
-    }
+  if (outer == 0) return;
+  outer_forward<Number, true>(plane, outer_pass(t, 0), w);
+  sync_block();
+  for (int d = 1; d < outer; ++d) {
+    outer_forward<Number, false>(plane, outer_pass(t, d), w);
     sync_block();
   }
 }
 
 // The 256 points of a tile of the plane to their spectrum. Alone (n = 256), they are the real row
 // itself.
-template <class Number>
+template <class Number, class Twiddles>
 SEQCONV_DEVICE Result<Number> inner_forward(const Transform& t, const HalfPlane& plane, int tile,
-                                            const Matrix& f, const Twiddles<Number>& twiddles,
+                                            const Matrix& f, const Twiddles& twiddles,
                                             const Warp& w) {
   const int from = half_at_tile(tile) + half_at((w.lane & 15) * 16 + (w.lane >> 4) * 8);
   u32 re[4], im[4];
@@ -346,7 +371,7 @@ SEQCONV_DEVICE Result<Number> inner_forward(const Transform& t, const HalfPlane&
     x = product<Number>(
         f, Columns{{{re[0], re[1]}, {re[2], re[3]}}, {{im[0], im[1]}, {im[2], im[3]}}});
   }
-  multiply<false>(x, twiddles.get(w));
+  multiply<false>(x, twiddles());
   // its rows are the first digit of the frequency, its columns the time still to be transformed
   const Matrix rows = to_operand(x);
   return product<Number>(rows, transposed(f));
@@ -391,41 +416,40 @@ template <class Number>
 SEQCONV_DEVICE void put_aside(const Transform& t, const HalfPlane& plane, u32* to, const Warp& w) {
   const u32* table = (const u32*)t.tables;
   const Matrix f = load_matrix(table, w.lane);
-  const Twiddles<Number> twiddles(table + kMatrixWords, w);
+  const auto twiddles = twiddles_of<Number>(table + kMatrixWords, w);
   for (int tile = w.index; tile < (int)t.n / 256; tile += w.count)
     store_result(to + tile * 64 * (int)sizeof(Number),
                  inner_forward<Number>(t, plane, tile, f, twiddles, w), w.lane);
   sync_warp();  // a team of more warps meets before it writes to the plane again: team_max
 }
 // And back, as the right operand of the last product.
-template <class Number>
+template <class Number, class Twiddles>
 SEQCONV_DEVICE Columns inner_inverse(const Result<Number>& spectrum, const Matrix& f,
-                                     const Twiddles<Number>& twiddles, const Warp& w) {
+                                     const Twiddles& twiddles, const Warp& w) {
   Result<Number> x = product<Number>(conj(f), transposed(to_operand(spectrum)));
-  multiply<true>(x, twiddles.get(w));
+  multiply<true>(x, twiddles());
   return transposed(to_operand(x));
 }
 
 // A tile of results out of the product's registers: through the tile's own place in the planes,
-// whose 16 bytes of fp16 hold 4 of them, so that every lane has 8 neighbours for the sink.
-// Positions of the lane's two rows of results, and of the one it passes on, are -1 where there is
-// no row.
+// whose 16 bytes of fp16 hold 4 of them, so that every lane has 8 neighbours for the sink. Where
+// the lane's two rows of results lie, and the one that it passes on.
 template <class Sink>
-SEQCONV_DEVICE void emit(const HalfPlane& plane, const Pair (&v)[2][2], const Warp& w, int first,
-                         int second, int passed, Sink sink) {
+SEQCONV_DEVICE void emit(const HalfPlane& plane, const Pair (&v)[2][2], const Warp& w,
+                         const Spot& first, const Spot& second, const Spot& passed, Sink sink) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int position = half == 0 ? first : second;
-    if (position < 0) continue;
-    const HalfRow row(position);
+    const Spot& spot = half == 0 ? first : second;
+    if (spot.time < 0) continue;
     Pair* place = (Pair*)(w.thread < 2 ? plane.re : plane.im) + (w.thread & 1);
 #pragma unroll
-    for (int j = 0; j < 2; ++j) store_shared(place + row.at(j) / 4, v[j][half]);
+    for (int j = 0; j < 2; ++j) store_shared(place + spot.row.at(j) / 4, v[j][half]);
   }
   sync_warp();
-  if (passed >= 0) {
-    const int half = w.lane & 1, place = HalfRow(passed).at(half);
-    sink(passed + 8 * half, (const float*)(plane.re + place), (const float*)(plane.im + place));
+  if (passed.time >= 0) {
+    const int half = w.lane & 1, place = passed.row.at(half);
+    sink(passed.time + 8 * half, (const float*)(plane.re + place),
+         (const float*)(plane.im + place));
   }
 }
 
@@ -439,7 +463,8 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
   const u32* table = (const u32*)t.tables;
   {
     const Matrix f = load_matrix(table, w.lane);
-    const Twiddles<Number> there(table + kMatrixWords, w), back(table + kMatrixWords + 512, w);
+    const auto there = twiddles_of<Number>(table + kMatrixWords, w),
+               back = twiddles_of<Number>(table + kMatrixWords + 512, w);
     for (int tile = w.index; tile < tiles; tile += w.count) {
       const Columns x = inner_inverse<Number>(spectra(tile, f, there), f, back, w);
       sync_warp();
@@ -447,8 +472,8 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
         const Warp own = warp_of(w.index, w.count, keep_here(w.lane));
         Pair v[2][2];
         real_product(v, load_matrix(table + kInnerWords + kMatrixWords, own.lane), x);
-        emit(plane, v, own, own.group * 16, (own.group + 8) * 16, (own.lane >> 1) * 16,
-             make_sink());
+        const auto spot = [](int row) { return Spot{16 * row, HalfRow(row, 0)}; };
+        emit(plane, v, own, spot(own.group), spot(own.group + 8), spot(own.lane >> 1), make_sink());
         continue;
       }
       const Result<Number> y = product<Number>(conj(f), x);
@@ -468,10 +493,9 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
   for (int d = outer - 1; d > 0; --d) {
     const OuterPass pass = outer_pass(t, d);
     const TileRow rows[2] = {tile_row(pass, w.group), tile_row(pass, w.group + 8)};
-    outer_inverse<Number>(plane, pass, w,
-                          [&](const TileCursor& at, const Matrix& m, const Columns& x) {
-                            store_tile(plane, pass, at, rows, product<Number>(m, x), w);
-                          });
+    outer_inverse<Number>(plane, pass, w, [&](const Tile& at, const Matrix& m, const Columns& x) {
+      store_tile(plane, at, rows, product<Number>(m, x), w);
+    });
     sync_block();
   }
   if (outer == 0) return;
@@ -479,14 +503,10 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
   const TileRow first = tile_row(pass, w.group), second = tile_row(pass, w.group + 8);
   const TileRow passed = tile_row(pass, w.lane >> 1);
   const auto sink = make_sink();
-  outer_inverse<Number>(
-      plane, pass, w, [&](const TileCursor& at, const Matrix& m, const Columns& x) {
-        Pair v[2][2];
-        real_product(v, m, x);
-        const auto position = [&](const TileRow& row) {
-          return at.has(pass, row) ? at.position(pass, row) : -1;
-        };
-        emit(plane, v, w, position(first), position(second), position(passed), sink);
-      });
+  outer_inverse<Number>(plane, pass, w, [&](const Tile& at, const Matrix& m, const Columns& x) {
+    Pair v[2][2];
+    real_product(v, m, x);
+    emit(plane, v, w, at.spot(first), at.spot(second), at.spot(passed), sink);
+  });
   sync_block();
 }

@@ -3,14 +3,25 @@
 #pragma once
 #include "tensor.cuh"
 
+// What a kernel knows of its transform when it is compiled: nothing, or everything but the tables.
+struct AnyTransform {
+  static SEQCONV_DEVICE Transform of(const Transform& t) { return t; }
+};
+template <int kPoints, int kCount, int kRadices>
+struct FixedTransform {
+  static SEQCONV_DEVICE Transform of(const Transform& t) {
+    return {kPoints, kCount, kRadices, t.tables};
+  }
+};
+
 // A slot's planes; after all of them the room of team_max.
 struct TensorShared {
   HalfPlane x, g;  // g is x where one is enough
   float* largest;
 };
-SEQCONV_DEVICE TensorShared tensor_shared(const Args& a, const Work& w, unsigned char* shared,
-                                          int planes) {
-  const int size = half_plane_size((int)a.transform.n);
+SEQCONV_DEVICE TensorShared tensor_shared(const Args& a, const Transform& t, const Work& w,
+                                          unsigned char* shared, int planes) {
+  const int size = half_plane_size((int)t.n);
   unsigned short* first = (unsigned short*)shared + w.slot * planes * size;
   float* largest = (float*)((unsigned short*)shared + (int)a.slots * planes * size);
   return {HalfPlane(first), HalfPlane(planes > 1 ? first + size : first),
@@ -66,12 +77,12 @@ SEQCONV_DEVICE Results<T, Make> results(T* row, i64 step, bool is_plain, const P
   return {plain, p.begin, p.end, scale, make};
 }
 
-template <class T, class Number>
+template <class T, class Number, class Known = AnyTransform>
 SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
   const Work work_ = work(a);
   const Warp w = warp_of(work_.team);
-  const Transform& t = a.transform;
-  const TensorShared s = tensor_shared(a, work_, shared, a.heads > 1 ? 2 : 1);
+  const Transform t = Known::of(a.transform);
+  const TensorShared s = tensor_shared(a, t, work_, shared, a.heads > 1 ? 2 : 1);
   const HalfPlane x = s.x, v = s.g;
   const bool is_plain =
       a.activation == kNone && a.post_gate.data == nullptr && a.dy.data == nullptr;
@@ -84,7 +95,7 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
           (const u32*)a.spectrum + kernel_row(a, work_, head) * t.n * (sizeof(Number) / 4);
       tensor_inverse<Number>(
           t, v, w,
-          [&](int tile, const Matrix& f, const Twiddles<Number>& twiddles) {
+          [&](int tile, const Matrix& f, const auto& twiddles) {
             Result<Number> z = inner_forward<Number>(t, x, tile, f, twiddles, w);
             multiply<false>(z,
                             load_spectrum(k + tile * 256 * (sizeof(Number) / 4), w.lane, Number{}));
@@ -104,13 +115,13 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
 // One head: several would need a third plane for the sum of their gradients. Where there is `work`,
 // one plane does for x and then for dv: x's spectrum waits there, in room of the slot's own that
 // it uses for every row.
-template <class T, class Number>
+template <class T, class Number, class Known = AnyTransform>
 SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
   const Work work_ = work(a);
   const Warp w = warp_of(work_.team);
-  const Transform& t = a.transform;
+  const Transform t = Known::of(a.transform);
   const bool with_dk = a.partial != nullptr;
-  const TensorShared s = tensor_shared(a, work_, shared, with_dk && a.work == nullptr ? 2 : 1);
+  const TensorShared s = tensor_shared(a, t, work_, shared, with_dk && a.work == nullptr ? 2 : 1);
   const int sums = sums_row(a, work_, 0);
   const auto aside = [&](i64 at) { return (u32*)a.work + at * (sizeof(Number) / 4); };
   const bool is_plain = a.pre_gate.data == nullptr && a.dpre_gate.data == nullptr;
@@ -135,7 +146,7 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
     }
     tensor_inverse<Number>(
         t, s.g, w,
-        [&](int tile, const Matrix& f, const Twiddles<Number>& twiddles) {
+        [&](int tile, const Matrix& f, const auto& twiddles) {
           Result<Number> z = inner_forward<Number>(t, s.g, tile, f, twiddles, w);
           if (with_dk) {
             const i64 at = sums * t.n + tile * 256;

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from seqconv._cuda import kernels
 from seqconv._cuda.arguments import arguments, fill
 from seqconv._cuda.plan import MAX_PASSES, Plan, Problem, make_plan
 from seqconv._cuda.tables import SCALES, build, build_tensor
@@ -184,7 +185,10 @@ class _Call:
         return self.empty(batch, heads, self.problem.channels, 2 * self.layout.n)
 
     def kernel(self, name: str) -> str:
-        return f"{self.layout.prefix}{name}_{self.suffix}{self.layout.mode}"
+        """The one made for this length, or else the one for any."""
+        found = f"{self.layout.prefix}{name}_{self.suffix}{self.layout.mode}"
+        fixed = f"{found}_{self.layout.n}"
+        return fixed if fixed in kernels.KERNELS else found
 
     def spectrum(self, k: Tensor, k_rev, skip) -> dict:
         """The fields that hold it: (kernel row, n) complex in the order that the passes leave, and its scales."""

@@ -10,6 +10,16 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 _IO = {"f32": "float", "bf16": "bf16", "f16": "fp16"}
+# Lengths whose transforms on tensor cores have kernels of their own, with sums in fp16 (convolution.py): known
+# when they are compiled, they take a quarter fewer instructions. The radices are seqconv._cuda.plan.factor's.
+FIXED = {
+    1024: (4, 16, 16),
+    2048: (8, 16, 16),
+    4096: (16, 16, 16),
+    8192: (2, 16, 16, 16),
+    16384: (4, 16, 16, 16),
+    32768: (8, 16, 16, 16),
+}
 _ROWS = 512  # threads of the largest block: seqconv._cuda.plan.MAX_THREADS
 
 # name -> (what its body calls, threads at most, blocks at least that a multiprocessor should hold)
@@ -37,6 +47,13 @@ for _suffix in ("bf16", "f16"):
         for _name in ("forward", "backward"):
             _body = f"tensor_{_name}<{_IO[_suffix]}, {_number}>"
             KERNELS[f"tensor_{_name}_{_suffix}_{_mode}"] = (_body, _ROWS, 1)
+for _n, _radices in FIXED.items():
+    _packed = sum(r << (8 * i) for i, r in enumerate(_radices))
+    _fixed = f"FixedTransform<{_n}, {len(_radices)}, {_packed}>"
+    for _suffix in ("bf16", "f16"):
+        for _name in ("forward", "backward"):
+            _body = f"tensor_{_name}<{_IO[_suffix]}, u32, {_fixed}>"
+            KERNELS[f"tensor_{_name}_{_suffix}_fast_{_n}"] = (_body, _ROWS, 1)
 
 
 def folder() -> Path:
