@@ -102,6 +102,14 @@ def test_matrix_instructions(mode):
         assert text.count("mma.sync.aligned.m16n8k16") == expected, name
 
 
+@pytest.mark.parametrize("n, passes", [(4096, 1), (32768, 2)])
+def test_matrix_instructions_of_a_known_length(n, passes):
+    """Only those of its passes: the conditions on the transform were decided when it was compiled."""
+    each = 4 + 8 * (passes - 1) + 2 * 8
+    text = ptx(f"tensor_forward_bf16_fast_{n}")
+    assert text.count("mma.sync.aligned.m16n8k16") == 2 * each
+
+
 def test_source_is_one_text_without_includes():
     for name in NAMES:
         text = kernels.source(name)

@@ -151,6 +151,18 @@ def test_kernels_that_know_their_length_have_the_plans_radices():
     assert all(factor(n) == radices for n, radices in kernels.FIXED.items())
 
 
+def test_the_model_knows_that_they_are_cheaper():
+    issue_bound = replace(H100, bandwidth=1e14)
+    for n in kernels.FIXED:
+        fast = Problem(64, 1, 768, n, n, 0, False, 2)
+        other = replace(
+            fast, length=n + n // 4, taps=n + n // 4
+        )  # 5/4 of it, by a kernel for any length
+        plans = make_plan(fast, issue_bound), make_plan(other, issue_bound)
+        assert [plan.n for plan in plans] == [n, n + n // 4]
+        assert plans[1].seconds > 1.5 * plans[0].seconds
+
+
 def test_factor_and_sizes():
     for n in sizes(1 << 16):
         assert math.prod(factor(n)) == n and factor(n)[-1] == 16 and len(factor(n)) >= 2

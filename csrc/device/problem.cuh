@@ -116,6 +116,10 @@ struct alignas(16) Eight {
   T at[8];
 };
 template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T at[4];
+};
+template <class T>
 SEQCONV_DEVICE bool aligned(const T* p, i64 step, int bytes) {
   return p == nullptr || (step == 1 && ((i64)p & (bytes - 1)) == 0);
 }
@@ -239,20 +243,20 @@ struct Output {
     if (dpost != nullptr) from_float(dpost[t * dpost_step], g * activate(z.re, activation));
     if (wide != nullptr) wide[t] = g * gate * slope(z.re, activation);
   }
-  // Whether the 8 from t on can be written at once.
+  // Whether the 4 from t on can be written at once.
   SEQCONV_DEVICE bool fits(int t) const {
-    return dy == nullptr && t >= begin && t + 8 <= end && aligned(y + t, y_step, 16) &&
-           aligned(post == nullptr ? post : post + t, post_step, 16);
+    return dy == nullptr && t >= begin && t + 4 <= end && aligned(y + t, y_step, 8) &&
+           aligned(post == nullptr ? post : post + t, post_step, 8);
   }
-  SEQCONV_DEVICE void piece(int t, const float (&v)[8]) const {
-    Eight<T> out, gate{};
-    if (post != nullptr) gate = *(const Eight<T>*)(post + t);
+  SEQCONV_DEVICE void piece(int t, const float (&v)[4]) const {
+    Four<T> out, gate{};
+    if (post != nullptr) gate = *(const Four<T>*)(post + t);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 4; ++i) {
       const float value = activate(v[i], activation);
       from_float(out.at[i], post == nullptr ? value : value * to_float(gate.at[i]));
     }
-    *(Eight<T>*)(y + t) = out;
+    *(Four<T>*)(y + t) = out;
   }
 };
 template <>
@@ -314,16 +318,16 @@ struct InputGradient {
     if (dpre != nullptr) from_float(dpre[t * dpre_step], z.re * to_float(u[t * u_step]));
   }
   SEQCONV_DEVICE bool fits(int t) const {
-    return du != nullptr && dpre == nullptr && t >= begin && t + 8 <= end &&
-           aligned(du + t, du_step, 16) && aligned(pre == nullptr ? pre : pre + t, pre_step, 16);
+    return du != nullptr && dpre == nullptr && t >= begin && t + 4 <= end &&
+           aligned(du + t, du_step, 8) && aligned(pre == nullptr ? pre : pre + t, pre_step, 8);
   }
-  SEQCONV_DEVICE void piece(int t, const float (&v)[8]) const {
-    Eight<T> out, gate{};
-    if (pre != nullptr) gate = *(const Eight<T>*)(pre + t);
+  SEQCONV_DEVICE void piece(int t, const float (&v)[4]) const {
+    Four<T> out, gate{};
+    if (pre != nullptr) gate = *(const Four<T>*)(pre + t);
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
+    for (int i = 0; i < 4; ++i)
       from_float(out.at[i], pre == nullptr ? v[i] : v[i] * to_float(gate.at[i]));
-    *(Eight<T>*)(du + t) = out;
+    *(Four<T>*)(du + t) = out;
   }
 };
 template <>

@@ -22,10 +22,6 @@ constexpr int kWarpRows = 8;  // rows of a tile that a warp computes: 4 warps
 struct alignas(16) Two {
   c32 at[2];
 };
-struct alignas(16) Four {
-  float at[4];
-};
-
 // powers = exp(a p 8^d) for p below 8: one thread for every (channel, mode, digit d)
 SEQCONV_DEVICE void ssm_powers(const Args& a, unsigned char*) {
   const Exponentials& e = a.exponentials;
@@ -187,7 +183,8 @@ SEQCONV_DEVICE void ssm_backward(const Args& a, unsigned char* shared) {
           for (int j = 0; j < 4; ++j) x[j] = load_shared(columns.at(m, t + j));
 #pragma unroll
           for (int i = 0; i < kWarpRows; ++i) {
-            const Four g = load_shared((const Four*)(gradient + (row + i) * kRowLength + t));
+            const Four<float> g =
+                load_shared((const Four<float>*)(gradient + (row + i) * kRowLength + t));
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
               z[i] = z[i] + x[j] * g.at[j];

@@ -39,9 +39,14 @@ struct HalfRow {
 };
 SEQCONV_DEVICE int half_plane_size(int n) { return half_at_tile(n >> 8); }
 
-// Words of the table: the 16-point matrix, the twiddles of 256 points and their transpose; then for
-// each outer pass its matrix and the inverse's, and the two sets of twiddle factors.
-enum { kMatrixWords = 256, kInnerWords = kMatrixWords + 2 * 512, kColumnWords = 512 };
+// Words of the table: the 16-point matrix, the conjugate one with its rows in_time, the twiddles of
+// 256 points, and their transpose with its rows in_time; then for each outer pass its matrix and
+// the inverse's, and the two sets of twiddle factors.
+enum { kMatrixWords = 256, kInnerWords = 2 * kMatrixWords + 2 * 512, kColumnWords = 512 };
+
+// The column of a group of 16 that the inverse keeps at place i, so that the last result of a lane,
+// places 2 thread and 2 thread + 1 of both halves, are four neighbours.
+SEQCONV_DEVICE int in_time(int i) { return 4 * (i >> 1 & 3) + 2 * (i >> 3) + (i & 1); }
 
 struct Warp {
   int index, count, lane, group, thread;
@@ -51,6 +56,13 @@ SEQCONV_DEVICE Warp warp_of(int index, int count, int lane) {
 }
 SEQCONV_DEVICE Warp warp_of(Team team) {
   return warp_of(team.rank >> 5, team.size >> 5, team.rank & 31);
+}
+
+// The same, for a part of the kernel: what depends on the lane is computed there, where sums in
+// float32 leave no registers to keep it.
+template <class Number>
+SEQCONV_DEVICE Warp for_part(const Warp& w) {
+  return sizeof(Number) == sizeof(u32) ? w : warp_of(w.index, w.count, keep_here(w.lane));
 }
 
 SEQCONV_DEVICE Matrix load_matrix(const u32* words, int lane) {
@@ -70,14 +82,14 @@ SEQCONV_DEVICE Factors<Number> load_factors(const u32* words, const Warp& w) {
     }
   return f;
 }
-// The same factors for every tile: kept as fp16 pairs, or loaded again for each as float32, which
-// would take 16 registers.
+// What every tile needs: kept in registers, or, where sums are float32 and twice as large, loaded
+// again each time.
 template <class Number, class Load>
 struct EveryTile {
   Load load;
-  Factors<Number> kept;
+  decltype(load()) kept;
   SEQCONV_DEVICE explicit EveryTile(Load l) : load(l), kept(l()) {}
-  SEQCONV_DEVICE Factors<Number> operator()() const {
+  SEQCONV_DEVICE auto operator()() const {
     if (sizeof(Number) == sizeof(u32)) return kept;
     keep_order();
     return load();
@@ -125,6 +137,22 @@ SEQCONV_DEVICE float team_max(float x, float* shared, Team team) {
   }
   return all;
 }
+// op(t, 8 numbers) for every piece of a row; plain rows by a loop of their own, half as long.
+template <class T, class Op>
+SEQCONV_DEVICE void each_piece(const Gated<T>& source, int n, Team team, Op op) {
+  float v[8];
+  if (source.plain) {
+    for (int t = team.rank * 8; t < n; t += team.size * 8) {
+      to_floats<T>(source.plain_piece(t), v);
+      op(t, v);
+    }
+    return;
+  }
+  for (int t = team.rank * 8; t < n; t += team.size * 8) {
+    source.piece(t, v);
+    op(t, v);
+  }
+}
 // The row, scaled, into plane.im as it lies; returns the exponent that undoes the scaling. It is
 // read twice, the second time out of the cache: kept in registers, it would push out other things.
 template <class T>
@@ -134,25 +162,21 @@ SEQCONV_DEVICE int stage(const HalfPlane& plane, int n, const Gated<T>& source, 
   float largest = 0.f;
   const auto measure = [&](float x) { largest = fmaxf(largest, fabsf(x)); };
   if (in_pieces) {
-    for (int t = team.rank * 8; t < n; t += team.size * 8) {
-      float v[8];
-      source.piece(t, v);
+    each_piece(source, n, team, [&](int, const float (&v)[8]) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) measure(v[i]);
-    }
+    });
   } else {
     for (int t = team.rank; t < n; t += team.size) measure(source(t));
   }
   const int exponent = exponent_above(team_max(largest, shared, team));
   const float scale = power_of_two(-exponent);
   if (in_pieces) {
-    for (int t = team.rank * 8; t < n; t += team.size * 8) {
-      float v[8];
-      source.piece(t, v);
+    each_piece(source, n, team, [&](int t, const float (&v)[8]) {
       const uint4 packed{pack(v[0] * scale, v[1] * scale), pack(v[2] * scale, v[3] * scale),
                          pack(v[4] * scale, v[5] * scale), pack(v[6] * scale, v[7] * scale)};
       store_shared((uint4*)(plane.im + half_at(t)), packed);
-    }
+    });
   } else {
     for (int t = 2 * team.rank; t < n; t += 2 * team.size)
       store_shared((u32*)(plane.im + half_at(t)), pack(source(t) * scale, source(t + 1) * scale));
@@ -191,43 +215,45 @@ SEQCONV_DEVICE OuterPass outer_pass(const Transform& t, int d) {
   return {words, radix, span, blocks, groups, (span * 16 + groups - 1) / groups, full};
 }
 // A row of a tile: result p (or input i) of a group of columns, a group that no tile has where
-// there is no such row. The last two are what it adds to a place.
+// there is no such row.
 struct TileRow {
-  int p, group, tile, base;
+  int p, group;
 };
 SEQCONV_DEVICE TileRow tile_row(const OuterPass& pass, int row) {
   const int group = row / pass.radix, p = group < pass.groups ? row - group * pass.radix : 0;
-  const int tile = p * pass.span;
-  return {p, group < pass.groups ? group : 1 << 24, tile, kTileHalves * tile};
+  return {p, group < pass.groups ? group : 1 << 24};
 }
-struct Spot {
-  int time;  // or -1
-  HalfRow row;
+// A row's 16 columns in the plane's order.
+struct Line {
+  int time;
+  bool real;
 };
 // One of the pass's tiles: the first 256 points of its block, its first group of 16 columns, and
 // how many there are.
 struct Tile {
-  int first, columns, limit;
+  int first, columns, span;
   bool full;
 
   SEQCONV_DEVICE Tile(const OuterPass& pass, const Divisor& by_tiles, int index) {
     const int block = pass.blocks == 1 ? 0 : by_tiles.quotient(index);
     first = block * pass.radix * pass.span;
     columns = (index - block * pass.tiles) * pass.groups;
-    limit = pass.span * 16;
+    span = pass.span;
     full = pass.full;
   }
-  SEQCONV_DEVICE bool has(const TileRow& row) const { return full || columns + row.group < limit; }
+  SEQCONV_DEVICE bool has(const TileRow& row) const {
+    return full || columns + row.group < 16 * span;
+  }
   // The row's group of 16 columns; the first where there are no more.
   SEQCONV_DEVICE int group(const TileRow& row) const {
     return has(row) ? columns + row.group : columns;
   }
   SEQCONV_DEVICE HalfRow place(const TileRow& row) const {
-    const int c = group(row), tile = first + row.tile + (c >> 4);
-    return HalfRow(c, row.base + kTileHalves * first + 8 * (tile >> 4));
+    const int c = group(row), tile = row.p * span, at = first + tile + (c >> 4);
+    return HalfRow(c, kTileHalves * tile + kTileHalves * first + 8 * (at >> 4));
   }
-  SEQCONV_DEVICE Spot spot(const TileRow& row) const {
-    return {has(row) ? (first + row.tile) * 256 + group(row) * 16 : -1, place(row)};
+  SEQCONV_DEVICE Line line(const TileRow& row) const {
+    return {(first + row.p * span) * 256 + group(row) * 16, has(row)};
   }
 };
 
@@ -248,7 +274,8 @@ SEQCONV_DEVICE void store_tile(const HalfPlane& plane, const Tile& at, const Til
 }
 
 template <class Number, bool kReal>
-SEQCONV_DEVICE void outer_forward(const HalfPlane& plane, const OuterPass& pass, const Warp& w) {
+SEQCONV_DEVICE void outer_forward(const HalfPlane& plane, const OuterPass& pass, const Warp& all) {
+  const Warp w = for_part<Number>(all);
   const Matrix f = pass.matrix(false, w.lane);
   const TileRow loaded = tile_row(pass, w.lane & 15);
   const TileRow rows[2] = {tile_row(pass, w.group), tile_row(pass, w.group + 8)};
@@ -295,9 +322,10 @@ SEQCONV_DEVICE void outer_forward(const HalfPlane& plane, const OuterPass& pass,
 // The mirror image; store(at, matrix, columns) takes the last product: to the plane, or as real
 // numbers out of it.
 template <class Number, class Store>
-SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass, const Warp& w,
+SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass, const Warp& all,
                                   Store store) {
-  const Matrix f = pass.matrix(true, w.lane);
+  const Warp w = for_part<Number>(all);
+  const auto matrix = every_tile<Number>([&] { return pass.matrix(true, w.lane); });
   const TileRow loaded = tile_row(pass, w.lane & 15);
   TileRow rows[2]
               [2];  // of a right operand: 2 thread and 2 thread + 1, and 8 below, in column `group`
@@ -312,8 +340,8 @@ SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass,
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int j = 0; j < 2; ++j)
-        factors.set(j, half, pass.column_factor(rows[half][0].p, 8 * j + w.group),
-                    pass.column_factor(rows[half][1].p, 8 * j + w.group));
+        factors.set(j, half, pass.column_factor(rows[half][0].p, in_time(8 * j + w.group)),
+                    pass.column_factor(rows[half][1].p, in_time(8 * j + w.group)));
     return factors;
   });
   const Divisor by_tiles(pass.tiles);
@@ -335,7 +363,7 @@ SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass,
     }
     multiply<true>(x, group);
     multiply<true>(x, column());
-    store(at, f, x);
+    store(at, matrix(), x);
   }
 }
 
@@ -416,7 +444,7 @@ template <class Number>
 SEQCONV_DEVICE void put_aside(const Transform& t, const HalfPlane& plane, u32* to, const Warp& w) {
   const u32* table = (const u32*)t.tables;
   const Matrix f = load_matrix(table, w.lane);
-  const auto twiddles = twiddles_of<Number>(table + kMatrixWords, w);
+  const auto twiddles = twiddles_of<Number>(table + 2 * kMatrixWords, w);
   for (int tile = w.index; tile < (int)t.n / 256; tile += w.count)
     store_result(to + tile * 64 * (int)sizeof(Number),
                  inner_forward<Number>(t, plane, tile, f, twiddles, w), w.lane);
@@ -426,57 +454,54 @@ SEQCONV_DEVICE void put_aside(const Transform& t, const HalfPlane& plane, u32* t
 template <class Number, class Twiddles>
 SEQCONV_DEVICE Columns inner_inverse(const Result<Number>& spectrum, const Matrix& f,
                                      const Twiddles& twiddles, const Warp& w) {
-  Result<Number> x = product<Number>(conj(f), transposed(to_operand(spectrum)));
+  Result<Number> x = product<Number>(f, transposed(to_operand(spectrum)));
   multiply<true>(x, twiddles());
   return transposed(to_operand(x));
 }
 
-// A tile of results out of the product's registers: through the tile's own place in the planes,
-// whose 16 bytes of fp16 hold 4 of them, so that every lane has 8 neighbours for the sink. Where
-// the lane's two rows of results lie, and the one that it passes on.
+// A tile of results out of the product's registers: with columns in the order of in_time, a lane
+// has 4 neighbours in each of two rows.
 template <class Sink>
-SEQCONV_DEVICE void emit(const HalfPlane& plane, const Pair (&v)[2][2], const Warp& w,
-                         const Spot& first, const Spot& second, const Spot& passed, Sink sink) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const Spot& spot = half == 0 ? first : second;
-    if (spot.time < 0) continue;
-    Pair* place = (Pair*)(w.thread < 2 ? plane.re : plane.im) + (w.thread & 1);
-#pragma unroll
-    for (int j = 0; j < 2; ++j) store_shared(place + spot.row.at(j) / 4, v[j][half]);
+SEQCONV_DEVICE void emit(const Pair (&v)[2][2], const Warp& w, const Line& first,
+                         const Line& second, const Sink& sink) {
+  if (sink.is_plain()) {
+    if (first.real) sink.plain(first.time + 4 * w.thread, v[0][0], v[1][0]);
+    if (second.real) sink.plain(second.time + 4 * w.thread, v[0][1], v[1][1]);
+    return;
   }
-  sync_warp();
-  if (passed.time >= 0) {
-    const int half = w.lane & 1, place = passed.row.at(half);
-    sink(passed.time + 8 * half, (const float*)(plane.re + place),
-         (const float*)(plane.im + place));
-  }
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half)
+    if (half == 0 ? first.real : second.real)
+      sink((half == 0 ? first.time : second.time) + 4 * w.thread, half == 0 ? v[0][0] : v[0][1],
+           half == 0 ? v[1][0] : v[1][1]);
 }
 
 // Everything from the innermost 256 points on: `spectra(tile, f, twiddles)` gives the product with
-// the kernel; the sink takes 8 results from time t on, 4 and 4 in shared memory. What a loop needs
+// the kernel; the sink takes 4 results from time t on. What a loop needs
 // is made for it alone, the sink at the end: kept any longer, it would cost the others registers.
 template <class Number, class Spectra, class MakeSink>
-SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, const Warp& w,
+SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, const Warp& all,
                                    Spectra spectra, MakeSink make_sink) {
+  const Warp w = for_part<Number>(all);
   const int outer = (int)t.count - 2, tiles = (int)t.n / 256;
   const u32* table = (const u32*)t.tables;
   {
     const Matrix f = load_matrix(table, w.lane);
-    const auto there = twiddles_of<Number>(table + kMatrixWords, w),
-               back = twiddles_of<Number>(table + kMatrixWords + 512, w);
+    const auto back_in_time =
+        every_tile<Number>([&] { return load_matrix(table + kMatrixWords, w.lane); });
+    const auto there = twiddles_of<Number>(table + 2 * kMatrixWords, w),
+               back = twiddles_of<Number>(table + 2 * kMatrixWords + 512, w);
     for (int tile = w.index; tile < tiles; tile += w.count) {
-      const Columns x = inner_inverse<Number>(spectra(tile, f, there), f, back, w);
-      sync_warp();
+      const Columns x = inner_inverse<Number>(spectra(tile, f, there), back_in_time(), back, w);
       if (outer == 0) {
         const Warp own = warp_of(w.index, w.count, keep_here(w.lane));
         Pair v[2][2];
         real_product(v, load_matrix(table + kInnerWords + kMatrixWords, own.lane), x);
-        const auto spot = [](int row) { return Spot{16 * row, HalfRow(row, 0)}; };
-        emit(plane, v, own, spot(own.group), spot(own.group + 8), spot(own.lane >> 1), make_sink());
+        emit(v, own, {own.group * 16, true}, {(own.group + 8) * 16, true}, make_sink());
         continue;
       }
-      const Result<Number> y = product<Number>(conj(f), x);
+      sync_warp();
+      const Result<Number> y = product<Number, true>(f, x);
 #pragma unroll
       for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -501,12 +526,11 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
   if (outer == 0) return;
   const OuterPass pass = outer_pass(t, 0);
   const TileRow first = tile_row(pass, w.group), second = tile_row(pass, w.group + 8);
-  const TileRow passed = tile_row(pass, w.lane >> 1);
   const auto sink = make_sink();
   outer_inverse<Number>(plane, pass, w, [&](const Tile& at, const Matrix& m, const Columns& x) {
     Pair v[2][2];
     real_product(v, m, x);
-    emit(plane, v, w, at.spot(first), at.spot(second), at.spot(passed), sink);
+    emit(v, w, at.line(first), at.line(second), sink);
   });
   sync_block();
 }

@@ -28,53 +28,40 @@ SEQCONV_DEVICE TensorShared tensor_shared(const Args& a, const Transform& t, con
           largest + w.slot * (w.team.size / 32)};
 }
 
-// Takes 8 results from shared memory. A plain row (no gates, no activation, neighbours in memory)
-// needs its address alone, which stays in a register; everything else is made anew each time by
-// `make`.
-struct alignas(16) Quad {
-  float at[4];
-};
+// Takes 4 results. A plain row (no gates, no activation, neighbours in memory, of which 4 lie
+// wholly inside or outside of the row) needs its address alone, which stays in a register;
+// everything else is made anew each time by `make`.
 template <class T, class Make>
 struct Results {
-  T* plain;  // or null
+  T* row;  // or null
   int begin, end;
   float scale;
   Make make;
 
-  SEQCONV_DEVICE void operator()(int t, const float* low, const float* high) const {
-    const bool whole = t >= begin && t + 8 <= end;
-    if (plain != nullptr && !whole && (t + 8 <= begin || t >= end)) return;
-    if (plain != nullptr && whole) {
-      Eight<T> out;
-      float v[8];
-      load(low, high, v);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) from_float(out.at[i], v[i]);
-      *(Eight<T>*)(plain + t) = out;
-      return;
-    }
-    const auto sink = make();
-    if (sink.fits(t)) {
-      float v[8];
-      load(low, high, v);
-      sink.piece(t, v);
-      return;
-    }
-#pragma unroll 1
-    for (int i = 0; i < 8; ++i)
-      sink(t + i, c32{load_shared((i < 4 ? low : high) + (i & 3)) * scale, 0.f});
+  SEQCONV_DEVICE bool is_plain() const { return row != nullptr; }
+  SEQCONV_DEVICE void plain(int t, Pair low, Pair high) const {
+    if (t < begin || t >= end) return;
+    Four<T> out;
+    from_float(out.at[0], low.x * scale);
+    from_float(out.at[1], low.y * scale);
+    from_float(out.at[2], high.x * scale);
+    from_float(out.at[3], high.y * scale);
+    *(Four<T>*)(row + t) = out;
   }
-  SEQCONV_DEVICE void load(const float* low, const float* high, float (&v)[8]) const {
-    const Quad a = load_shared((const Quad*)low), b = load_shared((const Quad*)high);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = (i < 4 ? a.at[i & 3] : b.at[i & 3]) * scale;
+  SEQCONV_DEVICE void operator()(int t, Pair low, Pair high) const {
+    const auto sink = make();
+    const float v[4] = {low.x * scale, low.y * scale, high.x * scale, high.y * scale};
+    if (sink.fits(t)) return sink.piece(t, v);
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i)
+      sink(t + i, c32{i < 2 ? (i == 0 ? v[0] : v[1]) : (i == 2 ? v[2] : v[3]), 0.f});
   }
 };
 template <class T, class Make>
 SEQCONV_DEVICE Results<T, Make> results(T* row, i64 step, bool is_plain, const Place& p,
                                         float scale, Make make) {
-  T* plain = is_plain && row != nullptr && aligned(row, step, 16) ? row : nullptr;
-  return {plain, p.begin, p.end, scale, make};
+  const bool whole = p.begin % 4 == 0 && p.end % 4 == 0 && aligned(row, step, 8);
+  return {is_plain && whole ? row : nullptr, p.begin, p.end, scale, make};
 }
 
 template <class T, class Number, class Known = AnyTransform>
@@ -105,7 +92,8 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
             const Place p = place(a, work_, first);
             return results(shifted<T>(a.y, p, head), a.y.time, is_plain, inside(a, p),
                            power_of_two(exponent) * a.scales[kernel_row(a, work_, head)], [&] {
-                             return Sinks<T>::output(a, inside(a, place(a, work_, first)), head);
+                             return Sinks<T>::output(
+                                 a, inside(a, place(a, work_, keep_here(first))), head);
                            });
           });
     }
@@ -170,9 +158,10 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
         },
         [&] {
           const Place p = place(a, work_, first);
-          return results(shifted<T>(a.du, p, 0), a.du.time, is_plain, inside(a, p),
-                         up_g * a.scales[kernel_row(a, work_, 0)],
-                         [&] { return input_gradient<T>(a, inside(a, place(a, work_, first))); });
+          return results(
+              shifted<T>(a.du, p, 0), a.du.time, is_plain, inside(a, p),
+              up_g * a.scales[kernel_row(a, work_, 0)],
+              [&] { return input_gradient<T>(a, inside(a, place(a, work_, keep_here(first)))); });
         });
   }
 }

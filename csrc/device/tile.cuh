@@ -43,11 +43,6 @@ SEQCONV_DEVICE Matrix to_operand(const Result<Number>& x) {
 SEQCONV_DEVICE Columns transposed(const Matrix& m) {
   return {{{m.re[0], m.re[2]}, {m.re[1], m.re[3]}}, {{m.im[0], m.im[2]}, {m.im[1], m.im[3]}}};
 }
-SEQCONV_DEVICE Matrix conj(Matrix m) {
-#pragma unroll
-  for (int q = 0; q < 4; ++q) m.im[q] = negate2(m.im[q]);
-  return m;
-}
 
 template <class Number>
 SEQCONV_DEVICE void clear(Number (&x)[2][2]) {
@@ -55,8 +50,8 @@ SEQCONV_DEVICE void clear(Number (&x)[2][2]) {
   for (int j = 0; j < 2; ++j) x[j][0] = x[j][1] = Number{};
 }
 
-// a x
-template <class Number>
+// a x, or conj(a) x
+template <class Number, bool kConj = false>
 SEQCONV_DEVICE Result<Number> product(const Matrix& a, const Columns& x) {
   Result<Number> d;
   clear(d.re);
@@ -65,8 +60,9 @@ SEQCONV_DEVICE Result<Number> product(const Matrix& a, const Columns& x) {
   for (int j = 0; j < 2; ++j) {
     mma(d.re[j], a.re, x.re[j][0], x.re[j][1]);
     mma(d.im[j], a.re, x.im[j][0], x.im[j][1]);
-    mma(d.im[j], a.im, x.re[j][0], x.re[j][1]);
-    mma(d.re[j], a.im, negate2(x.im[j][0]), negate2(x.im[j][1]));
+    const u32(&direct)[2] = kConj ? x.im[j] : x.re[j], (&turned)[2] = kConj ? x.re[j] : x.im[j];
+    mma(kConj ? d.re[j] : d.im[j], a.im, direct[0], direct[1]);
+    mma(kConj ? d.im[j] : d.re[j], a.im, negate2(turned[0]), negate2(turned[1]));
   }
   return d;
 }

@@ -8,6 +8,8 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
+from seqconv._cuda.kernels import FIXED
+
 RADICES = (2, 3, 4, 5, 8, 16)  # butterflies that exist
 LAST = 16  # the last radix of every transform
 INNER = 256  # points that the tensor cores keep in registers
@@ -23,10 +25,11 @@ LAUNCH = 3e-6  # seconds
 # and the last pass, the middle one there and back, reading and writing; then every other pass.
 RADIX_ENDS, RADIX_PASS = 100, 49
 # Tensor cores, for a tile of 256 points: reading and the inner 256 points, the first outer pass with
-# writing, every other outer pass, writing where there is no outer pass; sums in float32 cost more.
-TENSOR_INNER, TENSOR_FIRST, TENSOR_PASS, TENSOR_WRITE, TENSOR_ACCURATE = 270, 355, 310, 185, 1.35
-# And for every warp of a row once: addresses, and the matrices and twiddles of each outer pass.
-TENSOR_ROW, TENSOR_SETUP = 150, 500
+# writing, every other outer pass; and for every warp of a row, for each outer pass: addresses, matrices and
+# twiddles. In kernels for any length and in those that know theirs. Sums in float32 cost more.
+TENSOR_ANY, TENSOR_KNOWN, TENSOR_ACCURATE = (243, 266, 312, 500), (228, 205, 203, 260), 1.35
+# Writing a tile where there is no outer pass; and what every warp of a row does besides.
+TENSOR_WRITE, TENSOR_ROW = 150, 150
 BUSY, FULL = 8, 16  # warps that keep a multiprocessor busy; as many as there are registers for
 
 
@@ -239,9 +242,11 @@ def _instructions(
     if engine == "radix":
         return n * (RADIX_ENDS + RADIX_PASS * (len(radices) - 2)) / 32
     outer = len(radices) - 2
-    tile = TENSOR_INNER + (TENSOR_FIRST + TENSOR_PASS * (outer - 1) if outer else TENSOR_WRITE)
+    known = problem.fast and n in FIXED
+    inner, first, other, setup = TENSOR_KNOWN if known else TENSOR_ANY
+    tile = inner + (first + other * (outer - 1) if outer else TENSOR_WRITE)
     tiles = n / INNER * tile * (1 if problem.fast else TENSOR_ACCURATE)
-    return tiles + threads / 32 * (TENSOR_ROW + TENSOR_SETUP * outer)
+    return tiles + threads / 32 * (TENSOR_ROW + setup * outer)
 
 
 def _seconds(

@@ -90,7 +90,9 @@ def build_tensor(n: int, radices: tuple[int, ...]) -> Tensor:
     inner = _roots(torch.arange(16)[:, None] * torch.arange(16), 256)
     if not outer:  # the first of the two inner passes takes the row itself
         inner = inner * _roots(-torch.arange(16), 4 * n)
-    words = [_operand(_dft(16) * SCALES[16][0]), _words(inner), _words(inner.T)]
+    matrix, back = _dft(16) * SCALES[16][0], _dft(16).conj() * SCALES[16][1]
+    order = [4 * (i // 2 % 4) + 2 * (i // 8) + i % 2 for i in range(16)]  # tensor.cuh's in_time
+    words = [_operand(matrix), _operand(back[order]), _words(inner), _words(inner.T[order])]
     block = n
     for d, radix in enumerate(outer or (16,)):
         matrix = _dft(radix)
