@@ -490,7 +490,7 @@ def test_real_bindings_and_machine_code(library, tmp_path):
     subprocess.run(command, check=True)
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     # NVRTC itself looks for a driver and would take this one: compiled without it, found as prebuilt.
-    needed = "^(spectrum|taps_gradient|(tensor_)?(for|back)ward_(f32|bf16|bf16_fast))$"
+    needed = "^(spectrum|taps_gradient|(tensor_)?(for|back)ward_(f32|bf16|bf16_fast_1024))$"
     folder = tmp_path / "cubins"
     asked = ["--arch", "sm_90", "--out", str(folder), "--kernels", needed]
     subprocess.run(

@@ -58,11 +58,10 @@ SEQCONV_DEVICE Warp warp_of(Team team) {
   return warp_of(team.rank >> 5, team.size >> 5, team.rank & 31);
 }
 
-// The same, for a part of the kernel: what depends on the lane is computed there, where sums in
-// float32 leave no registers to keep it.
-template <class Number>
+// The same, for one part of the kernel: what follows from the lane is computed there, and needs no
+// registers through the others.
 SEQCONV_DEVICE Warp for_part(const Warp& w) {
-  return sizeof(Number) == sizeof(u32) ? w : warp_of(w.index, w.count, keep_here(w.lane));
+  return warp_of(w.index, w.count, keep_here(w.lane) & 31);  // below 32 to the compiler, too
 }
 
 SEQCONV_DEVICE Matrix load_matrix(const u32* words, int lane) {
@@ -275,7 +274,7 @@ SEQCONV_DEVICE void store_tile(const HalfPlane& plane, const Tile& at, const Til
 
 template <class Number, bool kReal>
 SEQCONV_DEVICE void outer_forward(const HalfPlane& plane, const OuterPass& pass, const Warp& all) {
-  const Warp w = for_part<Number>(all);
+  const Warp w = for_part(all);
   const Matrix f = pass.matrix(false, w.lane);
   const TileRow loaded = tile_row(pass, w.lane & 15);
   const TileRow rows[2] = {tile_row(pass, w.group), tile_row(pass, w.group + 8)};
@@ -324,7 +323,7 @@ SEQCONV_DEVICE void outer_forward(const HalfPlane& plane, const OuterPass& pass,
 template <class Number, class Store>
 SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass, const Warp& all,
                                   Store store) {
-  const Warp w = for_part<Number>(all);
+  const Warp w = for_part(all);
   const auto matrix = every_tile<Number>([&] { return pass.matrix(true, w.lane); });
   const TileRow loaded = tile_row(pass, w.lane & 15);
   TileRow rows[2]
@@ -482,7 +481,7 @@ SEQCONV_DEVICE void emit(const Pair (&v)[2][2], const Warp& w, const Line& first
 template <class Number, class Spectra, class MakeSink>
 SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, const Warp& all,
                                    Spectra spectra, MakeSink make_sink) {
-  const Warp w = for_part<Number>(all);
+  const Warp w = for_part(all);
   const int outer = (int)t.count - 2, tiles = (int)t.n / 256;
   const u32* table = (const u32*)t.tables;
   {
@@ -494,7 +493,7 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
     for (int tile = w.index; tile < tiles; tile += w.count) {
       const Columns x = inner_inverse<Number>(spectra(tile, f, there), back_in_time(), back, w);
       if (outer == 0) {
-        const Warp own = warp_of(w.index, w.count, keep_here(w.lane));
+        const Warp own = for_part(w);
         Pair v[2][2];
         real_product(v, load_matrix(table + kInnerWords + kMatrixWords, own.lane), x);
         emit(v, own, {own.group * 16, true}, {(own.group + 8) * 16, true}, make_sink());
