@@ -261,7 +261,7 @@ SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
   const Plane sum{a.heads > 1 ? x.data + stride : g.data};
   for (int first = w.first; first < w.last; first += (int)a.slots) {
     // made where they are needed: kept, they would cost the butterflies their registers
-    const auto whole = [&] { return place(a, w, first); };
+    const auto whole = [&] { return place(a, w, keep_here(first)); };
     const auto outputs = [&] { return inside(a, whole()); };
     const bool begins = first == w.first;
     for (int signal = with_dk ? -1 : 0; signal < (int)a.heads;
