@@ -243,21 +243,6 @@ struct Output {
     if (dpost != nullptr) from_float(dpost[t * dpost_step], g * activate(z.re, activation));
     if (wide != nullptr) wide[t] = g * gate * slope(z.re, activation);
   }
-  // Whether the 4 from t on can be written at once.
-  SEQCONV_DEVICE bool fits(int t) const {
-    return dy == nullptr && t >= begin && t + 4 <= end && aligned(y + t, y_step, 8) &&
-           aligned(post == nullptr ? post : post + t, post_step, 8);
-  }
-  SEQCONV_DEVICE void piece(int t, const float (&v)[4]) const {
-    Four<T> out, gate{};
-    if (post != nullptr) gate = *(const Four<T>*)(post + t);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float value = activate(v[i], activation);
-      from_float(out.at[i], post == nullptr ? value : value * to_float(gate.at[i]));
-    }
-    *(Four<T>*)(y + t) = out;
-  }
 };
 template <>
 struct Output<c32> {
@@ -316,18 +301,6 @@ struct InputGradient {
     if (du != nullptr)
       from_float(du[t * du_step], pre == nullptr ? z.re : z.re * to_float(pre[t * pre_step]));
     if (dpre != nullptr) from_float(dpre[t * dpre_step], z.re * to_float(u[t * u_step]));
-  }
-  SEQCONV_DEVICE bool fits(int t) const {
-    return du != nullptr && dpre == nullptr && t >= begin && t + 4 <= end &&
-           aligned(du + t, du_step, 8) && aligned(pre == nullptr ? pre : pre + t, pre_step, 8);
-  }
-  SEQCONV_DEVICE void piece(int t, const float (&v)[4]) const {
-    Four<T> out, gate{};
-    if (pre != nullptr) gate = *(const Four<T>*)(pre + t);
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      from_float(out.at[i], pre == nullptr ? v[i] : v[i] * to_float(gate.at[i]));
-    *(Four<T>*)(du + t) = out;
   }
 };
 template <>

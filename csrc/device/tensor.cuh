@@ -462,17 +462,22 @@ SEQCONV_DEVICE Columns inner_inverse(const Result<Number>& spectrum, const Matri
 // has 4 neighbours in each of two rows.
 template <class Sink>
 SEQCONV_DEVICE void emit(const Pair (&v)[2][2], const Warp& w, const Line& first,
-                         const Line& second, const Sink& sink) {
-  if (sink.is_plain()) {
-    if (first.real) sink.plain(first.time + 4 * w.thread, v[0][0], v[1][0]);
-    if (second.real) sink.plain(second.time + 4 * w.thread, v[0][1], v[1][1]);
+                         const Line& second, const Sink& sink, bool plain) {
+  if (plain) {
+    if (first.real) sink.plain_four(first.time + 4 * w.thread, v[0][0], v[1][0]);
+    if (second.real) sink.plain_four(second.time + 4 * w.thread, v[0][1], v[1][1]);
+    return;
+  }
+  if (sink.in_fours) {
+    if (first.real) sink.four(first.time + 4 * w.thread, v[0][0], v[1][0]);
+    if (second.real) sink.four(second.time + 4 * w.thread, v[0][1], v[1][1]);
     return;
   }
 #pragma unroll 1
   for (int half = 0; half < 2; ++half)
     if (half == 0 ? first.real : second.real)
-      sink((half == 0 ? first.time : second.time) + 4 * w.thread, half == 0 ? v[0][0] : v[0][1],
-           half == 0 ? v[1][0] : v[1][1]);
+      sink.one_by_one((half == 0 ? first.time : second.time) + 4 * w.thread,
+                      half == 0 ? v[0][0] : v[0][1], half == 0 ? v[1][0] : v[1][1]);
 }
 
 // Everything from the innermost 256 points on: `spectra(tile, f, twiddles)` gives the product with
@@ -496,7 +501,8 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
         const Warp own = for_part(w);
         Pair v[2][2];
         real_product(v, load_matrix(table + kInnerWords + kMatrixWords, own.lane), x);
-        emit(v, own, {own.group * 16, true}, {(own.group + 8) * 16, true}, make_sink());
+        const auto sink = make_sink();
+        emit(v, own, {own.group * 16, true}, {(own.group + 8) * 16, true}, sink, sink.plain());
         continue;
       }
       sync_warp();
@@ -526,10 +532,11 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
   const OuterPass pass = outer_pass(t, 0);
   const TileRow first = tile_row(pass, w.group), second = tile_row(pass, w.group + 8);
   const auto sink = make_sink();
+  const bool plain = sink.plain();
   outer_inverse<Number>(plane, pass, w, [&](const Tile& at, const Matrix& m, const Columns& x) {
     Pair v[2][2];
     real_product(v, m, x);
-    emit(v, w, at.line(first), at.line(second), sink);
+    emit(v, w, at.line(first), at.line(second), sink, plain);
   });
   sync_block();
 }

@@ -28,41 +28,77 @@ SEQCONV_DEVICE TensorShared tensor_shared(const Args& a, const Transform& t, con
           largest + w.slot * (w.team.size / 32)};
 }
 
-// Takes 4 results. A plain row (no gates, no activation, neighbours in memory, of which 4 lie
-// wholly inside or outside of the row) needs its address alone, which stays in a register;
-// everything else is made anew each time by `make`.
-template <class T, class Make>
+// A row of results that is written, and what it is multiplied by, or null.
+template <class T>
+struct Product {
+  T* to;
+  const T* by;
+
+  SEQCONV_DEVICE void four(int t, const float (&v)[4]) const {
+    Four<T> out, factor{};
+    if (by != nullptr) factor = *(const Four<T>*)(by + t);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      from_float(out.at[i], by == nullptr ? v[i] : v[i] * to_float(factor.at[i]));
+    *(Four<T>*)(to + t) = out;
+  }
+};
+template <class T>
+SEQCONV_DEVICE Product<T> product_of(const Tensor& to, const Tensor& by, const Place& p, i64 head) {
+  T* row = shifted<T>(to, p, head);
+  return {row, row == nullptr ? nullptr : shifted<T>(by, p, head)};
+}
+template <class T>
+SEQCONV_DEVICE bool in_fours(const Product<T>& p, const Tensor& to, const Tensor& by) {
+  return aligned(p.to, to.time, 8) && aligned(p.by, by.time, 8);
+}
+
+// Takes 4 results. Rows of which 4 neighbours lie wholly inside or outside, and well in memory,
+// need addresses alone, which stay in registers; everything else is made anew each time by `make`.
+template <class T, int kProducts, class Make>
 struct Results {
-  T* row;  // or null
+  Product<T> products[kProducts];
+  i64 activation;
   int begin, end;
   float scale;
+  bool in_fours;
   Make make;
 
-  SEQCONV_DEVICE bool is_plain() const { return row != nullptr; }
-  SEQCONV_DEVICE void plain(int t, Pair low, Pair high) const {
+  // Nothing but the convolution itself: half the instructions.
+  SEQCONV_DEVICE bool plain() const {
+    return in_fours && activation == kNone && products[0].to != nullptr &&
+           products[0].by == nullptr && (kProducts == 1 || products[kProducts - 1].to == nullptr);
+  }
+  SEQCONV_DEVICE void plain_four(int t, Pair low, Pair high) const {
     if (t < begin || t >= end) return;
     Four<T> out;
     from_float(out.at[0], low.x * scale);
     from_float(out.at[1], low.y * scale);
     from_float(out.at[2], high.x * scale);
     from_float(out.at[3], high.y * scale);
-    *(Four<T>*)(row + t) = out;
+    *(Four<T>*)(products[0].to + t) = out;
   }
-  SEQCONV_DEVICE void operator()(int t, Pair low, Pair high) const {
+  SEQCONV_DEVICE void four(int t, Pair low, Pair high) const {
+    if (t < begin || t >= end) return;
+    float v[4] = {low.x * scale, low.y * scale, high.x * scale, high.y * scale};
+    if (activation != kNone) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = activate(v[i], activation);
+    }
+#pragma unroll
+    for (int i = 0; i < kProducts; ++i)
+      if (products[i].to != nullptr) products[i].four(t, v);
+  }
+  SEQCONV_DEVICE void one_by_one(int t, Pair low, Pair high) const {
     const auto sink = make();
-    const float v[4] = {low.x * scale, low.y * scale, high.x * scale, high.y * scale};
-    if (sink.fits(t)) return sink.piece(t, v);
 #pragma unroll 1
-    for (int i = 0; i < 4; ++i)
-      sink(t + i, c32{i < 2 ? (i == 0 ? v[0] : v[1]) : (i == 2 ? v[2] : v[3]), 0.f});
+    for (int i = 0; i < 4; ++i) {
+      const float v = i < 2 ? (i == 0 ? low.x : low.y) : (i == 2 ? high.x : high.y);
+      sink(t + i, c32{v * scale, 0.f});
+    }
   }
 };
-template <class T, class Make>
-SEQCONV_DEVICE Results<T, Make> results(T* row, i64 step, bool is_plain, const Place& p,
-                                        float scale, Make make) {
-  const bool whole = p.begin % 4 == 0 && p.end % 4 == 0 && aligned(row, step, 8);
-  return {is_plain && whole ? row : nullptr, p.begin, p.end, scale, make};
-}
+SEQCONV_DEVICE bool ends_in_fours(const Place& p) { return p.begin % 4 == 0 && p.end % 4 == 0; }
 
 template <class T, class Number, class Known = AnyTransform>
 SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
@@ -71,8 +107,6 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
   const Transform t = Known::of(a.transform);
   const TensorShared s = tensor_shared(a, t, work_, shared, a.heads > 1 ? 2 : 1);
   const HalfPlane x = s.x, v = s.g;
-  const bool is_plain =
-      a.activation == kNone && a.post_gate.data == nullptr && a.dy.data == nullptr;
   for (int first = work_.first; first < work_.last; first += (int)a.slots) {
     const int exponent =
         stage(x, (int)t.n, input<T>(a, place(a, work_, first)), s.largest, work_.team);
@@ -89,12 +123,22 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
             return z;
           },
           [&] {
-            const Place p = place(a, work_, first);
-            return results(shifted<T>(a.y, p, head), a.y.time, is_plain, inside(a, p),
-                           power_of_two(exponent) * a.scales[kernel_row(a, work_, head)], [&] {
-                             return Sinks<T>::output(
-                                 a, inside(a, place(a, work_, keep_here(first))), head);
-                           });
+            const Place p = inside(a, place(a, work_, first));
+            const bool is_gradient = a.dy.data != nullptr;  // of post_gate
+            const Tensor &to = is_gradient ? a.dpost_gate : a.y,
+                         &by = is_gradient ? a.dy : a.post_gate;
+            const Product<T> y = product_of<T>(to, by, p, head);
+            const auto make = [&] {
+              return Sinks<T>::output(a, inside(a, place(a, work_, keep_here(first))), head);
+            };
+            return Results<T, 1, decltype(make)>{
+                {y},
+                a.activation,
+                p.begin,
+                p.end,
+                power_of_two(exponent) * a.scales[kernel_row(a, work_, head)],
+                a.wide == nullptr && ends_in_fours(p) && in_fours(y, to, by),
+                make};
           });
     }
   }
@@ -112,7 +156,6 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
   const TensorShared s = tensor_shared(a, t, work_, shared, with_dk && a.work == nullptr ? 2 : 1);
   const int sums = sums_row(a, work_, 0);
   const auto aside = [&](i64 at) { return (u32*)a.work + at * (sizeof(Number) / 4); };
-  const bool is_plain = a.pre_gate.data == nullptr && a.dpre_gate.data == nullptr;
   for (int first = work_.first; first < work_.last; first += (int)a.slots) {
     const bool begins = first == work_.first;
     float up_x = 1.f, up_g = 1.f;  // what undoes the scaling of x and dv
@@ -157,11 +200,20 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
           return z;
         },
         [&] {
-          const Place p = place(a, work_, first);
-          return results(
-              shifted<T>(a.du, p, 0), a.du.time, is_plain, inside(a, p),
-              up_g * a.scales[kernel_row(a, work_, 0)],
-              [&] { return input_gradient<T>(a, inside(a, place(a, work_, keep_here(first)))); });
+          const Place p = inside(a, place(a, work_, first));
+          const Product<T> du = product_of<T>(a.du, a.pre_gate, p, 0),
+                           dpre = product_of<T>(a.dpre_gate, a.u, p, 0);
+          const auto make = [&] {
+            return input_gradient<T>(a, inside(a, place(a, work_, keep_here(first))));
+          };
+          return Results<T, 2, decltype(make)>{{du, dpre},
+                                               kNone,
+                                               p.begin,
+                                               p.end,
+                                               up_g * a.scales[kernel_row(a, work_, 0)],
+                                               ends_in_fours(p) && in_fours(du, a.du, a.pre_gate) &&
+                                                   in_fours(dpre, a.dpre_gate, a.u),
+                                               make};
         });
   }
 }
