@@ -58,6 +58,8 @@ SEQCONV_DEVICE bool in_fours(const Product<T>& p, const Tensor& to, const Tensor
 template <class T, int kProducts, class Make>
 struct Results {
   Product<T> products[kProducts];
+  float* wide;    // or null: the gradient of what comes before the activation, of products[0].by
+  const T* gate;  // times this, or null
   i64 activation;
   int begin, end;
   float scale;
@@ -66,7 +68,7 @@ struct Results {
 
   // Nothing but the convolution itself: half the instructions.
   SEQCONV_DEVICE bool plain() const {
-    return in_fours && activation == kNone && products[0].to != nullptr &&
+    return in_fours && activation == kNone && wide == nullptr && products[0].to != nullptr &&
            products[0].by == nullptr && (kProducts == 1 || products[kProducts - 1].to == nullptr);
   }
   SEQCONV_DEVICE void plain_four(int t, Pair low, Pair high) const {
@@ -81,7 +83,19 @@ struct Results {
   SEQCONV_DEVICE void four(int t, Pair low, Pair high) const {
     if (t < begin || t >= end) return;
     float v[4] = {low.x * scale, low.y * scale, high.x * scale, high.y * scale};
-    if (activation != kNone) {
+    if (wide != nullptr) {
+      const Four<T> g = *(const Four<T>*)(products[0].by + t);
+      Four<T> factor{};
+      if (gate != nullptr) factor = *(const Four<T>*)(gate + t);
+      Four<float> out;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        out.at[i] = to_float(g.at[i]) * slope(v[i], activation);
+        if (gate != nullptr) out.at[i] *= to_float(factor.at[i]);
+      }
+      *(Four<float>*)(wide + t) = out;
+    }
+    if (activation != kNone && products[0].to != nullptr) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[i] = activate(v[i], activation);
     }
@@ -127,17 +141,24 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
             const bool is_gradient = a.dy.data != nullptr;  // of post_gate
             const Tensor &to = is_gradient ? a.dpost_gate : a.y,
                          &by = is_gradient ? a.dy : a.post_gate;
-            const Product<T> y = product_of<T>(to, by, p, head);
+            const Product<T> y{shifted<T>(to, p, head), shifted<T>(by, p, head)};
+            // Sums in float32 leave no registers for it.
+            constexpr bool kWide = sizeof(Number) == sizeof(u32);
+            float* wide = kWide && a.wide != nullptr ? a.wide + wide_row(a, p, head) : nullptr;
+            const T* gate = wide == nullptr ? nullptr : shifted<T>(a.post_gate, p, head);
             const auto make = [&] {
               return Sinks<T>::output(a, inside(a, place(a, work_, keep_here(first))), head);
             };
             return Results<T, 1, decltype(make)>{
                 {y},
+                wide,
+                gate,
                 a.activation,
                 p.begin,
                 p.end,
                 power_of_two(exponent) * a.scales[kernel_row(a, work_, head)],
-                a.wide == nullptr && ends_in_fours(p) && in_fours(y, to, by),
+                (kWide || a.wide == nullptr) && ends_in_fours(p) && in_fours(y, to, by) &&
+                    aligned(wide, 1, 16) && aligned(gate, a.post_gate.time, 8),
                 make};
           });
     }
@@ -207,6 +228,8 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
             return input_gradient<T>(a, inside(a, place(a, work_, keep_here(first))));
           };
           return Results<T, 2, decltype(make)>{{du, dpre},
+                                               nullptr,
+                                               nullptr,
                                                kNone,
                                                p.begin,
                                                p.end,
