@@ -462,22 +462,20 @@ SEQCONV_DEVICE Columns inner_inverse(const Result<Number>& spectrum, const Matri
 // has 4 neighbours in each of two rows.
 template <class Sink>
 SEQCONV_DEVICE void emit(const Pair (&v)[2][2], const Warp& w, const Line& first,
-                         const Line& second, const Sink& sink, bool plain) {
-  if (plain) {
-    if (first.real) sink.plain_four(first.time + 4 * w.thread, v[0][0], v[1][0]);
-    if (second.real) sink.plain_four(second.time + 4 * w.thread, v[0][1], v[1][1]);
-    return;
+                         const Line& second, const Sink& sink) {
+  const int times[2] = {first.time + 4 * w.thread, second.time + 4 * w.thread};
+  if (sink.row != nullptr) {
+    if (first.real) sink.plain(times[0], v[0][0], v[1][0]);
+    if (second.real) sink.plain(times[1], v[0][1], v[1][1]);
+  } else if (sink.fit) {
+    const auto to = sink.fours();
+    if (first.real) sink.at_once(to, times[0], v[0][0], v[1][0]);
+    if (second.real) sink.at_once(to, times[1], v[0][1], v[1][1]);
+  } else {
+    const auto to = sink.sink();
+    if (first.real) sink.one_by_one(to, times[0], v[0][0], v[1][0]);
+    if (second.real) sink.one_by_one(to, times[1], v[0][1], v[1][1]);
   }
-  if (sink.in_fours) {
-    if (first.real) sink.four(first.time + 4 * w.thread, v[0][0], v[1][0]);
-    if (second.real) sink.four(second.time + 4 * w.thread, v[0][1], v[1][1]);
-    return;
-  }
-#pragma unroll 1
-  for (int half = 0; half < 2; ++half)
-    if (half == 0 ? first.real : second.real)
-      sink.one_by_one((half == 0 ? first.time : second.time) + 4 * w.thread,
-                      half == 0 ? v[0][0] : v[0][1], half == 0 ? v[1][0] : v[1][1]);
 }
 
 // Everything from the innermost 256 points on: `spectra(tile, f, twiddles)` gives the product with
@@ -501,8 +499,7 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
         const Warp own = for_part(w);
         Pair v[2][2];
         real_product(v, load_matrix(table + kInnerWords + kMatrixWords, own.lane), x);
-        const auto sink = make_sink();
-        emit(v, own, {own.group * 16, true}, {(own.group + 8) * 16, true}, sink, sink.plain());
+        emit(v, own, {own.group * 16, true}, {(own.group + 8) * 16, true}, make_sink());
         continue;
       }
       sync_warp();
@@ -532,11 +529,10 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
   const OuterPass pass = outer_pass(t, 0);
   const TileRow first = tile_row(pass, w.group), second = tile_row(pass, w.group + 8);
   const auto sink = make_sink();
-  const bool plain = sink.plain();
   outer_inverse<Number>(plane, pass, w, [&](const Tile& at, const Matrix& m, const Columns& x) {
     Pair v[2][2];
     real_product(v, m, x);
-    emit(v, w, at.line(first), at.line(second), sink, plain);
+    emit(v, w, at.line(first), at.line(second), sink);
   });
   sync_block();
 }

@@ -45,44 +45,30 @@ struct Product {
 };
 template <class T>
 SEQCONV_DEVICE Product<T> product_of(const Tensor& to, const Tensor& by, const Place& p, i64 head) {
-  T* row = shifted<T>(to, p, head);
-  return {row, row == nullptr ? nullptr : shifted<T>(by, p, head)};
+  return {shifted<T>(to, p, head), to.data == nullptr ? nullptr : shifted<T>(by, p, head)};
 }
 template <class T>
-SEQCONV_DEVICE bool in_fours(const Product<T>& p, const Tensor& to, const Tensor& by) {
+SEQCONV_DEVICE bool well_placed(const Product<T>& p, const Tensor& to, const Tensor& by) {
   return aligned(p.to, to.time, 8) && aligned(p.by, by.time, 8);
 }
+SEQCONV_DEVICE bool ends_in_fours(const Place& p) { return p.begin % 4 == 0 && p.end % 4 == 0; }
 
-// Takes 4 results. Rows of which 4 neighbours lie wholly inside or outside, and well in memory,
-// need addresses alone, which stay in registers; everything else is made anew each time by `make`.
-template <class T, int kProducts, class Make>
-struct Results {
+// Where 4 neighbouring results go at once.
+template <class T, int kProducts>
+struct Fours {
+  bool fit;  // 4 neighbours lie wholly inside or outside of the row, and well in memory
   Product<T> products[kProducts];
   float* wide;    // or null: the gradient of what comes before the activation, of products[0].by
   const T* gate;  // times this, or null
   i64 activation;
-  int begin, end;
-  float scale;
-  bool in_fours;
-  Make make;
 
-  // Nothing but the convolution itself: half the instructions.
-  SEQCONV_DEVICE bool plain() const {
-    return in_fours && activation == kNone && wide == nullptr && products[0].to != nullptr &&
-           products[0].by == nullptr && (kProducts == 1 || products[kProducts - 1].to == nullptr);
+  // Where there is nothing but the convolution itself: half the instructions.
+  SEQCONV_DEVICE T* plain_row() const {
+    const bool alone = kProducts == 1 || products[kProducts - 1].to == nullptr;
+    const bool plain = products[0].by == nullptr && wide == nullptr && activation == kNone;
+    return fit && alone && plain ? products[0].to : nullptr;
   }
-  SEQCONV_DEVICE void plain_four(int t, Pair low, Pair high) const {
-    if (t < begin || t >= end) return;
-    Four<T> out;
-    from_float(out.at[0], low.x * scale);
-    from_float(out.at[1], low.y * scale);
-    from_float(out.at[2], high.x * scale);
-    from_float(out.at[3], high.y * scale);
-    *(Four<T>*)(products[0].to + t) = out;
-  }
-  SEQCONV_DEVICE void four(int t, Pair low, Pair high) const {
-    if (t < begin || t >= end) return;
-    float v[4] = {low.x * scale, low.y * scale, high.x * scale, high.y * scale};
+  SEQCONV_DEVICE void operator()(int t, float (&v)[4]) const {
     if (wide != nullptr) {
       const Four<T> g = *(const Four<T>*)(products[0].by + t);
       Four<T> factor{};
@@ -103,16 +89,49 @@ struct Results {
     for (int i = 0; i < kProducts; ++i)
       if (products[i].to != nullptr) products[i].four(t, v);
   }
-  SEQCONV_DEVICE void one_by_one(int t, Pair low, Pair high) const {
-    const auto sink = make();
+};
+
+// Takes 4 results. A plain row needs its address alone, which stays in a register; everything else
+// is made anew for each tile.
+template <class T, class MakeFours, class MakeSink>
+struct Results {
+  T* row;  // or null
+  bool fit;
+  int begin, end;
+  float scale;
+  MakeFours fours;
+  MakeSink sink;
+
+  SEQCONV_DEVICE void plain(int t, Pair low, Pair high) const {
+    if (t < begin || t >= end) return;
+    Four<T> out;
+    from_float(out.at[0], low.x * scale);
+    from_float(out.at[1], low.y * scale);
+    from_float(out.at[2], high.x * scale);
+    from_float(out.at[3], high.y * scale);
+    *(Four<T>*)(row + t) = out;
+  }
+  template <class To>
+  SEQCONV_DEVICE void at_once(const To& to, int t, Pair low, Pair high) const {
+    if (t < begin || t >= end) return;
+    float v[4] = {low.x * scale, low.y * scale, high.x * scale, high.y * scale};
+    to(t, v);
+  }
+  template <class To>
+  SEQCONV_DEVICE void one_by_one(const To& to, int t, Pair low, Pair high) const {
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
       const float v = i < 2 ? (i == 0 ? low.x : low.y) : (i == 2 ? high.x : high.y);
-      sink(t + i, c32{v * scale, 0.f});
+      to(t + i, c32{v * scale, 0.f});
     }
   }
 };
-SEQCONV_DEVICE bool ends_in_fours(const Place& p) { return p.begin % 4 == 0 && p.end % 4 == 0; }
+template <class T, class MakeFours, class MakeSink>
+SEQCONV_DEVICE Results<T, MakeFours, MakeSink> results(const Place& p, float scale, MakeFours fours,
+                                                       MakeSink sink) {
+  const auto made = fours();
+  return {made.plain_row(), made.fit, p.begin, p.end, scale, fours, sink};
+}
 
 template <class T, class Number, class Known = AnyTransform>
 SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
@@ -137,29 +156,24 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
             return z;
           },
           [&] {
-            const Place p = inside(a, place(a, work_, first));
-            const bool is_gradient = a.dy.data != nullptr;  // of post_gate
-            const Tensor &to = is_gradient ? a.dpost_gate : a.y,
-                         &by = is_gradient ? a.dy : a.post_gate;
-            const Product<T> y{shifted<T>(to, p, head), shifted<T>(by, p, head)};
-            // Sums in float32 leave no registers for it.
-            constexpr bool kWide = sizeof(Number) == sizeof(u32);
-            float* wide = kWide && a.wide != nullptr ? a.wide + wide_row(a, p, head) : nullptr;
-            const T* gate = wide == nullptr ? nullptr : shifted<T>(a.post_gate, p, head);
-            const auto make = [&] {
-              return Sinks<T>::output(a, inside(a, place(a, work_, keep_here(first))), head);
+            const auto fours = [&] {
+              const Place p = inside(a, place(a, work_, keep_here(first)));
+              const bool is_gradient = a.dy.data != nullptr;  // of post_gate
+              const Tensor &to = is_gradient ? a.dpost_gate : a.y,
+                           &by = is_gradient ? a.dy : a.post_gate;
+              const Product<T> y{shifted<T>(to, p, head), shifted<T>(by, p, head)};
+              float* wide = a.wide == nullptr ? nullptr : a.wide + wide_row(a, p, head);
+              const T* gate = wide == nullptr ? nullptr : shifted<T>(a.post_gate, p, head);
+              const bool fit = ends_in_fours(p) && well_placed(y, to, by) && aligned(wide, 1, 16) &&
+                               aligned(gate, a.post_gate.time, 8);
+              return Fours<T, 1>{fit, {y}, wide, gate, a.activation};
             };
-            return Results<T, 1, decltype(make)>{
-                {y},
-                wide,
-                gate,
-                a.activation,
-                p.begin,
-                p.end,
-                power_of_two(exponent) * a.scales[kernel_row(a, work_, head)],
-                (kWide || a.wide == nullptr) && ends_in_fours(p) && in_fours(y, to, by) &&
-                    aligned(wide, 1, 16) && aligned(gate, a.post_gate.time, 8),
-                make};
+            return results<T>(inside(a, place(a, work_, first)),
+                              power_of_two(exponent) * a.scales[kernel_row(a, work_, head)], fours,
+                              [&] {
+                                const Place p = inside(a, place(a, work_, keep_here(first)));
+                                return Sinks<T>::output(a, p, head);
+                              });
           });
     }
   }
@@ -221,22 +235,17 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
           return z;
         },
         [&] {
-          const Place p = inside(a, place(a, work_, first));
-          const Product<T> du = product_of<T>(a.du, a.pre_gate, p, 0),
-                           dpre = product_of<T>(a.dpre_gate, a.u, p, 0);
-          const auto make = [&] {
-            return input_gradient<T>(a, inside(a, place(a, work_, keep_here(first))));
+          const auto fours = [&] {
+            const Place p = inside(a, place(a, work_, keep_here(first)));
+            const Product<T> du = product_of<T>(a.du, a.pre_gate, p, 0),
+                             dpre = product_of<T>(a.dpre_gate, a.u, p, 0);
+            const bool fit = ends_in_fours(p) && well_placed(du, a.du, a.pre_gate) &&
+                             well_placed(dpre, a.dpre_gate, a.u);
+            return Fours<T, 2>{fit, {du, dpre}, nullptr, nullptr, kNone};
           };
-          return Results<T, 2, decltype(make)>{{du, dpre},
-                                               nullptr,
-                                               nullptr,
-                                               kNone,
-                                               p.begin,
-                                               p.end,
-                                               up_g * a.scales[kernel_row(a, work_, 0)],
-                                               ends_in_fours(p) && in_fours(du, a.du, a.pre_gate) &&
-                                                   in_fours(dpre, a.dpre_gate, a.u),
-                                               make};
+          return results<T>(
+              inside(a, place(a, work_, first)), up_g * a.scales[kernel_row(a, work_, 0)], fours,
+              [&] { return input_gradient<T>(a, inside(a, place(a, work_, keep_here(first)))); });
         });
   }
 }
