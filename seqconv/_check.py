@@ -20,6 +20,7 @@ def check_tensor(
     dtypes=FLOATS,
     device: torch.device | None = None,
     why: str = "",
+    owner: str = "u",
 ) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
@@ -30,7 +31,9 @@ def check_tensor(
         wanted = f"one of {wanted}" if len(dtypes) > 1 else wanted
         raise TypeError(f"{function}: {name} must be {wanted}{why}, got {_name(value.dtype)}")
     if device is not None and value.device != device:
-        raise ValueError(f"{function}: {name} must be on u's device {device}, got {value.device}")
+        raise ValueError(
+            f"{function}: {name} must be on {owner}'s device {device}, got {value.device}"
+        )
 
 
 def check_shape(function: str, name: str, value: Tensor, *patterns: tuple, why: str = "") -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ try:
 except ImportError as error:
     _C = None
     _folder = Path(__file__).resolve().parent.parent
-    missing = f"the compiled extension seqconv._C is not installed ({error})"
+    _why = f"does not load ({error})" if find_spec("seqconv._C") else "is not installed"
+    missing = f"the compiled extension seqconv._C {_why}"
     if (_folder / "setup.py").exists():
         missing = (
             f"the compiled extension seqconv._C is not installed in the source folder {_folder}, which Python took for "

@@ -211,6 +211,7 @@ def check_input(
     if x.device.type != "meta" and not torch.is_autocast_enabled(x.device.type):
         why = " (the layer's dtype) outside autocast"
         check_tensor(function, "x", x, dtypes=(layer.weight.dtype,), why=why)
+    check_tensor(function, "x", x, device=layer.weight.device, owner="the layer")
     check_shape(function, "x", x, (*[(axis, None) for axis in axes], ("d_model", d_model)))
 
 
@@ -221,7 +222,12 @@ def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:
         if mask is not None:
             raise ValueError(f"{function}: mask and lengths exclude each other, got both")
         check_tensor(
-            function, "lengths", lengths, dtypes=(torch.int64, torch.int32), device=x.device
+            function,
+            "lengths",
+            lengths,
+            dtypes=(torch.int64, torch.int32),
+            device=x.device,
+            owner="x",
         )
         check_shape(function, "lengths", lengths, (("batch", batch),))
         valid = ((lengths >= 0) & (lengths <= length)).all()
@@ -229,7 +235,7 @@ def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:
         return torch.arange(length, device=x.device) >= lengths.unsqueeze(1)
     if mask is None:
         return None
-    check_tensor(function, "mask", mask, dtypes=(torch.bool, *FLOATS), device=x.device)
+    check_tensor(function, "mask", mask, dtypes=(torch.bool, *FLOATS), device=x.device, owner="x")
     check_shape(function, "mask", mask, (("batch", batch), ("length", length)))
     if mask.dtype == torch.bool:
         return mask

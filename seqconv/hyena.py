@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from seqconv._check import check_length, check_positive, check_rate
-from seqconv._layer import KernelGenerator, Streamless, _padding, check_input, full_precision
+from seqconv._layer import (
+    KernelGenerator,
+    Streamless,
+    _padding,
+    check_input,
+    full_precision,
+    passes_options_to,
+)
 from seqconv.functional import fftconv
 
 
@@ -111,6 +118,7 @@ class Hyena(Streamless):
 
     causal = True
 
+    @passes_options_to(lambda: None)  # none: unknown ones are refused as everywhere
     def __init__(
         self,
         d_model: int,
@@ -147,14 +155,21 @@ class Hyena(Streamless):
         self.out_proj = nn.Linear(d_model, d_model)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        rate: float = 1.0,
     ) -> Tensor:
         """x (batch, length, d_model), in the layer's dtype unless under autocast. mask (batch, length)
         marks padding, by True or by -inf (0 elsewhere), as in torch's attention: the output elsewhere is
         the same as without those steps' content; with padding on one side, as without those steps.
-        lengths (batch,), integers, is a mask of everything from lengths[i] on.
+        lengths (batch,), integers, is a mask of everything from lengths[i] on. rate must be 1.
         """
         check_input("Hyena", x, self.in_proj, self.d_model)
+        if rate != 1.0:
+            raise ValueError(f"Hyena: rate must be 1 (its taps have no time scale), got {rate!r}")
         padding = _padding("Hyena", x, mask, lengths)
         # Zero thrice: what the input projection's bias and the short convolution's put there would
         # reach the steps after it.

@@ -381,7 +381,9 @@ class S4D(ConvLayer):
 
     def _check_state(self, function: str, x: Tensor, state: Tensor) -> None:
         self._check_recurrent()
-        check_tensor(function, "state", state, dtypes=(self.kernel.C.dtype,), device=x.device)
+        check_tensor(
+            function, "state", state, dtypes=(self.kernel.C.dtype,), device=x.device, owner="x"
+        )
         parts = (("d_model", self.d_model), ("modes", self.kernel.modes), ("real and imaginary", 2))
         check_shape(function, "state", state, (("batch", x.shape[0]), *parts))
 

@@ -1,3 +1,5 @@
+import contextlib
+import fcntl
 import os
 
 import pytest
@@ -20,6 +22,27 @@ def deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def in_turn(tmp_path_factory):
+    """in_turn(name): a context for what two processes of a run must not do at a time."""
+
+    @contextlib.contextmanager
+    def lock(name: str):
+        with open(tmp_path_factory.getbasetemp().parent / f"{name}.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    return lock
+
+
+@pytest.fixture
+def keops(in_turn):
+    """It compiles into a folder of the user's."""
+    with in_turn("keops"):
+        pytest.importorskip("pykeops", exc_type=ImportError)
+        yield
 
 
 @pytest.fixture(params=["fast", "accurate"])

@@ -252,6 +252,18 @@ def test_contract():
             Hyena(D, l_max=9, **options)
 
 
+def test_refuses_what_the_other_layers_refuse_in_their_words():
+    with pytest.raises(TypeError, match="Hyena: unknown keyword 'ordr'; did you mean order"):
+        Hyena(D, l_max=9, ordr=3)
+    layer = Hyena(D, l_max=9)
+    x = torch.randn(1, 5, D)
+    assert torch.equal(layer(x, rate=1.0), layer(x))
+    with pytest.raises(ValueError, match=r"Hyena: rate must be 1 .* got 2\.0"):
+        layer(x, rate=2.0)
+    with pytest.raises(ValueError, match="Hyena: x must be on the layer's device cpu"):
+        layer(x.to("meta"))
+
+
 @pytest.mark.slow
 def test_learns_a_delayed_copy():
     """y[t] = x[t - 20] in seconds: a kernel's peak away from lag 0, out of smooth waves."""

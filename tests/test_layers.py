@@ -377,8 +377,7 @@ def test_compile_s4d_options(options, call):
 
 
 @pytest.mark.slow
-def test_s4d_by_keops():
-    pytest.importorskip("pykeops", exc_type=ImportError)
+def test_s4d_by_keops(keops):
     layer, other = S4D(D, bidirectional=True, backend="keops"), S4D(D, bidirectional=True)
     other.load_state_dict(layer.state_dict())
     x, results = torch.randn(2, 50, D), []

@@ -306,8 +306,7 @@ ssm_kernel(log_dt, A, C, {length}, backend="{backend}").sum().backward()
 
 
 @pytest.mark.slow
-def test_keops():
-    pytest.importorskip("pykeops", exc_type=ImportError)
+def test_keops(keops):
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 5e-7)):
         log_dt, A, C, B = system()
         inputs = [t.requires_grad_() for t in (log_dt, A, C, B)]

@@ -239,6 +239,9 @@ def main(argv: list[str] | None = None) -> None:
         refuse("", f"unknown command {argv[0]!r}{recipes.suggest(argv[0], commands)}")
     try:
         commands[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        print(f"python -m bench.lra {argv[0]}: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("bench", "seqconv", "torch"):
             raise

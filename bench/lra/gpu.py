@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from bench.lra import recipes, sweep
 
 
@@ -45,6 +47,8 @@ def main(argv: list[str], make_parser: Callable, parse_fit: Callable) -> None:
     for task in chosen.tasks:
         if task not in tasks:
             parser.error(f"unknown task {task!r}{recipes.suggest(task, tasks)}")
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here; --device cpu tries the command without one")
     if chosen.minutes <= 0:
         parser.error(f"--minutes must be positive, got {chosen.minutes}")
     common = ["--seed", str(chosen.seed), "--data", chosen.data, "--device", chosen.device]
@@ -64,6 +68,12 @@ def main(argv: list[str], make_parser: Callable, parse_fit: Callable) -> None:
             continue
         making = [*sweep.COMMAND, "data", "make", task, "--root", chosen.data]
         making += ["--n", str(SAMPLES[task])] if task in SAMPLES else []
-        if subprocess.run(making).returncode:
-            raise SystemExit(1)
+        process = subprocess.Popen(making)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # it has got it, too, and ends its own workers
+            process.wait()
+            raise
+        if code:
+            raise SystemExit(code)
     sweep.run(plans, chosen.minutes - (time.perf_counter() - began) / 60)

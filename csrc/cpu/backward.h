@@ -53,8 +53,8 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g, bool f
     Task<T> task(w.x);
     task.join = false;
     Ahead ahead;
-    task.ahead = &ahead;
     if (w.fetches()) {
+      task.ahead = &ahead;
       for (int64_t c = 0; c < p.heads; ++c) {
         ahead.will_read(w.lines(w.dy, b, g, false, c));
         ahead.will_read(w.lines(w.post, b, g, false, c));

@@ -53,7 +53,7 @@ void forward_unit(const Problem& p, const Method& method, const Transform<T>& pl
         w.enter_input(w.x, in, 0);
         Task<T> task(w.x);
         task.join = false;
-        task.ahead = &ahead;
+        if (w.fetches()) task.ahead = &ahead;
         run_task(plan, task, w.team);
       }
       for (int64_t c = 0; c < p.heads; ++c) {
@@ -66,7 +66,7 @@ void forward_unit(const Problem& p, const Method& method, const Transform<T>& pl
           sink.function = Epilogue<T>::forward;
           sink.context = &epilogue;
         }
-        convolve(w, g, c, in, shared ? w.x : nullptr, sink, &ahead);
+        convolve(w, g, c, in, shared ? w.x : nullptr, sink, w.fetches() ? &ahead : nullptr);
       }
     }
     w.template move<false>(w.y, b, p.heads);

@@ -327,7 +327,7 @@ struct Work {
         Task<T> task(to);
         task.join = false;
         Ahead ahead;
-        task.ahead = &ahead;
+        if (fetches()) task.ahead = &ahead;
         if (fetches() && c + 1 < p.heads) {
           ahead.will_read(lines(row(p.k, b, c + 1, g)));
         } else if (fetches() && g + 1 < unit.channels) {

@@ -452,7 +452,7 @@ SEQCONV_DEVICE void put_aside(const Transform& t, const HalfPlane& plane, u32* t
 // And back, as the right operand of the last product.
 template <class Number, class Twiddles>
 SEQCONV_DEVICE Columns inner_inverse(const Result<Number>& spectrum, const Matrix& f,
-                                     const Twiddles& twiddles, const Warp& w) {
+                                     const Twiddles& twiddles) {
   Result<Number> x = product<Number>(f, transposed(to_operand(spectrum)));
   multiply<true>(x, twiddles());
   return transposed(to_operand(x));
@@ -479,8 +479,8 @@ SEQCONV_DEVICE void emit(const Pair (&v)[2][2], const Warp& w, const Line& first
 }
 
 // Everything from the innermost 256 points on: `spectra(tile, f, twiddles)` gives the product with
-// the kernel; the sink takes 4 results from time t on. What a loop needs
-// is made for it alone, the sink at the end: kept any longer, it would cost the others registers.
+// the kernel; the sink takes 4 results from time t on. What a loop needs is made for it alone, the
+// sink at the end: kept any longer, it would cost the others registers.
 template <class Number, class Spectra, class MakeSink>
 SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, const Warp& all,
                                    Spectra spectra, MakeSink make_sink) {
@@ -494,7 +494,7 @@ SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, c
     const auto there = twiddles_of<Number>(table + 2 * kMatrixWords, w),
                back = twiddles_of<Number>(table + 2 * kMatrixWords + 512, w);
     for (int tile = w.index; tile < tiles; tile += w.count) {
-      const Columns x = inner_inverse<Number>(spectra(tile, f, there), back_in_time(), back, w);
+      const Columns x = inner_inverse<Number>(spectra(tile, f, there), back_in_time(), back);
       if (outer == 0) {
         const Warp own = for_part(w);
         Pair v[2][2];

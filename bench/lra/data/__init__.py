@@ -45,7 +45,8 @@ class Files:
             others = "".join(f", or {p}" for p in places if p != folder)
             raise DataError(
                 f"no data in {root}: wanted {folder}/ (or the same elsewhere{others}) with "
-                f"{', '.join(self.wanted)}; missing there: {', '.join(missing)}"
+                f"{', '.join(self.wanted)}; missing there: {', '.join(missing)}. It is the published set, which "
+                "its authors give out; python -m bench.lra data make has generated ones"
             )
         if len(whole) == 1:
             return whole[0], []
