@@ -68,12 +68,6 @@ def main(argv: list[str], make_parser: Callable, parse_fit: Callable) -> None:
             continue
         making = [*sweep.COMMAND, "data", "make", task, "--root", chosen.data]
         making += ["--n", str(SAMPLES[task])] if task in SAMPLES else []
-        process = subprocess.Popen(making)
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:  # it has got it, too, and ends its own workers
-            process.wait()
-            raise
-        if code:
-            raise SystemExit(code)
+        if subprocess.run(making).returncode:
+            raise SystemExit(1)
     sweep.run(plans, chosen.minutes - (time.perf_counter() - began) / 60)

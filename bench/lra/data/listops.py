@@ -12,11 +12,11 @@ trees: `( ( ( [MAX 3 ) 4 ) ] )` is [MAX 3 4 ].
 import os
 import random
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
-
-from bench.lra.data.workers import pool_of
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 CHUNK = 250  # expressions that one random stream yields
@@ -92,7 +92,7 @@ def chunk(settings: Settings, seed: int, index: int) -> tuple[list[tuple[str, in
 def expressions(settings: Settings, seed: int, workers: int) -> Iterator[tuple[str, int, int]]:
     """Distinct expressions without end; the same whatever the number of workers."""
     seen = set()
-    with pool_of(workers) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         pending = [pool.submit(chunk, settings, seed, i) for i in range(2 * workers)]
         try:
             for i in count(2 * workers):

@@ -17,9 +17,10 @@ anti-aliasing and pasted afterwards.
 import math
 import os
 import shutil
-from concurrent.futures import as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,6 @@ from PIL import Image, ImageChops, ImageDraw
 from bench.lra.data.cache import DataError, remove_abandoned
 from bench.lra.data.dashes import AA, FOLDERS, Settings, downsample, pen
 from bench.lra.data.snakes import grow_distractors, grow_targets
-from bench.lra.data.workers import pool_of
 
 __all__ = ["EASY", "FOLDERS", "SIZES", "Settings", "contact_sheet", "draw", "write"]
 
@@ -144,7 +144,7 @@ def write(folder: Path, settings: Settings, n: int, seed: int, workers: int, adv
         )
     todo = {b: size for b, size in batches.items() if not _finished(root, b, size)}
     done = n - sum(todo.values())
-    with pool_of(workers) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         try:
             futures = [
                 pool.submit(_write_batch, root, settings, seed, b, m) for b, m in todo.items()
