@@ -190,8 +190,8 @@ struct Task {
     to.will_read_spectrum(sum ? other : split_x ? nullptr : x);
   }
 };
-constexpr int64_t kFarPoints =
-    1 << 18;  // from here on spectra lie far beyond the second-level cache
+// From here on spectra lie far beyond the second-level cache.
+constexpr int64_t kFarPoints = 1 << 18;
 
 template <bool kDeep, bool kCompact, class T>
 void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t groups) {

@@ -11,7 +11,7 @@ from pathlib import Path
 _HERE = Path(__file__).parent
 _IO = {"f32": "float", "bf16": "bf16", "f16": "fp16"}
 # Lengths whose transforms on tensor cores have kernels of their own, with sums in fp16 (convolution.py): known
-# when they are compiled, they take a quarter fewer instructions. The radices are seqconv._cuda.plan.factor's.
+# when they are compiled, a sixth to a quarter fewer instructions. The radices are seqconv._cuda.plan.factor's.
 FIXED = {
     1024: (4, 16, 16),
     2048: (8, 16, 16),
