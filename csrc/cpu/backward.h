@@ -66,33 +66,22 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g, bool f
 
   // The gradient of v, per head, is dy, or made from v and kept.
   const auto gradient = [&](int64_t c) -> Source<T> {
-    if (!w.gated) return {w.row(w.dy, b, c, g), {}, p.length};
-    return {{reinterpret_cast<char*>(w.dv + c * p.length), kDtype<T>, 1}, {}, p.length};
+    return {w.gated ? w.own_row(w.dv + c * p.length) : w.row(w.dy, b, c, g), {}, p.length};
   };
   for (int64_t c = 0; c < p.heads; ++c) {
     if (w.gated) {
-      Epilogue<T> epilogue{};
-      epilogue.activation = p.activation;
-      epilogue.post_gate = w.row(w.post, b, c, g);
-      epilogue.dy = w.row(w.dy, b, c, g);
-      epilogue.dpost_gate = w.row(w.dpost, b, c, g);
-      epilogue.dv = w.dv + c * p.length;
-      const Sink<T> sink{{}, p.length, 0, Epilogue<T>::backward, &epilogue};
+      const EpilogueGradient<T> epilogue{p.activation, w.row(w.post, b, c, g), w.row(w.dy, b, c, g),
+                                         w.row(w.dpost, b, c, g), w.dv + c * p.length};
+      const Sink<T> sink{{}, p.length, 0, EpilogueGradient<T>::take, &epilogue};
       convolve<T>(w, g, c, in, early ? w.x : nullptr, sink, nullptr);
     }
     if (direct && (wanted.dk || wanted.dskip)) direct_dots(w, in, gradient(c), w.dots(g, c) + 1);
   }
 
-  Epilogue<T> epilogue{};
-  epilogue.u = w.row(w.u, b, 0, g);
-  epilogue.pre_gate = w.row(w.pre, b, 0, g);
-  epilogue.du = w.row(w.du, b, 0, g);
-  epilogue.dpre = w.row(w.dpre, b, 0, g);
-  Sink<T> dx{epilogue.du, p.length};
-  if (epilogue.dpre || epilogue.pre_gate) {
-    dx.function = Epilogue<T>::input;
-    dx.context = &epilogue;
-  }
+  const InputGradient<T> epilogue{w.row(w.u, b, 0, g), w.row(w.pre, b, 0, g), w.row(w.du, b, 0, g),
+                                  w.row(w.dpre, b, 0, g)};
+  const Sink<T> dx{w.row(w.du, b, 0, g), p.length, 0,
+                   epilogue.gated() ? InputGradient<T>::take : nullptr, &epilogue};
 
   if (direct) {
     if (!wanted.dx) return;
@@ -114,7 +103,7 @@ void backward_row(Work<T>& w, const Wanted& wanted, int64_t b, int64_t g, bool f
   for (int64_t c = 0; !transforms && c < p.heads; ++c) add_skip(c);
   for (int64_t j = 0; transforms && j < w.method.blocks; ++j) {
     const bool with_x = wanted.dk && !early;
-    if (with_x) enter(plan, w.team, w.x, plan.plain, in.at(j * plan.n));
+    if (with_x) w.enter_block(w.x, in, j);
     const bool single = p.heads == 1;
     for (int64_t c = 0; c < p.heads; ++c) {
       if (j == 0) add_skip(c);
@@ -175,7 +164,7 @@ void store_kernel_gradients(Work<T>& w, int64_t b, int64_t g) {
   const Problem& p = w.p;
   const Transform<T>& plan = w.plan;
   for (int64_t c = 0; c < p.heads; ++c) {
-    const Sink<T> combined{{reinterpret_cast<char*>(w.kk), kDtype<T>, 1}, w.width};
+    const Sink<T> combined{w.own_row(w.kk), w.width};
     if (w.method.direct) {
       for (int64_t j = 0; j < w.width; ++j) w.kk[j] = static_cast<T>(w.dots(g, c)[1 + j]);
     } else {

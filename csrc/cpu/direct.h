@@ -25,24 +25,34 @@ void direct_chunk(const T* kk, int64_t width, const T* x, T* out, bool add) {
   }
 }
 
+// The sum of the lanes, by halves: one after another they would wait for each other.
+template <class T>
+SEQCONV_INLINE double sum_of(const Vec<T>& x) {
+  double part[kLanes<T>];
+  for (int lane = 0; lane < kLanes<T>; ++lane) part[lane] = static_cast<double>(x[lane]);
+  SEQCONV_UNROLL
+  for (int half = kLanes<T> / 2; half; half /= 2)
+    for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+  return part[0];
+}
+
 // sum_i a[i] b[i], i < n
 template <class T>
 double dot(const T* a, const T* b, int64_t n) {
-  using V = typename VectorOf<T>::Unaligned;
+  const auto product = [=](int64_t i) {
+    using V = typename VectorOf<T>::Unaligned;
+    return *reinterpret_cast<const V*>(a + i) * *reinterpret_cast<const V*>(b + i);
+  };
   Vec<T> acc[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>) {
     SEQCONV_UNROLL
-    for (int v = 0; v < 4; ++v)
-      acc[v] += *reinterpret_cast<const V*>(a + i + v * kLanes<T>) *
-                *reinterpret_cast<const V*>(b + i + v * kLanes<T>);
+    for (int v = 0; v < 4; ++v) acc[v] += product(i + v * kLanes<T>);
   }
+  for (; i + kLanes<T> <= n; i += kLanes<T>) acc[0] += product(i);
   T rest = 0;
   for (; i < n; ++i) rest += a[i] * b[i];
-  const Vec<T> both = (acc[0] + acc[1]) + (acc[2] + acc[3]);
-  double sum = static_cast<double>(rest);
-  for (int lane = 0; lane < kLanes<T>; ++lane) sum += static_cast<double>(both[lane]);
-  return sum;
+  return static_cast<double>(rest) + sum_of<T>((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
 constexpr int64_t kDirectWindow = kDirectChunk + kDirectTaps;

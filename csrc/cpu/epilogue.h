@@ -1,15 +1,12 @@
 // What follows the convolution and its gradient, kChunk values at a time. Part of conv.h.
 
+// y = post_gate * activation(v)
 template <class T>
 struct Epilogue {
   Activation activation;
-  Series post_gate, y;           // forward
-  Series dy, dpost_gate;         // backward
-  T* dv = nullptr;               //
-  Series u, pre_gate, du, dpre;  // of x
+  Series post_gate, y;
 
-  // y = post_gate * activation(v)
-  static void forward(const void* context, int64_t t, int64_t n, T* v) {
+  static void take(const void* context, int64_t t, int64_t n, T* v) {
     const Epilogue& e = *static_cast<const Epilogue*>(context);
     Vec<T> slope;
     if (e.activation != Activation::kNone)
@@ -21,10 +18,17 @@ struct Epilogue {
     T gate[kChunk];
     write_product(e.y, t, n, v, read_window(e.post_gate, t, n, gate));
   }
+};
 
-  // dv = dy * post_gate * activation'(v), dpost_gate = dy * activation(v)
-  static void backward(const void* context, int64_t t, int64_t n, T* v) {
-    const Epilogue& e = *static_cast<const Epilogue*>(context);
+// dv = dy * post_gate * activation'(v), dpost_gate = dy * activation(v)
+template <class T>
+struct EpilogueGradient {
+  Activation activation;
+  Series post_gate, dy, dpost_gate;
+  T* dv;
+
+  static void take(const void* context, int64_t t, int64_t n, T* v) {
+    const EpilogueGradient& e = *static_cast<const EpilogueGradient*>(context);
     alignas(64) T slopes[kChunk], staging[2][kChunk];
     const T* grad = read_window(e.dy, t, n, staging[0]);
     const bool active = e.activation != Activation::kNone;
@@ -42,10 +46,16 @@ struct Epilogue {
     else if (!active)
       copy(grad, n, e.dv + t);
   }
+};
 
-  // du = dx * pre_gate, dpre_gate = dx * u
-  static void input(const void* context, int64_t t, int64_t n, T* dx) {
-    const Epilogue& e = *static_cast<const Epilogue*>(context);
+// du = dx * pre_gate, dpre_gate = dx * u
+template <class T>
+struct InputGradient {
+  Series u, pre_gate, du, dpre;
+  bool gated() const { return dpre || pre_gate; }
+
+  static void take(const void* context, int64_t t, int64_t n, T* dx) {
+    const InputGradient& e = *static_cast<const InputGradient*>(context);
     T staging[kChunk];
     if (e.dpre) write_product(e.dpre, t, n, dx, read_window(e.u, t, n, staging));
     if (!e.du) return;

@@ -10,6 +10,10 @@
 namespace seqconv {
 
 enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+// Bytes. Static, so that no instruction set's copy serves the others.
+static inline int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
 enum class Activation : int { kNone = 0, kGelu = 1, kSilu = 2, kRelu = 3 };
 
 // A tensor indexed (batch, head, channel, time); axes it does not have carry stride 0.

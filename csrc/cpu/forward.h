@@ -57,16 +57,15 @@ void forward_unit(const Problem& p, const Method& method, const Transform<T>& pl
         run_task(plan, task, w.team);
       }
       for (int64_t c = 0; c < p.heads; ++c) {
-        Epilogue<T> epilogue{};
-        epilogue.activation = p.activation;
-        epilogue.post_gate = w.row(w.post, b, c, g);
-        epilogue.y = w.row(w.y, b, c, g);
-        Sink<T> sink{epilogue.y, p.length};
+        const T* spectrum = shared ? w.x : nullptr;
+        const Ahead* fetched = w.fetches() ? &ahead : nullptr;
         if (w.gated) {
-          sink.function = Epilogue<T>::forward;
-          sink.context = &epilogue;
+          const Epilogue<T> epilogue{p.activation, w.row(w.post, b, c, g), w.row(w.y, b, c, g)};
+          const Sink<T> sink{{}, p.length, 0, Epilogue<T>::take, &epilogue};
+          convolve(w, g, c, in, spectrum, sink, fetched);
+        } else {
+          convolve(w, g, c, in, spectrum, {w.row(w.y, b, c, g), p.length}, fetched);
         }
-        convolve(w, g, c, in, shared ? w.x : nullptr, sink, w.fetches() ? &ahead : nullptr);
       }
     }
     w.template move<false>(w.y, b, p.heads);

@@ -13,10 +13,6 @@ struct Scratch {
   }
 };
 
-SEQCONV_INLINE int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
-
 // What a sum over the batch keeps: spectra of the kernels' gradients and, in double, dot products.
 template <class T>
 struct Sums {
@@ -122,19 +118,16 @@ struct Work {
   T* dk(int64_t g, int64_t c) { return sums.dk + (g * p.heads + c) * plan.spectrum; }
   double* dots(int64_t g, int64_t c) { return sums.dots + (g * p.heads + c) * dot_count; }
 
-  Series row(const Tensor& t, int64_t b, int64_t c, int64_t g) const {
-    if (!t) return {};
+  // Made where they are wanted: a row copied soon after it was written would wait for the writes.
+  Series row(const Tensor& t, int64_t b, int64_t c, int64_t g, bool streamed = false) const {
     const int64_t at = b * t.stride[0] + c * t.stride[1] + (unit.channel + g) * t.stride[2];
-    return {t.data + at * size_of(t.dtype), t.dtype, t.stride[3]};
+    return t ? Series{t.data + at * size_of(t.dtype), t.dtype, t.stride[3], streamed} : Series{};
   }
   Series row(const View<T>& v, int64_t b, int64_t c, int64_t g) const {
-    if (!v.panel) {
-      Series s = row(*v.tensor, b, c, g);
-      s.streamed = v.streamed;
-      return s;
-    }
-    return {reinterpret_cast<char*>(v.panel + (c * group + g) * pitch), kDtype<T>, 1};
+    return v.panel ? own_row(v.panel + (c * group + g) * pitch)
+                   : row(*v.tensor, b, c, g, v.streamed);
   }
+  static Series own_row(T* at) { return {reinterpret_cast<char*>(at), kDtype<T>, 1}; }
 
   // Whether the unit's rows are two channels that are all there are.
   bool is_pair(const Tensor& t) const {
@@ -309,20 +302,28 @@ struct Work {
             taps[reach] += skip(c, g);
           });
           if (method.direct) continue;
-          const Source<T> all{{reinterpret_cast<char*>(kk), kDtype<T>, 1}, {}, width};
+          const Source<T> all{own_row(kk), {}, width};
           enter(plan, team, to, plan.scaled, all);
         } else {
           const Source<T> fore{row(p.k, b, c, g), {}, p.taps};
-          Source<T> back{row(p.k_rev, b, c, g), {}, reach, reach - plan.n};
-          back.row.base += (reach - 1) * back.row.stride * size_of(back.row.dtype);
-          back.row.stride = -back.row.stride;
-          enter(plan, team, to, plan.scaled, fore, reach ? &back : nullptr, T(-1));
+          if (reach) {
+            const Series rev = row(p.k_rev, b, c, g);
+            const int64_t last = (reach - 1) * rev.stride * size_of(rev.dtype);
+            const Source<T> back{
+                {rev.base + last, rev.dtype, -rev.stride}, {}, reach, reach - plan.n};
+            enter(plan, team, to, plan.scaled, fore, &back, T(-1));
+          } else {
+            enter(plan, team, to, plan.scaled, fore);
+          }
           // Tap 0 meets every factor with weight 1.
           const T value = skip(c, g) / static_cast<T>(plan.n);
-          once(team, [&] {
-            for (int r = 0; r < plan.radix; ++r)
-              for (int q = 0; q < kQuads<T>; ++q) to[r * plan.vectors * kStep<T> + 4 * q] += value;
-          });
+          if (p.skip) {
+            once(team, [&] {
+              for (int r = 0; r < plan.radix; ++r)
+                for (int q = 0; q < kQuads<T>; ++q)
+                  to[r * plan.vectors * kStep<T> + 4 * q] += value;
+            });
+          }
         }
         Task<T> task(to);
         task.join = false;
@@ -343,7 +344,12 @@ struct Work {
     }
   }
 
-  // The first pass of block j of the input of v.
+  // The first pass of block j of a row.
+  void enter_block(T* to, const Source<T>& in, int64_t j) {
+    if (!blocked) return enter(plan, team, to, plan.plain, in);
+    enter(plan, team, to, plan.plain, in.at(j * plan.n));
+  }
+  // The same of the input of v, for v.
   void enter_input(T* to, const Source<T>& in, int64_t j) {
     if (!blocked) return enter(plan, team, to, plan.plain, in);
     const Source<T> now = in.at(j * plan.n + reach), before = now.at(-plan.n);
