@@ -55,6 +55,8 @@ void reduce(const ButterflyProblem& p, const double* sums) {
 }  // namespace
 
 Status butterfly_forward(const ButterflyProblem& p) {
+  const int64_t size = p.batch * p.channels * 2 * p.n * (p.compute_double ? 8 : 4);
+  prefer_huge_pages(p.z, static_cast<size_t>(size));
   return for_each(p, false, [&](int64_t, int64_t head, int64_t begin, int64_t end, char* scratch) {
     kernel_for(p).forward(p, head, begin, end, scratch);
   });

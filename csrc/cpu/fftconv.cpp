@@ -90,6 +90,10 @@ class Run {
     const int64_t points = p_.batch * p_.heads * p_.channels * p_.length;
     threads_ = points < kSerialWork ? 1 : threads_for(p_.threads);
     choose_group();
+    for (const Tensor* t : {&p_.y, &p_.du, &p_.dpre_gate, &p_.dpost_gate})
+      will_write(*t, p_.length);
+    will_write(p_.dk, p_.taps);
+    will_write(p_.dk_rev, p_.taps_rev);
     const bool sums = backward_ && (p_.dk || p_.dk_rev || p_.dskip);
     // Sums over the batch are cut by shape alone, so that they do not depend on the threads.
     const int64_t parts =
@@ -110,6 +114,14 @@ class Run {
   }
 
  private:
+  // All of a result, whose axes leave no gaps.
+  void will_write(const Tensor& t, int64_t length) const {
+    const int64_t size[] = {p_.batch, p_.heads, p_.channels, length};
+    int64_t last = 0;
+    for (int axis = 0; axis < 4; ++axis) last += (size[axis] - 1) * t.stride[axis];
+    if (t && length) prefer_huge_pages(t.data, static_cast<size_t>((last + 1) * size_of(t.dtype)));
+  }
+
   const Problem& p_;
   const bool backward_;
   const Kernel<T>& kernel_;

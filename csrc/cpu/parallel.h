@@ -5,6 +5,7 @@
 #endif
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 
@@ -20,17 +21,24 @@ struct Free {
 };
 using Memory = std::unique_ptr<char, Free>;
 
-// Long rows' scratch spans thousands of pages, each a fault in a fresh mapping: large ones, where
-// the system has them.
+// A fresh mapping costs a fault for each of its thousands of small pages, which takes longer than a
+// transform: large ones are asked for, where the system has them.
 constexpr size_t kHugePage = size_t{2} << 20;
+
+// For memory that is about to be written, all of it: a hint, without effect where pages are there.
+inline void prefer_huge_pages([[maybe_unused]] void* start, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t from = reinterpret_cast<uintptr_t>(start), unit = kHugePage;
+  const uintptr_t begin = (from + unit - 1) / unit * unit, end = (from + bytes) / unit * unit;
+  if (start && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 inline Memory allocate(size_t bytes) {
   const size_t unit = bytes < 2 * kHugePage ? 64 : kHugePage;
   const size_t size = (bytes / unit + 1) * unit;
   Memory memory(static_cast<char*>(std::aligned_alloc(unit, size)));
-#if defined(MADV_HUGEPAGE)
-  if (memory && unit == kHugePage) madvise(memory.get(), size, MADV_HUGEPAGE);
-#endif
+  if (unit == kHugePage) prefer_huge_pages(memory.get(), size);
   return memory;
 }
 

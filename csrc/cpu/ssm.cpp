@@ -58,6 +58,8 @@ struct Parts {
 
 Status ssm_forward(const SsmProblem& p) {
   const Parts parts(p, false);
+  const int64_t size = p.heads * p.channels * p.length * (p.single ? 4 : 8);
+  prefer_huge_pages(p.k, static_cast<size_t>(size));
   return for_each(p, false, p.channels * parts.count, [&](int64_t i, char* scratch) {
     const int64_t part = i % parts.count;
     kernel_for(p).forward(p, i / parts.count, parts.begin(part), parts.end(part), scratch);
