@@ -203,8 +203,12 @@ void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t g
   if (task.split) {
     const int64_t row = at * kLanes<T> * static_cast<int64_t>(sizeof(T)) / 64;
     Ahead far;
-    if (plan.n >= kFarPoints) task.fetch_spectra(far);
-    const Ahead& ahead = task.ahead ? *task.ahead : far;
+    const bool is_far = plan.n >= kFarPoints;
+    if (is_far) {
+      if (task.ahead) far = *task.ahead;
+      task.fetch_spectra(far);
+    }
+    const Ahead& ahead = task.ahead && !is_far ? *task.ahead : far;
     const auto keep = [](T* spectrum) {
       return [=](int64_t i, Complex<T> a) { store(spectrum + i, a); };
     };

@@ -39,7 +39,8 @@ constexpr int64_t kDotPieces = 32;
 // than what the last pass leaves in passing.
 constexpr int64_t kStreamBytes = 1 << 23;
 constexpr int64_t kStreamLength = 1024;
-constexpr int64_t kFetchAhead = 1 << 15;  // rows up to here are fetched while the last is in work
+// Rows up to here are fetched while the last is in work; with gates there is more to wait for.
+constexpr int64_t kFetchAhead = 1 << 15, kFetchGated = 1 << 18;
 
 template <class T>
 struct Work {
@@ -210,7 +211,9 @@ struct Work {
     }
   }
 
-  bool fetches() const { return !blocked && p.length <= kFetchAhead; }
+  bool fetches() const {
+    return !blocked && p.length <= (p.pre_gate || p.post_gate ? kFetchGated : kFetchAhead);
+  }
   bool fetches_blocks() const { return blocked && plan.n <= kFetchAhead; }
   // What to fetch while channel g of sample b is in work. Of a view that is read as it lies: the
   // row itself, or the one after it, in the next channel or sample. Of a panel: its part of the
