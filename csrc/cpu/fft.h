@@ -195,7 +195,7 @@ constexpr int64_t kFarPoints = 1 << 18;
 
 template <bool kDeep, bool kCompact, class T>
 void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t groups) {
-  const int64_t from = at * kStep<T>, vectors = 4 * groups;
+  const int64_t from = at * kStep<T>;
   T* data = task.data + from;
   const int64_t skipped = at / 4 * (kCompact ? 1 : 3) * kStep<T>;
   const T* stage = kDeep ? plan.twiddles + plan.stage[plan.stages - 1].twiddle + skipped : nullptr;
@@ -212,21 +212,25 @@ void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t g
     const auto keep = [](T* spectrum) {
       return [=](int64_t i, Complex<T> a) { store(spectrum + i, a); };
     };
-    middle_forward<kDeep, kCompact, T>(data, groups, w, ahead, row, keep(data));
-    T *x = task.x + from, *dk = task.dk + from;
-    if (task.split_x && task.keep_x)
-      middle_forward<kDeep, kCompact, T>(x, groups, w, Ahead{}, 0, keep(x));
-    else if (task.split_x)
+    T *x = task.x + from, *dk = task.dk + from, *sum = task.sum + from;
+    const T* other = task.other + from;
+    const bool early = task.split_x && task.keep_x, late = task.split_x && !task.keep_x;
+    if (early) middle_forward<kDeep, kCompact, T>(x, groups, w, Ahead{}, 0, keep(x));
+    if (late || !(task.dk || task.sum)) {
+      middle_forward<kDeep, kCompact, T>(data, groups, w, ahead, row, keep(data));
+    } else {
+      // While it is in registers.
+      middle_forward<kDeep, kCompact, T>(data, groups, w, ahead, row, [&](int64_t i, Complex<T> a) {
+        if (task.join) store(data + i, a);
+        if (task.dk) accumulate<T>(dk + i, a, load<T>(x + i), task.add_dk);
+        if (task.sum) accumulate<T>(sum + i, a, load<T>(other + i), task.add_sum);
+      });
+    }
+    if (late)
       middle_forward<kDeep, kCompact, T>(x, groups, w, Ahead{}, 0, [&](int64_t i, Complex<T> b) {
         accumulate<T>(dk + i, load<T>(data + i), b, task.add_dk);
       });
   }
-  for (int64_t i = 0; task.dk && !(task.split_x && !task.keep_x) && i < vectors * kStep<T>;
-       i += kStep<T>)
-    accumulate<T>(task.dk + from + i, load<T>(data + i), load<T>(task.x + from + i), task.add_dk);
-  for (int64_t i = 0; task.sum && i < vectors * kStep<T>; i += kStep<T>)
-    accumulate<T>(task.sum + from + i, load<T>(data + i), load<T>(task.other + from + i),
-                  task.add_sum);
   if (!task.join) return;
   const T* source = task.source ? task.source + from : data;
   const T* factor = task.factor ? task.factor + from : source;
