@@ -227,17 +227,25 @@ struct End {
   static Complex<T, kQ> weight(const T* table, int r, int s) {
     return load<T, kQ>(table + (r * kQ + s) * 8 * kQ, 4 * kQ);
   }
-  // Segment r of the real sequence at x, and what the lanes' split adds to it: segment r + R times
-  // exp(i pi / 4), or minus that in the second quad.
-  static Complex<T, kQ> segment(const T* x, int64_t r, int64_t stride) {
+  // a[r]: what the segments of a real sequence at x add to child r before its butterfly. Of two
+  // segments the second's weight is the first's times exp(i pi / 4), or minus that in the second
+  // quad.
+  static void put(Complex<T, kQ>& a, const T* table, const T* x, int r, int64_t stride) {
+    const Complex<T, kQ> w = weight(table, r, 0);
     const Vec<T, kQ> value = repeat<T, kQ>(x + r * stride);
-    if constexpr (kQ == 1) {
-      return {value, Vec<T, kQ>{}};
-    } else {
-      constexpr T h = T(0.707106781186547524400844);
-      const Vec<T, kQ> root = {h, h, h, h, -h, -h, -h, -h};
+    a = {value * w.re, value * w.im};
+    if constexpr (kQ == 2) {
+      const Complex<T, kQ> z = weight(table, r, 1);
       const Vec<T, kQ> other = repeat<T, kQ>(x + (r + R) * stride);
-      return {value + root * other, root * other};
+      a = {a.re + other * z.re, a.im + other * z.im};
+    }
+  }
+  // The same of i turn times the sequence at y, added.
+  static void add(Complex<T, kQ>& a, const T* table, const T* y, T turn, int r, int64_t stride) {
+    for (int s = 0; s < kQ; ++s) {
+      const Complex<T, kQ> w = weight(table, r, s);
+      const Vec<T, kQ> value = turn * repeat<T, kQ>(y + (r + s * R) * stride);
+      a = {a.re - value * w.im, a.im + value * w.re};
     }
   }
   // So many streams a power of two apart would evict each other's lines half used.
@@ -290,16 +298,8 @@ void first_pass(const Transform<T>& plan, const T* weights, const Source<T>& re,
       Complex<T, kQ> a[R];
       SEQCONV_UNROLL
       for (int r = 0; r < R; ++r) {
-        const Complex<T, kQ> c = E::weight(weights, r, 0);
-        const Complex<T, kQ> b = E::segment(x + 4 * i, r, stride);
-        if constexpr (kComplex) {
-          const Complex<T, kQ> d = E::segment(y + 4 * i, r, stride);
-          a[r] = Complex<T, kQ>{b.re - turn * d.im, b.im + turn * d.re} * c;
-        } else if constexpr (kQ == 1) {
-          a[r] = {b.re * c.re, b.re * c.im};
-        } else {
-          a[r] = b * c;
-        }
+        E::put(a[r], weights, x + 4 * i, r, stride);
+        if constexpr (kComplex) E::add(a[r], weights, y + 4 * i, turn, r, stride);
       }
       dft<R>(a);
       SEQCONV_UNROLL
