@@ -36,9 +36,9 @@ struct View {
 
 constexpr int64_t kDotPieces = 32;
 // Results from so many bytes on are streamed, where rows are not short and there is more to write
-// than what the last pass leaves in passing.
+// than what the last pass leaves in passing; with gates, for which lines wait, shorter rows, too.
 constexpr int64_t kStreamBytes = 1 << 23;
-constexpr int64_t kStreamLength = 1024;
+constexpr int64_t kStreamLength = 1024, kStreamGated = 256;
 // Rows up to here are fetched while the last is in work; with gates there is more to wait for.
 constexpr int64_t kFetchAhead = 1 << 15, kFetchGated = 1 << 18;
 
@@ -90,10 +90,11 @@ struct Work {
         v.panel = shared ? shared : scratch.take<T>(heads * group * pitch);
       return v;
     };
+    const int64_t shortest = p.pre_gate || p.post_gate ? kStreamGated : kStreamLength;
     const bool more = gated || p.pre_gate || p.heads > 1;
     const auto result = [&](const Tensor& t, int64_t heads, T* shared = nullptr) {
       View<T> v = view(t, heads, shared);
-      v.streamed = kStreams && p.length >= kStreamLength && t.dtype == kDtype<T> &&
+      v.streamed = kStreams && p.length >= shortest && t.dtype == kDtype<T> &&
                    p.batch * heads * p.channels * p.length * size_of(t.dtype) >= kStreamBytes &&
                    (v.panel ? is_pair(t) : more && t.stride[3] == 1);
       return v;
