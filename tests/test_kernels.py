@@ -53,6 +53,24 @@ WAYS = {
     "parts, per sample": Case(
         batch=6, length=300, taps=300, heads=2, per_sample=True, channels=1, skip="h"
     ),
+    # The same with rows that could be shared: what a few threads do part by part, many do together.
+    "long parts": Case(batch=5, length=33_000, taps=33_000, channels=1, skip="h", taps_rev=70),
+    "long parts, heads": Case(
+        batch=4,
+        length=32_769,
+        taps=32_769,
+        heads=2,
+        channels=1,
+        skip="ch",
+        pre_gate=True,
+        post_gate=True,
+    ),
+    "long parts, per sample": Case(
+        batch=4, length=33_000, taps=33_000, per_sample=True, channels=1, skip="h"
+    ),
+    "too many heads for parts": Case(
+        batch=4, length=33_000, taps=33_000, heads=5, channels=1, skip="h"
+    ),
     # Panels of neighbouring channels, whole groups of four and rests.
     "panels": Case(layout="blh", channels=16, length=257, taps=257, skip="h", taps_rev=3),
     "panels, rest": Case(layout="blh", channels=7, length=130, taps=130, heads=2, skip="ch"),

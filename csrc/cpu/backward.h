@@ -214,7 +214,7 @@ void backward_unit(const Problem& p, const Method& method, const Transform<T>& p
   Work<T> w(p, method, plan, unit, true, scratch);
   const Wanted wanted(p);
   w.clear_dots(true);
-  if (!p.kernel_per_sample) w.load_kernels(0);
+  if (!p.kernel_per_sample && !unit.knows_kernels) w.load_kernels(0);
   for (int64_t b = unit.batch; b < unit.batch_end; ++b) {
     if (p.kernel_per_sample) w.load_kernels(b);
     w.template move<true>(w.u, b, 1);
@@ -249,6 +249,8 @@ size_t partial_bytes(const Problem& p, const Method& method, const Transform<T>&
   return partial.used;
 }
 
+constexpr int64_t kSumPiece = 1 << 14;
+
 // The partial sums lie one after another from unit.partial on; they end up in the first.
 template <class T>
 void reduce(const Problem& p, const Method& method, const Transform<T>& plan, const Unit& unit,
@@ -261,8 +263,14 @@ void reduce(const Problem& p, const Method& method, const Transform<T>& plan, co
     Scratch partial{unit.partial + static_cast<size_t>(i) * apart};
     const Sums<T> more(p, plan, w.dot_count, 1, partial);
     // Spectra that are not wanted were not written.
-    for (int64_t s = 0; wanted.dk && s < p.heads * plan.spectrum; ++s) w.sums.dk[s] += more.dk[s];
-    for (int64_t s = 0; s < p.heads * w.dot_count; ++s) w.sums.dots[s] += more.dots[s];
+    const int64_t spectra = wanted.dk ? p.heads * plan.spectrum : 0;
+    spread(w.team, (spectra + kSumPiece - 1) / kSumPiece, [&](int64_t begin, int64_t end) {
+      const int64_t stop = end * kSumPiece < spectra ? end * kSumPiece : spectra;
+      for (int64_t s = begin * kSumPiece; s < stop; ++s) w.sums.dk[s] += more.dk[s];
+    });
+    once(w.team, [&] {
+      for (int64_t s = 0; s < p.heads * w.dot_count; ++s) w.sums.dots[s] += more.dots[s];
+    });
   }
   store_sums(w, wanted, 0);
 }

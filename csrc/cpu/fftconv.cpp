@@ -67,7 +67,9 @@ const Kernel<T>& kernel_for(int64_t length) {
 constexpr int64_t kSerialWork = 1 << 14;  // points: below, waking threads costs more than it saves
 constexpr int64_t kTeamPoints = 1 << 15;  // transforms from here on are worth sharing
 constexpr int64_t kParts = 4;  // of the batch, where there are too few channels to share out
-constexpr int64_t kFewChannels = 8;
+constexpr int64_t kLongParts =
+    2;  // of long rows, as many sums as the bound on scratch leaves room for
+constexpr int64_t kFewChannels = 8, kHeadsPerThread = 4;
 constexpr int64_t kAdjacent = 16;  // channels transposed together, memory permitting: a cache line
 constexpr int64_t kGroupBytes = 64 << 10;   // of spectra that short rows are handled with
 constexpr int64_t kScratchPerPoint = 16;    // in scalars: the bound on a unit's scratch, or
@@ -96,14 +98,19 @@ class Run {
     will_write(p_.dk_rev, p_.taps_rev);
     const bool sums = backward_ && (p_.dk || p_.dk_rev || p_.dskip);
     // Sums over the batch are cut by shape alone, so that they do not depend on the threads.
-    const int64_t parts =
-        sums && p_.channels < kFewChannels && method_.n < kTeamPoints ? kParts : 1;
+    const bool is_long = !method_.direct && method_.n >= kTeamPoints;
+    int64_t parts = 1;
+    if (sums && is_long && p_.channels == 1 && p_.heads <= 2 && p_.batch >= 2 * kLongParts)
+      parts = kLongParts;
+    if (sums && !is_long && p_.channels < kFewChannels) parts = kParts;
     if (parts > 1 && p_.batch > 1) {
-      run_in_parts(std::min(p_.batch, parts));
+      run_in_parts(std::min(p_.batch, parts), is_long);
     } else {
       const int64_t groups = (p_.channels + group_ - 1) / group_;
       const bool even = groups >= 4 * threads_ || (groups >= threads_ && groups % threads_ == 0);
-      const bool team = threads_ > 1 && !even && !method_.direct && method_.n >= kTeamPoints;
+      // Threads that go their own ways hold the kernels' spectra once each.
+      const bool few_rows = sums || groups * p_.batch < 2 * threads_ || p_.heads > kHeadsPerThread;
+      const bool team = threads_ > 1 && !even && is_long && few_rows;
       int64_t split = 1;
       if (threads_ > 1 && !even && !team && !sums)
         split = std::min<int64_t>(p_.batch,
@@ -162,14 +169,30 @@ class Run {
     while (group_ > 1 && scratch_bytes() > allowed) group_ -= group_ > 4 ? 4 : 1;
   }
 
-  // op(i, scratch) for i < units, by as many threads as there are.
+  // op(i, scratch, first) for i < units, by as many threads as there are; first: the scratch is
+  // new.
   template <class Op>
   void for_each(int64_t units, const Op& op, char* partial = nullptr) {
     std::atomic<int64_t> next{0};
     in_parallel(std::min<int64_t>(threads_, units), [&] {
       const Memory scratch = allocate(scratch_bytes(partial));
       if (!scratch) return failed_.store(true);
-      for (int64_t i; (i = next.fetch_add(1)) < units;) op(i, scratch.get());
+      bool first = true;
+      for (int64_t i; (i = next.fetch_add(1)) < units; first = false) op(i, scratch.get(), first);
+    });
+  }
+
+  // op(scratch, team) by so many threads together.
+  template <class Op>
+  void as_team(int threads, const Op& op, char* partial = nullptr) {
+    const Memory scratch = allocate(scratch_bytes(partial));
+    if (!scratch) return failed_.store(true);
+    Board board;
+    in_parallel(threads, [&] {
+      Team team;
+      if (threads > 1) team.board = &board;
+      team.threads = threads;
+      op(scratch.get(), team);
     });
   }
 
@@ -187,23 +210,17 @@ class Run {
       (backward_ ? kernel_.backward : kernel_.forward)(p_, method_, transform(), unit, scratch);
     };
     if (!share) {
-      return for_each(groups * split, [&](int64_t i, char* scratch) {
+      return for_each(groups * split, [&](int64_t i, char* scratch, bool) {
         Team alone;
         work(i, scratch, alone);
       });
     }
-    const Memory scratch = allocate(scratch_bytes());
-    if (!scratch) return failed_.store(true);
-    Board board;
-    in_parallel(threads_, [&] {
-      Team team;
-      team.board = &board;
-      team.threads = threads_;
-      for (int64_t i = 0; i < groups * split; ++i) work(i, scratch.get(), team);
+    as_team(threads_, [&](char* scratch, Team& team) {
+      for (int64_t i = 0; i < groups * split; ++i) work(i, scratch, team);
     });
   }
 
-  void run_in_parts(int64_t parts) {
+  void run_in_parts(int64_t parts, bool is_long) {
     group_ = 1;
     const int64_t step = (p_.batch + parts - 1) / parts;
     parts = (p_.batch + step - 1) / step;
@@ -211,25 +228,38 @@ class Run {
     const Memory partial = allocate(bytes * static_cast<size_t>(parts));
     if (!partial) return failed_.store(true);
     for (int64_t channel = 0; channel < p_.channels && !failed_.load(); ++channel) {
-      const auto part = [&](int64_t i, Team& alone) {
-        const int64_t begin = i * step;
-        char* sums = partial.get() + static_cast<size_t>(i) * bytes;
-        return Unit{channel, 1, begin, std::min(p_.batch, begin + step), &alone, sums};
+      const auto unit = [&](int64_t i, Team& team, bool first) {
+        Unit part{};
+        part.channel = channel;
+        part.channels = 1;
+        part.batch = i * step;
+        part.batch_end = std::min(p_.batch, part.batch + step);
+        part.team = &team;
+        part.partial = partial.get() + static_cast<size_t>(i) * bytes;
+        part.knows_kernels = !first;
+        return part;
       };
-      for_each(
-          parts,
-          [&](int64_t i, char* scratch) {
-            Team alone;
-            kernel_.backward(p_, method_, transform(), part(i, alone), scratch);
-          },
-          partial.get());
-      for_each(
-          1,
-          [&](int64_t, char* scratch) {
-            Team alone;
-            kernel_.reduce(p_, method_, transform(), part(0, alone), scratch, parts);
-          },
-          partial.get());
+      const auto work = [&](int64_t i, char* scratch, Team& team, bool first) {
+        kernel_.backward(p_, method_, transform(), unit(i, team, first), scratch);
+      };
+      const auto add_up = [&](char* scratch, Team& team) {
+        kernel_.reduce(p_, method_, transform(), unit(0, team, true), scratch, parts);
+      };
+      char* sums = partial.get();
+      if (is_long && threads_ > parts) {
+        const auto all = [&](char* scratch, Team& team) {
+          for (int64_t i = 0; i < parts; ++i) work(i, scratch, team, i == 0);
+          add_up(scratch, team);
+        };
+        as_team(threads_, all, sums);
+        continue;
+      }
+      const auto one = [&](int64_t i, char* scratch, bool first) {
+        Team alone;
+        work(i, scratch, alone, first);
+      };
+      for_each(parts, one, sums);
+      as_team(is_long ? threads_ : 1, add_up, sums);
     }
   }
 };

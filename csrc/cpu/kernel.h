@@ -65,6 +65,7 @@ struct Unit {
   Team* team;         // for the inside of a row, where there are fewer units than threads
   char* partial;      // where sums over the batch go, to be reduced later; null: finish them here
   int64_t next = -1;  // the channel that this thread will probably start with afterwards
+  bool knows_kernels = false;  // the scratch holds their spectra, from a unit of the same channels
 };
 
 template <class T>
