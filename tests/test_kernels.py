@@ -55,15 +55,15 @@ WAYS = {
     ),
     # The same with rows that could be shared: what a few threads do part by part, many do together.
     "long parts": Case(batch=5, length=33_000, taps=33_000, channels=1, skip="h", taps_rev=70),
-    "long parts, heads": Case(
+    "long parts, gated": Case(
         batch=4,
         length=32_769,
         taps=32_769,
-        heads=2,
         channels=1,
-        skip="ch",
+        skip="h",
         pre_gate=True,
         post_gate=True,
+        activation="gelu",
     ),
     "long parts, per sample": Case(
         batch=4, length=33_000, taps=33_000, per_sample=True, channels=1, skip="h"

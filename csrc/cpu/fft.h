@@ -212,8 +212,9 @@ void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t g
     const auto keep = [](T* spectrum) {
       return [=](int64_t i, Complex<T> a) { store(spectrum + i, a); };
     };
-    T *x = task.x + from, *dk = task.dk + from, *sum = task.sum + from;
-    const T* other = task.other + from;
+    const auto here = [from](auto* spectrum) { return spectrum ? spectrum + from : spectrum; };
+    T *x = here(task.x), *dk = here(task.dk), *sum = here(task.sum);
+    const T* other = here(task.other);
     const bool early = task.split_x && task.keep_x, late = task.split_x && !task.keep_x;
     if (early) middle_forward<kDeep, kCompact, T>(x, groups, w, Ahead{}, 0, keep(x));
     if (late || !(task.dk || task.sum)) {

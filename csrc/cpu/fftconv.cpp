@@ -66,9 +66,8 @@ const Kernel<T>& kernel_for(int64_t length) {
 
 constexpr int64_t kSerialWork = 1 << 14;  // points: below, waking threads costs more than it saves
 constexpr int64_t kTeamPoints = 1 << 15;  // transforms from here on are worth sharing
-constexpr int64_t kParts = 4;  // of the batch, where there are too few channels to share out
-constexpr int64_t kLongParts =
-    2;  // of long rows, as many sums as the bound on scratch leaves room for
+constexpr int64_t kParts = 4;      // of the batch, where there are too few channels to share out
+constexpr int64_t kLongParts = 2;  // of long rows, whose sums count as scratch
 constexpr int64_t kFewChannels = 8, kHeadsPerThread = 4;
 constexpr int64_t kAdjacent = 16;  // channels transposed together, memory permitting: a cache line
 constexpr int64_t kGroupBytes = 64 << 10;   // of spectra that short rows are handled with
@@ -100,7 +99,7 @@ class Run {
     // Sums over the batch are cut by shape alone, so that they do not depend on the threads.
     const bool is_long = !method_.direct && method_.n >= kTeamPoints;
     int64_t parts = 1;
-    if (sums && is_long && p_.channels == 1 && p_.heads <= 2 && p_.batch >= 2 * kLongParts)
+    if (sums && is_long && p_.channels == 1 && p_.heads == 1 && p_.batch >= 2 * kLongParts)
       parts = kLongParts;
     if (sums && !is_long && p_.channels < kFewChannels) parts = kParts;
     if (parts > 1 && p_.batch > 1) {
