@@ -152,3 +152,35 @@ def test_out_of_memory_is_an_exception():
     assert torch.equal(
         reference.fftconv(torch.ones(1, 1, 1), torch.ones(1, 1)), torch.ones(1, 1, 1)
     )
+
+
+def flags_at(address: int) -> list[str]:
+    """Of the mapping that holds the address."""
+    inside = False
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            first, *rest = line.split()
+            if first == "VmFlags:" and inside:
+                return rest
+            if not first.endswith(":"):
+                begin, end = (int(part, 16) for part in first.split("-"))
+                inside = begin <= address < end
+    return []
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"),
+    reason="a system without large pages",
+)
+@pytest.mark.parametrize("layout", ["bhl", "blh"])
+def test_large_results_ask_for_large_pages(layout):
+    """From the first to the last whole page of theirs."""
+    u = torch.randn(2, 1 << 10, 1 << 10).requires_grad_()
+    k = torch.randn(1 << 10, 1 << 10)
+    (grad,) = torch.autograd.grad((y := fftconv(u, k, layout=layout)).sum(), u)
+    page = 2 << 20
+    for result in (y, grad):
+        begin = -(-result.data_ptr() // page) * page
+        end = (result.data_ptr() + 4 * result.numel()) // page * page
+        assert begin < end
+        assert "hg" in flags_at(begin) and "hg" in flags_at(end - 1)
