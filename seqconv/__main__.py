@@ -84,25 +84,43 @@ def report() -> bool:
             )
     gpu = torch.cuda.is_available()
     cuda = check("cuda") if gpu else None
-    packages = _cuda.driver.packages_reason()
+    missing = _cuda.driver.packages_reason()
     if gpu and cuda is None:
         device = _cuda.driver.device(torch.cuda.current_device())
-        line(
-            "cuda",
-            f"{torch.cuda.get_device_name()}: fused kernels work, compiled for {device.arch}",
-        )
+        line("cuda", f"{torch.cuda.get_device_name()}: fused kernels work, those of {device.arch}")
     elif gpu:
         line(
             "cuda",
             f"{torch.cuda.get_device_name()}: torch.fft, slower with the same answers: {cuda}",
         )
-    elif packages is None:
-        line("cuda", "torch sees no CUDA device; what the kernels need is installed")
+    elif missing is None:
+        line("cuda", "torch sees no CUDA device; what launches the kernels is installed")
     else:
-        line("cuda", f"torch sees no CUDA device; for one, the kernels would need: {packages}")
-    if packages is None:
-        line("", f"compiled kernels are kept in {_cuda.driver.cache_folder()}")
+        line("cuda", f"torch sees no CUDA device; for one, the kernels would need: {missing}")
+    if missing is None:
+        compiler_lines(line)
     return (cuda if gpu else cpu) is None
+
+
+def compiler_lines(line) -> None:
+    """Where the CUDA kernels come from: the packages, the cache, the prebuilt ones."""
+    compiler = _cuda.compiler
+    missing = compiler.compiler_reason()
+    packages = f"cuda.bindings {compiler.bindings_version()}, cuda.core not needed"
+    if missing is None:
+        line("", f"{packages}, NVRTC {compiler.version()}: the kernels can be compiled")
+        try:
+            line("", f"compiled kernels are kept in {compiler.cache_folder()}")
+        except OSError as error:
+            line("", f"compiled kernels are not kept: {error}: set SEQCONV_CACHE to a folder")
+    else:
+        line("", f"{packages}; {missing}")
+    for folder in compiler.prebuilt_folders():
+        count = sum(1 for _ in folder.glob("*.cubin"))
+        if count:
+            line("", f"{count} prebuilt kernels in {folder}")
+        elif folder != compiler.PACKAGED:
+            line("", f"no prebuilt kernels in SEQCONV_CUBINS={folder}")
 
 
 if __name__ == "__main__":

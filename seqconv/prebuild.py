@@ -11,11 +11,11 @@ import re
 import sys
 from pathlib import Path
 
-from seqconv._cuda import driver, kernels
+from seqconv._cuda import compiler, kernels
 
 
 def _one(arch: str, name: str, out: Path | None) -> None:
-    code = driver.compile_kernel(name, arch, cached=out is None)
+    code = compiler.compile_kernel(name, arch, cached=out is None)
     if out is not None:
         path = out / kernels.cubin_name(name, arch)
         part = path.with_suffix(f".{os.getpid()}.part")
@@ -52,7 +52,7 @@ def main(arguments=None) -> int:
         help="a regular expression: only kernels whose names match",
     )
     options = parser.parse_args(arguments)
-    missing = driver.packages_reason()
+    missing = compiler.compiler_reason()
     if missing:
         print(f"seqconv: {missing}", file=sys.stderr)
         return 1
@@ -64,8 +64,8 @@ def main(arguments=None) -> int:
     ]
     if not work:
         parser.error(f"--kernels: none of {', '.join(kernels.KERNELS)} matches {options.kernels!r}")
-    folder = options.out or driver.cache_folder()
     try:
+        folder = options.out or compiler.cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         print(f"seqconv: {error}", file=sys.stderr)

@@ -28,7 +28,8 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     },
     "_cuda.butterfly": {"_cuda.arguments", "_cuda.plan", "_cuda.tables", "_pack"},
     "_cuda.ssm": {"_cuda.arguments", "_pack"},
-    "_cuda.driver": {"_cuda.kernels", "_cuda.plan", "_cuda.tables"},
+    "_cuda.compiler": {"_cuda.kernels"},
+    "_cuda.driver": {"_cuda.compiler", "_cuda.plan", "_cuda.tables"},
     "_cuda": {"_cuda.butterfly", "_cuda.convolution", "_cuda.driver", "_cuda.plan", "_cuda.ssm"},
     "_ops": {"_cpu", "_cuda", "reference"},
     "_butterfly": {"_autograd", "_cpu", "_cuda", "_ops", "_pack", "reference"},
@@ -50,10 +51,14 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "__init__": {"_version", "_explanation", "convert", "functional", "nn", "optim", "s4d", "ssm"}
     | {"butterfly_conv", "hyena", "long_conv", "sgconv"},
     "__main__": {"_cpu", "_cuda", "_ops", "reference"},
-    "prebuild": {"_cuda.driver", "_cuda.kernels"},
+    "prebuild": {"_cuda.compiler", "_cuda.kernels"},
 }
 OUTSIDE = {"torch", "einops"}
-LAZY = {"_cuda.driver": {"cuda"}, "_ssm": {"pykeops"}}  # inside functions only
+LAZY = {
+    "_cuda.compiler": {"cuda"},
+    "_cuda.driver": {"cuda"},
+    "_ssm": {"pykeops"},
+}  # inside functions only
 
 
 def imports(path: Path) -> set[str]:

@@ -1,75 +1,41 @@
-"""The kernels on a real device: found prebuilt or compiled by NVRTC, loaded and launched through the CUDA driver.
+"""The kernels on a real device: loaded and launched through the CUDA driver.
 
-Needs the packages of the extra `cuda` (cuda-core, cuda-bindings, NVRTC), imported when the first CUDA tensor comes.
+Needs cuda.bindings, imported when the first CUDA tensor comes.
 """
 
 import ctypes
 import functools
-import os
 import threading
 import weakref
 from array import array
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from seqconv._cuda import kernels
+from seqconv._cuda.compiler import (
+    OLDEST,
+    NoCompiler,
+    bindings_version,
+    compile_kernel,
+    find_prebuilt,
+    nvrtc,
+    prebuilt_folders,
+    remedy,
+)
 from seqconv._cuda.plan import Limits
 from seqconv._cuda.tables import FIRST_CALL, CaptureError, Tables
 
-# NVRTC 12 takes generic lambdas for host code otherwise.
-OPTIONS = {"std": "c++17", "device_as_default_execution_space": True}
-PACKAGED = Path(__file__).parent.parent / "cubins"
-
-
-def cache_folder() -> Path:
-    """Compiled kernels: SEQCONV_CACHE, or seqconv under the user's cache folder."""
-    if os.environ.get("SEQCONV_CACHE"):
-        return Path(os.environ["SEQCONV_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "seqconv"
-
-
-@functools.cache
-def _cache(folder: Path):
-    from cuda.core.utils import FileStreamProgramCache
-
-    return FileStreamProgramCache(folder, max_size_bytes=1 << 30)
-
-
-def compile_kernel(kernel: str, arch: str, cached: bool = True, log=None) -> bytes:
-    """Machine code for sm_XY by NVRTC; needs no GPU. cached: kept on disk, by source, options and NVRTC's version."""
-    from cuda.core import Program, ProgramOptions
-
-    options = ProgramOptions(arch=arch, **OPTIONS, **({"ptxas_options": ["-v"]} if log else {}))
-    program = Program(kernels.source(kernel), "c++", options)
-    arguments = {"cache": _cache(cache_folder())} if cached else {}
-    if log is not None:
-        arguments["logs"] = log
-    return bytes(program.compile("cubin", **arguments).code)
-
-
-def find_prebuilt(kernel: str, major: int, minor: int) -> bytes | None:
-    """Out of SEQCONV_CUBINS or the installation; code for an earlier minor version of the architecture runs as well."""
-    folders = [Path(f) for f in (os.environ.get("SEQCONV_CUBINS"),) if f] + [PACKAGED]
-    for lower in range(minor, -1, -1):
-        for folder in folders:
-            path = folder / kernels.cubin_name(kernel, f"sm_{major}{lower}")
-            if path.is_file():
-                return path.read_bytes()
-    return None
-
 
 def packages_reason() -> str | None:
-    """What is missing on the Python side, or None."""
+    """What is missing on the Python side for launching kernels, or None."""
     if torch.version.hip:
         return "this torch is built for ROCm; the kernels are CUDA"
     try:
-        import cuda.bindings.driver
-        import cuda.core  # noqa: F401
+        import cuda.bindings.driver  # noqa: F401
     except ImportError as error:
-        return f"{error}: pip install 'seqconv[cuda]'"
+        return f"{error}: {remedy()}"
+    if not bindings_version():
+        return f"the cuda.bindings here are older than {'.'.join(map(str, OLDEST))}: {remedy()}"
     return None
 
 
@@ -102,11 +68,19 @@ class Memory:
         return int(self.address)
 
 
+class _Thread(threading.local):
+    """What a thread keeps for its launches, of which each has one pointer as its parameters: to the arguments."""
+
+    def __init__(self):
+        self.bound, self.pointer = False, ctypes.c_void_p()
+        self.parameters = ctypes.addressof(self.pointer)
+
+
 class Device:
     """One GPU: `launch` and `table` are what seqconv._cuda.convolution needs. `driver` is cuda.bindings.driver."""
 
     def __init__(self, index: int, driver):
-        self.index, self.driver = index, driver
+        self.index, self.driver, self._launch = index, driver, driver.cuLaunchKernel
         self.handle = _check(driver.cuDeviceGet(index))
         kind = driver.CUdevice_attribute
 
@@ -128,7 +102,7 @@ class Device:
         self.limits = Limits(**known, tensor_cores=self.major >= 8)
         self._kernels: dict = {}
         self._lock = threading.Lock()
-        self._thread = threading.local()
+        self._thread = _Thread()
         self.table = Tables(self._upload, self._capturing)
 
     @property
@@ -147,22 +121,34 @@ class Device:
         if self._capturing():
             raise CaptureError(FIRST_CALL)
         driver = self.driver
-        code = find_prebuilt(name, self.major, self.minor) or compile_kernel(name, self.arch)
+        code = find_prebuilt(name, self.major, self.minor) or self._compile(name)
         library = _check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
         kernel = _check(driver.cuLibraryGetKernel(library, name.encode()))
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuKernelSetAttribute(limit, self.limits.shared, kernel, self.handle))
         return driver.CUfunction(int(kernel))  # a kernel handle launches in every context
 
+    def _compile(self, name: str) -> bytes:
+        try:
+            return compile_kernel(name, self.arch)
+        except NoCompiler as error:
+            folders = " or ".join(str(folder) for folder in prebuilt_folders())
+            raise NoCompiler(
+                f"kernel {name} for {self.arch} is not in {folders}, and {error}; or compile it where NVRTC is, "
+                f"with python -m seqconv.prebuild --arch {self.arch} --out FOLDER, and set SEQCONV_CUBINS to the folder"
+            ) from None
+
     def _capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
     def _stream(self) -> int:
-        return torch.cuda.current_stream(self.index).cuda_stream
+        return torch._C._cuda_getCurrentRawStream(
+            self.index
+        )  # torch.cuda.current_stream makes an object
 
     def _bind_thread(self) -> None:
         """The driver knows no current device in a thread where nothing has called CUDA's runtime yet."""
-        if getattr(self._thread, "bound", False):
+        if self._thread.bound:
             return
         if not int(_check(self.driver.cuCtxGetCurrent())):
             context = _check(self.driver.cuDevicePrimaryCtxRetain(self.handle))
@@ -175,13 +161,16 @@ class Device:
 
     def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments: array) -> None:
         """On torch's current stream of this device, which the caller has made current."""
-        self._bind_thread()
-        pointers = (ctypes.c_void_p * 1)(arguments.buffer_info()[0])
-        result = self.driver.cuLaunchKernel(
-            self.kernel(kernel), grid, 1, 1, threads, 1, 1, shared, self._stream(),
-            ctypes.addressof(pointers), 0,
-        )  # fmt: skip
-        _check(result)
+        thread = self._thread
+        if not thread.bound:
+            self._bind_thread()
+        function = self._kernels.get(kernel) or self.kernel(kernel)
+        thread.pointer.value = arguments.buffer_info()[0]
+        result = self._launch(
+            function, grid, 1, 1, threads, 1, 1, shared, self._stream(), thread.parameters, 0
+        )
+        if result[0]:
+            _check(result)
 
 
 @functools.cache
@@ -200,16 +189,23 @@ def device(index: int) -> Device:
 
 def _hint(error: Exception) -> str:
     """What would help."""
+    if isinstance(error, NoCompiler):
+        return ""  # its message says so
     try:
-        from cuda.bindings import driver, nvrtc
+        from cuda.bindings import driver
 
-        known, made = _check(driver.cuDriverGetVersion()), _check(nvrtc.nvrtcVersion()[:2])
+        known = _check(driver.cuDriverGetVersion()) // 1000
+        made = _check(nvrtc().nvrtcVersion()[:2])
     except Exception:  # one of the libraries is missing
-        known = made = 0
-    if made > known // 1000:
-        older = " or pip install 'seqconv[cuda12]'" if known // 1000 == 12 else ""
-        return f": NVRTC is of CUDA {made}, the driver of {known // 1000}: update the driver{older}"
-    return ": pip install 'seqconv[cuda]'" if "nvrtc" in str(error).lower() else ""
+        return ""
+    if made <= known:
+        return ""
+    # With both releases of NVRTC installed the bindings take the newer one.
+    older = (
+        "pip uninstall nvidia-cuda-nvrtc, then pip install 'cuda-python<13' nvidia-cuda-nvrtc-cu12"
+    )
+    way = f"update the driver{f', or {older}' if known == 12 else ''}"
+    return f": NVRTC is of CUDA {made}, the driver of {known}: {way}"
 
 
 _failures: dict[int, list[str]] = {}
