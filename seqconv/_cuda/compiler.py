@@ -67,7 +67,8 @@ def nvrtc():
         _, *found = bindings.nvrtcVersion()
     except Exception as error:  # each release of the bindings raises something else
         text = (str(error) or repr(error)).splitlines()[0]
-        way = "SEQCONV_NVRTC must name the file libnvrtc.so.*" if chosen else remedy()
+        named = chosen and not isinstance(error, ImportError)
+        way = "SEQCONV_NVRTC must name the file libnvrtc.so.*" if named else remedy()
         raise NoCompiler(f"NVRTC, which compiles the kernels, is missing ({text}): {way}") from None
     if chosen and found != wanted:
         known, other = (".".join(map(str, pair)) for pair in (wanted, found))
