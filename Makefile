@@ -8,7 +8,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 SAMPLE := $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
 ARCHS := sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 
-.PHONY: demo test sanitize neon device-test device-compile device-compilers build lint format bench bench-gpu bench-ssm bench-layers bench-table lra-table gallery clean
+.PHONY: demo test sanitize neon device-test device-compile device-compilers device-ptx build lint format bench bench-gpu bench-ssm bench-layers bench-table lra-table gallery clean
 
 demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--resume
 	$(BIN)/python -m bench.lra fit mnist5k --optim.epochs 6 --compare 15 --overwrite $(ARGS)
@@ -45,16 +45,20 @@ device-compile: .venv/ready  ## every CUDA kernel for every architecture, by NVR
 	rm -rf build/cubins
 	$(BIN)/python -m seqconv.prebuild --out build/cubins $(ARCHS:%=--arch %)
 
-# NVRTC's earlier releases, and the one in .venv where everything is asked for: the sample of that is in make test.
+# Compiled, and run on the PTX machine. The sample of the release in .venv is in make test.
 COMPILE ?= all
 device-compilers: .venv/ready  ## every CUDA kernel, architecture and NVRTC within its limits, in about a quarter of an hour
 	for release in cu12==12.9.86 ==13.0.88; do \
 	  folder=build/nvrtc$$release; \
 	  test -d $$folder || $(INSTALL) --no-deps --target $$folder nvidia-cuda-nvrtc$$(echo $$release | sed 's/^cu/-cu/') || exit 1; \
 	  SEQCONV_NVRTC=$$(echo $(CURDIR)/$$folder/nvidia/*/lib/libnvrtc.so.1?) SEQCONV_COMPILE=$(COMPILE) \
-	    $(BIN)/python -m pytest -q -n 2 tests/test_cuda_compile.py $(ARGS) || exit 1; \
+	    $(BIN)/python -m pytest -q -n 2 tests/test_cuda_compile.py tests/test_ptx_kernels.py $(ARGS) || exit 1; \
 	done
-	test $(COMPILE) != all || SEQCONV_COMPILE=all $(BIN)/python -m pytest -q -n 2 tests/test_cuda_compile.py $(ARGS)
+	test $(COMPILE) != all || SEQCONV_COMPILE=all $(BIN)/python -m pytest -q -n 2 tests/test_cuda_compile.py tests/test_ptx_kernels.py $(ARGS)
+
+PTX_TESTS := tests/test_device.py tests/test_cuda_ssm.py tests/test_cuda_butterfly.py tests/test_ptx_*.py
+device-ptx: .venv/ready  ## every device test on the PTX machine, for every architecture; make test has a quarter of them
+	SEQCONV_PTX=all SEQCONV_COMPILE=all OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist worksteal -k "not emulator" $(PTX_TESTS) $(ARGS)
 
 build: .venv/ready  ## wheel and sdist in dist/
 	$(BIN)/python -m build --outdir dist .

@@ -1,9 +1,12 @@
 import contextlib
 import fcntl
 import os
+import zlib
 
 import pytest
 import torch
+from device_cases import sums
+from emulated import EmulatorLibrary
 
 import seqconv
 from seqconv import _cpu
@@ -13,6 +16,42 @@ def pytest_sessionstart(session):
     explanation = seqconv.explain(torch.zeros(1, 1, 64), torch.zeros(1, 64))
     if explanation.fallback and not os.environ.get("SEQCONV_ALLOW_FALLBACK"):
         pytest.exit(f"the tests would only test torch.fft: {explanation.fallback}", returncode=3)
+
+
+# Of the tests that run on any machine, the share that also runs the compiled PTX; SEQCONV_PTX=all asks for every one.
+PTX_SHARE = 4
+
+
+def pytest_collection_modifyitems(config, items):
+    """Chooses by name, so that a test is chosen in every run or in none."""
+    if os.environ.get("SEQCONV_PTX") == "all":
+        return
+    spared = [
+        item
+        for item in items
+        if getattr(item, "callspec", None)
+        and item.callspec.params.get("machine") == "ptx"
+        and zlib.crc32(item.name.encode()) % PTX_SHARE
+    ]
+    if spared:
+        config.hook.pytest_deselected(items=spared)
+        items[:] = [item for item in items if item not in set(spared)]
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    return EmulatorLibrary()
+
+
+@pytest.fixture(scope="session", params=["emulator", "ptx"])
+def machine(request, emulator):
+    """What runs the CUDA kernels on the host: `device(limits, order)` makes a device for seqconv._cuda."""
+    if request.param == "emulator":
+        return emulator
+    ptx_device = pytest.importorskip("ptx_device")
+    if ptx_device.compiler.compiler_reason():
+        pytest.skip(ptx_device.compiler.compiler_reason())
+    return ptx_device.PtxLibrary()
 
 
 @pytest.fixture(autouse=True)
@@ -47,15 +86,8 @@ def keops(in_turn):
 
 @pytest.fixture(params=["fast", "accurate"])
 def mode(request):
-    """Whether the tensor cores' products may be summed in fp16, by torch's own switches."""
-    matmul = torch.backends.cuda.matmul
-    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
-    usual = [getattr(matmul, name) for name in names]
-    for name in names:
-        setattr(matmul, name, request.param == "fast")
-    yield request.param
-    for name, value in zip(names, usual, strict=True):
-        setattr(matmul, name, value)
+    with sums(request.param) as chosen:
+        yield chosen
 
 
 @pytest.fixture(params=["portable", "neon", "avx2", "avx512"])

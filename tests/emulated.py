@@ -77,9 +77,21 @@ class Emulator:
             raise RuntimeError(f"{kernel}: {error.decode()}")
 
 
+class EmulatorLibrary:
+    """The kernels as source, where tests ask for devices that run them."""
+
+    name = "emulator"
+
+    def __init__(self):
+        self.library = build()
+
+    def device(self, limits: Limits = H100, order: int = 0, without: str = "") -> Emulator:
+        return Emulator(self.library, limits, order, without)
+
+
 @contextmanager
-def as_backend(device: Emulator):
-    """fftconv of CPU tensors through the CUDA backend's Python and the emulated kernels."""
+def as_backend(device):
+    """fftconv of CPU tensors through the CUDA backend's Python and a device that runs its kernels on the host."""
 
     class Backend:
         missing = ""

@@ -1,11 +1,10 @@
-"""The learned butterfly's kernels in the emulator, against the reference and torch.fft."""
+"""The learned butterfly's kernels on the host, against the reference and torch.fft."""
 
 import math
 
 import pytest
 import torch
 from accuracy import rel_l2
-from emulated import Emulator, build
 
 from seqconv import reference
 from seqconv._cuda import butterfly
@@ -24,9 +23,9 @@ def learned(radix: int, heads: int) -> torch.Tensor:
 SIZES = [(16,), (16, 2), (16, 16), (16, 16, 4), (16, 16, 8)]
 
 
-@pytest.fixture(scope="module")
-def device():
-    return Emulator(build())
+@pytest.fixture
+def device(machine):
+    return machine.device()
 
 
 @pytest.mark.parametrize("radices", SIZES, ids=str)
@@ -58,32 +57,33 @@ def test_learned_matrices_and_their_gradients(device, radices, dtype):
         assert grads[r].shape == factors[r].shape and rel_l2(grads[r], grad64) < 1e-6
 
 
-def test_strided_input_and_order_of_threads(device):
+def test_strided_input_and_order_of_threads(machine):
+    device = machine.device()
     radices, factors = (16, 8), {r: learned(r, 1) for r in (16, 8)}
     x = torch.randn(3, 100, 4).transpose(1, 2)
     z = butterfly.transform(device, x, factors, radices)
     assert torch.equal(z, butterfly.transform(device, x.contiguous(), factors, radices))
     found = butterfly.gradients(device, torch.ones_like(z), x, factors, radices)
     for order in (1, 7):
-        again = Emulator(device.library, order=order)
+        again = machine.device(order=order)
         assert torch.equal(z, butterfly.transform(again, x, factors, radices))
         dx, grads = butterfly.gradients(again, torch.ones_like(z), x, factors, radices)
         assert torch.equal(dx, found[0])
         assert all(torch.equal(grads[r], found[1][r]) for r in grads)
 
 
-def test_every_barrier_is_needed(device):
+def test_every_barrier_is_needed(emulator):
     radices, factors = (16, 8), {r: learned(r, 1) for r in (16, 8)}
     x = torch.randn(66, 2, 120)  # several rows to a block
 
     def results(without=""):
-        one = Emulator(device.library, without=without)
+        one = emulator.device(without=without)
         z = butterfly.transform(one, x, factors, radices)
         dx, grads = butterfly.gradients(one, z, x, factors, radices)
         return [z, dx, *grads.values()]
 
     right = results()
-    sites = {s for s in device.library.emulator_visited().decode().split() if "butterfly" in s}
+    sites = {s for s in emulator.library.emulator_visited().decode().split() if "butterfly" in s}
     assert len(sites) >= 6
     for site in sites:
         try:

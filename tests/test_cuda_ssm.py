@@ -1,4 +1,4 @@
-"""The kernels of sums of exponentials in the emulator, against the dense formula in float64."""
+"""The kernels of sums of exponentials on the host, against the dense formula in float64."""
 
 import contextlib
 import math
@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import rel_l2
-from emulated import Emulator, build
 from test_cuda_launch import Device, Driver
 
 from seqconv import _cuda, _ssm, reference, ssm_kernel
@@ -17,14 +16,9 @@ from seqconv._cuda.plan import H100
 FEW = replace(H100, processors=1)  # several tiles for every block
 
 
-@pytest.fixture(scope="module")
-def library():
-    return build()
-
-
 @pytest.fixture
-def device(library):
-    return Emulator(library)
+def device(machine):
+    return machine.device()
 
 
 def dense(a, w, length):
@@ -111,12 +105,12 @@ def test_a_phase_is_reduced_exactly(device):
     check(device, a, w, torch.randn(1, 1, 65536))
 
 
-def test_a_row_of_two_million(library):
+def test_a_row_of_two_million(machine):
     length = (1 << 21) + 5
     a = torch.tensor([[[-1e-9, 100.3]]], dtype=torch.float64)
     w = torch.tensor([[[[0.6, -0.8]]]], dtype=torch.float64)
     k = torch.empty(1, 1, length)
-    ssm.forward(Emulator(library, FEW), k, a, w)
+    ssm.forward(machine.device(FEW), k, a, w)
     assert rel_l2(k, dense(a, w, length)) < 5e-7
 
 
@@ -146,51 +140,51 @@ def test_modes_do_not_meet(device):
     assert all(map(torch.equal, (k, da, dw), clean))
 
 
-def test_blocks_share_the_length(library):
+def test_blocks_share_the_length(machine):
     """A block for every tile where they are few, and else several tiles for every block."""
     a, w = problem(2, 17, 3)
     dk = torch.randn(2, 17, 5000)
     for limits, shares in ((H100, 3), (FEW, 1)):
-        device = Emulator(library, limits)
+        device = machine.device(limits)
         check(device, a, w, dk)
         assert {grid for name, grid, *_ in device.launches if name in PRODUCTS} == {17 * shares}
 
 
-def run(library, order=0, without=""):
+def run(machine, order=0, **options):
     """Several tiles and heads to a block, one group of modes and two."""
     torch.manual_seed(0)
     found = []
     for n in (3, 35):
-        device = Emulator(library, FEW, order, without)
+        device = machine.device(FEW, order, **options)
         a, w = problem(2, 17, n)
         dk = torch.randn(2, 17, 2100)
         found += results(device, a, w, dk)
     return found
 
 
-def test_order_of_threads(library):
-    right = run(library)
+def test_order_of_threads(machine):
+    right = run(machine)
     for order in (1, 7):
-        assert all(map(torch.equal, run(library, order), right))
+        assert all(map(torch.equal, run(machine, order), right))
 
 
-def test_every_barrier_is_needed(library):
-    right = run(library)
-    sites = {s for s in library.emulator_visited().decode().split() if s.startswith("ssm")}
+def test_every_barrier_is_needed(emulator):
+    right = run(emulator)
+    sites = {s for s in emulator.library.emulator_visited().decode().split() if s.startswith("ssm")}
     assert len(sites) == 6
     for site in sites:
         try:
-            found = run(library, without=site)
+            found = run(emulator, without=site)
         except RuntimeError as error:
             assert "race" in str(error)
             continue
         assert not all(map(torch.equal, found, right)), f"{site} is not needed"
 
 
-def test_through_the_driver_with_any_strides(library, monkeypatch):
+def test_through_the_driver_with_any_strides(emulator, monkeypatch):
     """A gradient is read as it lies: transposed, expanded, a slice, lazily negated or zero."""
     monkeypatch.setattr(driver, "find_prebuilt", lambda name, *_: b"\x7fELF " + name.encode())
-    device = Device(0, Driver(Emulator(library)))
+    device = Device(0, Driver(emulator.device()))
     a, w = problem(2, 3, 4)
     for dk in (
         torch.randn(100, 3, 2).permute(2, 1, 0),
@@ -206,7 +200,7 @@ def test_through_the_driver_with_any_strides(library, monkeypatch):
     assert {launch[4] for launch in device.driver.launches} == {77}
 
 
-def test_memory_does_not_grow_with_modes_times_length(library, monkeypatch):
+def test_memory_does_not_grow_with_modes_times_length(machine, monkeypatch):
     """What is allocated beside the results: 64 bytes for each digit of a mode, 32 for a block's sums of one."""
     sizes, empty = [], torch.empty
 
@@ -221,14 +215,14 @@ def test_memory_does_not_grow_with_modes_times_length(library, monkeypatch):
         dk = torch.randn(1, h, length)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", counted)
-            ssm.backward(Emulator(library, FEW), torch.empty_like(a), torch.empty_like(w), dk, a, w)
+            ssm.backward(machine.device(FEW), torch.empty_like(a), torch.empty_like(w), dk, a, w)
         assert sorted(sizes) == [32 * h * n, 64 * digits * h * n]
         sizes.clear()
 
 
-def test_the_operator_on_cudas_road(library, monkeypatch):
+def test_the_operator_on_cudas_road(machine, monkeypatch):
     """ssm_kernel from its parameters to their gradients, with the emulator in the driver's place."""
-    device = Emulator(library)
+    device = machine.device()
     monkeypatch.setattr(driver, "device", lambda index: device)
     monkeypatch.setattr(_cuda, "_index", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())

@@ -1,7 +1,6 @@
-"""The CUDA kernels themselves, run on the host: every dtype, mode and engine against float64, in several thread orders,
-with races looked for and every barrier left out once."""
+"""The CUDA kernels themselves, run on the host, as source in the emulator and as PTX: every dtype, mode and engine
+against float64, in several thread orders, with races looked for."""
 
-import ctypes
 import math
 from dataclasses import replace
 from unittest.mock import patch
@@ -9,88 +8,34 @@ from unittest.mock import patch
 import pytest
 import test_fftconv
 import torch
-from accuracy import EPS, assert_accurate, max_over_rms, rel_l2
-from cases import Case, double, oracle
-from emulated import Emulator, as_backend, build
+from accuracy import rel_l2
+from cases import Case, double
+from device_cases import (
+    A100,
+    FEW,
+    ORDERS,
+    ROUNDING,
+    SMALL,
+    STATED,
+    TURING,
+    OnePlane,
+    case_inputs,
+    check,
+    one_plane,
+    planned,
+    results,
+)
+from emulated import as_backend
 from test_fftconv import CASES
 
 from seqconv import fftconv, reference
 from seqconv._cuda import convolution, kernels
-from seqconv._cuda.arguments import arguments
-from seqconv._cuda.plan import H100, OPERAND_ERROR, Limits, Problem, make_plan, tensor_bytes
-
-A100 = Limits(shared=166912, shared_total=167936, processors=108, clock=1.41e9, bandwidth=1.55e12)
-TURING = Limits(65536, 65536, 40, 1.59e9, 3.2e11, tensor_cores=False)
-# Long rows at lengths that an emulator can afford; several rows for every block.
-SMALL = Limits(shared=20000, shared_total=20000, processors=1)
-FEW = replace(H100, processors=1)
-
-
-class OnePlane(Limits):
-    """Gradients on tensor cores take one plane even where two fit."""
-
-
-def planned(problem, limits, backward=False):
-    """make_plan, with one plane for gradients where the limits say so."""
-    plan = make_plan(problem, limits, backward)
-    if not (backward and isinstance(limits, OnePlane)):
-        return plan
-    assert (plan.engine, plan.planes) == ("tensor", 2)
-    return replace(plan, planes=1)
-
-
-def one_plane(n: int) -> Limits:
-    """Where gradients of 16-bit rows of n points take one pass, but not with two planes."""
-    return Limits(shared=tensor_bytes(n) + 256, shared_total=tensor_bytes(n) + 256, processors=1)
-
-
-# Relative L2 error of the tensor cores' fp16 operands, beside the rounding of the stored result;
-# behind an activation, which may leave little of its input, and in gradients, where two such
-# transforms meet, twice that. The largest error over the root mean square stays below 8 times it.
-STATED = {"fast": OPERAND_ERROR[True], "accurate": OPERAND_ERROR[False]}
-ROUNDING = {torch.float16: 2.9e-4, torch.bfloat16: 2.3e-3}  # of a result, at most
-
-
-@pytest.fixture(scope="module")
-def library():
-    return build()
-
-
-def run(device: Emulator, case: Case):
-    tensors = case.tensors()
-    with as_backend(device):
-        return tensors, *case.with_gradients(fftconv, tensors)
-
-
-def check(device: Emulator, case: Case, mode: str = "fast"):
-    results = run(device, case)
-    compare(case, *results, mode, any("tensor" in kernel for kernel, *_ in device.launches))
-
-
-def compare(case: Case, tensors, y, grads, dy, mode: str, on_tensor_cores: bool):
-    """Against float64: at float32's price where the radix kernels compute, else within what is stated."""
-    exact, definition = oracle(case)
-    y64, grads64, _ = exact.with_gradients(definition, double(tensors), dy.double())
-    y_fft, grads_fft, _ = case.with_gradients(reference.fftconv_fft, tensors, dy)
-    results = [("y", y, y_fft, y64)]
-    results += [(f"d{n}", g, grads_fft[n], grads64[n]) for n, g in grads.items()]
-    for name, value, baseline, exact_value in results:
-        # A skip's gradient is a direct sum in float32; through an activation it has v's error, of random signs.
-        linear_skip = name == "dskip" and case.activation is None
-        if not on_tensor_cores or linear_skip or not exact_value.any():
-            assert_accurate(value, baseline, exact_value, factor=3.0, what=name, ulps=8.0)
-            continue
-        stated = STATED[mode] * {"y": 1 + (case.activation is not None), "dskip": 4}.get(name, 2)
-        assert torch.isfinite(value).all(), name
-        assert rel_l2(value, exact_value) <= stated + ROUNDING.get(value.dtype, 0), name
-        crest = (exact_value.abs().max() / exact_value.square().mean().sqrt()).item()
-        largest = 8 * stated + crest * EPS.get(value.dtype, 0)
-        assert max_over_rms(value, exact_value) <= largest, name
+from seqconv._cuda.plan import H100, Limits, Problem, make_plan
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.dtype != torch.float64], ids=str)
-def test_the_operators_cases(library, case):
-    device = Emulator(library)
+def test_the_operators_cases(machine, case):
+    device = machine.device()
     check(device, case)
     if case.length and case.batch and case.channels:
         assert device.launches
@@ -109,7 +54,7 @@ OPTIONS = (
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_edge_lengths(library, mode, dtype, length):
+def test_edge_lengths(machine, mode, dtype, length):
     if dtype == torch.float32 and mode == "accurate":
         return
     which = (
@@ -121,34 +66,34 @@ def test_edge_lengths(library, mode, dtype, length):
             options["taps_rev"] = length - 1
         small = {"batch": 3, "channels": 2} if length < 2000 else {"batch": 2, "channels": 1}
         check(
-            Emulator(library, order=order),
+            machine.device(order=order),
             Case(length=length, taps=length, dtype=dtype, **small, **options),
             mode,
         )
 
 
 @pytest.mark.parametrize("n", kernels.FIXED)
-def test_kernels_that_know_their_length(library, n, monkeypatch):
+def test_kernels_that_know_their_length(machine, n, monkeypatch):
     """Within what is stated, and to the bit what the kernel for any length gives."""
     dtype = (torch.float16, torch.bfloat16)[n.bit_length() % 2]
     case = Case(2, 1, n - 1, n - 1, taps_rev=n - 2, skip="h", dtype=dtype)
-    device = Emulator(library, FEW)
+    device = machine.device(FEW)
     check(device, case)
     ran = {kernel for kernel, *_ in device.launches if "tensor" in kernel}
     assert len(ran) == 2 and all(kernel.endswith(f"_fast_{n}") for kernel in ran)
-    fixed, usual = results(library, case, FEW, 7), dict(kernels.KERNELS)
+    fixed, usual = results(machine, case, FEW, 7), dict(kernels.KERNELS)
     for kernel in ran:
         del usual[kernel]
     monkeypatch.setattr(kernels, "KERNELS", usual)
-    for a, b in zip(fixed, results(library, case, FEW, 0), strict=True):
+    for a, b in zip(fixed, results(machine, case, FEW, 0), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("length", [16384, 32768, 51200])
-def test_longest_single_passes(library, mode, length):
+def test_longest_single_passes(machine, mode, length):
     """One launch for a whole row of 16-bit numbers, at exactly the row's own length, two-sided too."""
     case = Case(1, 140, length, length, taps_rev=length - 1, skip="h", dtype=torch.bfloat16)
-    device = Emulator(library, FEW)
+    device = machine.device(FEW)
     tensors = case.tensors()
     narrow = {
         n: None if t is None else t[..., :1, :] if n != "skip" else t[:1]
@@ -183,10 +128,10 @@ def test_longest_single_passes(library, mode, length):
         assert rel_l2(grad, grad64) <= 2 * STATED[mode] + ROUNDING.get(grad.dtype, 0), name
 
 
-def test_taps_gradients_in_pieces(library, mode):
+def test_taps_gradients_in_pieces(machine, mode):
     """Of rows that fit twice as fp16 numbers, and not once as the float32 numbers of the taps."""
     case = Case(2, 1, 1024, 1024, taps_rev=1023, skip="h", dtype=torch.float16)
-    device = Emulator(library, Limits(shared=8500, shared_total=64000, processors=1))
+    device = machine.device(Limits(shared=8500, shared_total=64000, processors=1))
     check(device, case, mode)
     plan = make_plan(convolution.describe(*case_inputs(case)), device.limits, backward=True)
     assert (plan.engine, plan.n, plan.planes) == ("tensor", 1024, 2)
@@ -204,7 +149,7 @@ ONE_PLANE = [
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ONE_PLANE, ids=str)
-def test_one_plane_for_two_spectra(library, mode, dtype, case, monkeypatch):
+def test_one_plane_for_two_spectra(machine, mode, dtype, case, monkeypatch):
     """Gradients in one pass where the block's memory holds a row only once, and no row of float32 taps."""
     case, plans = replace(case, dtype=dtype), []
 
@@ -215,7 +160,7 @@ def test_one_plane_for_two_spectra(library, mode, dtype, case, monkeypatch):
 
     monkeypatch.setattr(convolution, "make_plan", noted)
     n = {700: 768, 1200: 1280, 2000: 2048, 5000: 5120, 9000: 1280}[case.length]
-    device = Emulator(library, one_plane(n))
+    device = machine.device(one_plane(n))
     check(device, case, mode)
     ran = [kernel for kernel, *_ in device.launches]
     assert any(kernel.startswith("tensor_backward") for kernel in ran), ran
@@ -239,10 +184,10 @@ def test_one_plane_for_two_spectra(library, mode, dtype, case, monkeypatch):
     ],
     ids=str,
 )
-def test_one_plane_or_two_give_the_same(library, mode, monkeypatch, case):
+def test_one_plane_or_two_give_the_same(machine, mode, monkeypatch, case):
     """To the bit, in any number of slots and groups: what waits in global memory is not rounded. Every slot
     has room of its own, none of which is left as NaN: blocks that share it meet on a GPU only."""
-    two = results(library, case, FEW, 0)
+    two = results(machine, case, FEW, 0)
     empty, scratch = convolution._Call.empty, []
 
     def recorded(call, *shape):
@@ -250,7 +195,7 @@ def test_one_plane_or_two_give_the_same(library, mode, monkeypatch, case):
         return scratch[-1]
 
     monkeypatch.setattr(convolution._Call, "empty", recorded)
-    for a, b in zip(two, results(library, case, OnePlane(processors=1), 7), strict=True):
+    for a, b in zip(two, results(machine, case, OnePlane(processors=1), 7), strict=True):
         assert torch.equal(a, b)
     assert scratch and not any(t.isnan().any() for t in scratch)
 
@@ -259,7 +204,7 @@ def test_one_plane_or_two_give_the_same(library, mode, monkeypatch, case):
 @pytest.mark.parametrize(
     "limits", [FEW, OnePlane(processors=1), one_plane(1024)], ids=["2", "1", "pieces"]
 )
-def test_gradients_of_some_arguments_are_those_of_all(library, mode, wanted, limits):
+def test_gradients_of_some_arguments_are_those_of_all(machine, mode, wanted, limits):
     """Also where none of the taps is wanted, whose spectra of x are left out."""
     torch.manual_seed(0)
     case = Case(3, 2, 1000, 1000, taps_rev=5, skip="h", dtype=torch.bfloat16)
@@ -270,7 +215,7 @@ def test_gradients_of_some_arguments_are_those_of_all(library, mode, wanted, lim
     def gradients(limits, some):
         grads = [torch.full_like(tensors[n], math.nan) if n in some else None for n in names]
         with patch.object(convolution, "make_plan", planned):
-            device = Emulator(library, limits)
+            device = machine.device(limits)
             convolution.backward(device, (*grads, None, None), dy, *inputs, "none")
         return dict(zip(names, grads, strict=True))
 
@@ -313,29 +258,29 @@ LONG = [
 
 
 @pytest.mark.parametrize("case", LONG, ids=str)
-def test_three_passes(library, case):
-    device = Emulator(library, replace(SMALL, tensor_cores=False))
+def test_three_passes(machine, case):
+    device = machine.device(replace(SMALL, tensor_cores=False))
     check(device, case)
     assert any(kernel.startswith("long") for kernel, *_ in device.launches)
 
 
-def test_a_row_of_a_million(library):
+def test_a_row_of_a_million(machine):
     case = Case(1, 1, (1 << 20) - 3, (1 << 20) - 3, skip="h")
-    device = Emulator(library)
+    device = machine.device()
     check(device, case)
     assert any(kernel.startswith("long") for kernel, *_ in device.launches)
 
 
 @pytest.mark.parametrize("limits", [A100, TURING, SMALL], ids=["a100", "turing", "small"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_other_devices(library, limits, dtype):
+def test_other_devices(machine, limits, dtype):
     for length, taps in ((300, 300), (3000, 3000), (7000, 7000), (6000, 100)):
         case = Case(2, 2, length, taps, taps_rev=50, skip="h", dtype=dtype, activation="silu")
-        check(Emulator(library, limits), case)
+        check(machine.device(limits), case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_windows(library, dtype):
+def test_windows(machine, dtype):
     """Kernels much shorter than the row: several transforms to a row, in forward and backward."""
     for length, taps, options in (
         (20001, 65, {"taps_rev": 30, "pre_gate": True}),
@@ -344,19 +289,14 @@ def test_windows(library, dtype):
         (20000, 62, {}),
     ):
         case = Case(2, 1, length, taps, skip="h", dtype=dtype, **options)
-        device = Emulator(library)
+        device = machine.device()
         check(device, case)
         plan = convolution.make_plan(convolution.describe(*case_inputs(case)), H100)
         assert plan.windows > 1
 
 
-def case_inputs(case: Case):
-    tensors = case.tensors()
-    return tensors["u"], tensors["k"], tensors["k_rev"]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_hard_signals(library, mode, dtype):
+def test_hard_signals(machine, mode, dtype):
     """Energy in one frequency, one sample or one row; sizes at the ends of the dtype's range; values beside zeros."""
     n = 1000
     t = torch.arange(n)
@@ -374,7 +314,7 @@ def test_hard_signals(library, mode, dtype):
         k = torch.stack([torch.exp(-t / 100.0) / 10] * 3 + [torch.ones(n) / n] * 3)
         case = Case(1, 6, n, n, dtype=dtype)
         tensors = {name: None for name in case.tensors()} | {"u": (u * scale).to(dtype), "k": k}
-        with as_backend(Emulator(library)):
+        with as_backend(machine.device()):
             y = case.run(fftconv, tensors)
         y64 = case.run(reference.fftconv_fft, double(tensors))
         # Round-off is relative to the whole convolution, of which a causal output may keep little.
@@ -388,21 +328,21 @@ def test_hard_signals(library, mode, dtype):
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-22, 1e19, 1e30])
-def test_kernels_of_any_size(library, mode, scale):
+def test_kernels_of_any_size(machine, mode, scale):
     """A channel whose taps have all but vanished, or whose squares leave float32's range, is as exact as any."""
     u, k = torch.randn(2, 1, 1000).bfloat16(), torch.randn(1, 1000) / 30
     grow = min(1.0, 1e30 / scale)  # of u, so that the result is a number
-    with as_backend(Emulator(library)):
+    with as_backend(machine.device()):
         y, plain = fftconv(u * grow, k * scale), fftconv(u, k)
     assert torch.isfinite(y).all()
     assert rel_l2(y.double() / (scale * grow), plain.double()) < 2 * STATED[mode] + 4e-3
 
 
-def test_rows_do_not_meet(library):
+def test_rows_do_not_meet(machine):
     """A NaN spoils its own row of (sample, channel), however many rows a block holds."""
     for dtype in (torch.float32, torch.bfloat16):
         u, k = torch.randn(9, 2, 256).to(dtype), torch.randn(2, 256)
-        with as_backend(Emulator(library, FEW)):
+        with as_backend(machine.device(FEW)):
             clean = fftconv(u, k)
             u[3, 1, 200] = torch.nan
             y = fftconv(u, k)
@@ -434,98 +374,17 @@ PROPERTIES = {
 
 
 @pytest.mark.parametrize("name", PROPERTIES)
-def test_the_operators_properties(library, name):
+def test_the_operators_properties(machine, name):
     function, given = PROPERTIES[name]
-    device = Emulator(library)
+    device = machine.device()
     with as_backend(device):
         function(*given)
     assert device.launches
 
 
-ORDERS = [
-    (Case(5, 3, 1000, 1000, heads=2, skip="h", activation="gelu"), FEW),
-    (Case(5, 1, 4096, 4096, skip="h", taps_rev=5), FEW),
-    (Case(3, 1, 20000, 20000, skip="h"), SMALL),
-    (Case(2, 1, 2500, 2500), SMALL),  # 10 x 256, whose outer passes meet elements of other threads
-    (Case(5, 1, 5000, 5000, dtype=torch.float16), FEW),
-    (Case(5, 1, 700, 700, dtype=torch.bfloat16), FEW),  # a warp alone
-    (Case(5, 1, 1200, 1200, heads=2, dtype=torch.bfloat16), FEW),
-    (Case(2, 1, 20000, 20000, dtype=torch.bfloat16), FEW),
-    (Case(5, 1, 1000, 1000, dtype=torch.bfloat16), FEW),  # kernels that know their length
-    (Case(2, 1, 8192, 8192, skip="h", dtype=torch.float16), FEW),
-    (Case(2, 1, 2048, 2048, dtype=torch.bfloat16), OnePlane(processors=1)),
-    (Case(19, 1, 256, 256, skip="h", dtype=torch.bfloat16), FEW),
-    (Case(5, 1, 256, 256, skip="h", dtype=torch.bfloat16), OnePlane(processors=1)),  # warps alone
-    (Case(2, 1, 5000, 5000, dtype=torch.bfloat16), one_plane(5120)),
-]
-
-
-def results(library, case: Case, limits: Limits, order: int, without: str = ""):
-    torch.manual_seed(0)
-    with patch.object(convolution, "make_plan", planned):
-        _, y, grads, _ = run(Emulator(library, limits, order, without), case)
-    return [y, *grads.values()]
-
-
 @pytest.mark.parametrize("case, limits", ORDERS, ids=[str(case) for case, _ in ORDERS])
-def test_thread_order_does_not_matter(library, case, limits):
-    forwards = results(library, case, limits, 0)
+def test_thread_order_does_not_matter(machine, case, limits):
+    forwards = results(machine, case, limits, 0)
     for order in (1, 7):
-        for a, b in zip(forwards, results(library, case, limits, order), strict=True):
+        for a, b in zip(forwards, results(machine, case, limits, order), strict=True):
             assert torch.equal(a, b)
-
-
-def test_every_barrier_is_needed(library):
-    """Each left out in turn: a race is found, or the result is another one."""
-    right = [results(library, case, limits, 0) for case, limits in ORDERS]
-    visited = library.emulator_visited().decode().split()
-    others = ("butterfly", "ssm")  # test_cuda_butterfly's and test_cuda_ssm's
-    sites = [site for site in visited if not site.startswith(others)]
-    assert len(sites) > 20
-
-    def noticed(site: str) -> bool:
-        for (case, limits), expected in zip(ORDERS, right, strict=True):
-            for order in (0, 1):
-                try:
-                    found = results(library, case, limits, order, without=site)
-                except RuntimeError as error:
-                    assert "race" in str(error), f"{site}: {error}"
-                    return True
-                if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
-                    return True
-        return False
-
-    assert [site for site in sites if not noticed(site)] == []
-
-
-FAULTS = [
-    "write after write",
-    "read after write",
-    "write after read",
-    "outside of shared memory",
-    "barrier",
-    "different collectives",
-]
-
-
-@pytest.mark.parametrize("which", range(len(FAULTS)), ids=FAULTS)
-def test_the_emulator_notices(library, which):
-    library.emulate_fault.restype = ctypes.c_char_p
-    error = library.emulate_fault(which)
-    assert error is not None and FAULTS[which] in error.decode()
-
-
-def test_tensor_core_instructions_match_the_formula(library, mode):
-    """16 x 16 complex products: 8 instructions, 4 where one side is real; a pass there and one back for each radix."""
-    for length, outer in ((256, 0), (4096, 1), (8192, 2)):
-        case = Case(1, 1, length, length, dtype=torch.float16)
-        before = library.tensor_products()
-        with as_backend(Emulator(library, FEW)):
-            fftconv(*[case.tensors()[n] for n in ("u", "k")])
-        tiles, passes = length // 256, 2 + outer
-        expected = tiles * (2 * 4 + (2 * passes - 2) * 8)
-        assert library.tensor_products() - before == expected
-
-
-def test_arguments_match_the_kernels(library):
-    assert library.arguments_size() == 8 * len(arguments())

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import test_cuda_ssm
 from accuracy import rel_l2
 from cases import Case
-from test_device import LENGTHS, LONG, OPTIONS, PROPERTIES, compare
+from device_cases import compare
+from test_device import LENGTHS, LONG, OPTIONS, PROPERTIES
 from test_fftconv import CASES
 
 import seqconv

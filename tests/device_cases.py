@@ -1,0 +1,123 @@
+"""Problems for the CUDA kernels on the host: devices of several kinds, and what a result may be off by."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+
+import torch
+from accuracy import EPS, assert_accurate, max_over_rms, rel_l2
+from cases import Case, double, oracle
+from emulated import as_backend
+
+from seqconv import fftconv, reference
+from seqconv._cuda import convolution
+from seqconv._cuda.plan import H100, OPERAND_ERROR, Limits, make_plan, tensor_bytes
+
+A100 = Limits(shared=166912, shared_total=167936, processors=108, clock=1.41e9, bandwidth=1.55e12)
+TURING = Limits(65536, 65536, 40, 1.59e9, 3.2e11, tensor_cores=False)
+# Long rows at lengths that an emulator can afford; several rows for every block.
+SMALL = Limits(shared=20000, shared_total=20000, processors=1)
+FEW = replace(H100, processors=1)
+
+
+class OnePlane(Limits):
+    """Gradients on tensor cores take one plane even where two fit."""
+
+
+def planned(problem, limits, backward=False):
+    """make_plan, with one plane for gradients where the limits say so."""
+    plan = make_plan(problem, limits, backward)
+    if not (backward and isinstance(limits, OnePlane)):
+        return plan
+    assert (plan.engine, plan.planes) == ("tensor", 2)
+    return replace(plan, planes=1)
+
+
+def one_plane(n: int) -> Limits:
+    """Where gradients of 16-bit rows of n points take one pass, but not with two planes."""
+    return Limits(shared=tensor_bytes(n) + 256, shared_total=tensor_bytes(n) + 256, processors=1)
+
+
+# Relative L2 error of the tensor cores' fp16 operands, beside the rounding of the stored result;
+# behind an activation, which may leave little of its input, and in gradients, where two such
+# transforms meet, twice that. The largest error over the root mean square stays below 8 times it.
+STATED = {"fast": OPERAND_ERROR[True], "accurate": OPERAND_ERROR[False]}
+ROUNDING = {torch.float16: 2.9e-4, torch.bfloat16: 2.3e-3}  # of a result, at most
+
+
+@contextmanager
+def sums(mode: str):
+    """Whether products on tensor cores may be summed in fp16 ("fast") or not ("accurate"): torch's own switches."""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    usual = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, mode == "fast")
+    try:
+        yield mode
+    finally:
+        for name, value in zip(names, usual, strict=True):
+            setattr(matmul, name, value)
+
+
+def run(device, case: Case):
+    tensors = case.tensors()
+    with as_backend(device):
+        return tensors, *case.with_gradients(fftconv, tensors)
+
+
+def check(device, case: Case, mode: str = "fast"):
+    results = run(device, case)
+    compare(case, *results, mode, any("tensor" in kernel for kernel, *_ in device.launches))
+
+
+def compare(case: Case, tensors, y, grads, dy, mode: str, on_tensor_cores: bool):
+    """Against float64: at float32's price where the radix kernels compute, else within what is stated."""
+    exact, definition = oracle(case)
+    y64, grads64, _ = exact.with_gradients(definition, double(tensors), dy.double())
+    y_fft, grads_fft, _ = case.with_gradients(reference.fftconv_fft, tensors, dy)
+    results = [("y", y, y_fft, y64)]
+    results += [(f"d{n}", g, grads_fft[n], grads64[n]) for n, g in grads.items()]
+    for name, value, baseline, exact_value in results:
+        # A skip's gradient is a direct sum in float32; through an activation it has v's error, of random signs.
+        linear_skip = name == "dskip" and case.activation is None
+        if not on_tensor_cores or linear_skip or not exact_value.any():
+            assert_accurate(value, baseline, exact_value, factor=3.0, what=name, ulps=8.0)
+            continue
+        stated = STATED[mode] * {"y": 1 + (case.activation is not None), "dskip": 4}.get(name, 2)
+        assert torch.isfinite(value).all(), name
+        assert rel_l2(value, exact_value) <= stated + ROUNDING.get(value.dtype, 0), name
+        crest = (exact_value.abs().max() / exact_value.square().mean().sqrt()).item()
+        largest = 8 * stated + crest * EPS.get(value.dtype, 0)
+        assert max_over_rms(value, exact_value) <= largest, name
+
+
+def case_inputs(case: Case):
+    tensors = case.tensors()
+    return tensors["u"], tensors["k"], tensors["k_rev"]
+
+
+ORDERS = [
+    (Case(5, 3, 1000, 1000, heads=2, skip="h", activation="gelu"), FEW),
+    (Case(5, 1, 4096, 4096, skip="h", taps_rev=5), FEW),
+    (Case(3, 1, 20000, 20000, skip="h"), SMALL),
+    (Case(2, 1, 2500, 2500), SMALL),  # 10 x 256, whose outer passes meet elements of other threads
+    (Case(5, 1, 5000, 5000, dtype=torch.float16), FEW),
+    (Case(5, 1, 700, 700, dtype=torch.bfloat16), FEW),  # a warp alone
+    (Case(5, 1, 1200, 1200, heads=2, dtype=torch.bfloat16), FEW),
+    (Case(2, 1, 20000, 20000, dtype=torch.bfloat16), FEW),
+    (Case(5, 1, 1000, 1000, dtype=torch.bfloat16), FEW),  # kernels that know their length
+    (Case(2, 1, 8192, 8192, skip="h", dtype=torch.float16), FEW),
+    (Case(2, 1, 2048, 2048, dtype=torch.bfloat16), OnePlane(processors=1)),
+    (Case(19, 1, 256, 256, skip="h", dtype=torch.bfloat16), FEW),
+    (Case(5, 1, 256, 256, skip="h", dtype=torch.bfloat16), OnePlane(processors=1)),  # warps alone
+    (Case(2, 1, 5000, 5000, dtype=torch.bfloat16), one_plane(5120)),
+]
+
+
+def results(machine, case: Case, limits: Limits, order: int, **options):
+    """y and the gradients on a device of the emulator or of the PTX machine; options: of that device."""
+    torch.manual_seed(0)
+    with patch.object(convolution, "make_plan", planned):
+        _, y, grads, _ = run(machine.device(limits, order, **options), case)
+    return [y, *grads.values()]
