@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from emulated import forget_recipes
 
 import seqconv
 from seqconv import _cpu
@@ -22,6 +23,7 @@ def deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+    forget_recipes()
 
 
 @pytest.fixture(scope="session")

@@ -77,6 +77,12 @@ class Emulator:
             raise RuntimeError(f"{kernel}: {error.decode()}")
 
 
+def forget_recipes() -> None:
+    """For a test that changes what they are made by: the planner, the list of kernels, the bound on scratch."""
+    convolution._forward.cache_clear()
+    convolution._backward.cache_clear()
+
+
 @contextmanager
 def as_backend(device: Emulator):
     """fftconv of CPU tensors through the CUDA backend's Python and the emulated kernels."""

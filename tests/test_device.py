@@ -1,6 +1,7 @@
 """The CUDA kernels themselves, run on the host: every dtype, mode and engine against float64, in several thread orders,
 with races looked for and every barrier left out once."""
 
+import contextlib
 import ctypes
 import math
 from dataclasses import replace
@@ -11,13 +12,14 @@ import test_fftconv
 import torch
 from accuracy import EPS, assert_accurate, max_over_rms, rel_l2
 from cases import Case, double, oracle
-from emulated import Emulator, as_backend, build
+from emulated import Emulator, as_backend, build, forget_recipes
 from test_fftconv import CASES
 
 from seqconv import fftconv, reference
 from seqconv._cuda import convolution, kernels
 from seqconv._cuda.arguments import arguments
 from seqconv._cuda.plan import H100, OPERAND_ERROR, Limits, Problem, make_plan, tensor_bytes
+from seqconv._cuda.recipe import Recipe
 
 A100 = Limits(shared=166912, shared_total=167936, processors=108, clock=1.41e9, bandwidth=1.55e12)
 TURING = Limits(65536, 65536, 40, 1.59e9, 3.2e11, tensor_cores=False)
@@ -140,6 +142,7 @@ def test_kernels_that_know_their_length(library, n, monkeypatch):
     for kernel in ran:
         del usual[kernel]
     monkeypatch.setattr(kernels, "KERNELS", usual)
+    forget_recipes()
     for a, b in zip(fixed, results(library, case, FEW, 0), strict=True):
         assert torch.equal(a, b)
 
@@ -243,16 +246,29 @@ def test_one_plane_or_two_give_the_same(library, mode, monkeypatch, case):
     """To the bit, in any number of slots and groups: what waits in global memory is not rounded. Every slot
     has room of its own, none of which is left as NaN: blocks that share it meet on a GPU only."""
     two = results(library, case, FEW, 0)
-    empty, scratch = convolution._Call.empty, []
+    empty, scratch, pieces, filled = Recipe.empty, convolution._Prepared.scratch, {}, []
 
-    def recorded(call, *shape):
-        scratch.append(empty(call, *shape).fill_(math.nan))
-        return scratch[-1]
+    def recorded(recipe, *shape):
+        pieces.setdefault(recipe, []).append(empty(recipe, *shape))
+        return pieces[recipe][-1]
 
-    monkeypatch.setattr(convolution._Call, "empty", recorded)
+    def nans(prepared, device):
+        filled.append((prepared, scratch(prepared, device).fill_(math.nan)))
+        return filled[-1][1]
+
+    # No piece lies where another one was: else it could hide what that left as NaN.
+    monkeypatch.setattr(Recipe, "reused", lambda recipe: contextlib.nullcontext())
+    monkeypatch.setattr(Recipe, "empty", recorded)
+    monkeypatch.setattr(convolution._Prepared, "scratch", nans)
     for a, b in zip(two, results(library, case, OnePlane(processors=1), 7), strict=True):
         assert torch.equal(a, b)
-    assert scratch and not any(t.isnan().any() for t in scratch)
+    found = [
+        piece.inside(memory)
+        for prepared, memory in filled
+        for _, _, recipe, _ in prepared.parts
+        for piece in pieces[recipe]
+    ]
+    assert len(filled) == 2 and len(found) > 4 and not any(t.isnan().any() for t in found)
 
 
 @pytest.mark.parametrize("wanted", ["u", "skip", "u skip", "k"])
