@@ -17,7 +17,7 @@ from torch import Tensor
 from seqconv._cuda import kernels
 from seqconv._cuda.layout import Layout
 from seqconv._cuda.plan import Limits, Plan, Problem, make_plan
-from seqconv._cuda.recipe import SCRATCH, Operand, Recipe, geometry
+from seqconv._cuda.recipe import Operand, Recipe, geometries, operands
 from seqconv._pack import ABSENT, materialise, reach, zero_unreached
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -33,10 +33,11 @@ def _rows(work: Operand, outer: int, lower: int) -> tuple:
 
 def _fast(dtype: torch.dtype) -> bool:
     """Whether products may be summed in fp16, as torch's own switches have it."""
-    matmul = torch.backends.cuda.matmul
     if dtype == torch.bfloat16:
-        return bool(matmul.allow_bf16_reduced_precision_reduction)
-    return dtype != torch.float16 or bool(matmul.allow_fp16_reduced_precision_reduction)
+        return bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+    if dtype == torch.float16:
+        return bool(torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction)
+    return True
 
 
 def describe(u: Tensor, k: Tensor, k_rev: Tensor | None) -> Problem:
@@ -202,14 +203,14 @@ def _slices(problem: Problem, plans: list[Plan]):
 class _Prepared:
     """The recipes of a call for all of its channels, some at a time."""
 
-    def __init__(self, operands, axes, problem: Problem, plans: list[Plan], write):
-        """axes: where each operand has its channels. write(recipe, problem, *operands) makes the launches for
+    def __init__(self, tensors, axes, problem: Problem, plans: list[Plan], write):
+        """axes: where each tensor has its channels. write(recipe, problem, *tensors) makes the launches for
         some channels, and returns what there adds up to the skip's gradient, or None."""
 
         @functools.cache
         def made(count: int):
-            cut = [t and t.cut(axis, count) for t, axis in zip(operands, axes, strict=True)]
-            recipe = Recipe(len(operands))
+            cut = [t and t.cut(axis, count) for t, axis in zip(tensors, axes, strict=True)]
+            recipe = Recipe(len(tensors))
             return recipe, write(recipe, replace(problem, channels=count), *cut)
 
         self.parts = [(start, count, *made(count)) for start, count in _slices(problem, plans)]
@@ -217,7 +218,7 @@ class _Prepared:
         # Bytes from one channel to the next.
         self.steps = [
             0 if t is None else t.strides[axis] * t.element_size()
-            for t, axis in zip(operands, axes, strict=True)
+            for t, axis in zip(tensors, axes, strict=True)
         ]
 
     def scratch(self, device: torch.device) -> Tensor:
@@ -250,31 +251,31 @@ _KEPT = 512  # kinds of calls that are known at a time
 
 
 @functools.lru_cache(_KEPT)
-def _forward(limits: Limits, activation: str, fast: bool, *geometries) -> _Prepared:
+def _forward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
     """Of y, u, k, k_rev, skip, pre_gate, post_gate."""
-    operands = [Operand.of(*x) for x in enumerate(geometries, SCRATCH + 1)]
-    problem = _describe(*operands[1:4], fast)
+    made = operands(known)
+    problem = _describe(*made[1:4], fast)
     plan = make_plan(problem, limits)
 
     def write(recipe, problem, y, u, k, k_rev, skip, pre_gate, post_gate):
         call = _Call(recipe, problem, plan, u, activation)
         call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, y=y, post_gate=post_gate)
 
-    return _Prepared(operands, (-2, *_AXES), problem, [plan], write)
+    return _Prepared(made, (-2, *_AXES), problem, [plan], write)
 
 
 @functools.lru_cache(_KEPT)
-def _backward(limits: Limits, activation: str, fast: bool, *geometries) -> _Prepared:
+def _backward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
     """Of dy, u, k, k_rev, skip, pre_gate, post_gate, and the gradients of the latter six."""
-    operands = [Operand.of(*x) for x in enumerate(geometries, SCRATCH + 1)]
-    problem = _describe(*operands[1:4], fast)
+    made = operands(known)
+    problem = _describe(*made[1:4], fast)
     # The pre-activation, where it is needed, comes from a forward pass of its own; then everything is linear.
     plans = [make_plan(problem, limits, backward=backward) for backward in (False, True)]
 
-    def write(recipe, problem, *operands):
-        return _write_backward(recipe, problem, plans, activation, *operands)
+    def write(recipe, problem, *tensors):
+        return _write_backward(recipe, problem, plans, activation, *tensors)
 
-    return _Prepared(operands, (-2, *_AXES, *_AXES), problem, plans, write)
+    return _Prepared(made, (-2, *_AXES, *_AXES), problem, plans, write)
 
 
 def _write_backward(recipe, problem, plans, activation, dy, u, k, k_rev, skip, *rest):
@@ -301,8 +302,9 @@ def forward(device, y, u, k, k_rev, skip, pre_gate, post_gate, activation) -> No
     """Writes y; see seqconv._ops for the shapes."""
     if y.numel() == 0:
         return
-    tensors = [y, *map(materialise, (u, k, k_rev, skip, pre_gate, post_gate))]
-    prepared = _forward(device.limits, activation, _fast(u.dtype), *map(geometry, tensors))
+    inputs = (u, k, k_rev, skip, pre_gate, post_gate)
+    tensors = [y, *[t if t is None else materialise(t) for t in inputs]]
+    prepared = _forward(device.limits, activation, _fast(u.dtype), *geometries(tensors))
     prepared.run(device, tensors)
 
 
@@ -314,6 +316,7 @@ def backward(device, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activati
                 grad.zero_()
         return
     zero_unreached(grads[1], grads[2], u.shape[-1])
-    tensors = [*map(materialise, (dy, u, k, k_rev, skip, pre_gate, post_gate)), *grads]
-    prepared = _backward(device.limits, activation, _fast(u.dtype), *map(geometry, tensors))
+    inputs = (dy, u, k, k_rev, skip, pre_gate, post_gate)
+    tensors = [*[t if t is None else materialise(t) for t in inputs], *grads]
+    prepared = _backward(device.limits, activation, _fast(u.dtype), *geometries(tensors))
     prepared.run(device, tensors, grads[3])

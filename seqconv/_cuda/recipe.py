@@ -36,10 +36,6 @@ class Operand:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-    @classmethod
-    def of(cls, number: int, geometry: tuple | None) -> "Operand | None":
-        return None if geometry is None else cls(Address(number), *geometry)
-
     def cut(self, axis: int, count: int) -> "Operand":
         """The first `count` along an axis counted from the end."""
         axis += len(self.shape)
@@ -61,9 +57,14 @@ class Operand:
         return self.dtype.itemsize
 
 
-def geometry(t: Tensor | None) -> tuple | None:
-    """All that an operand needs to know."""
-    return None if t is None else (t.dtype, t.shape, t.stride())
+def geometries(tensors: list[Tensor | None]) -> list[tuple | None]:
+    """All that operands need to know."""
+    return [None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors]
+
+
+def operands(geometries: tuple) -> list[Operand | None]:
+    numbered = enumerate(geometries, SCRATCH + 1)
+    return [None if known is None else Operand(Address(i), *known) for i, known in numbered]
 
 
 class Launch(NamedTuple):
