@@ -48,9 +48,11 @@ def apply(u, k, k_rev, skip, pre_gate, post_gate, activation: str, channels_last
 
 
 def _needs_gradient(args) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(t, torch.Tensor) and t.requires_grad for t in args
-    )
+    if torch.is_grad_enabled():
+        for t in args:
+            if isinstance(t, torch.Tensor) and t.requires_grad:
+                return True
+    return False
 
 
 class _Fused(Function):
@@ -65,8 +67,13 @@ class _Fused(Function):
     @staticmethod
     def backward(ctx, dy):
         wanted = ctx.needs_input_grad[:6]
-        # With create_graph=True the operator records its own gradient, _FusedBackward.
-        grads = _ops.bwd(dy, *ctx.saved_tensors, *ctx.options, wanted)
+        args = (dy, *ctx.saved_tensors, *ctx.options, wanted)
+        if torch.is_grad_enabled() or transformed(args):
+            # With create_graph=True the operator records its own gradient, _FusedBackward.
+            grads = _ops.bwd(*args)
+        else:
+            with below_autograd():
+                grads = _ops.bwd(*args)
         return (*[g if want else None for g, want in zip(grads, wanted, strict=True)], None, None)
 
 

@@ -1,5 +1,6 @@
 """Argument checks with one voice: which argument, what was wanted with sizes filled in, what came."""
 
+from collections.abc import Callable
 from numbers import Integral
 
 import torch
@@ -36,12 +37,23 @@ def check_tensor(
         )
 
 
-def check_shape(function: str, name: str, value: Tensor, *patterns: tuple, why: str = "") -> None:
-    """Each pattern is a tuple of (axis name, size), size None meaning any; the shape must match one of them."""
+def _matches(shape, pattern: tuple) -> bool:
+    if len(shape) != len(pattern):
+        return False
+    for size, (_, wanted) in zip(shape, pattern, strict=True):
+        if wanted is not None and size != wanted:
+            return False
+    return True
+
+
+def check_shape(
+    function: str, name: str, value: Tensor, *patterns: tuple, why: Callable[[], str] = str
+) -> None:
+    """Each pattern is a tuple of (axis name, size), size None meaning any; the shape must match one of them.
+    why() is asked where none does."""
+    shape = value.shape
     for pattern in patterns:
-        if value.dim() == len(pattern) and all(
-            size is None or value.shape[i] == size for i, (_, size) in enumerate(pattern)
-        ):
+        if _matches(shape, pattern):
             return
     wanted = " or ".join(
         "("
@@ -50,7 +62,7 @@ def check_shape(function: str, name: str, value: Tensor, *patterns: tuple, why: 
         + ")"
         for p in patterns
     )
-    raise ValueError(f"{function}: {name} must be {wanted}{why}, got {tuple(value.shape)}")
+    raise ValueError(f"{function}: {name} must be {wanted}{why()}, got {tuple(value.shape)}")
 
 
 def check_choice(function: str, name: str, value, choices: tuple) -> None:

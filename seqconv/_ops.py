@@ -38,11 +38,12 @@ def fallback_reason(
     """Why a call on this device takes torch.fft instead of a fused kernel; None if it does not."""
     if forced_reference:
         return "SEQCONV_BACKEND=reference asks for it"
-    if device.type == "cpu":
+    kind = device.type
+    if kind == "cpu":
         return _cpu.missing or None
-    if device.type == "cuda":
+    if kind == "cuda":
         return _cuda.reason(device, dtype, length)
-    return f"there is no fused kernel for device type {device.type!r}"
+    return f"there is no fused kernel for device type {kind!r}"
 
 
 def _empty(like: Tensor, shape, channels_last: bool) -> Tensor:

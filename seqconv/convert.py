@@ -312,7 +312,7 @@ def conv1d_taps(weight: Tensor, padding: str = "causal") -> tuple[Tensor, Tensor
     check_choice("conv1d_taps", "padding", padding, ("causal", "same"))
     check_tensor("conv1d_taps", "weight", weight)
     pattern = (("channels", None), ("per group", 1), ("taps", None))
-    check_shape("conv1d_taps", "weight", weight, pattern, why=" (depthwise)")
+    check_shape("conv1d_taps", "weight", weight, pattern, why=lambda: " (depthwise)")
     taps = weight.squeeze(1)
     if padding == "causal":
         return taps.flip(-1), None

@@ -11,6 +11,8 @@ from seqconv._explanation import Explanation
 ACTIVATIONS = (None, "gelu", "silu", "relu")
 MODES = ("causal", "circular")
 LAYOUTS = ("bhl", "blh")
+NARROW = tuple(d for d in FLOATS if d != torch.float64)
+NARROW_WHY = " (no wider than float32 unless u is float64)"
 
 
 def fftconv(
@@ -89,14 +91,11 @@ def _validate(u, k, skip, k_rev, pre_gate, post_gate, activation, mode, layout):
         u = u.movedim(1, -1)
     batch, channels, length = u.shape
 
-    kernel_dtypes = (
-        FLOATS if u.dtype == torch.float64 else tuple(d for d in FLOATS if d != torch.float64)
-    )
-    why = "" if u.dtype == torch.float64 else " (no wider than float32 unless u is float64)"
+    kernel_dtypes, why = (FLOATS, "") if u.dtype == torch.float64 else (NARROW, NARROW_WHY)
     check_tensor("fftconv", "k", k, dtypes=kernel_dtypes, device=u.device, why=why)
     c, taps, heads = ("channels", channels), ("K", None), ("heads", None)
-    given = f" for u as (batch, channels, length)={tuple(u.shape)} in layout {layout!r}"
     per_sample = (("batch", batch), heads, c, taps)
+    given = lambda: f" for u as (batch, channels, length)={tuple(u.shape)} in layout {layout!r}"  # noqa: E731
     check_shape("fftconv", "k", k, (c, taps), (heads, c, taps), per_sample, why=given)
     has_heads = k.dim() > 2
     heads = ("heads", k.shape[-3] if has_heads else None)

@@ -6,7 +6,7 @@ import zlib
 import pytest
 import torch
 from device_cases import sums
-from emulated import EmulatorLibrary
+from emulated import EmulatorLibrary, forget_recipes
 
 import seqconv
 from seqconv import _cpu
@@ -61,6 +61,7 @@ def deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+    forget_recipes()
 
 
 @pytest.fixture(scope="session")

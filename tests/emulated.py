@@ -89,6 +89,12 @@ class EmulatorLibrary:
         return Emulator(self.library, limits, order, without)
 
 
+def forget_recipes() -> None:
+    """For a test that changes what they are made by: the planner, the list of kernels, the bound on scratch."""
+    convolution._forward.cache_clear()
+    convolution._backward.cache_clear()
+
+
 @contextmanager
 def as_backend(device):
     """fftconv of CPU tensors through the CUDA backend's Python and a device that runs its kernels on the host."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import contenders, fftconv, report, timing
+from bench import contenders, fftconv, overhead, report, timing
 from bench.contenders import Case
 from bench.requirements import requirements
 
@@ -200,3 +200,23 @@ def test_a_missed_requirement_says_what_the_floors_allow():
             [*rows, base | {"contender": "seqconv", "median": 24 / ratio, "ratio": ratio}]
         )
         assert ("tuned, forward, B=8, L=4K, 1 thread", ">= 5x", measured, met) in lines
+
+
+def test_what_python_takes_is_measured_by_parts(monkeypatch, capsys):
+    """On the road of a GPU's tensors, whose launches do nothing; the CPU's kernels are back afterwards."""
+    monkeypatch.setattr(sys, "argv", ["overhead", "--budget", "0", "--dtype", "bfloat16"])
+    usual, threads = overhead._ops._cpu, torch.get_num_threads()
+    try:
+        overhead.main()
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()[2:]
+    cells = {line.split(" | ")[0].strip("| "): line.strip("|").split(" | ")[1:] for line in lines}
+    assert all(0 < float(least) <= float(middle) for middle, least in cells.values())
+    assert float(cells["of it: backend"][1]) < float(cells["forward"][1])
+    assert overhead._ops._cpu is usual
+
+    monkeypatch.setattr(overhead.Bare, "forward", lambda *_: None)
+    monkeypatch.setattr(overhead.Bare, "backward", lambda *_: None)
+    with pytest.raises(AssertionError, match="another road"):
+        overhead.measure(torch.float32, 0)

@@ -1,6 +1,5 @@
 """ButterflyConv and the operators of its learned transforms, on the CPU and through CUDA's road in the emulator."""
 
-import contextlib
 import copy
 import math
 import pickle
@@ -471,7 +470,7 @@ def on_cuda(library, monkeypatch):
     monkeypatch.setattr(_ops, "fallback_reason", lambda *_: None)
     monkeypatch.setattr(driver, "device", lambda index: device)
     monkeypatch.setattr(_cuda, "_index", lambda _: 0)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     kernels_of = _butterfly._kernels_of
 
     def pretend(x, radices):

@@ -412,6 +412,12 @@ def test_the_road_of_a_cuda_tensor(library, monkeypatch, fresh):
     leaf = u.double().requires_grad_()
     (expected,) = torch.autograd.grad(reference.fftconv_fft(leaf, k.double()).sum(), leaf)
     assert rel_l2(du, expected) < 1e-6
+    assert set(asked) == {0}  # streams: the device is the current one already
+    asked.clear()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(_cuda, "_index", lambda device: 0)
+    _cuda.forward(y, u, k, None, None, None, None, "none")
+    _cuda.backward((du, *[None] * 5), torch.ones_like(y), u, k, None, None, None, None, "none")
     assert asked[0] == 0 and asked.count("left") == 2 and set(asked) == {0, "left"}
     assert {launch[4] for launch in made.driver.launches} == {77}
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

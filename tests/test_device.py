@@ -1,6 +1,7 @@
 """The CUDA kernels themselves, run on the host, as source in the emulator and as PTX: every dtype, mode and engine
 against float64, in several thread orders, with races looked for."""
 
+import contextlib
 import math
 from dataclasses import replace
 from unittest.mock import patch
@@ -25,12 +26,13 @@ from device_cases import (
     planned,
     results,
 )
-from emulated import as_backend
+from emulated import as_backend, forget_recipes
 from test_fftconv import CASES
 
 from seqconv import fftconv, reference
 from seqconv._cuda import convolution, kernels
 from seqconv._cuda.plan import H100, Limits, Problem, make_plan
+from seqconv._cuda.recipe import Recipe
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.dtype != torch.float64], ids=str)
@@ -85,6 +87,7 @@ def test_kernels_that_know_their_length(machine, n, monkeypatch):
     for kernel in ran:
         del usual[kernel]
     monkeypatch.setattr(kernels, "KERNELS", usual)
+    forget_recipes()
     for a, b in zip(fixed, results(machine, case, FEW, 0), strict=True):
         assert torch.equal(a, b)
 
@@ -188,16 +191,29 @@ def test_one_plane_or_two_give_the_same(machine, mode, monkeypatch, case):
     """To the bit, in any number of slots and groups: what waits in global memory is not rounded. Every slot
     has room of its own, none of which is left as NaN: blocks that share it meet on a GPU only."""
     two = results(machine, case, FEW, 0)
-    empty, scratch = convolution._Call.empty, []
+    empty, scratch, pieces, filled = Recipe.empty, convolution._Prepared.scratch, {}, []
 
-    def recorded(call, *shape):
-        scratch.append(empty(call, *shape).fill_(math.nan))
-        return scratch[-1]
+    def recorded(recipe, *shape):
+        pieces.setdefault(recipe, []).append(empty(recipe, *shape))
+        return pieces[recipe][-1]
 
-    monkeypatch.setattr(convolution._Call, "empty", recorded)
+    def nans(prepared, device):
+        filled.append((prepared, scratch(prepared, device).fill_(math.nan)))
+        return filled[-1][1]
+
+    # No piece lies where another one was: else it could hide what that left as NaN.
+    monkeypatch.setattr(Recipe, "reused", lambda recipe: contextlib.nullcontext())
+    monkeypatch.setattr(Recipe, "empty", recorded)
+    monkeypatch.setattr(convolution._Prepared, "scratch", nans)
     for a, b in zip(two, results(machine, case, OnePlane(processors=1), 7), strict=True):
         assert torch.equal(a, b)
-    assert scratch and not any(t.isnan().any() for t in scratch)
+    found = [
+        piece.inside(memory)
+        for prepared, memory in filled
+        for _, _, recipe, _ in prepared.parts
+        for piece in pieces[recipe]
+    ]
+    assert len(filled) == 2 and len(found) > 4 and not any(t.isnan().any() for t in found)
 
 
 @pytest.mark.parametrize("wanted", ["u", "skip", "u skip", "k"])

@@ -16,8 +16,8 @@ def reason(device: torch.device, dtype: torch.dtype, length: int) -> str | None:
     except (AssertionError, RuntimeError) as error:  # a torch without CUDA, or no device
         return str(error)
     missing = driver.reason(index)
-    if missing is None and length > longest(driver.device(index).limits):
-        return f"rows of more than {longest(driver.device(index).limits)} steps have no CUDA plan"
+    if missing is None and length > (most := longest(driver.device(index).limits)):
+        return f"rows of more than {most} steps have no CUDA plan"
     return missing
 
 
@@ -25,16 +25,21 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def forward(y: Tensor, u: Tensor, *inputs) -> None:
-    index = _index(u.device)
+def _on(device: torch.device, function, *arguments):
+    """function(driver's device, ...) where torch allocates and launches on that device."""
+    index = _index(device)
+    if index == torch.cuda.current_device():  # entering the context costs more than a launch
+        return function(driver.device(index), *arguments)
     with torch.cuda.device(index):
-        convolution.forward(driver.device(index), y, u, *inputs)
+        return function(driver.device(index), *arguments)
+
+
+def forward(y: Tensor, u: Tensor, *inputs) -> None:
+    _on(u.device, convolution.forward, y, u, *inputs)
 
 
 def backward(grads, dy: Tensor, *inputs) -> None:
-    index = _index(dy.device)
-    with torch.cuda.device(index):
-        convolution.backward(driver.device(index), grads, dy, *inputs)
+    _on(dy.device, convolution.backward, grads, dy, *inputs)
 
 
 def holds(device: torch.device, n: int) -> bool:
@@ -43,27 +48,19 @@ def holds(device: torch.device, n: int) -> bool:
 
 
 def butterfly_transform(x: Tensor, *inputs) -> Tensor:
-    index = _index(x.device)
-    with torch.cuda.device(index):
-        return butterfly.transform(driver.device(index), x, *inputs)
+    return _on(x.device, butterfly.transform, x, *inputs)
 
 
 def butterfly_gradients(dz: Tensor, *inputs) -> tuple[Tensor, dict[int, Tensor]]:
-    index = _index(dz.device)
-    with torch.cuda.device(index):
-        return butterfly.gradients(driver.device(index), dz, *inputs)
+    return _on(dz.device, butterfly.gradients, dz, *inputs)
 
 
 def ssm_forward(k: Tensor, a: Tensor, w: Tensor) -> None:
-    index = _index(k.device)
-    with torch.cuda.device(index):
-        ssm.forward(driver.device(index), k, a, w)
+    _on(k.device, ssm.forward, k, a, w)
 
 
 def ssm_backward(da: Tensor, dw: Tensor, dk: Tensor, a: Tensor, w: Tensor) -> None:
-    index = _index(dk.device)
-    with torch.cuda.device(index):
-        ssm.backward(driver.device(index), da, dw, dk, a, w)
+    _on(dk.device, ssm.backward, da, dw, dk, a, w)
 
 
 def explain(u: Tensor, k: Tensor, k_rev: Tensor | None, backward: bool = False) -> tuple[Plan, str]:

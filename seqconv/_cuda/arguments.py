@@ -2,8 +2,6 @@
 
 from array import array
 
-from torch import Tensor
-
 from seqconv._pack import KERNEL, SIGNAL, SKIP, pack
 
 # Args, field by field; tensors are six integers each.
@@ -22,21 +20,27 @@ _PLACES |= {name: len(_NUMBERS) + 6 * i for i, name in enumerate(_TENSORS)}
 _COUNT = len(_NUMBERS) + 6 * len(_TENSORS)
 
 
-def fill(fields: dict, values: list[int] | None = None) -> list[int]:
-    """Writes fields to their places in `values`, or in zeros: tensors packed, or their address for a number."""
+def address(memory):
+    """Of a tensor, of a stand-in for one (recipe.py), or of what a device keeps a table in."""
+    return memory.data_ptr() if hasattr(memory, "data_ptr") else int(memory)
+
+
+def fill(fields: dict, values: list | None = None) -> list:
+    """Writes fields to their places in `values`, or in zeros: tensors packed, or their address for a number.
+    Tuples are packed already, or the address of a stand-in."""
     values = [0] * _COUNT if values is None else values
     for name, value in fields.items():
         if value is None:
             continue
         at = _PLACES[name]
         if at < len(_NUMBERS):
-            values[at] = value.data_ptr() if isinstance(value, Tensor) else int(value)
+            values[at] = value if isinstance(value, (int, tuple)) else address(value)
         else:
             packed = type(value) is tuple
             values[at : at + 6] = value if packed else pack(value, _TABLES.get(name, SIGNAL))
     return values
 
 
-def arguments(values: list[int] | None = None, **fields) -> array:
-    """One flat array of 64-bit integers, of a copy of `values` (zeros) with the fields written to it."""
-    return array("q", fill(fields, None if values is None else values.copy()))
+def arguments(**fields) -> array:
+    """One flat array of 64-bit integers, zeros but for the fields."""
+    return array("q", fill(fields))

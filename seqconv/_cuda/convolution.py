@@ -1,169 +1,74 @@
 """The operator on a device as a sequence of kernel launches: plans, scratch memory and packed arguments.
 
+Calls that differ in addresses only, which is nearly all of a model's, share a recipe (recipe.py); `_forward`
+and `_backward` make it, from everything that plans and arguments depend on.
+
 A device is anything with `limits`, `launch(kernel, grid, threads, shared, arguments)` that runs a kernel of
 csrc/device (see kernels.py) on the tensors' memory, and `table(function, *arguments)` that keeps a table
 (tables.py) there: the CUDA driver, or the tests' emulator.
 """
 
 import functools
-import math
-import struct
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from seqconv._cuda import kernels
-from seqconv._cuda.arguments import arguments, fill
-from seqconv._cuda.plan import MAX_PASSES, Plan, Problem, make_plan
-from seqconv._cuda.tables import SCALES, build, build_tensor
-from seqconv._pack import (
-    ABSENT,
-    ACTIVATIONS,
-    materialise,
-    reach,
-    zero_unreached,
-)
+from seqconv._cuda.layout import Layout
+from seqconv._cuda.plan import Limits, Plan, Problem, make_plan
+from seqconv._cuda.recipe import Operand, Recipe, geometries, operands
+from seqconv._pack import ABSENT, materialise, reach, zero_unreached
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 COMPLEX = 4  # dtype code of rows between the passes of a long transform
 WORK_BYTES = 1 << 28  # of scratch for long rows, more only where one channel needs it
 
 
-def _bits(x: float) -> int:
-    """A float32 as an integer argument."""
-    return struct.unpack("<I", struct.pack("<f", x))[0]
-
-
-def _rows(work: Tensor, outer: int, lower: int) -> tuple[int, ...]:
+def _rows(work: Operand, outer: int, lower: int) -> tuple:
     """Scratch (batch, heads, channels, n) of complex numbers as rows of `lower` points, `outer` to a channel."""
     batch, head, channel = (stride // 2 for stride in work.stride()[:3])
     return (work.data_ptr(), COMPLEX, batch, head, channel // outer, 1)
 
 
+def _fast(dtype: torch.dtype) -> bool:
+    """Whether products may be summed in fp16, as torch's own switches have it."""
+    if dtype == torch.bfloat16:
+        return bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+    if dtype == torch.float16:
+        return bool(torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction)
+    return True
+
+
 def describe(u: Tensor, k: Tensor, k_rev: Tensor | None) -> Problem:
+    return _describe(u, k, k_rev, _fast(u.dtype))
+
+
+def _describe(u, k, k_rev, fast: bool) -> Problem:
+    """Of tensors or of operands."""
     batch, channels, length = u.shape
     heads = 1 if k.dim() == 2 else k.shape[-3]
     taps, taps_rev = reach(length, k, k_rev)
-    fast = True
-    if u.dtype == torch.bfloat16:
-        fast = bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
-    elif u.dtype == torch.float16:
-        fast = bool(torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction)
     per_sample, element = k.dim() == 4, u.element_size()
     return Problem(batch, heads, channels, length, taps, taps_rev, per_sample, element, fast)
 
 
-class _Layout:
-    """What all calls of one plan share: for each kind of kernel its arguments but for tensors, the
-    constants it needs, and its threads. Made once."""
-
-    def __init__(self, problem: Problem, plan: Plan, activation: str, backward: bool):
-        self.n, self.outer, self.lower, self.long = plan.n, plan.outer, plan.lower, plan.long
-        self.parts, self.row_threads = plan.parts, plan.row_threads
-        self.aside = backward and plan.aside
-        self.mode = ("_fast" if problem.fast else "_accurate") if plan.engine == "tensor" else ""
-        self.prefix = "tensor_" if plan.engine == "tensor" else ""
-        self.words = (1 if self.mode == "_fast" else 2) * plan.n  # of a spectrum
-        fields = {
-            "batch": problem.batch,
-            "heads": problem.heads,
-            "channels": problem.channels,
-            "length": problem.length,
-            "taps": problem.taps,
-            "taps_rev": problem.taps_rev,
-            "per_sample": problem.per_sample,
-            "activation": ACTIVATIONS[activation],
-            "row_threads": plan.row_threads,
-            "slots": plan.slots,
-            "groups": plan.groups,
-            "parts": plan.parts,
-            "blocks": plan.windows,
-            "step": plan.step,
-            "lead": plan.lead,  # into the past: of x in forward, of dv in backward
-            "order": {"": 0, "_accurate": 1, "_fast": 2}[self.mode],
-        }
-        taps = {"row_threads": plan.taps_threads, "slots": plan.taps_slots}
-        taps |= {"scale": self._scale(plan, gradient=backward)}
-        passes, outer = len(plan.radices), len(plan.outer_radices)
-        if outer:
-            # The passes over the columns, and the rows between them as convolutions of complex numbers.
-            of_columns = fields | {
-                "outer": plan.outer,
-                "lower": plan.lower,
-                "columns": plan.columns,
-            }
-            self.columns = self._radix(of_columns, plan.n, plan.outer_radices, outer, True)
-            self.column_taps = self._radix(
-                of_columns | taps, plan.n, plan.outer_radices, outer, True
-            )
-            inner = fields | {
-                "channels": problem.channels * plan.outer,
-                "length": plan.lower,
-                "taps": plan.lower,
-                "taps_rev": 0,
-                "activation": 0,
-                "step": plan.lower,
-                "outer": plan.outer,
-            }
-            last = (plan.lower, plan.lower_radices, passes - outer - 1, False)
-            self.rows, self.taps = self._radix(inner, *last), self._radix(inner | taps, *last)
-            self.tiles = plan.lower // plan.columns
-            widest = max(plan.outer_radices)
-            self.column_threads = min(512, max(32, plan.outer * plan.columns // widest // 32 * 32))
-        else:
-            whole = (plan.n, plan.radices, passes - 1, True)
-            self.rows, self.taps = self._radix(fields, *whole), self._radix(fields | taps, *whole)
-        if plan.engine == "tensor":
-            table = (build_tensor, plan.n, plan.radices)
-            self.rows = self._transform(fields, plan.n, plan.radices, table)
-        channels = problem.sets * problem.channels * (plan.outer if plan.long else 1)
-        self.rows_launch = (channels * plan.groups, plan.threads, plan.shared)
-        self.taps_launch = (plan.taps_slots, plan.taps_threads * plan.taps_slots, plan.taps_shared)
-        self.columns_shared = plan.columns_shared
-
-    @staticmethod
-    def _scale(plan: Plan, gradient: bool) -> int:
-        """What undoes the scale of the transforms: of the taps' spectra, or of their gradients' inverse."""
-        if plan.engine == "radix":
-            return _bits(1 / plan.lower)  # the outer passes carry the rest
-        there, back = (math.prod(SCALES[r][i] for r in plan.radices) for i in (0, 1))
-        if gradient:  # whose outer passes carry the rest
-            return _bits(1 / (plan.lower * there * there))
-        return _bits(1 / (plan.n * there * back))
-
-    def _radix(self, fields, n: int, radices: tuple[int, ...], passes: int, twist: bool):
-        return self._transform(fields, n, radices, (build, n, radices, passes, twist))
-
-    def _transform(self, fields: dict, n: int, radices: tuple[int, ...], table: tuple):
-        assert len(radices) <= MAX_PASSES
-        packed = sum(r << (8 * i) for i, r in enumerate(radices))
-        fields = fields | {"n": n, "count": len(radices), "radices": packed}
-        return fill(fields), table
-
-
-_layout = functools.lru_cache(1024)(_Layout)
-
-
 class _Call:
-    """The launches of one call."""
+    """The launches of one call, written to its recipe."""
 
     def __init__(
-        self, device, problem: Problem, plan: Plan, like: Tensor, activation: str, backward=False
+        self, recipe: Recipe, problem: Problem, plan: Plan, u: Operand, activation, backward=False
     ):
-        self.device, self.problem, self.like = device, problem, like
-        self.layout = _layout(problem, plan, activation, backward)
+        self.recipe, self.problem = recipe, problem
+        self.layout = Layout(problem, plan, activation, backward)
         # The taps' spectra have one scale, their gradients' inverse another.
-        self.spectra = _layout(problem, plan, activation, False) if backward else self.layout
-        self.suffix = SUFFIX[like.dtype]
-
-    def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.like.device)
+        self.spectra = Layout(problem, plan, activation, False) if backward else self.layout
+        self.suffix = SUFFIX[u.dtype]
+        self.empty = recipe.empty
 
     def run(self, kernel: str, launch: tuple[int, int, int], base, fields: dict) -> None:
         values, table = base
-        fields["tables"] = self.device.table(*table)
-        self.device.launch(kernel, *launch, arguments(values, **fields))
+        self.recipe.launch(kernel, launch, values, fields | {"tables": self.recipe.table(*table)})
 
     def of_taps(self, kernel: str, base, pieces: int, **fields) -> None:
         """A kernel with one slot for each of the `pieces` of every kernel row."""
@@ -180,7 +85,7 @@ class _Call:
         launch = (rows * at.tiles, at.column_threads, at.columns_shared)
         self.run(kernel, launch, at.columns, fields)
 
-    def work(self, heads: int, batch: int | None = None) -> Tensor:
+    def work(self, heads: int, batch: int | None = None) -> Operand:
         batch = self.problem.batch if batch is None else batch
         return self.empty(batch, heads, self.problem.channels, 2 * self.layout.n)
 
@@ -202,10 +107,11 @@ class _Call:
             return out
         if at.mode:
             self.of_taps("kernel_scales", at.column_taps, 1, **out, **given)
-        work = self.work(self.problem.heads, self.problem.sets)
-        self.of_columns("long_taps", rows, work=work, **given)
-        pieces = _rows(work, at.outer, at.lower)
-        self.of_taps("spectrum", at.taps, at.outer, **out, k=pieces)
+        with self.recipe.reused():
+            work = self.work(self.problem.heads, self.problem.sets)
+            self.of_columns("long_taps", rows, work=work, **given)
+            pieces = _rows(work, at.outer, at.lower)
+            self.of_taps("spectrum", at.taps, at.outer, **out, k=pieces)
         return out
 
     def convolve(self, spectrum: dict, u, pre_gate, **sink) -> None:
@@ -223,7 +129,8 @@ class _Call:
         self.of_columns(f"long_output_{self.suffix}", batch * heads * channels, work=v, **sink)
 
     def gradients(self, spectrum: dict, source: dict, du, dpre_gate, dk, dk_rev, skip: bool):
-        """Gradients from u, pre_gate, dy, post_gate and wide in `source`; returns the skip's, (heads, channels)."""
+        """Gradients from u, pre_gate, dy, post_gate and wide in `source`; returns what adds up to the skip's, whose
+        second to fourth axis are (sets, heads, channels)."""
         at, p = self.layout, self.problem
         with_dk, with_dx = (
             dk is not None or dk_rev is not None,
@@ -267,8 +174,7 @@ class _Call:
             work = self.work(p.heads, p.sets)
             self.of_taps("taps_gradient", at.taps, at.outer, partial=partial, dk=rows(work))
             self.of_columns("long_taps_gradient", p.kernel_rows, work=work, **taps)
-        # in float64: they may cancel
-        return sums["partial_skip"].sum((0, 1, 4), dtype=torch.float64) if skip else None
+        return sums["partial_skip"]
 
 
 def _channels_at_once(problem: Problem, plans: list[Plan]) -> int:
@@ -288,35 +194,118 @@ def _channels_at_once(problem: Problem, plans: list[Plan]) -> int:
     return count
 
 
-def _cut(t: Tensor | None, axis: int, start: int, count: int) -> Tensor | None:
-    return t if t is None or t.shape[axis] == count else t.narrow(axis, start, count)
-
-
-def _of_channels(problem: Problem, count: int) -> Problem:
-    return problem if count == problem.channels else replace(problem, channels=count)
-
-
 def _slices(problem: Problem, plans: list[Plan]):
     count = _channels_at_once(problem, plans)
     for start in range(0, problem.channels, count):
         yield start, min(count, problem.channels - start)
 
 
+class _Prepared:
+    """The recipes of a call for all of its channels, some at a time."""
+
+    def __init__(self, tensors, axes, problem: Problem, plans: list[Plan], write):
+        """axes: where each tensor has its channels. write(recipe, problem, *tensors) makes the launches for
+        some channels, and returns what there adds up to the skip's gradient, or None."""
+
+        @functools.cache
+        def made(count: int):
+            cut = [t and t.cut(axis, count) for t, axis in zip(tensors, axes, strict=True)]
+            recipe = Recipe(len(tensors))
+            return recipe, write(recipe, replace(problem, channels=count), *cut)
+
+        self.parts = [(start, count, *made(count)) for start, count in _slices(problem, plans)]
+        self.floats = max(recipe.bytes for _, _, recipe, _ in self.parts) // 4
+        # Bytes from one channel to the next.
+        self.steps = [
+            0 if t is None else t.strides[axis] * t.element_size()
+            for t, axis in zip(tensors, axes, strict=True)
+        ]
+
+    def scratch(self, device: torch.device) -> Tensor:
+        return torch.empty(self.floats, dtype=torch.float32, device=device)
+
+    def run(self, device, tensors: list[Tensor | None], dskip: Tensor | None = None) -> None:
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        scratch = self.scratch(tensors[0].device)
+        for start, count, recipe, sums in self.parts:
+            shifted = addresses
+            if start:
+                shifted = [a + start * b for a, b in zip(addresses, self.steps, strict=True)]
+            recipe.run(device, scratch.data_ptr(), shifted)
+            if sums is not None:
+                whole = count == dskip.shape[-1]
+                to = dskip if whole else dskip.narrow(-1, start, count)
+                _sum(sums.inside(scratch), to)
+
+
+def _sum(parts: Tensor, dskip: Tensor) -> None:
+    """Parts (any, sets, heads, channels, any) of a gradient (heads, channels) or (channels,)."""
+    one = dskip.dim() == 1 and parts.shape[2] == 1
+    # In float64: they may cancel.
+    total = parts.sum((0, 1, 2, 4) if one else (0, 1, 4), dtype=torch.float64)
+    dskip.copy_(total if total.dim() == dskip.dim() else total.sum(0))
+
+
+_AXES = (-2, -2, -2, -1, -2, -2)  # of the channels of u, k, k_rev, skip, pre_gate, post_gate
+_KEPT = 512  # kinds of calls that are known at a time
+
+
+@functools.lru_cache(_KEPT)
+def _forward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
+    """Of y, u, k, k_rev, skip, pre_gate, post_gate."""
+    made = operands(known)
+    problem = _describe(*made[1:4], fast)
+    plan = make_plan(problem, limits)
+
+    def write(recipe, problem, y, u, k, k_rev, skip, pre_gate, post_gate):
+        call = _Call(recipe, problem, plan, u, activation)
+        call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, y=y, post_gate=post_gate)
+
+    return _Prepared(made, (-2, *_AXES), problem, [plan], write)
+
+
+@functools.lru_cache(_KEPT)
+def _backward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
+    """Of dy, u, k, k_rev, skip, pre_gate, post_gate, and the gradients of the latter six."""
+    made = operands(known)
+    problem = _describe(*made[1:4], fast)
+    # The pre-activation, where it is needed, comes from a forward pass of its own; then everything is linear.
+    plans = [make_plan(problem, limits, backward=backward) for backward in (False, True)]
+
+    def write(recipe, problem, *tensors):
+        return _write_backward(recipe, problem, plans, activation, *tensors)
+
+    return _Prepared(made, (-2, *_AXES, *_AXES), problem, plans, write)
+
+
+def _write_backward(recipe, problem, plans, activation, dy, u, k, k_rev, skip, *rest):
+    pre_gate, post_gate, du, dk, dk_rev, dskip, dpre_gate, dpost_gate = rest
+    linear = any(t is not None for t in (du, dk, dk_rev, dskip, dpre_gate))
+    source = {"u": u, "pre_gate": pre_gate, "dy": dy, "post_gate": post_gate}
+    if (activation != "none" and linear) or dpost_gate is not None:
+        call = _Call(recipe, problem, plans[0], u, activation)
+        if activation != "none" and linear:
+            shape = (problem.batch, problem.heads, problem.channels, problem.length)
+            source["wide"] = recipe.empty(*shape)
+        sink = {name: source.get(name) for name in ("dy", "post_gate", "wide")}
+        with recipe.reused():
+            spectrum = call.spectrum(k, k_rev, skip)
+            call.convolve(spectrum, u, pre_gate, dpost_gate=dpost_gate, **sink)
+    if not linear:
+        return None
+    call = _Call(recipe, problem, plans[1], u, "none", backward=True)
+    spectrum = call.spectrum(k, k_rev, skip)
+    return call.gradients(spectrum, source, du, dpre_gate, dk, dk_rev, dskip is not None)
+
+
 def forward(device, y, u, k, k_rev, skip, pre_gate, post_gate, activation) -> None:
     """Writes y; see seqconv._ops for the shapes."""
     if y.numel() == 0:
         return
-    u, k, k_rev, skip, pre_gate, post_gate = map(
-        materialise, (u, k, k_rev, skip, pre_gate, post_gate)
-    )
-    problem = describe(u, k, k_rev)
-    chosen = make_plan(problem, device.limits)
-    for start, count in _slices(problem, [chosen]):
-        part = [_cut(t, -2, start, count) for t in (y, u, k, k_rev, pre_gate, post_gate)]
-        y_, u_, k_, k_rev_, pre_, post_ = part
-        call = _Call(device, _of_channels(problem, count), chosen, u, activation)
-        spectrum = call.spectrum(k_, k_rev_, _cut(skip, -1, start, count))
-        call.convolve(spectrum, u_, pre_, y=y_, post_gate=post_)
+    inputs = (u, k, k_rev, skip, pre_gate, post_gate)
+    tensors = [y, *[t if t is None else materialise(t) for t in inputs]]
+    prepared = _forward(device.limits, activation, _fast(u.dtype), *geometries(tensors))
+    prepared.run(device, tensors)
 
 
 def backward(device, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activation) -> None:
@@ -327,35 +316,7 @@ def backward(device, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activati
                 grad.zero_()
         return
     zero_unreached(grads[1], grads[2], u.shape[-1])
-    inputs = [materialise(t) for t in (dy, u, k, k_rev, skip, pre_gate, post_gate)]
-    problem = describe(inputs[1], inputs[2], inputs[3])
-    # The pre-activation, where it is needed, comes from a forward pass of its own; then everything is linear.
-    plans = [make_plan(problem, device.limits, backward=backward) for backward in (False, True)]
-    for start, count in _slices(problem, plans):
-        axes = (-2, -2, -2, -2, -1, -2, -2)
-        part = [_cut(t, axis, start, count) for t, axis in zip(inputs, axes, strict=True)]
-        wanted = [_cut(t, axis, start, count) for t, axis in zip(grads, axes[1:], strict=True)]
-        _backward(device, _of_channels(problem, count), plans, wanted, *part, activation)
-
-
-def _backward(
-    device, problem, plans, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activation
-):
-    du, dk, dk_rev, dskip, dpre_gate, dpost_gate = grads
-    linear = any(t is not None for t in (du, dk, dk_rev, dskip, dpre_gate))
-    source = {"u": u, "pre_gate": pre_gate, "dy": dy, "post_gate": post_gate}
-    if (activation != "none" and linear) or dpost_gate is not None:
-        call = _Call(device, problem, plans[0], u, activation)
-        if activation != "none" and linear:
-            source["wide"] = call.empty(
-                problem.batch, problem.heads, problem.channels, problem.length
-            )
-        sink = {name: source.get(name) for name in ("dy", "post_gate", "wide")}
-        call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, dpost_gate=dpost_gate, **sink)
-    if not linear:
-        return
-    call = _Call(device, problem, plans[1], u, "none", backward=True)
-    spectrum = call.spectrum(k, k_rev, skip)
-    sums = call.gradients(spectrum, source, du, dpre_gate, dk, dk_rev, dskip is not None)
-    if dskip is not None:
-        dskip.copy_(sums if dskip.dim() == 2 else sums.sum(0))
+    inputs = (dy, u, k, k_rev, skip, pre_gate, post_gate)
+    tensors = [*[t if t is None else materialise(t) for t in inputs], *grads]
+    prepared = _backward(device.limits, activation, _fast(u.dtype), *geometries(tensors))
+    prepared.run(device, tensors, grads[3])

@@ -413,6 +413,7 @@ def _outer(least: int) -> int:
     return next(m for m in range(max(least, 2), 2 * least + 3) if fits(m))
 
 
+@functools.lru_cache(64)
 def longest(limits: Limits) -> int:
     """Steps of a row that every kind of call can take: gradients with several heads need most memory."""
     power = lambda n: 1 << (n.bit_length() - 1)  # noqa: E731
