@@ -77,6 +77,11 @@ class Emulator:
             raise RuntimeError(f"{kernel}: {error.decode()}")
 
 
+def device() -> Emulator:
+    """An H100's stand-in: what `python -m bench.on_gpu --dry` runs on."""
+    return Emulator(build())
+
+
 @contextmanager
 def as_backend(device: Emulator):
     """fftconv of CPU tensors through the CUDA backend's Python and the emulated kernels."""

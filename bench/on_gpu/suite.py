@@ -1,0 +1,82 @@
+"""The GPU's tests, each with a limit of its own: a test that hangs or spoils its process costs itself only."""
+
+import os
+import subprocess
+import sys
+import time
+
+from bench.on_gpu.limits import SPOILT
+from bench.records import ROOT
+
+# A part of a test's name each, the most telling first.
+TELLING = (
+    "test_graph_capture_and_replay",
+    "test_repeatable",
+    "test_two_streams",
+    "test_explain_names_the_backend",
+    "test_lengths",
+    "test_windows",
+    "test_strides_beyond_32_bits",
+    "test_layers",
+    "test_learned_butterfly",
+    "test_sums_of_exponentials",
+    "test_cases_of_the_long_kernels",
+)
+LEFT_OUT = "test_compute_sanitizer"  # a step of its own
+EACH = 20.0  # seconds
+RESTARTS = 6
+
+
+def files(dry: bool) -> tuple[list[str], str]:
+    """What pytest collects, and an expression for the most telling."""
+    if dry:
+        return ["tests/test_plan.py"], "test"
+    return ["tests/gpu/test_gpu.py"], " or ".join(TELLING)
+
+
+def run(machine, log, everything: bool) -> bool:
+    paths, telling = files(machine.dry)
+    where = [] if everything else ["-k", telling]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "bench.on_gpu.limits",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command += [
+        "--no-header",
+        "--tb=short",
+        *where,
+        *paths,
+        "--deselect",
+        f"{paths[0]}::{LEFT_OUT}",
+    ]
+    environment = dict(os.environ, SEQCONV_TEST_SECONDS=str(EACH), SEQCONV_TEST_OUT=str(log.folder))
+    environment |= {"SEQCONV_TEST_STEP": log.step}
+    begins, ends, outcomes = len(log.rows("test begins")), len(log.rows("test")), {}
+    for _ in range(RESTARTS):
+        before = time.perf_counter()
+        done = [word for name in outcomes for word in ("--deselect", name)]
+        code = subprocess.run(command + done, cwd=ROOT, env=environment).returncode
+        begun = [row["name"] for row in log.rows("test begins")[begins:]]
+        ended = {row["name"]: row["outcome"] for row in log.rows("test")[ends:]}
+        outcomes = {name: ended.get(name, "cut or crashed") for name in begun}
+        log.say(f"pytest: exit status {code} after {time.perf_counter() - before:.1f} s")
+        if code != SPOILT and (not begun or begun[-1] in ended):  # it came to its end
+            break
+        log.say(f"on to the tests after {begun[-1]}")
+    red = {name: o for name, o in outcomes.items() if o not in ("passed", "skipped")}
+    for name, outcome in red.items():
+        log.say(f"{outcome}: {name}")
+    log.say(f"{len(outcomes) - len(red)} of {len(outcomes)} tests right")
+    return bool(outcomes) and not red
+
+
+STEPS = {
+    "tests": lambda machine, log: run(machine, log, False),
+    "tests-all": lambda machine, log: run(machine, log, True),
+}
