@@ -32,10 +32,10 @@ def step(options) -> NoReturn:
     from bench.on_gpu.machine import connect
 
     machine = connect(options.dry)
-    right = BY_NAME[options.step].run(machine, Log(options.out, options.step))
+    code = BY_NAME[options.step].run(machine, Log(options.out, options.step, options.seconds))
     sys.stdout.flush()
     # At once: what has gone wrong on a GPU can still hang while its libraries are taken down.
-    os._exit({True: runner.PASSED, False: runner.WRONG, None: runner.ABSENT}[right])
+    os._exit(code)
 
 
 def workload(options) -> int:
@@ -73,7 +73,9 @@ def parse(argv=None) -> argparse.Namespace:
         made.add_argument("--all", action="store_true", help="the long steps as well")
         made.add_argument("--again", action="store_true", help="also what has passed")
         made.add_argument("--seconds", type=float, help="in all")
-    command("step", step, "(internal)").add_argument("step", choices=list(BY_NAME))
+    made = command("step", step, "(internal)")
+    made.add_argument("step", choices=list(BY_NAME))
+    made.add_argument("--seconds", type=float, required=True)
     command("workload", workload, "(internal)", out=False).add_argument("name")
     made = commands.add_parser("pack", help="what to carry to the machine; `make gpu`")
     made.set_defaults(function=pack)

@@ -2,11 +2,11 @@
 rounds, medians, and no time for a wrong result."""
 
 from dataclasses import asdict
-from statistics import median
 
 from bench.contenders import BASELINE, Case, make, missing
 from bench.gate import call, checked, errors, oracle, tolerance
 from bench.on_gpu.machine import poisoned
+from bench.on_gpu.steps import PARTLY, RIGHT, WRONG
 from bench.on_gpu.targets import FIRST, OTHERS, limit_of, predicted, sized
 from bench.timing import interleaved, peak_bytes, quartiles, ratios
 
@@ -21,7 +21,7 @@ def bandwidth(log) -> float | None:
     return found[-1] if found else None
 
 
-def measure(machine, log, case: Case, names, seconds: float, skip=True, replay=False) -> bool:
+def measure(machine, log, case: Case, names, seconds: float, skip: bool, replay: bool) -> bool:
     """Rows of one case, one per contender; whether seqconv's results are right."""
     tensors, dy = case.tensors(machine.device)
     if not skip:
@@ -61,10 +61,8 @@ def measure(machine, log, case: Case, names, seconds: float, skip=True, replay=F
             low, mid, high = quartiles(times[name])
             row |= {"q1": low, "median": mid, "q3": high, "rounds": len(times[name])}
             row |= {"clock": timers[name].clock}
-            if BASELINE in times and timers[BASELINE].clock == timers[name].clock:
+            if BASELINE in times:
                 row |= {"ratio": ratios(times[BASELINE], times[name])[1]}
-            elif BASELINE in times:
-                row |= {"ratio": median(times[BASELINE]) / mid}
             row |= {"peak_bytes": peak_bytes(functions[name], machine.device)}
         if name == "seqconv":
             row |= predicted(case, machine.limits) | {"target": limit_of(row)}
@@ -106,19 +104,32 @@ def cases(length: int, dry: bool):
     yield sized(length, dry), PAIR
 
 
-def beside(machine, log, lengths) -> bool:
+def each(machine, log, todo, seconds: float, replay: bool) -> int:
+    """Measures every (case, contenders, skip) of `todo` that time allows."""
+    right, longest, seconds = True, 0.0, 0.02 if machine.dry else seconds
+    for i, (case, names, skip) in enumerate(todo):
+        if log.left() < 1.5 * longest:
+            log.say(f"not reached: {', '.join(str(case) for case, *_ in todo[i:])}")
+            return PARTLY if right else WRONG
+        start = log.left()
+        right &= measure(machine, log, case, names, seconds, skip, replay)
+        machine.release()
+        longest = max(longest, start - log.left())
+    return RIGHT if right else WRONG
+
+
+def beside(machine, log, lengths) -> int:
     absent = missing()
     log.say(f"not installed: {', '.join(n for n in PEERS if n in absent) or 'nothing'}")
-    right = True
-    for length in lengths:
-        for case, names in cases(length, machine.dry):
-            present = [name for name in names if name not in absent]
-            right &= measure(machine, log, case, present, 0.02 if machine.dry else SECONDS)
-            machine.release()
-    return right
+    todo = [
+        (case, [name for name in names if name not in absent], True)
+        for length in lengths
+        for case, names in cases(length, machine.dry)
+    ]
+    return each(machine, log, todo, SECONDS, replay=False)
 
 
-def longer(machine, log) -> bool:
+def longer(machine, log) -> int:
     return beside(machine, log, OTHERS[:1] if machine.dry else OTHERS)
 
 

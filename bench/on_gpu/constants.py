@@ -4,11 +4,12 @@ from seqconv._cuda.plan import LAUNCH
 
 ISSUED = "sm__inst_issued.avg.pct_of_peak_sustained_active"
 EXECUTED = "smsp__inst_executed.sum"
+DURATION = "gpu__time_duration.sum"
 TRAFFIC = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 
 
-def table(rows: list[dict]) -> list[list[str]]:
-    """[constant, assumed, measured, factor] for everything that the rows can decide."""
+def table(rows: list[dict], timed: list[dict]) -> list[list[str]]:
+    """[constant, assumed, measured, factor] for everything that all rows and the newest times can decide."""
     facts = [row for row in rows if row["kind"] == "facts" and row["limits"]]
     if not facts:
         return []
@@ -26,10 +27,8 @@ def table(rows: list[dict]) -> list[list[str]]:
     compare("LAUNCH", LAUNCH, ceilings.get("launch"), "us", 1e6)
     bandwidth = ceilings.get("copy", limits["bandwidth"])
     slots = limits["processors"] * 4 * ceilings.get("clock", limits["clock"])
-    for row in rows:
-        if row["kind"] != "time" or not row.get("predicted") or not row["median"]:
-            continue
-        if not row["step"].startswith("times"):
+    for row in timed:
+        if not row["step"].startswith("times") or not row["median"]:
             continue
         what = (
             f"{row['mode']}, {row['op']}{'' if row['skip'] else ' without skip'}, L={row['length']}"
@@ -39,9 +38,9 @@ def table(rows: list[dict]) -> list[list[str]]:
         bound, share = ("issue slots", issue) if issue > io else ("bandwidth", io)
         cells = ["1.00", f"{share / row['median']:.2f}", f"{row['median'] / share:.2f}"]
         lines.append([f"share of {bound} used, {what}", *cells])
-    for name in dict.fromkeys(row["case"] for row in rows if row["kind"] == "counters"):
-        counted = of_call([r for r in rows if r["kind"] == "counters" and r["case"] == name])
-        model = [row for row in rows if row["kind"] == "model" and row["case"] == name][-1]
+    models = {row["case"]: row for row in rows if row["kind"] == "model"}
+    for name, row in {row["case"]: row for row in rows if row["kind"] == "counters"}.items():
+        counted, model = of_call([kernel["values"] for kernel in row["launched"]]), models[name]
         compare(f"warp instructions, {name}", model["work"], counted.get("work"), "M", 1e-6)
         compare(f"bytes, {name}", model["moved"], counted.get("moved"), "MB", 1e-6)
         if counted.get("issued"):
@@ -55,19 +54,16 @@ def table(rows: list[dict]) -> list[list[str]]:
     return lines
 
 
-def of_call(rows: list[dict]) -> dict:
+def of_call(kernels: list[dict]) -> dict[str, float]:
     """Of a call's kernels: instructions and bytes summed, the share of issue slots of the one that ran longest."""
-    newest = {row["kernel"]: row["values"] for row in rows}
     found: dict[str, float] = {}
-    work = [values[EXECUTED] for values in newest.values() if EXECUTED in values]
+    work = [values[EXECUTED] for values in kernels if EXECUTED in values]
     if work:
         found["work"] = sum(work)
-    moved = [values[name] for values in newest.values() for name in TRAFFIC if name in values]
+    moved = [values[name] for values in kernels for name in TRAFFIC if name in values]
     if moved:
         found["moved"] = sum(moved)
-    busy = [
-        (v.get("gpu__time_duration.sum", 0.0), v[ISSUED]) for v in newest.values() if ISSUED in v
-    ]
+    busy = [(values.get(DURATION, 0.0), values[ISSUED]) for values in kernels if ISSUED in values]
     if busy:
         found["issued"] = max(busy)[1]
     return found

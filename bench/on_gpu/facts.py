@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import seqconv
+from bench.on_gpu.steps import RIGHT, WRONG
 from bench.records import versions
 from seqconv import _cpu
 from seqconv._cuda import kernels
@@ -40,7 +41,7 @@ def prebuilt(arch: str) -> str:
     return f"{found} of {len(names)} kernels for {arch} are prebuilt in {folder}"
 
 
-def run(machine, log) -> bool:
+def run(machine, log) -> int:
     facts, found = machine.facts(), versions(PACKAGES)
     log.say(f"{facts['name']}, {facts['processors']} multiprocessors, {facts['arch']}")
     log.say(
@@ -60,7 +61,7 @@ def run(machine, log) -> bool:
     )
     log.row("facts", **facts, versions=found, smi=smi_says, limits=limits, reason=reason)
     log.say("the kernels load" if reason is None else f"the kernels do not run here: {reason}")
-    return reason is None
+    return RIGHT if reason is None else WRONG
 
 
 STEPS = {"versions": run}

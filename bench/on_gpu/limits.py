@@ -3,6 +3,7 @@ spoilt by a fault."""
 
 import faulthandler
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,39 @@ from bench.on_gpu.log import Log
 
 SECONDS = "SEQCONV_TEST_SECONDS"
 FATAL = ("CUDA error", "CUDA driver", "CUDA_ERROR", "illegal memory access", "unspecified launch")
-SPOILT = 7  # exit status
+SPOILT, TIME_IS_UP = 7, 8  # exit status
+# A part of a test's name each, the most telling first.
+TELLING = (
+    "test_graph_capture_and_replay",
+    "test_repeatable",
+    "test_two_streams",
+    "test_explain_names_the_backend",
+    "test_lengths",
+    "test_windows",
+    "test_strides_beyond_32_bits",
+    "test_layers",
+    "test_learned_butterfly",
+    "test_sums_of_exponentials",
+    "test_cases_of_the_long_kernels",
+)
+END = time.monotonic() + float(os.environ.get("SEQCONV_TEST_LEFT", "inf"))
 
 
 def _log() -> Log:
     return Log(Path(os.environ["SEQCONV_TEST_OUT"]), os.environ["SEQCONV_TEST_STEP"])
 
 
+def pytest_collection_modifyitems(items):
+    def rank(item) -> int:
+        return next((i for i, name in enumerate(TELLING) if name in item.name), len(TELLING))
+
+    items.sort(key=rank)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item):
+    if time.monotonic() > END:
+        pytest.exit("time is up", returncode=TIME_IS_UP)
     _log().row("test begins", name=item.nodeid)
     # In a thread of its own: a call that waits for a GPU in vain never comes back to Python.
     faulthandler.dump_traceback_later(float(os.environ[SECONDS]), exit=True)

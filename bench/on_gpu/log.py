@@ -1,5 +1,6 @@
 """Lines for people and rows for programs, on disk as soon as they are known."""
 
+import math
 import os
 import time
 from pathlib import Path
@@ -12,8 +13,12 @@ ROWS, TEXT = "results.jsonl", "log.txt"
 class Log:
     """Of one step: say() prints a line, row() adds one to results.jsonl. What is printed, the runner keeps."""
 
-    def __init__(self, folder: Path, step: str):
-        self.folder, self.step = folder, step
+    def __init__(self, folder: Path, step: str, seconds: float = math.inf):
+        self.folder, self.step, self.end = folder, step, time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds before the runner cuts the step."""
+        return self.end - time.monotonic()
 
     def say(self, text: str) -> None:
         print(text, flush=True)

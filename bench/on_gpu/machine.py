@@ -17,8 +17,6 @@ from seqconv._cuda.plan import Limits
 SHORT = 5e-4  # seconds: below, Python's share of a call is larger than the kernel's
 LEAST = 2e-3  # seconds of one reading of the clock
 ASLEEP = 1_000_000  # cycles for which a GPU waits while Python puts a call in its queue
-REPLAYS = "graph replays, back to back"
-EVENTS = "events, behind a flushed cache"
 
 
 @dataclass
@@ -36,6 +34,8 @@ class Machine(ABC):
     dry: bool
     made: str | None  # module:function of a dry run's device
     device: str  # of torch's tensors
+    replayed = "graph replays, back to back"  # what the clocks are called
+    between_events = "events, behind a flushed cache"
     limits: Limits
 
     @abstractmethod
@@ -78,12 +78,12 @@ class Machine(ABC):
                 raise
             self.release()
             reason = " ".join(str(error).split())[:80]
-            return Timer(f"{EVENTS} (no graph: {reason})", self.events(function))
+            return Timer(f"{self.between_events} (no graph: {reason})", self.events(function))
         if replay or min(replayed() for _ in range(2)) < SHORT:
-            return Timer(REPLAYS, replayed)
+            return Timer(self.replayed, replayed)
         del replayed
         self.release()
-        return Timer(EVENTS, self.events(function))
+        return Timer(self.between_events, self.events(function))
 
 
 @contextmanager
@@ -166,6 +166,7 @@ class Dry(Machine):
     """The emulated kernels on tensors of the CPU; times are the wall clock's, and mean nothing."""
 
     dry, device = True, "cpu"
+    replayed, between_events = "wall clock for graph replays", "wall clock for events"
 
     def __init__(self, made: str):
         self.made, emulated = made, import_module("emulated")
@@ -206,4 +207,6 @@ class Dry(Machine):
 
 
 def connect(dry: str | None) -> Machine:
+    if not dry and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device")
     return Dry(dry) if dry else Cuda()

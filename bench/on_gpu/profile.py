@@ -11,6 +11,7 @@ import torch
 
 from bench.contenders import Case, make
 from bench.gate import call
+from bench.on_gpu.steps import ABSENT, RIGHT, WRONG
 from bench.on_gpu.targets import BATCH, CHANNELS, predicted
 from bench.records import ROOT
 from seqconv import fftconv
@@ -34,6 +35,7 @@ TELLING = {
     "dram__bytes_write.sum": "bytes written",
     "launch__registers_per_thread": "registers",
 }
+ASKED = [name for name in TELLING if name.endswith(".sum")]  # besides what the sections hold
 SANITIZED = "sanitized"
 CHECKS = {  # tool -> options of its own; torch and the bindings probe for functions, which is no fault
     "racecheck": [],
@@ -95,10 +97,10 @@ def parse_counters(text: str) -> list[dict]:
     return [row for row in found if row["Kernel Name"]]  # not the units
 
 
-def counters(machine, log) -> bool | None:
+def counters(machine, log) -> int:
     if shutil.which("ncu") is None:
         log.say("ncu is not on the PATH: no counters")
-        return None
+        return ABSENT
     command = [
         "ncu",
         "--clock-control",
@@ -110,26 +112,26 @@ def counters(machine, log) -> bool | None:
         "raw",
     ]
     command += ["--print-units", "base"]
+    command += ["--metrics", ",".join(ASKED)]
     command += [word for section in SECTIONS for word in ("--section", section)]
     right = True
     for name, case in COUNTED.items():
         text = run_tool(machine, command, name)
         found = parse_counters(text)
+        launched = []
         for row in found:
-            kernel, values = (
-                row["Kernel Name"],
-                {k: v for k, v in row.items() if isinstance(v, float)},
-            )
-            log.row("counters", case=name, kernel=kernel, values=values)
+            values = {k: v for k, v in row.items() if isinstance(v, float)}
+            launched.append({"kernel": row["Kernel Name"], "values": values})
             said = [f"{values[m]:,.6g} {unit}" for m, unit in TELLING.items() if m in values]
-            log.say(f"{name}, {kernel}: {', '.join(said)}")
-            for metric, value in stalls(values):
-                log.say(f"  {metric}: {value:.2f} cycles an instruction")
+            log.say(f"{name}, {row['Kernel Name']}: {', '.join(said)}")
+            for reason, value in stalls(values):
+                log.say(f"  waits for {reason}: {value:.2f} warps at an issue")
+        log.row("counters", case=name, launched=launched)
         if not found:
             right = False
             log.say(f"{name}: ncu gave no counters\n{text[-1500:]}")
         log.row("model", case=name, **predicted(case, machine.limits))
-    return right
+    return RIGHT if right else WRONG
 
 
 def stalls(values: dict) -> list[tuple[str, float]]:
@@ -146,10 +148,10 @@ def parse_check(text: str) -> int | None:
     return sum(found) if found else None
 
 
-def sanitizer(machine, log) -> bool | None:
+def sanitizer(machine, log) -> int:
     if shutil.which("compute-sanitizer") is None:
         log.say("compute-sanitizer is not on the PATH: nothing is checked")
-        return None
+        return ABSENT
     right = True
     for tool, options in CHECKS.items():
         command = ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9"]
@@ -160,7 +162,7 @@ def sanitizer(machine, log) -> bool | None:
         log.say(f"{tool}: {'no summary' if count is None else f'{count} errors'}")
         if count != 0:
             log.say(text[-3000:])
-    return right
+    return RIGHT if right else WRONG
 
 
 STEPS = {"counters": counters, "sanitizer": sanitizer}

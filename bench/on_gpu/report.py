@@ -163,7 +163,8 @@ def report(folder: Path, readme: Path | None) -> int:
     print(measured_table(timed), end="\n\n")
     print(
         markdown(
-            ["constant of the planner", "assumed", "measured", "factor"], constants.table(rows)
+            ["constant of the planner", "assumed", "measured", "factor"],
+            constants.table(rows, timed),
         ),
         end="\n\n",
     )

@@ -13,13 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.on_gpu.log import Console, Log, rows_of
-from bench.on_gpu.steps import ALL_SECONDS, PARTS, Step
+from bench.on_gpu.steps import ABSENT, ALL_SECONDS, PARTLY, PARTS, RIGHT, WRONG, Step
 from bench.records import ROOT, commit
 
 CARRIED = ROOT / "build" / "gpu"  # where `make gpu` puts what travels
-PASSED, WRONG, ABSENT = 0, 1, 4  # exit codes of a step's process
 NEEDED, VITAL = ("torch", "einops", "cuda", "pytest", "numpy"), ("torch", "einops")
-GREEN = ("passed", "absent", "skipped")
+GREEN = ("passed", "absent", "skipped", "partly")
 STAND_INS = Path(__file__).parent / "stand_ins"
 
 
@@ -97,13 +96,14 @@ def follow(command: list[str], seconds: float, write: Callable[[str], None], env
 
 
 def status_of(code: int | None) -> str:
-    known = {None: "cut", PASSED: "passed", WRONG: "wrong", ABSENT: "absent"}
+    known = {None: "cut", RIGHT: "passed", WRONG: "wrong", ABSENT: "absent", PARTLY: "partly"}
     return known.get(code, "crashed")
 
 
 def run_step(step: Step, seconds: float, folder: Path, dry: str | None, console: Console) -> str:
     console(f"== {step.name}: {step.what} (at most {seconds:.0f} s)")
     command = [sys.executable, "-m", "bench.on_gpu", "step", step.name, "--out", str(folder)]
+    command += ["--seconds", str(seconds)]
     start = time.monotonic()
     code = follow(command + (["--dry", dry] if dry else []), seconds, console, environment(dry))
     status, spent = status_of(code), time.monotonic() - start

@@ -4,10 +4,18 @@ once."""
 from dataclasses import dataclass
 from importlib import import_module
 
+# Exit codes of a step's process; any other, or a signal, is a crash.
+RIGHT, WRONG, ABSENT, PARTLY = (
+    0,
+    1,
+    4,
+    5,
+)  # ABSENT: there is nothing to run; PARTLY: right as far as time reached
+
 
 @dataclass(frozen=True)
 class Step:
-    """One process: `run(machine, log)` of a module, which says True (right), False (wrong) or None (nothing to run)."""
+    """One process: `STEPS[name](machine, log)` of a module, which says how it went by one of the exit codes."""
 
     name: str
     seconds: float  # after which it is cut
@@ -16,7 +24,7 @@ class Step:
     vital: bool = False  # what follows would only fail without it
     extra: bool = False  # with --all, or by name, only
 
-    def run(self, machine, log) -> bool | None:
+    def run(self, machine, log) -> int:
         return import_module(f"bench.on_gpu.{self.module}").STEPS[self.name](machine, log)
 
 

@@ -5,26 +5,14 @@ import subprocess
 import sys
 import time
 
-from bench.on_gpu.limits import SPOILT
+from bench.on_gpu.limits import SPOILT, TELLING, TIME_IS_UP
+from bench.on_gpu.steps import PARTLY, RIGHT, WRONG
 from bench.records import ROOT
 
-# A part of a test's name each, the most telling first.
-TELLING = (
-    "test_graph_capture_and_replay",
-    "test_repeatable",
-    "test_two_streams",
-    "test_explain_names_the_backend",
-    "test_lengths",
-    "test_windows",
-    "test_strides_beyond_32_bits",
-    "test_layers",
-    "test_learned_butterfly",
-    "test_sums_of_exponentials",
-    "test_cases_of_the_long_kernels",
-)
 LEFT_OUT = "test_compute_sanitizer"  # a step of its own
 EACH = 20.0  # seconds
 RESTARTS = 6
+SPARE = 3.0  # seconds for what is left to say
 
 
 def files(dry: bool) -> tuple[list[str], str]:
@@ -34,7 +22,7 @@ def files(dry: bool) -> tuple[list[str], str]:
     return ["tests/gpu/test_gpu.py"], " or ".join(TELLING)
 
 
-def run(machine, log, everything: bool) -> bool:
+def run(machine, log, everything: bool) -> int:
     paths, telling = files(machine.dry)
     where = [] if everything else ["-k", telling]
     command = [
@@ -60,6 +48,7 @@ def run(machine, log, everything: bool) -> bool:
     begins, ends, outcomes = len(log.rows("test begins")), len(log.rows("test")), {}
     for _ in range(RESTARTS):
         before = time.perf_counter()
+        environment["SEQCONV_TEST_LEFT"] = str(log.left() - SPARE)
         done = [word for name in outcomes for word in ("--deselect", name)]
         code = subprocess.run(command + done, cwd=ROOT, env=environment).returncode
         begun = [row["name"] for row in log.rows("test begins")[begins:]]
@@ -73,7 +62,9 @@ def run(machine, log, everything: bool) -> bool:
     for name, outcome in red.items():
         log.say(f"{outcome}: {name}")
     log.say(f"{len(outcomes) - len(red)} of {len(outcomes)} tests right")
-    return bool(outcomes) and not red
+    if red or not outcomes:
+        return WRONG
+    return PARTLY if code == TIME_IS_UP else RIGHT
 
 
 STEPS = {

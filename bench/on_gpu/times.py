@@ -1,28 +1,24 @@
 """The kernels' own times, from graph replays, without another contender: what the targets are about."""
 
 from bench.contenders import Case
-from bench.on_gpu.benchmark import measure
+from bench.on_gpu.benchmark import each
 from bench.on_gpu.targets import BATCH, CHANNELS, FIRST, OTHERS
 
 BOTH = "forward+backward"
 KINDS = (({}, True), ({"op": BOTH}, True), ({"op": BOTH}, False), ({"mode": "gated"}, True))
-SECONDS = 0.5
+SECONDS = 0.5  # of the rounds of one case
 
 
-def run(machine, log, lengths) -> bool:
-    right = True
+def run(machine, log, lengths) -> int:
+    todo = []
     for length in lengths:
-        for options, skip in KINDS:
-            shape = (2, 1, length // 16) if machine.dry else (BATCH, CHANNELS, length)
-            batch, channels, steps = shape
-            case = Case(dtype="bfloat16", batch=batch, channels=channels, length=steps, **options)
-            seconds = 0.02 if machine.dry else SECONDS
-            right &= measure(machine, log, case, ["seqconv"], seconds, skip, replay=True)
-            machine.release()
-    return right
+        batch, channels, steps = (2, 1, length // 16) if machine.dry else (BATCH, CHANNELS, length)
+        shape = {"dtype": "bfloat16", "batch": batch, "channels": channels, "length": steps}
+        todo += [(Case(**shape, **options), ["seqconv"], skip) for options, skip in KINDS]
+    return each(machine, log, todo, SECONDS, replay=True)
 
 
-def others(machine, log) -> bool:
+def others(machine, log) -> int:
     return run(machine, log, OTHERS[:1] if machine.dry else OTHERS)
 
 
