@@ -49,6 +49,12 @@ class Console:
     def seconds(self) -> float:
         return time.monotonic() - self.start
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
     def __call__(self, text: str) -> None:
         line = f"[{self.seconds():6.1f}] {text}\n"
         self.file.write(line)

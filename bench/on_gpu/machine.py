@@ -173,7 +173,8 @@ class Dry(Machine):
         module, function = made.split(":")
         self.emulator = getattr(import_module(module), function)()
         self.limits = self.emulator.limits
-        emulated.as_backend(self.emulator).__enter__()  # until the process ends
+        self.backend = emulated.as_backend(self.emulator)  # kept: else it would end at once
+        self.backend.__enter__()
 
     def reason(self) -> str | None:
         return None
