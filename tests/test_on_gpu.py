@@ -239,6 +239,29 @@ def test_a_test_that_hangs_or_spoils_its_process_costs_itself_only(tmp_path, mon
     assert suite.run(SimpleNamespace(dry=False), log, False) != RIGHT
 
 
+def test_what_is_carried(tmp_path, monkeypatch, capsys):
+    """But for the compiler, which test_cuda_compile tests."""
+    from bench.on_gpu import pack
+
+    asked = []
+    made = {name: f"code of {name}".encode() for name in ceilings.MMA}
+    monkeypatch.setattr(
+        pack.prebuild,
+        "main",
+        lambda a: asked.append(a) or (tmp_path / "o/cubins").mkdir(parents=True),
+    )
+    monkeypatch.setattr(driver, "compile_kernel", lambda name, arch, cached: made[name])
+    assert pack.pack("sm_90", tmp_path / "o") == 0
+    assert asked == [["--arch", "sm_90", "--out", str(tmp_path / "o" / "cubins")]]
+    monkeypatch.setenv("SEQCONV_CUBINS", str(tmp_path / "o" / "cubins"))
+    assert all(driver.find_prebuilt(name, 9, 0) == code for name, code in made.items())
+    assert (tmp_path / "o" / "packages" / "einops" / "__init__.py").is_file()
+    text = capsys.readouterr().out
+    assert "seqconv/_C.abi3.so" in text and "bench.on_gpu prove --out" in text
+    monkeypatch.setattr(pack._cpu, "missing", "is not built")
+    assert pack.pack("sm_90", tmp_path / "o") == 1
+
+
 def test_every_telling_test_exists():
     text = (ROOT / "tests" / "gpu" / "test_gpu.py").read_text()
     from bench.on_gpu import suite

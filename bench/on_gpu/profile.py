@@ -2,6 +2,7 @@
 the step says so."""
 
 import csv
+import os
 import re
 import shutil
 import subprocess
@@ -66,13 +67,12 @@ def work(machine, name: str) -> None:
         machine.synchronize()
 
 
-def run_tool(machine, command: list[str], name: str) -> str:
+def run_tool(machine, command: list[str], name: str, **environment: str) -> str:
     """What the tool prints, our workload's lines among it."""
     ours = [sys.executable, "-m", "bench.on_gpu", "workload", name]
     ours += ["--dry", machine.made] if machine.dry else []
-    result = subprocess.run(
-        command + ours, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    result = subprocess.run(command + ours, cwd=ROOT, env=os.environ | environment, **pipes)
     if result.returncode:
         return f"{result.stdout}\nexit status {result.returncode}"
     return result.stdout
@@ -155,7 +155,7 @@ def sanitizer(machine, log) -> int:
     right = True
     for tool, options in CHECKS.items():
         command = ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9"]
-        text = run_tool(machine, command, SANITIZED)
+        text = run_tool(machine, command, SANITIZED, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         count = parse_check(text)
         right &= count == 0
         log.row("sanitizer", tool=tool, errors=count)

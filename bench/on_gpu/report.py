@@ -138,7 +138,8 @@ def readme_section(rows: list[dict]) -> str:
             if set(cells) != {"-"}:
                 lines.append([f"{what}, {name}", *cells])
     met = requirements(timed)
-    text = f"{facts['name']}, torch {facts['versions']['torch']}, commit {run['commit']}; "
+    state = f"commit {run['commit']}" if run["commit"] != "unknown" else f"sources {run['sources']}"
+    text = f"{facts['name']}, torch {facts['versions']['torch']}, {state}; "
     text += f"{sum(x[3] for x in met)} of {len(met)} targets are met. "
     text += "The planner's bound is what its model predicts."
     return "\n\n".join([markdown(header, lines), text])

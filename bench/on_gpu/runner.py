@@ -91,7 +91,10 @@ def follow(command: list[str], seconds: float, write: Callable[[str], None], env
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        process.wait()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:  # the GPU's driver does not let it go
+            write("the process cannot be ended: on without it")
         process.stdout.close()
     return ended
 
