@@ -153,7 +153,8 @@ def _run(console, part, folder, only, everything, again, dry, seconds) -> int:
     log = Log(folder, "run")
     when = time.strftime("%Y-%m-%d %H:%M")
     log.row("run", part=part, dry=bool(dry), when=when, commit=commit(), sources=state)
-    passed = {r["step"] for r in earlier if r["kind"] == "step" and r["status"] == "passed"}
+    newest = {r["step"]: r["status"] for r in earlier if r["kind"] == "step"}
+    passed = {name for name, status in newest.items() if status == "passed"}
     before = {r["sources"] for r in earlier if r["kind"] == "run"} - {state}
     # The clock of a dry run is a shared machine's.
     slack = SLACK if dry else 1.0

@@ -4,13 +4,9 @@ once."""
 from dataclasses import dataclass
 from importlib import import_module
 
-# Exit codes of a step's process; any other, or a signal, is a crash.
-RIGHT, WRONG, ABSENT, PARTLY = (
-    0,
-    1,
-    4,
-    5,
-)  # ABSENT: there is nothing to run; PARTLY: right as far as time reached
+# Exit codes of a step's process; any other (1: an exception), or a signal, is a crash.
+# ABSENT: there is nothing to run; PARTLY: right as far as time reached.
+RIGHT, WRONG, ABSENT, PARTLY = 0, 3, 4, 5
 
 
 @dataclass(frozen=True)
