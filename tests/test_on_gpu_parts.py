@@ -1,4 +1,4 @@
-"""What the command for a machine with a GPU is made of: the machine, on a CUDA of our own, and what it reads and writes."""
+"""What the command for a machine with a GPU is made of: the machine, on a CUDA of our own; what it reads and writes."""
 
 import contextlib
 import gc
