@@ -6,9 +6,10 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .
 SOURCES := $(shell find csrc/cpu csrc/*.cpp -name '*.h' -o -name '*.cpp') setup.py pyproject.toml .ci/constraints.txt
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 SAMPLE := $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
+ARCH ?= sm_90
 ARCHS := sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 
-.PHONY: demo test sanitize neon device-test device-compile device-compilers device-ptx build lint format bench bench-gpu bench-ssm bench-layers bench-table lra-table gallery clean
+.PHONY: demo test sanitize neon gpu device-compile device-compilers device-ptx build lint format bench bench-ssm bench-layers bench-table lra-table gallery clean
 
 demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--resume
 	$(BIN)/python -m bench.lra fit mnist5k --optim.epochs 6 --compare 15 --overwrite $(ARGS)
@@ -38,8 +39,8 @@ neon:  ## the kernels for arm64, cross-compiled (Debian: g++-aarch64-linux-gnu) 
 	  tests/standalone.cpp csrc/cpu/*.cpp -o build/standalone-arm64
 	qemu-aarch64 build/standalone-arm64
 
-device-test: .venv/ready  ## everything that needs a GPU; one line where there is none
-	$(BIN)/python -m pytest -q -rs tests/gpu $(ARGS) || [ $$? = 5 ]
+gpu: .venv/ready  ## what to carry to a machine with a GPU of ARCH=sm_90, and what to run there
+	$(BIN)/python -m bench.on_gpu pack --arch $(ARCH) --out build/gpu
 
 device-compile: .venv/ready  ## every CUDA kernel for every architecture, by NVRTC; no GPU needed
 	rm -rf build/cubins
@@ -75,9 +76,6 @@ format: .venv/ready
 
 bench: .venv/ready  ## every microbenchmark, under an hour; goes on where it was stopped
 	$(BIN)/python -m bench.fftconv --full --json bench/results/fftconv.jsonl --plot bench/results/fftconv.png
-
-bench-gpu: .venv/ready  ## the same on a CUDA device; every case that time allows, the most telling first
-	$(BIN)/python -m bench.fftconv --full --device cuda --budget 0.3 --json bench/results/fftconv-gpu.jsonl $(ARGS)
 
 bench-ssm: .venv/ready  ## S4D's kernel beside torch.bmm, the einsum and PyKeOps, in two minutes
 	$(BIN)/python -m bench.ssm_kernel --json bench/results/ssm_kernel.jsonl --plot bench/results/ssm_kernel.png $(ARGS)

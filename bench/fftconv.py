@@ -11,7 +11,6 @@ the default one: "tuned" never gives memory back and is the stricter comparison.
 """
 
 import argparse
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,8 +19,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench import gpu, report
+from bench import report
 from bench.contenders import BASELINE, CONTENDERS, DTYPES, Case, make, missing
+from bench.gate import call, checked, errors, oracle, tolerance
 from bench.report import console
 from bench.requirements import (
     BOTH,
@@ -44,103 +44,34 @@ from bench.timing import (
     quartiles,
     ratios,
     seconds_per_byte,
-    worst_errors,
 )
 from bench.worker import ALLOCATORS, Worker, refuse_fallback, serve
-from seqconv import reference
-from seqconv._cuda.plan import OPERAND_ERROR
 
 # ---- one measurement, in a worker ----
 
 
-def call(case: Case, function, tensors, dy):
-    """The contender's results: y, or y and the gradients of every input."""
-    if case.op == "forward":
-        with torch.no_grad():
-            return [function(tensors)]
-    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    y = function(leaves)
-    return [y, *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)]
-
-
-def checked(case: Case, tensors, dy):
-    """The case's first channels, as many as fit beside each other in float64: channels never meet."""
-    channels = max(1, min(case.channels, (1 << 24) // (case.batch * case.length)))
-    rows = -1 if case.layout == "blh" else -2
-    axes = (rows, -2, -1, -2, rows, rows)  # of u, k, skip, k_rev, pre_gate, post_gate
-
-    def cut(values, axes):
-        pairs = zip(values, axes, strict=True)
-        return [None if v is None else v.narrow(a, 0, channels) for v, a in pairs]
-
-    def of_results(results):
-        given = [a for a, t in zip(axes, tensors, strict=True) if t is not None]
-        return cut(results, (rows, *given)[: len(results)])
-
-    return replace(case, channels=channels), cut(tensors, axes), *cut([dy], [rows]), of_results
-
-
-def oracle(case: Case, tensors, dy):
-    """The same in float64."""
-
-    def definition(leaves):
-        u, k, skip, k_rev, pre_gate, post_gate = leaves
-        gates = {"pre_gate": pre_gate, "post_gate": post_gate}
-        return reference.fftconv_fft(u, k, skip, k_rev=k_rev, layout=case.layout, **gates)
-
-    leaves, dy = ([None if t is None else t.double() for t in ts] for ts in (tensors, [dy]))
-    return call(case, definition, leaves, *dy)
-
-
-def errors(case: Case, results, exact) -> tuple[float, float]:
-    """The worst relative L2 error of the results, and the worst element over the root mean square."""
-    # The gradient of skip, a sum of both signs, beside what random signs leave.
-    return worst_errors(results, exact, {3: (case.batch * case.heads * case.length) ** 0.5})
-
-
-def tolerance(case: Case, baseline: tuple[float, float], exact, device: str) -> tuple[float, float]:
-    """Of seqconv: relative L2 3e-7 up to 65,536 steps and 4.5e-7 beyond in float32, at other dtypes twice
-    that of torch.fft; for the worst element, twice torch.fft's and two units in the last place of
-    the largest. In float64 64 units in the last place: the oracle is no better."""
-    if case.dtype == "float64":
-        baseline = (2.0**-47, 2.0**-44)
-    if device != "cpu" and case.dtype in ("bfloat16", "float16"):
-        stated = 2 * OPERAND_ERROR[True]  # fp16 operands on tensor cores, twice in gradients
-        baseline = (baseline[0] + stated / 2, baseline[1] + 4 * stated)
-    l2 = {"float32": 3e-7 if case.length <= 65536 else 4.5e-7}.get(case.dtype, 2 * baseline[0])
-    crest = max((x.abs().max() / x.square().mean().sqrt()).item() for x in exact)
-    return l2, 2 * baseline[1] + 2 * torch.finfo(DTYPES[case.dtype]).eps * crest
-
-
-def measure(
-    case: Case, names, budget: float, device: str, clock: Clock, peak_flops: float, beside=()
-):
+def measure(case: Case, names, budget: float, clock: Clock, peak_flops: float, beside=()):
     """Rows of results of one case, one per contender, a red gate without times.
 
     `beside` are other cases of seqconv that go through the same rounds, (case, threads, weight) each,
     themselves checked in rows of their own; seqconv's row says how its time per element compares
     with the product of theirs to the power of their weights.
     """
-    tensors, dy = case.tensors(device)
+    tensors, dy = case.tensors("cpu")
     part = checked(case, tensors, dy)
     exact = oracle(*part[:3])
     functions, found = {}, {}
     for name in dict.fromkeys((BASELINE, *names)):
         try:
-            function = make(name, case, device)
+            function = make(name, case, "cpu")
         except ImportError:
             continue
         if function is None:
             continue
         run = lambda function=function: call(case, function, tensors, dy)  # noqa: E731
-        try:
-            found[name] = errors(case, part[3](run()), exact)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            print(f"{name}: out of memory, {case}", file=sys.stderr)
-            continue
+        found[name] = errors(case, part[3](run()), exact)
         functions[name] = run
-    allowed = tolerance(case, found.get(BASELINE, (1e-3, 1e-2)), exact, device)
+    allowed = tolerance(case, found.get(BASELINE, (1e-3, 1e-2)), exact, "cpu")
     green = {}
     for name, error in found.items():
         limits = allowed if name == "seqconv" else [1e3 * x for x in allowed]
@@ -150,7 +81,7 @@ def measure(
     counts: dict[str, int] = {}
     if green.get("seqconv"):
         for i, (other, threads, _) in enumerate(beside):
-            arguments = (other, make("seqconv", other, device), *other.tensors(device))
+            arguments = (other, make("seqconv", other, "cpu"), *other.tensors("cpu"))
             functions[f"beside {i}"] = lambda a=arguments: call(*a)
             counts[f"beside {i}"] = threads
     usual, before = torch.get_num_threads(), {}
@@ -163,7 +94,7 @@ def measure(
         before = {name: lambda name=name: switch(name) for name in functions}
     times = interleaved(functions, budget, clock, before)
     torch.set_num_threads(usual)
-    floor_copy = seconds_per_byte(device, clock, min(case.bytes() // 2, 1 << 27)) * case.bytes()
+    floor_copy = seconds_per_byte("cpu", clock, min(case.bytes() // 2, 1 << 27)) * case.bytes()
     for name, error in found.items():
         if name not in names:
             continue
@@ -178,8 +109,6 @@ def measure(
             if BASELINE in times:
                 low, mid, high = ratios(times[BASELINE], times[name])
                 row |= {"ratio_q1": low, "ratio": mid, "ratio_q3": high}
-        if name == "seqconv" and device != "cpu":
-            row |= {"predicted": gpu.predicted(case, tensors)}
         if name == "seqconv" and beside and green[name]:
             seconds = [t / case.elements for t in times[name]]
             for i, (other, _, weight) in enumerate(beside):
@@ -189,31 +118,30 @@ def measure(
         yield row | {"floor_copy": floor_copy, "floor_flops": case.flops() / peak_flops}
 
 
-def memory(case: Case, names, device: str):
+def memory(case: Case, names):
     """Rows with the peak memory of one call of every contender."""
-    tensors, dy = case.tensors(device)
+    tensors, dy = case.tensors("cpu")
     for name in names:
-        function = make(name, case, device)
+        function = make(name, case, "cpu")
         if function is not None:
-            peak = peak_bytes(lambda f=function: call(case, f, tensors, dy), device)
+            peak = peak_bytes(lambda f=function: call(case, f, tensors, dy), "cpu")
             yield {"contender": name, "median": None, "gate": True, "peak_bytes": peak}
 
 
 def prepare(settings: dict):
-    device = settings["device"]
-    clock = Clock(device)
+    clock = Clock("cpu")
     peak_flops: dict[str, float] = {}
 
     def rows_of(job: dict):
         case = Case(**job["case"])
         if job["allocator"] == "returning":
-            return memory(case, job["names"], device)
+            return memory(case, job["names"])
         dtype = torch.float64 if case.dtype == "float64" else torch.float32
         if case.dtype not in peak_flops:
-            peak_flops[case.dtype] = flops_per_second(device, dtype, clock)
+            peak_flops[case.dtype] = flops_per_second("cpu", dtype, clock)
         peak = peak_flops[case.dtype]
         beside = [(Case(**other), threads, weight) for other, threads, weight in job["beside"]]
-        return measure(case, job["names"], job["budget"], device, clock, peak, beside)
+        return measure(case, job["names"], job["budget"], clock, peak, beside)
 
     return rows_of
 
@@ -232,11 +160,6 @@ def jobs_of(args) -> list[dict]:
         jobs.append(job | {"names": list(names), "budget": budget, "beside": beside})
 
     pair = ("seqconv", BASELINE)
-    if args.full and args.device != "cpu":
-        for case, names, beside in gpu.cases():
-            present = [name for name in names if name not in missing()]
-            add("default", 1, case, present, "gpu", beside=beside)
-        return jobs
     if not args.full:
         for allocator in args.allocators:
             for threads in args.threads:
@@ -313,7 +236,7 @@ def key_of(job_or_row: dict) -> tuple:
 
 def run_jobs(jobs: list[dict], args, path: Path | None, done: list[dict]) -> list[dict]:
     """Rows of all jobs, those of `done` not measured again."""
-    common = report.machine(args.device)
+    common = report.machine()
     have: dict[tuple, int] = {}
     done = report.same_run(done, common)
     for row in done:
@@ -343,7 +266,7 @@ def run_jobs(jobs: list[dict], args, path: Path | None, done: list[dict]) -> lis
             if wanted != settings:
                 if worker:
                     worker.close()
-                worker, settings = Worker("bench.fftconv", *wanted, device=args.device), wanted
+                worker, settings = Worker("bench.fftconv", *wanted), wanted
             case = job["case"]
             threads = plural(job["threads"], "thread")
             progress.update(task, description=f"{case}, {job['allocator']}, {threads}")
@@ -439,7 +362,6 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--allocators", nargs="+", default=["tuned", "default"], choices=ALLOCATORS)
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per case")
     parser.add_argument("--time-budget", type=float, help="seconds in all; stops after")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="file to append a line per measurement to")
     parser.add_argument("--plot", type=Path, help="picture to draw")
     parser.add_argument("--table", action="store_true", help="rewrite the README from --json")
@@ -457,30 +379,22 @@ def main() -> None:
         )
         if not rows:
             raise SystemExit("no results: run make bench first")
-        on_gpu = [row for row in rows if row["isa"] is None]
-        if on_gpu:
-            table = gpu.readme_table(report.same_run(on_gpu))
-            report.replace_between(report.ROOT / "README.md", "gpu bench", table)
-        rows = report.same_run([row for row in rows if row["isa"] is not None])
+        rows = report.same_run(rows)
         report.replace_between(report.ROOT / "README.md", "bench", readme_table(rows))
         (report.RESULTS / "fftconv.md").write_text(page(rows))
         report.plot(rows, args.plot or report.RESULTS / "fftconv.png")
         return None
     if min(*args.lengths, *args.batch, args.elements, 1) < 1:
         raise SystemExit("--lengths, --batch and --elements must be at least 1")
-    if args.device != "cpu" and not torch.cuda.is_available():
-        raise SystemExit(f"--device {args.device} needs a CUDA device, and torch sees none")
-    refuse_fallback(args.device)
+    refuse_fallback()
     for name in missing():
         console.print(f"{name}: not installed, skipped")
     args.contenders = [n for n in args.contenders if n not in missing()]
     done = report.read([args.json]) if args.full and args.json and args.json.exists() else []
-    console.print(
-        f"{report.device_name(args.device)}; threads {args.threads if not args.full else [1, 2]}"
-    )
+    console.print(f"{report.device_name()}; threads {args.threads if not args.full else [1, 2]}")
     rows = run_jobs(jobs_of(args), args, args.json, done)
     show(rows)
-    report.show_requirements((requirements if args.device == "cpu" else gpu.requirements)(rows))
+    report.show_requirements(requirements(rows))
     if args.plot:
         report.plot(rows, args.plot)
     return None

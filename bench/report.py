@@ -1,31 +1,29 @@
-"""What was measured on what: JSON lines, the machine, the README's table, the picture."""
+"""What was measured on what: the machine, tables in the terminal, the picture; bench.records' names as well."""
 
-import json
 import platform
 import re
-import subprocess
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.records import RESULTS as RESULTS
+from bench.records import ROOT as ROOT
+from bench.records import append as append
+from bench.records import commit, length_name, versions
+from bench.records import markdown as markdown
+from bench.records import read as read
+from bench.records import replace_between as replace_between
+from bench.records import same_run as same_run
 from seqconv import _cpu
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
-PACKAGES = ("seqconv", "torch", "numpy", "scipy", "ducc0", "pyfftw", "pykeops")
 console = Console(highlight=False)
 if not console.is_terminal:
     console = Console(highlight=False, width=160)  # a log, not a screen
 
 
-def device_name(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name()
+def device_name() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -36,81 +34,10 @@ def device_name(device: str) -> str:
     return f"{name}, family {family} model {model}" if family else name
 
 
-def commit() -> str:
-    """The last commit that changed what is measured, marked if there are changes on top of it."""
-
-    def git(*words):
-        command = ["git", *words, "--", "csrc", "seqconv"]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else ""
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return (git("log", "-1", "--format=%h") or "unknown") + ("+changes" if changed else "")
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def machine(device: str = "cpu") -> dict:
+def machine() -> dict:
     """What every row says of where it was measured, and on which code."""
-    isa = _cpu.isa() if device == "cpu" else None
-    here = {"device": device_name(device), "isa": isa}
+    here = {"device": device_name(), "isa": _cpu.isa()}
     return here | {"versions": versions(), "commit": commit()}
-
-
-def append(path: Path, row: dict) -> None:
-    """Adds a line, after the end of one that a crash may have cut short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":
-            file.write(b"\n")
-        file.write(json.dumps(row).encode() + b"\n")
-
-
-def read(paths: Iterable[Path]) -> list[dict]:
-    """Every measurement; a last line cut short by a crash is dropped."""
-    rows = []
-    for path in paths:
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
-
-
-def same_run(rows: list[dict], like: dict | None = None) -> list[dict]:
-    """Those measured on the same device and commit as `like`, or as the last one."""
-    like = like or rows[-1]
-    return [r for r in rows if all(r[key] == like[key] for key in ("device", "commit", "isa"))]
-
-
-def length_name(length: int) -> str:
-    if length >= 1 << 20 and length % (1 << 20) == 0:
-        return f"{length >> 20}M"
-    return f"{length >> 10}K" if length >= 1024 and length % 1024 == 0 else str(length)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
-    return "\n".join(lines)
-
-
-def replace_between(path: Path, name: str, text: str) -> None:
-    """Rewrites what stands between <!-- name --> and <!-- end of name -->."""
-    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    whole = path.read_text()
-    if whole.count(start) != 1 or whole.count(end) != 1:
-        raise ValueError(f"{path.name}: one {start} and one {end} wanted")
-    head, rest = whole.split(start)
-    path.write_text(f"{head}{start}\n{text.strip()}\n{end}{rest.split(end)[1]}")
 
 
 def show_requirements(lines: list[tuple[str, str, str, bool]]) -> None:

@@ -22,10 +22,13 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 class Clock:
-    """Seconds of one call: the wall clock on a CPU, events behind a flushed cache on a GPU."""
+    """Seconds of one call: the wall clock on a CPU, events behind a flushed cache on a GPU.
 
-    def __init__(self, device: str):
-        self.cuda = device.startswith("cuda")
+    There `ahead` is called before the first event: what it queues has to last while the call itself is queued.
+    """
+
+    def __init__(self, device: str, ahead: Callable[[], object] = lambda: None):
+        self.cuda, self.ahead = device.startswith("cuda"), ahead
         if self.cuda:
             self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
@@ -35,6 +38,7 @@ class Clock:
             function()
             return time.perf_counter() - start
         self.flush.zero_()
+        self.ahead()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()

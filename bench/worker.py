@@ -66,8 +66,8 @@ def serve(prepare: Callable[[dict], Callable[[dict], Iterable[dict]]]) -> None:
         print(file=answers, flush=True)
 
 
-def refuse_fallback(device: str = "cpu") -> None:
+def refuse_fallback() -> None:
     """Exits where seqconv would be measured without its kernels."""
-    reason = _ops.fallback_reason(torch.device(device))
+    reason = _ops.fallback_reason(torch.device("cpu"))
     if reason:
         raise SystemExit(f"seqconv would take its fallback: {reason}")

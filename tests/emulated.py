@@ -95,6 +95,11 @@ def forget_recipes() -> None:
     convolution._backward.cache_clear()
 
 
+def device() -> Emulator:
+    """An H100's stand-in: what `python -m bench.on_gpu --dry` runs on."""
+    return Emulator(build())
+
+
 @contextmanager
 def as_backend(device):
     """fftconv of CPU tensors through the CUDA backend's Python and a device that runs its kernels on the host."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import contenders, fftconv, overhead, report, timing
+from bench import contenders, fftconv, gate, overhead, report, timing
 from bench.contenders import Case
 from bench.requirements import requirements
 
@@ -65,7 +65,7 @@ def test_a_wrong_result_gets_no_time(monkeypatch, fault):
 
     monkeypatch.setitem(contenders.CONTENDERS, "seqconv", ("seqconv", broken))
     case = Case(channels=2, length=500)
-    rows = fftconv.measure(case, ["seqconv", "torch.fft"], 0.01, "cpu", timing.Clock("cpu"), 1e9)
+    rows = fftconv.measure(case, ["seqconv", "torch.fft"], 0.01, timing.Clock("cpu"), 1e9)
     rows = {row["contender"]: row for row in rows}
     assert not rows["seqconv"]["gate"] and rows["seqconv"]["median"] is None
     assert rows["torch.fft"]["gate"] and rows["torch.fft"]["median"] > 0
@@ -75,7 +75,7 @@ def test_cases_are_compared_per_element_and_with_their_own_threads():
     case, longer = Case(channels=64, length=1024), Case(channels=1024, length=1024)
     clock, before = timing.Clock("cpu"), torch.get_num_threads()
     beside = [(longer, 2, 0.5), (case, 1, 0.5)]
-    (row,) = fftconv.measure(case, ["seqconv"], 0.2, "cpu", clock, 1e9, beside)
+    (row,) = fftconv.measure(case, ["seqconv"], 0.2, clock, 1e9, beside)
     low, middle, high = row["beside"]
     assert low <= middle <= high
     assert 0.3 < middle < 3.3  # a ratio of times per call would be 1/4 of it or less
@@ -91,7 +91,7 @@ def test_every_contender_is_right_where_it_competes(mode, layout):
     forward = Case(mode, layout=layout, channels=3, length=200)
     for op in (case, forward):
         tensors, dy = op.tensors("cpu")
-        exact = fftconv.oracle(op, tensors, dy)
+        exact = gate.oracle(op, tensors, dy)
         for name in (
             "seqconv",
             "torch.fft",
@@ -105,8 +105,8 @@ def test_every_contender_is_right_where_it_competes(mode, layout):
                 continue
             function = contenders.make(name, op, "cpu")
             if function is not None:
-                results = fftconv.call(op, function, tensors, dy)
-                assert fftconv.errors(op, results, exact)[0] < 1e-6, name
+                results = gate.call(op, function, tensors, dy)
+                assert gate.errors(op, results, exact)[0] < 1e-6, name
 
 
 def test_every_case_is_compiled_anew(monkeypatch):

@@ -373,7 +373,8 @@ def test_explain_shows_the_plan(device, monkeypatch):
             "cuda", "right-angle fft", plan.n, 1, arch, plan.threads, None, str(plan)
         )
     )
-    assert "tensor cores" in text and "5120" in text and "predicted" in text and "sm_90" in text
+    assert "tensor cores" in text and "5120" in text and "sm_90" in text
+    assert "predicted lower bound" in text
 
 
 def test_the_road_of_a_cuda_tensor(library, monkeypatch, fresh):

@@ -169,3 +169,15 @@ def test_factor_and_sizes():
     assert factor(16 * 7) is None and factor(16) is None and factor(100) is None
     gaps = [b / a for a, b in zip(sizes(1 << 16), sizes(1 << 16)[1:], strict=False)]
     assert max(gaps[8:]) <= 1.25
+
+
+def test_the_predicted_time_is_no_less_than_its_bytes_and_its_instructions_take():
+    for problem in problems(300):
+        for backward in (False, True):
+            plan = make_plan(problem, H100, backward)
+            least = max(plan.moved / H100.bandwidth, plan.work / H100.issue)
+            assert 0 < plan.moved and 0 < plan.work and least <= plan.seconds
+    # u is read and y written, of 16 bits each; about 9,000 instructions for a row of 4096 points
+    plan = make_plan(Problem(64, 1, 768, 4096, 4096, 0, False, 2))
+    assert 1.0 < plan.moved / (2 * 2 * 64 * 768 * 4096) < 1.2
+    assert 7000 < plan.work / (64 * 768) < 11000

@@ -15,9 +15,7 @@ from device_cases import (
     A100,
     FEW,
     ORDERS,
-    ROUNDING,
     SMALL,
-    STATED,
     TURING,
     OnePlane,
     case_inputs,
@@ -27,6 +25,7 @@ from device_cases import (
     results,
 )
 from emulated import as_backend, forget_recipes
+from judge import ROUNDING, STATED
 from test_fftconv import CASES
 
 from seqconv import fftconv, reference

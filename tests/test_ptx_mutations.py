@@ -9,8 +9,9 @@ import pytest
 import torch
 from accuracy import rel_l2
 from cases import Case, double, oracle
-from device_cases import FEW, ROUNDING, STATED
+from device_cases import FEW
 from emulated import as_backend
+from judge import ROUNDING, STATED
 
 from seqconv import fftconv
 from seqconv._cuda import kernels

@@ -55,6 +55,9 @@ for _n, _radices in FIXED.items():
             _body = f"tensor_{_name}<{_IO[_suffix]}, u32, {_fixed}>"
             KERNELS[f"tensor_{_name}_{_suffix}_fast_{_n}"] = (_body, _ROWS, 1)
 
+# Whole sources of kernels that are no part of the package, by name: what bench/on_gpu measures a device with.
+GUESTS: dict[str, str] = {}
+
 
 def folder() -> Path:
     """csrc/device: beside the package in a checkout, inside it in an installation."""
@@ -81,6 +84,8 @@ def headers() -> str:
 
 def source(name: str) -> str:
     """The translation unit of one kernel, named `name` in the object code."""
+    if name in GUESTS:
+        return GUESTS[name]
     body, threads, blocks = KERNELS[name]
     return (
         f"{headers()}\nSEQCONV_KERNEL({threads}, {blocks}) {name}(const Args a) {{\n"

@@ -1,7 +1,8 @@
 """How a convolution is laid out on a device: a pure function of the problem and the device's limits.
 
 Sizes and threads follow csrc/device. The times are a model (bytes over bandwidth, warp instructions over issue slots),
-for choosing between plans and for `explain`; they are not measurements.
+for choosing between plans and for `explain`; they are not measurements but lower bounds: the model takes every issue
+slot as used, and leaves out what gates read and do, the skip's sum and the cache's traffic with the taps' gradient.
 """
 
 import functools
@@ -100,7 +101,9 @@ class Plan:
     groups: int  # blocks that share a channel
     taps_threads: int  # the same for the kernels that transform taps
     taps_slots: int
-    seconds: float  # predicted
+    moved: float  # bytes that the model counts, through the device's memory
+    work: float  # and warp instructions
+    seconds: float  # a lower bound, predicted from both
 
     @property
     def radices(self) -> tuple[int, ...]:
@@ -154,7 +157,7 @@ class Plan:
         if self.windows > 1:
             text += f", {self.windows} windows of {self.step}"
         text += f"; {self.slots} x {self.row_threads} threads and {self.shared} bytes a block"
-        return f"{text}; predicted {self.seconds * 1e6:.0f} us"
+        return f"{text}; predicted lower bound {self.seconds * 1e6:.0f} us"
 
 
 def radix_bytes(n: int) -> int:
@@ -347,6 +350,8 @@ def _one_pass(problem, limits, engine, n, step, lead, row_threads, planes, backw
         groups=groups,
         taps_threads=taps_threads,
         taps_slots=taps_slots,
+        moved=moved,
+        work=work,
         seconds=_seconds(limits, moved, work, blocks, warps, launches),
     )
 
@@ -398,6 +403,8 @@ def _three_passes(problem, limits, planes, backward) -> list[Plan]:
                 groups=groups,
                 taps_threads=row_threads,
                 taps_slots=taps_slots,
+                moved=moved,
+                work=work,
                 seconds=_seconds(
                     limits, moved, work, limits.processors, FULL, 8 if backward else 5
                 ),

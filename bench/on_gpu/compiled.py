@@ -1,0 +1,45 @@
+"""torch.compile(mode="reduce-overhead"): graphs that torch records itself give what the eager calls give."""
+
+import torch
+
+from bench.on_gpu.steps import RIGHT, WRONG
+from bench.on_gpu.targets import CHANNELS, FIRST
+from seqconv import fftconv
+
+ALLOWED = 4e-2  # relative L2 error of bfloat16 results that passed through another rounding
+CALLS = 5  # as it is, recorded, and replayed
+
+
+def step(u, k):
+    return fftconv(u, k).sin()
+
+
+def results(function, u, k) -> list:
+    y = function(u, k)
+    y = y.detach().clone() if y.requires_grad else y.clone(), y
+    return [y[0], *torch.autograd.grad(y[1].float().square().sum(), (u, k))]
+
+
+def run(machine, log) -> int:
+    shape = (2, 2, 300) if machine.dry else (8, CHANNELS, FIRST)
+    torch.manual_seed(0)
+    k = (torch.randn(shape[1], shape[2]) / shape[2] ** 0.5).to(machine.device).requires_grad_()
+    mode = {"backend": "eager"} if machine.dry else {"mode": "reduce-overhead"}
+    compiled, right = torch.compile(step, fullgraph=True, **mode), True
+    for i in range(CALLS):
+        u = torch.randn(shape, dtype=torch.bfloat16).to(machine.device).requires_grad_()
+        torch.compiler.cudagraph_mark_step_begin()
+        pairs = zip(results(compiled, u, k), results(step, u, k), strict=True)
+        worst = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
+        right &= worst <= ALLOWED
+        log.row("compiled", call=i, error=worst, right=right)
+        log.say(f"{'ok' if right else 'WRONG'} call {i}: y, du and dk differ by {worst:.1e}")
+    for name, function in (("eager", step), ("reduce-overhead", compiled)):
+        seconds = machine.events(lambda function=function: function(u, k).sum())
+        took = min(seconds() for _ in range(5))
+        log.row("compiled time", name=name, seconds=took)
+        log.say(f"{name}: {took * 1e3:.3f} ms forward, events around one call")
+    return RIGHT if right else WRONG
+
+
+STEPS = {"compile": run}

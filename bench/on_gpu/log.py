@@ -1,0 +1,65 @@
+"""Lines for people and rows for programs, on disk as soon as they are known."""
+
+import math
+import os
+import time
+from pathlib import Path
+
+from bench.records import append, read
+
+ROWS, TEXT = "results.jsonl", "log.txt"
+
+
+class Log:
+    """Of one step: say() prints a line, row() adds one to results.jsonl. What is printed, the runner keeps."""
+
+    def __init__(self, folder: Path, step: str, seconds: float = math.inf):
+        self.folder, self.step, self.end = folder, step, time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds before the runner cuts the step."""
+        return self.end - time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def row(self, kind: str, **values) -> dict:
+        row = {"kind": kind, "step": self.step, **values}
+        append(self.folder / ROWS, row)
+        return row
+
+    def rows(self, kind: str) -> list[dict]:
+        """Of all steps so far, this run's and earlier ones in the same folder."""
+        return [row for row in rows_of(self.folder) if row["kind"] == kind]
+
+
+def rows_of(folder: Path) -> list[dict]:
+    path = folder / ROWS
+    return read([path]) if path.exists() else []
+
+
+class Console:
+    """What the runner and its steps print: to the terminal and to log.txt, each line with the seconds so far."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.start = time.monotonic()
+        self.file = open(folder / TEXT, "a", encoding="utf-8")
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def __call__(self, text: str) -> None:
+        line = f"[{self.seconds():6.1f}] {text}\n"
+        self.file.write(line)
+        self.file.flush()
+        try:
+            os.write(1, line.encode())
+        except OSError:  # the terminal is gone; the file is not
+            pass

@@ -1,0 +1,213 @@
+"""The device under test behind one interface: a GPU, or the emulator in its place. Nothing else here asks for CUDA."""
+
+import time
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+
+from bench.timing import Clock
+from seqconv._cuda import driver
+from seqconv._cuda.plan import Limits
+
+SHORT = 5e-4  # seconds: below, Python's share of a call is larger than the kernel's
+LEAST = 2e-3  # seconds of one reading of the clock
+ASLEEP = 1_000_000  # cycles for which a GPU waits while Python puts a call in its queue
+
+
+@dataclass
+class Timer:
+    """Called, it gives the seconds of one call by its clock."""
+
+    clock: str
+    read: Callable[[], float]
+
+    def __call__(self) -> float:
+        return self.read()
+
+
+class Machine(ABC):
+    dry: bool
+    made: str | None  # module:function of a dry run's device
+    device: str  # of torch's tensors
+    replayed = "graph replays, back to back"  # what the clocks are called
+    between_events = "events, behind a flushed cache"
+    limits: Limits
+
+    @abstractmethod
+    def reason(self) -> str | None:
+        """Why the kernels do not run here, or None."""
+
+    @abstractmethod
+    def facts(self) -> dict:
+        """What the hardware says of itself."""
+
+    @abstractmethod
+    def synchronize(self) -> None: ...
+
+    @abstractmethod
+    def replays(self, function: Callable[[], object]) -> Callable[[], float]:
+        """Records one call in a graph; what is returned gives the seconds of one replay among many."""
+
+    @abstractmethod
+    def events(self, function: Callable[[], object]) -> Callable[[], float]:
+        """Seconds of one call between two events."""
+
+    @abstractmethod
+    def times_of_warps(self, kernel: str, blocks: int, threads: int, iterations: int) -> list[list]:
+        """Runs a kernel of mma.cu; [first cycle, last cycle, first ns, last ns] of every warp."""
+
+    @abstractmethod
+    def profiled(self) -> AbstractContextManager:
+        """What a profiler is to look at."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Gives memory back that is no longer used."""
+
+    def timer(self, function: Callable[[], object], replay: bool = False) -> Timer:
+        """Graph replays for short calls, or for all if `replay`; events for others and where a graph cannot be had."""
+        try:
+            replayed = self.replays(function)
+        except RuntimeError as error:  # no memory for both, or something that no graph can hold
+            if replay:
+                raise
+            self.release()
+            reason = " ".join(str(error).split())[:80]
+            return Timer(f"{self.between_events} (no graph: {reason})", self.events(function))
+        if replay or min(replayed() for _ in range(2)) < SHORT:
+            return Timer(self.replayed, replayed)
+        del replayed
+        self.release()
+        return Timer(self.between_events, self.events(function))
+
+
+@contextmanager
+def poisoned():
+    """torch fills what it allocates with NaN: what a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class Cuda(Machine):
+    dry, made, device = False, None, "cuda"
+
+    def __init__(self):
+        self.index = torch.cuda.current_device()
+        self._clock = None
+
+    @property
+    def limits(self) -> Limits:
+        return driver.device(self.index).limits
+
+    def reason(self) -> str | None:
+        return driver.reason(self.index)
+
+    def facts(self) -> dict:
+        of = torch.cuda.get_device_properties(self.index)
+        known = {"name": of.name, "arch": f"sm_{of.major}{of.minor}", "memory": of.total_memory}
+        return known | {"processors": of.multi_processor_count, "cuda": torch.version.cuda}
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def replays(self, function):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # what is compiled, loaded and kept at the first call
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def seconds(count: int) -> float:
+            start.record()
+            for _ in range(count):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3 / count
+
+        seconds(1)
+        count = max(1, round(LEAST / seconds(3)))
+        return lambda: seconds(count)
+
+    def events(self, function):
+        if self._clock is None:
+            self._clock = Clock(self.device, ahead=lambda: torch.cuda._sleep(ASLEEP))
+        return lambda: self._clock(function)
+
+    def times_of_warps(self, kernel, blocks, threads, iterations):
+        times = torch.zeros(blocks * threads // 32, 4, dtype=torch.int64, device=self.device)
+        arguments = array("q", [times.data_ptr(), iterations])
+        driver.device(self.index).launch(kernel, blocks, threads, 0, arguments)
+        torch.cuda.synchronize()
+        return times.tolist()
+
+    def profiled(self):
+        return torch.cuda.profiler.profile()
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+
+
+class Dry(Machine):
+    """The emulated kernels on tensors of the CPU; times are the wall clock's, and mean nothing."""
+
+    dry, device = True, "cpu"
+    replayed, between_events = "wall clock for graph replays", "wall clock for events"
+
+    def __init__(self, made: str):
+        self.made, emulated = made, import_module("emulated")
+        module, function = made.split(":")
+        self.emulator = getattr(import_module(module), function)()
+        self.limits = self.emulator.limits
+        self.backend = emulated.as_backend(self.emulator)  # kept: else it would end at once
+        self.backend.__enter__()
+
+    def reason(self) -> str | None:
+        return None
+
+    def facts(self) -> dict:
+        known = {"name": "the emulator (dry run)", "arch": "sm_90", "memory": 0}
+        return known | {"processors": self.limits.processors, "cuda": torch.version.cuda}
+
+    def synchronize(self) -> None: ...
+
+    def replays(self, function):
+        function()
+        return self.events(function)
+
+    def events(self, function):
+        def seconds() -> float:
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+
+        return seconds
+
+    def times_of_warps(self, kernel, blocks, threads, iterations):
+        cycles = iterations * 8 * threads // 128  # as if one could be issued every cycle
+        return [[0, cycles, 0, cycles]] * (blocks * threads // 32)
+
+    def profiled(self):
+        return nullcontext()
+
+    def release(self) -> None: ...
+
+
+def connect(dry: str | None) -> Machine:
+    if not dry and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device")
+    return Dry(dry) if dry else Cuda()
