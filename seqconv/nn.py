@@ -1,9 +1,10 @@
-"""Adapters that put a seqconv layer where torch.nn expects another module."""
+"""Modules for the place of others: a layer as attention, of torch or of Hugging Face; a depthwise nn.Conv1d."""
 
 import torch
 from torch import Tensor, nn
 
 from seqconv._check import FLOATS, check_flag, check_shape, check_tensor
+from seqconv._conv1d import Conv1d as Conv1d
 from seqconv._layer import _require
 
 
