@@ -146,6 +146,17 @@ def test_autocast(given):
     assert conv.weight.grad.dtype == torch.float32 and conv.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("taps", [32, 33])
+def test_round_off_is_as_documented(taps):
+    """A loud sample: direct sums keep the quiet ones' digits, a transform keeps those of the row's norm."""
+    conv, x = depthwise(taps, dtype=torch.float32), torch.randn(1, 3, 400)
+    x[..., 300] = 1e6
+    error = (Conv1d.from_torch(conv)(x) - copy.deepcopy(conv).double()(x.double())).abs()
+    far = error[..., : 300 - taps].amax()
+    assert error.amax() < 1e6 * 1e-6
+    assert far < 2e-6 if taps == 32 else 1e-5 < far < 1e6 * 1e-6
+
+
 def test_transforms():
     conv = depthwise(40, padding="same", dilation=2)
     fast = Conv1d.from_torch(conv)
