@@ -37,8 +37,8 @@ class Conv1d(nn.Conv1d):
 
     x is (batch, in_channels, length) or (in_channels, length), in the weight's dtype: float32, float64, bfloat16 or
     float16. Under autocast it is cast to autocast's dtype, as torch does; the sums stay in float32. Round-off is
-    fftconv's: from 33 taps on it is relative to a row's norm, so that a NaN spoils its whole row and a very large
-    sample the digits of small ones far from it, which torch's direct sums keep.
+    fftconv's: from 33 spanned taps on it is relative to a row's norm, so that a NaN spoils its whole row and a
+    very large sample the digits of small ones far from it, which torch's direct sums keep.
 
     Raises:
         ValueError: groups is not in_channels, or x has another shape or device.
