@@ -144,7 +144,7 @@ def keops(a: Tensor, w: Tensor, length: int, dtype: torch.dtype = torch.float64)
         from pykeops.torch import LazyTensor
     except ImportError as error:
         raise ImportError(
-            "ssm_kernel: backend='keops' needs PyKeOps: pip install 'seqconv[keops]'"
+            "ssm_kernel: backend='keops' needs PyKeOps: pip install 'pykeops>=2.3'"
         ) from error
     pykeops.set_verbose(False)
     channels, modes, _ = a.shape

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from seqconv._check import check_choice, check_shape, check_tensor
+from seqconv._check import check_shape
+from seqconv._conv1d import conv1d_taps as conv1d_taps
 from seqconv._layer import ConvLayer
 from seqconv.long_conv import LongConv
 from seqconv.s4d import S4D
@@ -282,39 +283,3 @@ def load_sgconv(
     )
     values |= {"kernel.pieces": torch.stack(pieces), "kernel.decay": decay}
     return checkpoint.fill(layer, values | {"kernel.norm": norm.expand(kernels, d, 1)})
-
-
-def conv1d_taps(weight: Tensor, padding: str = "causal") -> tuple[Tensor, Tensor | None]:
-    """k and k_rev with which fftconv computes a depthwise nn.Conv1d of stride 1.
-
-    y = fftconv(u, k, k_rev=k_rev) + bias.unsqueeze(-1) (without the bias where there is none). A
-    convolution layer correlates, so k is the weight read backwards.
-
-    Args:
-        weight: (channels, 1, taps), of nn.Conv1d(channels, channels, taps, groups=channels).
-        padding: "causal" for inputs padded by taps - 1 zeros on the left, or outputs of
-            padding=taps - 1 cut to the input's length: k_rev is None. "same" for padding="same", or
-            padding=taps // 2 with an odd number of taps.
-
-    Returns:
-        k (channels, taps) and None; for "same" k (channels, (taps + 1) // 2) and k_rev
-        (channels, taps // 2). Views of weight where they can be: gradients reach it.
-
-    Raises:
-        ValueError: weight or padding is not one of those above.
-
-    Example:
-        >>> conv = torch.nn.Conv1d(8, 8, 5, groups=8, padding="same", bias=False)
-        >>> k, k_rev = conv1d_taps(conv.weight, "same")
-        >>> k.shape, k_rev.shape
-        (torch.Size([8, 3]), torch.Size([8, 2]))
-    """
-    check_choice("conv1d_taps", "padding", padding, ("causal", "same"))
-    check_tensor("conv1d_taps", "weight", weight)
-    pattern = (("channels", None), ("per group", 1), ("taps", None))
-    check_shape("conv1d_taps", "weight", weight, pattern, why=lambda: " (depthwise)")
-    taps = weight.squeeze(1)
-    if padding == "causal":
-        return taps.flip(-1), None
-    past = (taps.shape[-1] + 1) // 2
-    return taps[:, :past].flip(-1), taps[:, past:]

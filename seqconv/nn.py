@@ -1,9 +1,10 @@
-"""Adapters that put a seqconv layer where torch.nn expects another module."""
+"""Modules for the place of others: a layer as attention, of torch or of Hugging Face; a depthwise nn.Conv1d."""
 
 import torch
 from torch import Tensor, nn
 
 from seqconv._check import FLOATS, check_flag, check_shape, check_tensor
+from seqconv._conv1d import Conv1d as Conv1d
 from seqconv._layer import _require
 
 
@@ -20,6 +21,12 @@ class _Foreign:
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return NotImplemented
+
+
+def _check_layer(function: str, layer: nn.Module) -> None:
+    if not (hasattr(layer, "d_model") and hasattr(layer, "causal")):
+        wanted = "a layer with d_model and causal"
+        raise TypeError(f"{function}: layer must be {wanted}, got {type(layer).__name__}")
 
 
 class AsAttention(nn.Module):
@@ -54,9 +61,7 @@ class AsAttention(nn.Module):
 
     def __init__(self, layer: nn.Module, *, batch_first: bool):
         super().__init__()
-        if not (hasattr(layer, "d_model") and hasattr(layer, "causal")):
-            wanted = "a layer with d_model and causal"
-            raise TypeError(f"AsAttention: layer must be {wanted}, got {type(layer).__name__}")
+        _check_layer("AsAttention", layer)
         check_flag("AsAttention", batch_first=batch_first)
         self.layer = layer
         self.embed_dim = layer.d_model
@@ -122,3 +127,125 @@ class AsAttention(nn.Module):
         layer, wanted = ("causal", "exactly the future") if causal else ("not causal", "nothing")
         text = f"AsAttention: attn_mask must hide {wanted} (the layer is {layer}), got another mask"
         _require((attn_mask == hidden).all(), text)
+
+
+_CACHE = "nothing is cached: use_cache must be False"
+_NOT_THERE = {
+    "cache": _CACHE,
+    "past_key_values": _CACHE,
+    "past_key_value": _CACHE,
+    "layer_past": _CACHE,
+    "encoder_hidden_states": "the layer is self-attention",
+    "head_mask": "the layer has no heads of attention",
+    "output_attentions": "the layer has no weights of attention",
+    "cu_seq_lens_q": "packed sequences are not taken",
+}
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_VALUES = "be bool, integers 1 (seen) and 0 (padding), or floats 0 (seen) and at most -1e4 (padding), got other values"
+_NOTHING = (
+    "let every sample see something, got one that sees nothing: is the mask inverted? True is seen here, "
+    "and padding in seqconv's own masks"
+)
+_MORE = "hide padding, or the future, and nothing else (no window, no packed sequences), got another mask"
+_FUTURE = "not hide the future from a layer that is not causal, got a causal mask"
+
+
+def _seen(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a mask of Hugging Face's lets see, and whether its values are those of one."""
+    if mask.dtype == torch.bool:
+        return mask, torch.ones_like(mask)
+    if mask.is_floating_point():
+        return mask == 0, (mask == 0) | (mask <= -1e4)
+    return mask == 1, (mask == 0) | (mask == 1)
+
+
+def _require_all(conditions: dict[str, Tensor]) -> None:
+    """A ValueError with the first text whose condition does not hold; one transfer from the device for all."""
+    if torch.compiler.is_compiling():
+        for text, condition in conditions.items():
+            _require(condition.all(), text)
+        return
+    valid = torch.stack([condition.all() for condition in conditions.values()]).tolist()
+    if not all(valid):
+        raise ValueError(next(t for t, v in zip(conditions, valid, strict=True) if not v))
+
+
+class AsHuggingFaceAttention(nn.Module):
+    """Calls a layer as Hugging Face's models (transformers 5) call their self-attention.
+
+    AsHuggingFaceAttention(layer)(hidden_states, attention_mask=mask) = (layer(hidden_states, padding), None).
+    The two conventions are opposites:
+
+        attention_mask, Hugging Face's   True, 1 or 0.0 is a key that may be seen;
+                                         False, 0 or at most -1e4 is not: padding
+        mask, of seqconv's layers        True or -inf is padding; False or 0.0 is not
+
+    so that `layer(x, mask=attention_mask == 0)` is right for a tokenizer's integers, and nothing but the sense of
+    True tells bool masks apart. Give the model itself its own attention_mask, always; an inverted one is
+    recognised here where it leaves nothing to see in a sample, as in every sample that has no padding.
+
+    Args:
+        layer: maps (batch, length, d_model) and a padding mask to the same shape; has d_model, and causal,
+            as every layer of seqconv.
+
+    There are no parameters but the layer's, and nothing is cached: use_cache must be False, and generation
+    passes the whole sequence at every step.
+
+    Source: the attention modules of transformers.models. Example:
+        >>> from seqconv import S4D
+        >>> attention = AsHuggingFaceAttention(S4D(8, bidirectional=True))
+        >>> mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        >>> attention(torch.randn(2, 4, 8), attention_mask=mask)[0].shape
+        torch.Size([2, 4, 8])
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        _check_layer("AsHuggingFaceAttention", layer)
+        self.layer = layer
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **others
+    ) -> tuple[Tensor, None]:
+        """hidden_states (batch, length, d_model). attention_mask (batch, length), or (batch, 1, queries, keys)
+        with 1 or length queries; bool, integers 0 and 1, or floats. It may hide padding, and from a causal
+        layer the future; the layer hides the future itself. Masks that hide more (a sliding window,
+        other samples packed into the row) are a ValueError, as are weights that are asked for, caches,
+        encoder_hidden_states and head_mask; of `others` the rest is ignored, positions for one.
+        """
+        for name, value in others.items():
+            if name in _NOT_THERE and value is not None and value is not False:
+                wanted, got = f"None ({_NOT_THERE[name]})", type(value).__name__
+                raise ValueError(f"AsHuggingFaceAttention: {name} must be {wanted}, got {got}")
+        padding = None
+        if attention_mask is not None:
+            check_tensor("AsHuggingFaceAttention", "hidden_states", hidden_states)
+            padding = self._padding(attention_mask, hidden_states)
+        return self.layer(hidden_states, padding), None
+
+    def _padding(self, mask: Tensor, x: Tensor) -> Tensor:
+        """(batch, length), True at padding: what the last query may not see. Of the other queries as much is
+        read, in time that grows with the length only, as tells padding from what a layer cannot hide."""
+        name = "AsHuggingFaceAttention"
+        kinds = (torch.bool, *_INTEGERS, *FLOATS)
+        check_tensor(
+            name, "attention_mask", mask, dtypes=kinds, device=x.device, owner="hidden_states"
+        )
+        batch, length = ("batch", x.shape[0]), ("length", x.shape[1])
+        all_queries = (batch, ("one", 1), length, length)
+        one_query = (*all_queries[:2], ("one", 1), length)
+        check_shape(name, "attention_mask", mask, (batch, length), one_query, all_queries)
+        if mask.dim() == 2:
+            mask = mask[:, None, None]
+        mask, last = mask[:, 0], mask[:, 0, -1]
+        seen, valid = _seen(last)
+        conditions = {_VALUES: valid, _NOTHING: seen.any(1)}
+        if mask.shape[1] > 1:
+            itself, valid = _seen(mask.diagonal(dim1=1, dim2=2))
+            conditions |= {_VALUES: valid & conditions[_VALUES], _MORE: itself == seen}
+            if not self.layer.causal:
+                first = seen.int().argmax(1)[:, None, None].expand(-1, 1, mask.shape[2])
+                conditions[_FUTURE] = _seen(mask.gather(1, first).squeeze(1))[0] == seen
+        if x.numel():
+            _require_all({f"{name}: attention_mask must {t}": c for t, c in conditions.items()})
+        return ~seen

@@ -62,10 +62,16 @@ def fftconv_fft(
     mode="causal",
     layout="bhl",
 ):
-    """The same through torch.fft: irfft(rfft(x, n) rfft(k, n))[:length], n large enough that nothing wraps."""
+    """The same through torch.fft: irfft(rfft(x, n) rfft(k, n))[:length], n large enough that nothing wraps.
+
+    No real transform has an odd size: torch's inverse of such a one is wrong on Apple's GPUs. Circular rows of
+    odd length take complex transforms.
+    """
 
     def convolve(x, k, k_rev):
         length = x.shape[-1]
+        if mode == "circular" and length % 2:
+            return torch.fft.ifft(torch.fft.fft(x) * torch.fft.fft(k, length)).real
         n = length if mode == "circular" else fft_size(length, *_reach(length, k, k_rev))
         product = torch.fft.rfft(x, n) * _spectrum(k, k_rev, length, n)
         return torch.fft.irfft(product, n)[..., :length]
@@ -128,17 +134,17 @@ def _reach(length: int, k: Tensor, k_rev: Tensor | None) -> tuple[int, int]:
 
 
 def fft_size(length: int, taps: int, taps_rev: int = 0) -> int:
-    """Smallest 2^a 3^b 5^c at which neither tail of the convolution reaches the first `length` outputs."""
-    n = length + max(taps, taps_rev)
-    while n > 1:
+    """Smallest even 2^a 3^b 5^c at which neither tail of the convolution reaches the first `length` outputs."""
+    n = max(length + max(taps, taps_rev), 2)
+    while True:
+        n += n % 2
         rest = n
         for prime in (2, 3, 5):
             while rest % prime == 0:
                 rest //= prime
         if rest == 1:
             return n
-        n += 1
-    return 1
+        n += 2
 
 
 def _spectrum(k: Tensor, k_rev: Tensor | None, length: int, n: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from seqconv import S4D, LongConv, SGConv, fftconv
-from seqconv.convert import conv1d_taps, load_longconv, load_s4d, load_sgconv
+from seqconv.convert import load_longconv, load_s4d, load_sgconv
 
 D, N, L, BATCH = 6, 5, 24, 2  # channels, stored modes, length
 F64 = {"dtype": torch.float64}
@@ -431,38 +431,3 @@ def test_refusals():
         load_longconv(common() | {"kernel": rand(1, D, 7)}, lam=0.1)
     with pytest.raises(ValueError, match=r"unknown keys in state_dict: 'kernel\.kernel'"):
         load_longconv(common() | {"kernel": rand(1, D, 8), "kernel.kernel": rand(1)}, lam=0.1)
-
-
-# ---- nn.Conv1d ----
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize("taps", [1, 2, 4, 5, 40])
-@pytest.mark.parametrize("bias", [True, False])
-def test_conv1d(taps, bias):
-    x = rand(BATCH, D, L)
-    same = nn.Conv1d(D, D, taps, groups=D, padding="same", bias=bias, **F64)
-    wanted = same(x)
-    offset = same.bias.unsqueeze(-1) if bias else 0
-    k, k_rev = conv1d_taps(same.weight, "same")
-    torch.testing.assert_close(fftconv(x, k, k_rev=k_rev) + offset, wanted)
-    if taps % 2:
-        middle = F.conv1d(x, same.weight, same.bias, padding=taps // 2, groups=D)
-        torch.testing.assert_close(middle, wanted)
-    wanted = F.conv1d(F.pad(x, (taps - 1, 0)), same.weight, same.bias, groups=D)
-    k, k_rev = conv1d_taps(same.weight)
-    assert k_rev is None
-    y = fftconv(x, k) + offset
-    torch.testing.assert_close(y, wanted)
-    (ours,) = torch.autograd.grad(y.square().sum(), same.weight)
-    (theirs,) = torch.autograd.grad(wanted.square().sum(), same.weight)
-    torch.testing.assert_close(ours, theirs)
-
-
-def test_conv1d_refusals():
-    with pytest.raises(
-        ValueError, match=r"weight must be \(channels, per group=1, taps\) \(depthwise\)"
-    ):
-        conv1d_taps(nn.Conv1d(4, 4, 3).weight)
-    with pytest.raises(ValueError, match="padding must be one of 'causal', 'same', got 'valid'"):
-        conv1d_taps(nn.Conv1d(4, 4, 3, groups=4).weight, "valid")

@@ -48,8 +48,9 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     # Not another layer but its kernel generator: the taps are LongConv's, only the transforms differ.
     "butterfly_conv": LAYER | {"_butterfly", "functional", "long_conv", "reference"},
     "optim": {"_layer"},
-    "nn": LAYER,
-    "convert": {*LAYER, "long_conv", "s4d", "sgconv"},
+    "_conv1d": {"_check", "functional"},
+    "nn": LAYER | {"_conv1d"},
+    "convert": {*LAYER, "_conv1d", "long_conv", "s4d", "sgconv"},
     "__init__": {"_version", "_explanation", "convert", "functional", "nn", "optim", "s4d", "ssm"}
     | {"butterfly_conv", "hyena", "long_conv", "sgconv"},
     "__main__": {"_cpu", "_cuda", "_ops", "reference"},

@@ -7,7 +7,7 @@ import torch
 from accuracy import assert_accurate
 from cases import Case
 
-from seqconv import reference
+from seqconv import LongConv, _ops, fftconv, reference
 
 
 def loops(u, k, skip, k_rev, mode):
@@ -87,6 +87,63 @@ def test_blh_is_a_transposition():
     y = reference.fftconv(u, k, post_gate=gate)
     turned = reference.fftconv(u.movedim(-1, 1), k, post_gate=gate.movedim(-1, 1), layout="blh")
     assert torch.equal(turned, y.movedim(-1, 1))
+
+
+@pytest.fixture
+def real_sizes(monkeypatch):
+    """The sizes of all real transforms that torch.fft is asked for meanwhile."""
+    sizes = set()
+
+    def watch(name, points):
+        function = getattr(torch.fft, name)
+
+        def watched(x, n=None, dim=-1, norm=None):
+            sizes.add(points(x.shape[dim]) if n is None else n)
+            return function(x, n, dim, norm)
+
+        monkeypatch.setattr(torch.fft, name, watched)
+
+    watch("rfft", lambda size: size)
+    watch("irfft", lambda size: 2 * (size - 1))
+    return sizes
+
+
+@pytest.mark.parametrize("mode", ["causal", "two-sided", "circular"])
+@pytest.mark.parametrize("heads", [(), (2,)], ids=["one", "heads"])
+def test_real_transforms_have_even_sizes(mode, heads, real_sizes, monkeypatch):
+    """torch's inverse real transform of odd sizes is wrong on Apple's GPUs, and the fallback serves them."""
+    monkeypatch.setattr(_ops, "forced_reference", True)
+    options = {"mode": "circular"} if mode == "circular" else {}
+    for length in range(1, 71):
+        taps = max(1, (2 * length) // 3) if mode == "circular" else length + length % 3 - 1
+        shapes = [(2, 3, length), (*heads, 3, taps), (3,)]
+        shapes += [(*heads, 3, length // 2)] if mode == "two-sided" else []
+
+        def run(function, tensors):
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            k_rev = {"k_rev": leaves[3]} if mode == "two-sided" else {}
+            y = function(*leaves[:3], **k_rev, **options)
+            loss = y.square().sum()
+            return [y, *torch.autograd.grad(loss, leaves, materialize_grads=True)]
+
+        tensors = [torch.randn(s, dtype=torch.float64) for s in shapes]
+        wanted = run(reference.fftconv, tensors)
+        assert wanted[0].abs().max() > 1e-3
+        for function in (fftconv, reference.fftconv_fft):
+            real_sizes.clear()
+            for ours, theirs in zip(run(function, tensors), wanted, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+            assert real_sizes or (mode == "circular" and length % 2)
+            assert all(n % 2 == 0 for n in real_sizes), (length, real_sizes)
+
+
+def test_layers_ask_for_no_odd_real_transform_either(real_sizes, monkeypatch):
+    monkeypatch.setattr(_ops, "forced_reference", True)
+    for length in (5, 7, 8, 9, 12, 13, 15):
+        for smooth in ("frequency", None):
+            layer = LongConv(2, l_max=length, bidirectional=True, smooth=smooth)
+            layer(torch.randn(1, length, 2)).sum().backward()
+    assert real_sizes and all(n % 2 == 0 for n in real_sizes)
 
 
 def test_ssm_kernel_of_the_published_vectors():

@@ -337,6 +337,14 @@ def test_explain(monkeypatch):
         seqconv.explain_ssm_kernel(log_dt, A, C, -1)
 
 
+def test_where_keops_comes_from(monkeypatch):
+    """Its own name on the package index, not an extra of a package that may not be there."""
+    monkeypatch.setitem(sys.modules, "pykeops", None)
+    log_dt, A, C, _ = system()
+    with pytest.raises(ImportError, match=r"pip install 'pykeops>=2\.3'$"):
+        ssm_kernel(log_dt, A, C, 10, backend="keops")
+
+
 def test_contract():
     log_dt, A, C, B = system(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"ssm_kernel: C must be \(heads, channels=3, modes=5, "):

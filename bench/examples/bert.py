@@ -4,8 +4,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from bench.examples import train
-from bench.examples.hugging_face import Mixer
 from seqconv import S4D
+from seqconv.nn import AsHuggingFaceAttention
 
 WIDTH, LENGTH = 32, 40
 
@@ -15,7 +15,7 @@ def main() -> tuple[float, float, float]:
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = BertForSequenceClassification(BertConfig(vocab_size=8, intermediate_size=64, **sizes))
     for block in model.bert.encoder.layer:
-        block.attention.self = Mixer(S4D(WIDTH, bidirectional=True))
+        block.attention.self = AsHuggingFaceAttention(S4D(WIDTH, bidirectional=True))
     lengths = torch.tensor([[40], [25], [30], [35]]).repeat(8, 1)
     mask = (torch.arange(LENGTH) < lengths).long()  # (b l)
 

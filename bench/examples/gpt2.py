@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bench.examples import train
-from bench.examples.hugging_face import Mixer
 from seqconv import LongConv
+from seqconv.nn import AsHuggingFaceAttention
 
 WIDTH, LENGTH, PERIOD, TOKENS = 32, 40, 6, 10
 
@@ -17,7 +17,7 @@ def main() -> tuple[float, float, float]:
     rest = {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False, "resid_pdrop": 0.0}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=TOKENS, **sizes, **rest))
     for block in model.transformer.h:
-        block.attn = Mixer(LongConv(WIDTH, l_max=LENGTH))
+        block.attn = AsHuggingFaceAttention(LongConv(WIDTH, l_max=LENGTH))
 
     def sequences():
         return torch.randint(TOKENS, (16, PERIOD)).repeat(1, LENGTH // PERIOD + 1)[:, :LENGTH]
