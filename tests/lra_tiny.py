@@ -27,6 +27,7 @@ class Info:
     chance: float
     majority: float
     generated: bool
+    notes: tuple[str, ...] = ()
 
 
 class Split:

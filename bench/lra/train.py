@@ -93,7 +93,7 @@ def _fit(config: options.Config, device: torch.device) -> dict:
             clear(out)
         files.write_text(out / "config.yaml", config_yaml(config))
         clock()
-        announce(facts, config, schedule)
+        announce(facts, config, schedule, info.notes)
     journal = Journal(config, schedule, info, batches, out, samples // optim.batch)
     if RANK == 0:
         journal.saved = clock

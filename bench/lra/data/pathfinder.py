@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from bench.lra.data.cache import DataError, remove_abandoned
+from bench.lra.data.cache import DataError, remove_abandoned, scratch
 from bench.lra.data.dashes import AA, FOLDERS, Settings, downsample, pen
 from bench.lra.data.snakes import grow_distractors, grow_targets
 
@@ -103,7 +103,7 @@ def _write_batch(root: Path, settings: Settings, seed: int, batch: int, n: int) 
     """A folder of n images and its metadata, each whole or not there; the metadata last."""
     images = root / "imgs" / str(batch)
     remove_abandoned(images)
-    temporary = images.with_name(f".{batch}.{os.getpid()}")
+    temporary = scratch(images)
     temporary.mkdir(parents=True)
     lines = []
     for i in range(n):
