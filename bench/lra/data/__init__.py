@@ -206,23 +206,33 @@ def make(
     n = GENERATED[name].samples if n is None else n
     if n < 10:
         raise DataError(f"n must be at least 10, got {n}")
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    if workers < 1:
+        raise DataError(f"workers must be at least 1, got {workers}")
+    if seed < 0:
+        raise DataError(f"seed must be >= 0, got {seed}")
     folder = Path(root) / "generated" / name
     wanted, found = {"seed": seed, "settings": repr(settings)}, _recorded(folder)
-    other = {key: found[key] for key in wanted if found and found.get(key) != wanted[key]}
+    other = [key for key in wanted if found and found.get(key) != wanted[key]]
     if other:
-        raise DataError(f"{folder} was made with {other}, now {wanted}: delete it or keep to that")
+        was, now = (
+            ", ".join(f"{key} {facts.get(key)}" for key in other) for facts in (found, wanted)
+        )
+        raise DataError(f"{folder} was made with {was}, now {now}: delete it or keep to that")
     if found.get("whole") and found["n"] == n:
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    _record(folder, wanted | {"n": n, "whole": False})
-    with bar(name, progress) as advance:
-        if isinstance(settings, listops.Settings):
-            listops.write(folder / "listops-1000", settings, n, seed, workers, advance)
-        else:
-            pathfinder.contact_sheet(settings, seed).save(folder / "contact.png")
-            pathfinder.write(folder, settings, n, seed, workers, advance)
-    _record(folder, wanted | {"n": n, "whole": True})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _record(folder, wanted | {"n": n, "whole": False})
+        with bar(name, progress) as advance:
+            if isinstance(settings, listops.Settings):
+                listops.write(folder / "listops-1000", settings, n, seed, workers, advance)
+            else:
+                pathfinder.contact_sheet(settings, seed).save(folder / "contact.png")
+                pathfinder.write(folder, settings, n, seed, workers, advance)
+        _record(folder, wanted | {"n": n, "whole": True})
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error}; the same command goes on") from None
     return folder
 
 
