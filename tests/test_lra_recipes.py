@@ -196,11 +196,23 @@ def refusal(capsys, *arguments) -> str:
 
 
 def test_refusals_name_what_was_meant(capsys, tmp_path):
-    assert "did you mean optim.lr" in refusal(capsys, "text", "--optim.lrr", "1")
-    assert "did you mean max_minutes" in refusal(capsys, "text", "--max-minute=3")
-    assert "did you mean kernel.lam" in refusal(
+    assert "did you mean --optim.lr" in refusal(capsys, "text", "--optim.lrr", "1")
+    assert "did you mean --max_minutes" in refusal(capsys, "text", "--max-minute=3")
+    assert "did you mean --kernel.lam" in refusal(
         capsys, "text", "--layer=long_conv", "--kernel.lamb", "1"
     )
+    for word, meant in (
+        ("lr", "optim.lr"),
+        ("learning-rate", "optim.lr"),
+        ("model.lr", "optim.lr"),
+        ("epoch", "optim.epochs"),
+        ("batch_size", "optim.batch"),
+        ("dropout", "model.dropout"),
+        ("d-model", "model.d_model"),
+        ("kernel.lr", "optim.lr"),
+        ("eval_step", "eval_steps"),
+    ):
+        assert f"did you mean --{meant}" in refusal(capsys, "text", f"--{word}", "1"), word
     # An option of another layer.
     assert "unknown option --kernel.lam" in refusal(capsys, "text", "--layer=s4d", "--kernel.lam=1")
     assert "did you mean sgconv" in refusal(capsys, "text", "--layer", "sgcon")
@@ -212,7 +224,7 @@ def test_refusals_name_what_was_meant(capsys, tmp_path):
     assert "which task" in refusal(capsys, "--layer", "s4d")
     file = tmp_path / "c.yaml"
     file.write_text("task: text\noptim: {lrr: 1}\n")
-    assert "did you mean optim.lr" in refusal(capsys, "--config", str(file))
+    assert "did you mean --optim.lr" in refusal(capsys, "--config", str(file))
 
 
 @pytest.mark.parametrize(
@@ -220,10 +232,16 @@ def test_refusals_name_what_was_meant(capsys, tmp_path):
     [
         ("data chek listops", "data: unknown command 'chek'; did you mean check?"),
         ("data check listop", "data check: unknown task 'listop'; did you mean listops"),
-        ("data check listops --second 3", "unknown option --second; did you mean seconds"),
-        ("data make listops-gen --see 3", "unknown option --see; did you mean seed"),
+        ("data check listops --second 3", "unknown option --second; did you mean --seconds"),
+        ("data make listops-gen --see 3", "unknown option --see; did you mean --seed"),
         ("data make listops-gen --n many", "data make:"),
         ("data make", "task"),
+        ("sweep digits --layers s4d,sgcon", "sweep: unknown layer 'sgcon'; did you mean sgconv"),
+        ("sweep digit", "sweep: unknown task 'digit'; did you mean digits"),
+        ("sweep digits --seeds=", "sweep: --seeds names none"),
+        ("sweep digits --seeds 1,x", "sweep:"),
+        ("sweep digits --lr 1", "sweep: unknown option --lr; did you mean --optim.lr?"),
+        ("eval runs --device gpu", "device"),
         ("gpu pathy", "gpu: unknown task 'pathy'; did you mean pathx-gen"),
     ],
 )

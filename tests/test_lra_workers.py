@@ -100,3 +100,20 @@ def test_what_cannot_be_made_is_named(tmp_path):
         data.make("listops-short", tmp_path, n=60, workers=0)
     with pytest.raises(DataError, match="seed must be >= 0, got -1"):
         data.make("pathfinder32-easy", tmp_path, n=60, seed=-1)
+
+
+@pytest.mark.slow
+def test_a_killed_parent_takes_its_workers_along_in_the_midst_of_a_task():
+    code = "import time; from bench.lra.data.workers import in_order\n"
+    code += "for _ in in_order(time.sleep, [(0,), (600,), (600,)], 2): print(flush=True)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE
+    )
+    process.stdout.readline()
+    assert len(of_session(process.pid)) >= 3
+    process.kill()
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while of_session(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not of_session(process.pid)

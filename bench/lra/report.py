@@ -20,7 +20,11 @@ def load(places: list[Path]) -> list[dict]:
         runs += map(json.loads, kept.read_text().splitlines())
     for path in sorted({p for place in places for p in place.rglob("run.json")}):
         result = path.with_name("result.json")
-        run = json.loads((result if result.exists() else path).read_text())
+        read = result if result.exists() else path
+        try:
+            run = json.loads(read.read_text())
+        except ValueError as error:
+            raise SystemExit(f"{read} is damaged: {error}") from None
         runs.append(run if "status" in run else run | reached(path.with_name("metrics.csv")))
     order = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
     rank = {task: i for i, task in enumerate(order)}

@@ -162,9 +162,10 @@ def prepare(config: options.Config, out: Path, identity: dict) -> dict | None:
             raise SystemExit(f"{text}, --out names another folder")
         return None
     if not last.exists():
-        if not (out / "run.json").exists() or (out / "result.json").exists():
-            raise SystemExit(f"--resume: there is no {last}")
-        same_run(json.loads((out / "run.json").read_text()).get("identity", {}), identity, out)
+        if (out / "result.json").exists():
+            raise SystemExit(f"--resume: {out} holds a result, but there is no {last}")
+        if (out / "run.json").exists():
+            same_run(json.loads((out / "run.json").read_text()).get("identity", {}), identity, out)
         console.print(f"{out} has no checkpoint yet: starting from the beginning.")
         return None
     state = load(last)
@@ -183,7 +184,7 @@ def prepare(config: options.Config, out: Path, identity: dict) -> dict | None:
 
 
 def same_run(was: dict, identity: dict, place: Path) -> None:
-    changed = [f"{k} was {was.get(k)!r}, now {v!r}" for k, v in identity.items() if was.get(k) != v]
+    changed = options.differences(was, identity)
     if changed:
         raise SystemExit(f"--resume: {place} belongs to another run: {', '.join(changed)}")
 
@@ -192,7 +193,8 @@ def load(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise SystemExit(f"--resume: {path} cannot be read: {error!r}") from None
+        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        raise SystemExit(f"--resume: {path} cannot be read: {reason}") from None
 
 
 def clear(out: Path) -> None:
