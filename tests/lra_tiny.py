@@ -28,6 +28,7 @@ class Info:
     majority: float
     generated: bool
     notes: tuple[str, ...] = ()
+    content: str = ""
 
 
 class Split:

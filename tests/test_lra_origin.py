@@ -125,10 +125,11 @@ def test_an_unchanged_set_is_packed_once(tmp_path, packed, capsys, monkeypatch, 
 
 def test_the_new_samples_are_seen_and_who_reads_the_old_ones_keeps_them(tmp_path):
     folder = write_listops(tmp_path, ROW)
-    before = opened("listops", tmp_path)[1]
+    info, before = opened("listops", tmp_path)
     for split in ("train", "val", "test"):
         in_place(folder / f"basic_{split}.tsv", ("Source\tTarget\n" + OTHER).encode())
-    after = opened("listops", tmp_path)[1]
+    changed, after = opened("listops", tmp_path)
+    assert changed.content != info.content != ""
     for split in ("train", "val", "test"):
         assert before[split].labels.tolist() == [4] and after[split].labels.tolist() == [5]
         assert before[split].batch([0])[0].tolist() == [[14, 6, 7, 17, 2]]

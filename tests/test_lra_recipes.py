@@ -223,8 +223,15 @@ def test_refusals_name_what_was_meant(capsys, tmp_path):
     assert "--optim.lr must be positive" in refusal(capsys, "text", "--optim.lr=0")
     assert "which task" in refusal(capsys, "--layer", "s4d")
     file = tmp_path / "c.yaml"
-    file.write_text("task: text\noptim: {lrr: 1}\n")
-    assert "did you mean --optim.lr" in refusal(capsys, "--config", str(file))
+    for content, message in (
+        ("task: text\noptim: {lrr: 1}\n", "did you mean --optim.lr"),
+        ("task: text\noptim: 3\n", "optim must be a mapping, got 3"),
+        ("task: [text]\n", "task must be a word"),
+        ("- text\n", "must be a YAML mapping"),
+        ("\x00", "cannot be read"),
+    ):
+        file.write_text(content)
+        assert message in refusal(capsys, "--config", str(file)), content
 
 
 @pytest.mark.parametrize(
@@ -329,6 +336,7 @@ def test_the_cosine_is_scaled_once(tmp_path):
     "options, message",
     [
         (("--seed", "-1"), "--seed must be >= 0, got -1"),
+        (("--seed", "2147483648"), "--seed must be below 2^31"),
         (("--compare", "-1"), "--compare must be >= 0"),
         (("--kernel.kernel_lr", "-1"), "--kernel.kernel_lr must be >= 0, got -1.0"),
         (("--layer", "butterfly", "--compare", "3"), "--compare must be 0 for butterfly"),

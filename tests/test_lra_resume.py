@@ -15,7 +15,7 @@ import torch
 from lra_run import TINY, checkpoint, finish, rows, start
 from rich.console import Console
 
-from bench.lra import journal
+from bench.lra import journal, train
 from bench.lra.__main__ import parse_fit
 
 OPTIONS = ("--layer", "long_conv", "--optim.epochs", "7", "--max_minutes", "1.5", "--seed", "3")
@@ -168,3 +168,14 @@ def test_folders_that_cannot_be_are_named(tmp_path):
     (tmp_path / "torn/run.json").write_text('{"task": ')
     text = finish(start("report", tmp_path), 1)
     assert "Traceback" not in text and "torn/run.json is damaged" in text
+    (tmp_path / "runs.jsonl").write_text("{}\n")
+    assert "runs.jsonl:1 holds no run" in finish(start("report", tmp_path / "runs.jsonl"), 1)
+
+
+def test_a_run_does_not_go_on_with_other_files():
+    was = {"optim.lr": 0.1, "data": "a", train.FILES: "b"}
+    train.same_run(was, was, Path("run"))
+    older = {name: value for name, value in was.items() if name != train.FILES}
+    train.same_run(older, was, Path("run"))
+    with pytest.raises(SystemExit, match="the digest of the data's files was b, now c"):
+        train.same_run(was, was | {train.FILES: "c"}, Path("run"))

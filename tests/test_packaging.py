@@ -189,7 +189,6 @@ def test_the_readmes_commands_lead_to_the_kernels(tmp_path):
         "build",
         "dist",
         "runs",
-        "data",
         "results",
         "__pycache__",
         "*.egg-info",

@@ -84,6 +84,13 @@ def _peek(argv: list[str], command: str) -> tuple[dict, dict, list[str]]:
             refuse(command, f"--config {found['config']} cannot be read: {error}")
         if not isinstance(file, dict):
             refuse(command, f"--config {found['config']} must be a YAML mapping")
+        kinds = {"task": str, "layer": str, "model": dict, "kernel": dict, "optim": dict}
+        for key, kind in kinds.items():
+            if not isinstance(file.get(key, kind()), kind):
+                what = "a word" if kind is str else "a mapping"
+                refuse(
+                    command, f"--config {found['config']}: {key} must be {what}, got {file[key]}"
+                )
         found = {k: file[k] for k in names if file.get(k) is not None} | found
     found["resume"] = "--resume" in rest or file.get("resume") is True
     return found, file, rest

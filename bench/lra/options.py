@@ -224,6 +224,8 @@ def check(config: Config) -> None:
     for name, rate in rates.items():
         if rate is not None and not rate >= 0:
             raise ValueError(f"--kernel.{name} must be >= 0, got {rate}")
+    if r.seed >= 2**31:
+        raise ValueError(f"--seed must be below 2^31, got {r.seed}")
     if r.seed < 0 or r.compare < 0:
         name = "seed" if r.seed < 0 else "compare"
         raise ValueError(f"--{name} must be >= 0, got {getattr(r, name)}")

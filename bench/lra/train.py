@@ -27,6 +27,8 @@ from bench.lra.process import RANK, WORLD, classifier, device_for, move, open_ta
 from bench.lra.quiet import quiet
 from bench.lra.report import levels
 
+FILES = "the digest of the data's files"  # beside a fingerprint of some samples
+
 
 def fit(config: options.Config) -> dict:
     """Trains to the end of the schedule and tests the checkpoint that is best in validation, or the last one
@@ -55,7 +57,7 @@ def _fit(config: options.Config, device: torch.device) -> dict:
     recipe = recipes.recipe(config.task, config.layer)
     samples = len(splits["train"])
     model = classifier(config, info)
-    identity = config.identity() | {"data": fingerprint(info, splits)}
+    identity = config.identity() | {"data": fingerprint(info, splits), FILES: info.content}
     state = prepare(config, out, identity) if RANK == 0 else None
     state = together(lambda: state and {k: state[k] for k in ("identity", "plan", "global_step")})
     initial = model.kernels(info.l_max) if RANK == 0 else None
@@ -184,6 +186,7 @@ def prepare(config: options.Config, out: Path, identity: dict) -> dict | None:
 
 
 def same_run(was: dict, identity: dict, place: Path) -> None:
+    was = {FILES: identity[FILES]} | was  # an older run has not written it down
     changed = options.differences(was, identity)
     if changed:
         raise SystemExit(f"--resume: {place} belongs to another run: {', '.join(changed)}")

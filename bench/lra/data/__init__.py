@@ -123,15 +123,14 @@ def open_task(
         kept = versions(root / "cache", stem)
         if not kept:
             raise
-        info, splits = open_cache(kept[-1])
-        return _noted(info, splits, [f"{kept[-1]} is read, which was packed earlier: {gone}"])
+        return _noted(kept[-1], [f"{kept[-1]} is read, which was packed earlier: {gone}"])
     for _ in range(9):  # another process may delete what this one has just chosen
         try:
             folder = _packed(name, root / "cache", stem, located, own, progress)
         except OSError as error:
             raise DataError(f"{name} cannot be packed into {root / 'cache'}: {error}") from None
         try:
-            return _noted(*open_cache(folder), located.notes)
+            return _noted(folder, located.notes)
         except DataError:
             if folder.exists():
                 raise
@@ -145,7 +144,7 @@ def _packed(name: str, cache: Path, stem: str, located: Located, seed: int, prog
     for version in kept:
         if recorded(version).get("quick") == quick:
             return version
-    with bar(name, progress) as advance:
+    with bar(name, progress and len(names) > 1000) as advance:
         content = origin.content(folder, names, advance)
     digests = {"quick": quick, "content": content}
     target = cache / f"{stem}.{content[:16]}"
@@ -170,8 +169,9 @@ def _packed(name: str, cache: Path, stem: str, located: Located, seed: int, prog
     return target
 
 
-def _noted(info: Info, splits: dict[str, Split], more: list[str]) -> tuple[Info, dict]:
-    """With what must be known of the samples before a result is believed."""
+def _noted(folder: Path, more: list[str]) -> tuple[Info, dict[str, Split]]:
+    """A cache, opened, with what must be known of the samples before a result is believed."""
+    info, splits = open_cache(folder)
     notes = [*more, *info.notes]
     sizes = tuple(len(splits[s]) for s in ("train", "val", "test"))
     if info.name in OFFICIAL and sizes != OFFICIAL[info.name].sizes:
@@ -182,7 +182,8 @@ def _noted(info: Info, splits: dict[str, Split], more: list[str]) -> tuple[Info,
         absent = info.classes - len(np.unique(data.labels))
         if absent and len(data) >= 20 * info.classes:
             notes.append(f"suspicious: {split} has no sample of {absent} of {info.classes} classes")
-    return replace(info, notes=tuple(notes)), splits
+    content = recorded(folder).get("content", "")
+    return replace(info, notes=tuple(notes), content=content), splits
 
 
 def make(

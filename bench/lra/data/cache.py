@@ -58,6 +58,7 @@ class Info:
     majority: float
     generated: bool
     notes: tuple[str, ...] = ()  # what was skipped or chosen while reading
+    content: str = ""  # a digest of the files
 
 
 @dataclass

@@ -205,7 +205,9 @@ def cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
-        raise DataError(f"{path} is damaged or no CIFAR-10 batch: {error!r}") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        text = f"{path} is damaged or no CIFAR-10 batch: {str(reason) or 'it ends too early'}"
+        raise DataError(text) from None
     return pixels.reshape(-1, 3, 1024), labels
 
 
