@@ -249,7 +249,7 @@ def _write(source: Source, part: Part, stem: Path, split: str, advance) -> None:
             labels.append(label)
             advance(split, len(labels), part.total)
     if not labels:
-        raise DataError(f"the {split} split has no samples")
+        raise DataError(f"{source.title}: the {split} split has no samples")
     np.save(f"{stem}.labels.npy", np.array(labels, np.int64))
     np.save(f"{stem}.offsets.npy", np.array(offsets, np.int64))
 
