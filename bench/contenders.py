@@ -312,6 +312,7 @@ CONTENDERS: dict[str, tuple[str, Callable[[Case, str], Callable | None]]] = {
     "nvsubquadratic": ("nvsubquadratic", _nvsubquadratic),
 }
 BASELINE = "torch.fft"
+ON_GPU = ("flashfftconv", "subquadratic_ops", "nvsubquadratic")  # where they are compared
 FAST = ("scipy.fft", "oaconvolve", "ducc0", "pyfftw")  # what else is fast on a CPU
 
 

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench import report
-from bench.contenders import BASELINE, CONTENDERS, DTYPES, Case, make, missing
+from bench.contenders import BASELINE, CONTENDERS, DTYPES, ON_GPU, Case, make, missing
 from bench.gate import call, checked, errors, oracle, tolerance
 from bench.report import console
 from bench.requirements import (
@@ -51,7 +51,8 @@ from bench.worker import ALLOCATORS, Worker, refuse_fallback, serve
 
 
 def measure(case: Case, names, budget: float, clock: Clock, peak_flops: float, beside=()):
-    """Rows of results of one case, one per contender, a red gate without times.
+    """Rows of results of one case, one per contender, a red gate without times; of one that does not compete
+    {"contender", "absent": the reason}.
 
     `beside` are other cases of seqconv that go through the same rounds, (case, threads, weight) each,
     themselves checked in rows of their own; seqconv's row says how its time per element compares
@@ -60,13 +61,15 @@ def measure(case: Case, names, budget: float, clock: Clock, peak_flops: float, b
     tensors, dy = case.tensors("cpu")
     part = checked(case, tensors, dy)
     exact = oracle(*part[:3])
-    functions, found = {}, {}
+    functions, found, absent = {}, {}, {}
     for name in dict.fromkeys((BASELINE, *names)):
         try:
             function = make(name, case, "cpu")
-        except ImportError:
+        except (ImportError, OSError) as error:
+            absent[name] = f"cannot be imported: {error}"
             continue
         if function is None:
+            absent[name] = "does not do this case"
             continue
         run = lambda function=function: call(case, function, tensors, dy)  # noqa: E731
         found[name] = errors(case, part[3](run()), exact)
@@ -95,6 +98,7 @@ def measure(case: Case, names, budget: float, clock: Clock, peak_flops: float, b
     times = interleaved(functions, budget, clock, before)
     torch.set_num_threads(usual)
     floor_copy = seconds_per_byte("cpu", clock, min(case.bytes() // 2, 1 << 27)) * case.bytes()
+    yield from ({"contender": n, "absent": why} for n, why in absent.items() if n in names)
     for name, error in found.items():
         if name not in names:
             continue
@@ -180,7 +184,7 @@ def jobs_of(args) -> list[dict]:
     def sized(length, batch=8, elements=1 << 22, **more):
         return Case(batch=batch, channels=heads_for(batch, length, elements), length=length, **more)
 
-    everything = tuple(n for n in CONTENDERS if n not in ("conv1d", "torch.compile"))
+    everything = tuple(n for n in CONTENDERS if n not in ("conv1d", "torch.compile", *ON_GPU))
     for allocator in ("tuned", "default"):
         for threads in (1, 2):
             for run in range(3 if threads == 1 else 1):
@@ -243,6 +247,7 @@ def run_jobs(jobs: list[dict], args, path: Path | None, done: list[dict]) -> lis
         if row["contender"] == "seqconv" and row["gate"]:
             have[key_of(row)] = have.get(key_of(row), 0) + 1
     rows, worker, settings = list(done), None, None
+    absent: dict[tuple[str, str], list[Case]] = {}  # name and reason -> cases
     deadline = time.monotonic() + args.time_budget if args.time_budget else None
     columns = [
         TextColumn("{task.description}"),
@@ -271,7 +276,10 @@ def run_jobs(jobs: list[dict], args, path: Path | None, done: list[dict]) -> lis
             threads = plural(job["threads"], "thread")
             progress.update(task, description=f"{case}, {job['allocator']}, {threads}")
             message = {**job, "case": asdict(case)}
-            for answer in worker(message):
+            for answer in worker(message, f"{case}, {threads}"):
+                if "absent" in answer:
+                    absent.setdefault((answer["contender"], answer["absent"]), []).append(case)
+                    continue
                 row = {"tag": job["tag"], "allocator": job["allocator"], "threads": job["threads"]}
                 row |= asdict(case) | answer | common | {"when": time.strftime("%Y-%m-%d %H:%M")}
                 rows.append(row)
@@ -281,6 +289,10 @@ def run_jobs(jobs: list[dict], args, path: Path | None, done: list[dict]) -> lis
         progress.update(task, description="measured")
     if worker:
         worker.close()
+    for (name, reason), cases in absent.items():
+        if not (args.full and reason == "does not do this case"):  # nobody asked for them there
+            others = f" and {plural(len(cases) - 1, 'other')}" if len(cases) > 1 else ""
+            console.print(f"{name}: {reason}: {cases[0]}{others}")
     return rows
 
 
@@ -387,9 +399,14 @@ def main() -> None:
     if min(*args.lengths, *args.batch, args.elements, 1) < 1:
         raise SystemExit("--lengths, --batch and --elements must be at least 1")
     refuse_fallback()
-    for name in missing():
-        console.print(f"{name}: not installed, skipped")
+    asked = args.contenders
+    if args.full:
+        asked = dict.fromkeys(name for job in jobs_of(args) for name in job["names"])
+    for name in (name for name in asked if name in missing()):
+        console.print(f"{name}: the package {CONTENDERS[name][0]} is not installed")
     args.contenders = [n for n in args.contenders if n not in missing()]
+    if not args.contenders:
+        raise SystemExit("--contenders: none of them is there")
     done = report.read([args.json]) if args.full and args.json and args.json.exists() else []
     console.print(f"{report.device_name()}; threads {args.threads if not args.full else [1, 2]}")
     rows = run_jobs(jobs_of(args), args, args.json, done)

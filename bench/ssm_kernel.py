@@ -241,7 +241,7 @@ def main() -> None:
     names = list(args.contenders)
     if KEOPS in names and importlib.util.find_spec("pykeops") is None:
         names.remove(KEOPS)
-        console.print("PyKeOps: skipped")
+        console.print(f"{KEOPS}: the package pykeops is not installed")
     common = report.machine() | {"threads": args.threads, "allocator": args.allocator}
     worker, rows = Worker("bench.ssm_kernel", args.allocator, args.threads), []
     job = {"channels": args.channels, "modes": args.d_state // 2, "budget": args.budget}

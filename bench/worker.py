@@ -21,7 +21,7 @@ ALLOCATORS = {
 
 
 class Worker:
-    """A process `python -m module --worker`, which must call serve(); worker(job) -> rows of results."""
+    """A process `python -m module --worker`, which must call serve(); worker(job, title) -> rows of results."""
 
     def __init__(self, module: str, allocator: str, threads: int, **settings):
         environment = {**os.environ, **ALLOCATORS[allocator], "OMP_NUM_THREADS": str(threads)}
@@ -36,13 +36,15 @@ class Worker:
     def _send(self, message: dict) -> None:
         print(json.dumps(message), file=self.process.stdin, flush=True)
 
-    def __call__(self, job: dict) -> list[dict]:
+    def __call__(self, job: dict, title: str = "") -> list[dict]:
+        """title: how a person calls the job, if not by its values."""
         self._send(job)
         rows = []
         while line := self.process.stdout.readline().strip():
             rows.append(json.loads(line))
         if not rows:
-            raise SystemExit(f"the worker died on {job}")
+            title = title or ", ".join(f"{name} {value}" for name, value in job.items())
+            raise SystemExit(f"the process that measures died: {title}")
         return rows
 
     def close(self) -> None:

@@ -80,7 +80,7 @@ def report() -> bool:
             )
             line(
                 "",
-                "g++ python3-dev), then pip install --force-reinstall --no-deps --no-cache-dir . in the source folder",
+                "g++ python3-dev), then pip install --no-deps --editable . in the source folder",
             )
     gpu = torch.cuda.is_available()
     cuda = check("cuda") if gpu else None

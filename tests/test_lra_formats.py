@@ -3,12 +3,18 @@
 import os
 import pickle
 import struct
-import wave
-from pathlib import Path
 
 import numpy as np
 import pytest
-from lra_files import opened, write_cifar, write_listops, write_pathfinder
+from lra_files import (
+    opened,
+    write_aan,
+    write_cifar,
+    write_imdb,
+    write_listops,
+    write_pathfinder,
+    write_speech,
+)
 from PIL import Image
 
 from bench.lra import data
@@ -62,12 +68,7 @@ def test_damaged_listops_are_named(tmp_path, row):
 
 
 def test_imdb(tmp_path):
-    for split in ("train", "test"):
-        for label, review in (("neg", "bad<br />ÿ"), ("pos", "good" * 2000)):
-            folder = tmp_path / "aclImdb" / split / label
-            folder.mkdir(parents=True)
-            for i in range(15):
-                (folder / f"{i}_1.txt").write_text(review if i else review + "\u4e2d")
+    write_imdb(tmp_path)
     info, splits = opened("text", tmp_path)
     assert info.classes == 2 and info.l_max == 4096 and splits["val"].part == "test"
     assert splits["train"].labels.tolist() == [0] * 15 + [1] * 15
@@ -79,17 +80,8 @@ def test_imdb(tmp_path):
     assert info.vocab == 3 + len(set("bad<br />ÿgood"))  # the character of one file is too rare
     assert tokens(splits["train"], 0)[-2:] == [1, 2]
     (tmp_path / "aclImdb/test/neg/3_1.txt").write_bytes(b"\xff\xfe\xfa")
-    (tmp_path / "cache/text").rename(tmp_path / "cache/moved")
     with pytest.raises(DataError, match=r"neg/3_1\.txt is not UTF-8"):
         opened("text", tmp_path)
-
-
-def write_aan(root: Path, row: str, header: str = "") -> None:
-    folder = root / "lra_release/lra_release/tsv_data"
-    folder.mkdir(parents=True)
-    good = '1.0\tP1\tP2\tb\'one \\n "two"\'\tb"it\'s"\n'
-    for split in ("train", "eval", "test"):
-        (folder / f"new_aan_pairs.{split}.tsv").write_text(header + good + row)
 
 
 @pytest.mark.parametrize("header", ["", "label\tid1\tid2\ttext1\ttext2\n"])
@@ -114,6 +106,83 @@ def test_damaged_pairs_are_named(tmp_path, row):
     write_aan(tmp_path, row)
     with pytest.raises(DataError, match=r"new_aan_pairs\.train\.tsv:2"):
         opened("retrieval", tmp_path)
+
+
+# --- what editors, file systems and half an extraction leave behind ---
+
+
+@pytest.mark.parametrize("end", ["\n", "\n \n\n", "\r\n", ""])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_blank_lines_at_the_end_and_a_byte_order_mark_are_no_rows(tmp_path, end, mark):
+    listops, aan, speech = write_listops(tmp_path, ""), write_aan(tmp_path), write_speech(tmp_path)
+    images = write_pathfinder(tmp_path)
+    rows = "( ( ( [MAX 3 ) 4 ) ] )\t4\n( ( ( [MIN 3 ) 4 ) ] )\t3"
+    (listops / "basic_train.tsv").write_bytes(mark + ("Source\tTarget\n" + rows + end).encode())
+    for path in (
+        *aan.iterdir(),
+        *(images / "metadata").iterdir(),
+        speech / "validation_list.txt",
+        speech / "testing_list.txt",
+    ):
+        path.write_bytes(mark + path.read_bytes().rstrip() + end.encode())
+    for split in ("val", "test"):
+        (listops / f"basic_{split}.tsv").write_bytes(mark + rows.encode() + end.encode())
+    for name, sizes in (
+        ("listops", [2, 2, 2]),
+        ("retrieval", [1, 1, 1]),
+        ("pathfinder", [20, 2, 2]),
+        ("speech", [5, 2, 1]),
+    ):
+        splits = opened(name, tmp_path)[1]
+        assert [len(splits[s]) for s in ("train", "val", "test")] == sizes, name
+    assert tokens(opened("listops", tmp_path)[1]["test"], 0) == [14, 6, 7, 17, 2]
+
+
+def test_a_blank_line_between_rows_is_named(tmp_path):
+    row = "( ( ( [MAX 3 ) 4 ) ] )\t4\n"
+    write_listops(tmp_path, row + "\n" + row)
+    with pytest.raises(DataError, match=r"basic_train\.tsv:3: a blank line, and rows behind it"):
+        opened("listops", tmp_path)
+
+
+def test_hidden_files_are_no_samples(tmp_path):
+    """macOS puts a ._NAME beside a NAME, which may hold nothing but ASCII, and .DS_Store into folders."""
+    imdb, speech = write_imdb(tmp_path), write_speech(tmp_path)
+    images = write_pathfinder(tmp_path)
+    for path in [*imdb.rglob("*.txt"), *speech.rglob("*.wav"), *images.rglob("*.*")]:
+        path.with_name(f"._{path.name}").write_text("Mac OS X ATTR")
+        path.with_name(".DS_Store").write_text("Bud1")
+    (speech / ".hidden").mkdir()
+    for name, sizes in (("text", [30, 30]), ("speech", [5, 1]), ("pathfinder", [20, 2])):
+        splits = opened(name, tmp_path)[1]
+        assert [len(splits[s]) for s in ("train", "test")] == sizes, name
+    vocab = opened("text", tmp_path)[0].vocab
+    assert vocab == 3 + len(set("bad<br />ÿgood"))  # nothing of theirs was counted
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("label", ["neg", "pos"])
+def test_a_text_set_with_one_label_is_refused(tmp_path, split, label):
+    folder = write_imdb(tmp_path) / split / label
+    for path in folder.iterdir():
+        path.rename(path.with_suffix(".old"))
+    with pytest.raises(DataError, match=rf"{split}/{label} holds no \*\.txt"):
+        opened("text", tmp_path)
+
+
+def test_a_set_unlike_the_released_one_is_noted(tmp_path):
+    folder = write_imdb(tmp_path)
+    for i in range(40):
+        (folder / f"train/neg/{100 + i}_1.txt").write_text("bad")
+    notes = opened("text", tmp_path)[0].notes
+    assert (
+        notes[-1] == "suspicious: (70, 30, 30) samples; the released set has (25000, 25000, 25000)"
+    )
+    images = write_pathfinder(tmp_path, 32, 30)
+    for path in (images / "metadata").iterdir():
+        path.write_text(path.read_text().replace(" 1 1.8", " 0 1.8"))
+    notes = opened("pathfinder", tmp_path)[0].notes
+    assert "suspicious: train has no sample of 1 of 2 classes" in notes
 
 
 # --- CIFAR-10 ---
@@ -220,21 +289,26 @@ def test_damaged_pathfinder_is_named(tmp_path, fault):
         opened("pathfinder64", tmp_path)
 
 
+def test_an_image_is_in_one_split_however_often_it_is_listed(tmp_path):
+    folder = write_pathfinder(tmp_path)
+    metadata = folder / "metadata"
+    lines = (metadata / "9.npy").read_text().splitlines(keepends=True)
+    again = lines[3].replace("imgs/9 ", "imgs/./9/ ")
+    (metadata / "10.npy").write_text((metadata / "10.npy").read_text() + again)
+    (metadata / "11.npy").write_text("".join(lines))  # a whole file once more
+    info, splits = opened("pathfinder", tmp_path)
+    assert "dropped 13 lines that list an image again, the first" in info.notes[0]
+    assert "10.npy:13" in info.notes[0]
+    every = [mark for split in splits.values() for mark in marks(split)]
+    assert sorted(every) == sorted([*range(90, 102), *range(100, 112)])
+    (metadata / "11.npy").write_text(lines[0].replace(" 0 1.8", " 1 1.8"))
+    with pytest.raises(
+        DataError, match=r"11\.npy:1: .*sample_0\.png has label 1, but 0 in .*9\.npy:1"
+    ):
+        opened("pathfinder", tmp_path)
+
+
 # --- Speech Commands ---
-
-
-def write_speech(root: Path) -> Path:
-    folder = root / "speech_commands"
-    for word in ("yes", "no", "_background_noise_"):
-        (folder / word).mkdir(parents=True)
-        for i in range(4):
-            with wave.open(str(folder / word / f"a_nohash_{i}.wav"), "wb") as file:
-                file.setparams((1, 2, 16000, 0, "NONE", ""))
-                samples = np.full(16000 if i else 9000, -16384 if word == "no" else 8192, "<i2")
-                file.writeframes(samples.tobytes())
-    (folder / "validation_list.txt").write_text("yes/a_nohash_1.wav\nno/a_nohash_1.wav\n")
-    (folder / "testing_list.txt").write_text("no/a_nohash_0.wav\n")
-    return folder
 
 
 def test_speech(tmp_path):
@@ -266,6 +340,17 @@ def test_damaged_speech_is_named(tmp_path, fault):
         path = tmp_path / "speech_commands/testing_list.txt"
         path.write_bytes(b"no/\xff.wav\n")
     with pytest.raises(DataError, match=path.name):
+        opened("speech", tmp_path)
+
+
+def test_a_clip_in_both_lists_and_a_word_without_clips_are_named(tmp_path):
+    folder = write_speech(tmp_path)
+    (folder / "testing_list.txt").write_text("no/a_nohash_0.wav\nno/a_nohash_1.wav\n")
+    with pytest.raises(DataError, match=r"no/a_nohash_1\.wav and 0 others are in both lists"):
+        opened("speech", tmp_path)
+    (folder / "testing_list.txt").write_text("no/a_nohash_0.wav\n")
+    (folder / "maybe").mkdir()
+    with pytest.raises(DataError, match=r"maybe holds no \*\.wav"):
         opened("speech", tmp_path)
 
 

@@ -196,11 +196,23 @@ def refusal(capsys, *arguments) -> str:
 
 
 def test_refusals_name_what_was_meant(capsys, tmp_path):
-    assert "did you mean optim.lr" in refusal(capsys, "text", "--optim.lrr", "1")
-    assert "did you mean max_minutes" in refusal(capsys, "text", "--max-minute=3")
-    assert "did you mean kernel.lam" in refusal(
+    assert "did you mean --optim.lr" in refusal(capsys, "text", "--optim.lrr", "1")
+    assert "did you mean --max_minutes" in refusal(capsys, "text", "--max-minute=3")
+    assert "did you mean --kernel.lam" in refusal(
         capsys, "text", "--layer=long_conv", "--kernel.lamb", "1"
     )
+    for word, meant in (
+        ("lr", "optim.lr"),
+        ("learning-rate", "optim.lr"),
+        ("model.lr", "optim.lr"),
+        ("epoch", "optim.epochs"),
+        ("batch_size", "optim.batch"),
+        ("dropout", "model.dropout"),
+        ("d-model", "model.d_model"),
+        ("kernel.lr", "optim.lr"),
+        ("eval_step", "eval_steps"),
+    ):
+        assert f"did you mean --{meant}" in refusal(capsys, "text", f"--{word}", "1"), word
     # An option of another layer.
     assert "unknown option --kernel.lam" in refusal(capsys, "text", "--layer=s4d", "--kernel.lam=1")
     assert "did you mean sgconv" in refusal(capsys, "text", "--layer", "sgcon")
@@ -211,8 +223,15 @@ def test_refusals_name_what_was_meant(capsys, tmp_path):
     assert "--optim.lr must be positive" in refusal(capsys, "text", "--optim.lr=0")
     assert "which task" in refusal(capsys, "--layer", "s4d")
     file = tmp_path / "c.yaml"
-    file.write_text("task: text\noptim: {lrr: 1}\n")
-    assert "did you mean optim.lr" in refusal(capsys, "--config", str(file))
+    for content, message in (
+        ("task: text\noptim: {lrr: 1}\n", "did you mean --optim.lr"),
+        ("task: text\noptim: 3\n", "optim must be a mapping, got 3"),
+        ("task: [text]\n", "task must be a word"),
+        ("- text\n", "must be a YAML mapping"),
+        ("\x00", "cannot be read"),
+    ):
+        file.write_text(content)
+        assert message in refusal(capsys, "--config", str(file)), content
 
 
 @pytest.mark.parametrize(
@@ -220,10 +239,16 @@ def test_refusals_name_what_was_meant(capsys, tmp_path):
     [
         ("data chek listops", "data: unknown command 'chek'; did you mean check?"),
         ("data check listop", "data check: unknown task 'listop'; did you mean listops"),
-        ("data check listops --second 3", "unknown option --second; did you mean seconds"),
-        ("data make listops-gen --see 3", "unknown option --see; did you mean seed"),
+        ("data check listops --second 3", "unknown option --second; did you mean --seconds"),
+        ("data make listops-gen --see 3", "unknown option --see; did you mean --seed"),
         ("data make listops-gen --n many", "data make:"),
         ("data make", "task"),
+        ("sweep digits --layers s4d,sgcon", "sweep: unknown layer 'sgcon'; did you mean sgconv"),
+        ("sweep digit", "sweep: unknown task 'digit'; did you mean digits"),
+        ("sweep digits --seeds=", "sweep: --seeds names none"),
+        ("sweep digits --seeds 1,x", "sweep:"),
+        ("sweep digits --lr 1", "sweep: unknown option --lr; did you mean --optim.lr?"),
+        ("eval runs --device gpu", "device"),
         ("gpu pathy", "gpu: unknown task 'pathy'; did you mean pathx-gen"),
     ],
 )
@@ -311,6 +336,7 @@ def test_the_cosine_is_scaled_once(tmp_path):
     "options, message",
     [
         (("--seed", "-1"), "--seed must be >= 0, got -1"),
+        (("--seed", "2147483648"), "--seed must be below 2^31"),
         (("--compare", "-1"), "--compare must be >= 0"),
         (("--kernel.kernel_lr", "-1"), "--kernel.kernel_lr must be >= 0, got -1.0"),
         (("--layer", "butterfly", "--compare", "3"), "--compare must be 0 for butterfly"),

@@ -1,5 +1,6 @@
 """Wheel and sdist: what they carry, that they work from outside the checkout, and what happens without a compiler."""
 
+import json
 import os
 import re
 import shutil
@@ -177,3 +178,48 @@ def test_installs_without_a_compiler_or_headers(sdist, tmp_path, lacking):
     report = outside(site, "-W", "ignore", "-m", "seqconv")
     assert report.returncode == 1
     assert "seqconv._C is not installed" in report.stdout and "g++ python3-dev" in report.stdout
+
+
+def test_the_readmes_commands_lead_to_the_kernels(tmp_path):
+    """In a clone, and in an environment that has everything but the package: what the README says, in its order."""
+    clone, env = tmp_path / "the clone", tmp_path / "env"
+    left_out = (
+        "*.so",
+        ".*",
+        "build",
+        "dist",
+        "runs",
+        "results",
+        "__pycache__",
+        "*.egg-info",
+    )
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(*left_out))
+    run(sys.executable, "-m", "venv", str(env))
+    (site,) = env.glob("lib/python*/site-packages")
+    (site / "outer.pth").write_text(
+        sysconfig.get_path("purelib") + "\n"
+    )  # its own .pth files are not read
+    environment = os.environ | {"PATH": f"{env / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"PIP_NO_DEPS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+
+    def shell(command: str) -> subprocess.CompletedProcess:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.run(command, shell=True, cwd=clone, env=environment, **pipes)
+
+    # Before, the warning says what to do.
+    code = "import seqconv, sys; print(seqconv.__file__)"
+    before = shell(f'python -c "{code}"').stdout
+    assert str(clone) in before and f"pip install --editable '{clone}' builds it there" in before
+    readme = (clone / "README.md").read_text()
+    install = re.search(r"```\n(pip install --editable \. .*?)```", readme, re.S)[1]
+    for line in install.splitlines():
+        done = shell(line)
+        assert done.returncode == 0 and "RuntimeWarning" not in done.stdout, done.stdout
+    # Whatever else is installed in the clone is installed so that the clone finds its kernels.
+    lines = re.findall(r"pip install [^\n`]*'?\.(?:\[\w+\]'?)?(?=[ `\n])", readme)
+    assert len(lines) >= 4 and all("--editable" in line for line in lines), lines
+    fit = "python -W error::RuntimeWarning -m bench.lra fit digits --optim.epochs 1 --out run"
+    done = shell(fit)
+    assert done.returncode == 0, done.stdout
+    operator = json.loads((clone / "run/run.json").read_text())["operator"]
+    assert operator.startswith("cpu (") and "fallback" not in operator

@@ -1,11 +1,13 @@
 """python -m bench.lra: trains and evaluates, without importing torch for anything that does not need it."""
 
 import dataclasses
+import json
+import os
 import re
 import sys
 from pathlib import Path
 
-from bench.lra import options, recipes
+from bench.lra import files, options, recipes
 
 COMMANDS = {
     "fit": "TASK --layer LAYER    train by the recipe, any value of which can be overridden",
@@ -43,7 +45,9 @@ def _parser(command: str, description: str):
                 r"(?:[Uu]nrecognized arguments: --|[Kk]ey '|[Oo]ption ')([\w.]+)", str(message)
             )
             if unknown and unknown[1] not in known:
-                message = f"unknown option --{unknown[1]}{recipes.suggest(unknown[1], known)}"
+                message = (
+                    f"unknown option --{unknown[1]}{recipes.suggest_option(unknown[1], known)}"
+                )
             refuse(command, str(message).strip())
 
     return Parser(
@@ -61,46 +65,78 @@ def underscored(argv: list[str]) -> list[str]:
     ]
 
 
-def _peek(argv: list[str]) -> tuple[str | None, str | None, dict, list[str]]:
-    """Task, layer, the file of --config, and the arguments without the task: what the other options'
-    defaults depend on."""
-    task, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
-    found, file = {}, {}
-    for name in ("config", "layer", "task"):
-        for i, argument in enumerate(rest):
-            if argument == f"--{name}" and i + 1 < len(rest):
-                found[name] = rest[i + 1]
-            elif argument.startswith(f"--{name}="):
-                found[name] = argument.split("=", 1)[1]
+def _peek(argv: list[str], command: str) -> tuple[dict, dict, list[str]]:
+    """What the other options' defaults depend on, wherever it stands; the file of --config; and the arguments without
+    the task."""
+    found = {"task": argv[0]} if argv and not argv[0].startswith("-") else {}
+    rest, file = argv[len(found) :], {}
+    names = ("config", "layer", "out", "seed", *(() if found else ("task",)))
+    for i, argument in enumerate(rest):
+        name, given, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name in names and (given or i + 1 < len(rest)):
+            found[name] = value if given else rest[i + 1]
     if "config" in found:
         import yaml
 
         try:
             file = yaml.safe_load(Path(found["config"]).read_text())
-        except (OSError, yaml.YAMLError) as error:
-            refuse("fit", f"--config {found['config']} cannot be read: {error}")
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            refuse(command, f"--config {found['config']} cannot be read: {error}")
         if not isinstance(file, dict):
-            refuse("fit", f"--config {found['config']} must be a YAML mapping")
-        found = {k: file[k] for k in ("task", "layer") if k in file} | found
-    return task or found.get("task"), found.get("layer"), file, rest
+            refuse(command, f"--config {found['config']} must be a YAML mapping")
+        kinds = {"task": str, "layer": str, "model": dict, "kernel": dict, "optim": dict}
+        for key, kind in kinds.items():
+            if not isinstance(file.get(key, kind()), kind):
+                what = "a word" if kind is str else "a mapping"
+                refuse(
+                    command, f"--config {found['config']}: {key} must be {what}, got {file[key]}"
+                )
+        found = {k: file[k] for k in names if file.get(k) is not None} | found
+    found["resume"] = "--resume" in rest or file.get("resume") is True
+    return found, file, rest
 
 
-def parse_fit(argv: list[str]) -> options.Config:
-    """The recipe of the task and layer, with what the arguments override."""
-    task, layer, file, rest = _peek(underscored(argv))
+def _recorded(found: dict) -> options.Config | None:
+    """The options of the run that --resume goes on with; None where none has been written down yet."""
+    if not found["resume"] or not ("out" in found or "task" in found):
+        return None
+    name = found.get("task"), found.get("layer", "s4d"), found.get("seed", 0)
+    out = Path(found.get("out") or options.run_folder(*name))
+    try:
+        was = options.from_dict(json.loads((out / "run.json").read_text())["config"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse("fit", f"--resume: {out / 'run.json'} holds no options that can be read: {error}")
+    for name in ("task", "layer"):
+        if found.get(name, getattr(was, name)) != getattr(was, name):
+            refuse(
+                "fit", f"--resume: {out} is a run of {was.task}, {was.layer}, not of {found[name]}"
+            )
+    return dataclasses.replace(was, run=options.continued(was.run, str(out)))
+
+
+def parse_fit(argv: list[str], command: str = "fit") -> options.Config:
+    """The recipe of the task and layer, or the options of the run that is resumed, with what the arguments override.
+
+    command: what refuses.
+    """
+    found, file, rest = _peek(underscored(argv), command)
+    was = _recorded(found)
+    task = was.task if was else found.get("task")
+    layer = was.layer if was else found.get("layer", "s4d")
     wants_help = {"-h", "--help"} & set(rest)
     if task is None and not wants_help:
-        refuse("fit", "which task? python -m bench.lra --help lists them")
-    layer = layer or "s4d"
+        refuse(command, "which task? python -m bench.lra --help lists them")
     try:
         recipe = recipes.recipe(task or "listops", layer)
     except ValueError as error:
-        refuse("fit", str(error))
+        refuse(command, str(error))
     name = f"{task or 'TASK (values shown: listops)'} --layer {layer}"
     published = f"published {recipe.published}% ({recipe.source})" if recipe.published else ""
     described = [f"Trains by the recipe for {name}", published, recipe.note]
     described += ["settings are ours"] if recipe.ours else []
-    parser = _parser("fit", "; ".join(filter(None, described)) + ".")
+    parser = _parser(command, "; ".join(filter(None, described)) + ".")
     parser.add_argument(
         "--config", action="config", help="YAML file of options, as config.yaml of a run"
     )
@@ -108,6 +144,8 @@ def parse_fit(argv: list[str]) -> options.Config:
     parser.add_argument("--layer", default=layer, help=", ".join(options.KERNELS))
     groups = {"": options.Run(), "model": recipe.model, "kernel": recipe.kernel}
     groups["optim"] = recipe.optim
+    if was:
+        groups |= {"": was.run, "model": was.model, "kernel": was.kernel, "optim": was.optim}
     for group, values in groups.items():
         hints = options.hints(type(values))
         for f in dataclasses.fields(values):
@@ -126,13 +164,33 @@ def parse_fit(argv: list[str]) -> options.Config:
         )
         for group, values in groups.items()
     }
-    parts["optim"] = _scaled(parts["optim"], recipe.optim, file.get("optim") or {}, rest)
+    if not was:
+        parts["optim"] = _scaled(parts["optim"], recipe.optim, file.get("optim") or {}, rest)
     config = options.Config(task, layer, **parts)
     try:
         options.check(config)
     except ValueError as error:
-        refuse("fit", str(error))
+        refuse(command, str(error))
+    if was:
+        _compare(was, config)
     return config
+
+
+def _compare(was: options.Config, config: options.Config) -> None:
+    """Refuses what makes it another run, and says what differs otherwise."""
+    changed = options.differences(was.identity(), config.identity())
+    if changed:
+        advice = ""
+        if config.run.max_minutes != was.run.max_minutes:
+            advice = "; the schedule was fixed when the run began, --stop_minutes ends a session"
+        refuse(
+            "fit", f"--resume: {config.out} belongs to another run: {', '.join(changed)}{advice}"
+        )
+    run = dataclasses.asdict(config.run)
+    free = {name: run[name] for name in ("data", "device", "checkpoint_steps", "wandb", "compare")}
+    if os.environ.get("RANK", "0") == "0":
+        for change in options.differences(dataclasses.asdict(was.run), free):
+            print(f"--resume: {change}")
 
 
 def _scaled(optim, recipe, file: dict, arguments: list[str]):
@@ -170,7 +228,8 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument(
         "--batch", type=int | None, default=None, help="samples at once; null: the run's"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    devices = options.hints(options.Run)["device"]
+    parser.add_argument("--device", type=devices, default="auto", help="where to compute")
     chosen = parser.parse_args(underscored(argv))
     from bench.lra.evaluate import evaluate
 
@@ -245,7 +304,15 @@ def main(argv: list[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("bench", "seqconv", "torch"):
             raise
-        refuse(argv[0], f"{error.name} is not installed: pip install '.[lra]'")
+        refuse(argv[0], f"{error.name} is not installed: pip install --editable '.[lra]'")
+    except BrokenPipeError:  # as of `report | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.filename is None and error.errno not in files.FULL:
+            raise
+        print(f"python -m bench.lra {argv[0]}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -117,8 +117,10 @@ def config_yaml(config: options.Config) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def announce(facts: dict, config: options.Config, schedule: plan.Plan) -> None:
+def announce(facts: dict, config: options.Config, schedule: plan.Plan, notes) -> None:
     samples = facts["samples"]
+    for note in notes:  # before any accuracy is shown beside a published one
+        console.print(f"{facts['task']}: {note}")
     console.print(
         f"{facts['task']}, {facts['layer']}: {facts['parameters']:,} parameters, {samples['train']:,} samples to "
         f"learn, {samples['val']:,} to validate, {samples['test']:,} to test; {facts['operator']}"

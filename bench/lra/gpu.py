@@ -59,7 +59,7 @@ def main(argv: list[str], make_parser: Callable, parse_fit: Callable) -> None:
             out = Path(chosen.out) / name
             arguments = [job.task, "--layer", job.layer, *common, "--precision", precision]
             arguments += ["--out", str(out), *job.options]
-            parse_fit(arguments)
+            parse_fit(arguments, "gpu")
             plans.append((name, out, arguments))
     began = time.perf_counter()
     for task in dict.fromkeys(job.task for job in JOBS if job.task in chosen.tasks):

@@ -109,14 +109,12 @@ class Journal(lightning.Callback):
                 TextColumn("step"),
                 BarColumn(None),
                 TextColumn("{task.completed}/{task.total}"),
-                TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}"),
-                TextColumn("{task.fields[rate]:.0f} sequences/s"),
+                TextColumn("{task.fields[shown]}"),
                 TimeRemainingColumn(),
             )
-            shown = {"loss": math.nan, "accuracy": math.nan, "rate": math.nan}
             self.progress = Progress(*columns, console=console)
             self.progress.start()
-            self.bar = self.progress.add_task("", total=self.plan.steps, **shown)
+            self.bar = self.progress.add_task("", total=self.plan.steps, shown="")
 
     def on_train_start(self, trainer, module) -> None:
         self._take_signals()  # Lightning has just installed handlers of its own
@@ -166,8 +164,9 @@ class Journal(lightning.Callback):
         self.window, self.window_step = time.perf_counter(), step
         self.window_waited = self.batches.waited
         if self.progress:
-            rate = row["sequences_per_second"]
-            self.progress.update(self.bar, loss=loss, accuracy=accuracy, rate=rate)
+            shown = f"loss {loss:.3f}  accuracy {accuracy:.1%} "
+            shown += f"{row['sequences_per_second']:.0f} sequences/s"
+            self.progress.update(self.bar, shown=shown)
         if trainer.is_global_zero:
             files.write_csv(self.out / "metrics.csv", self.rows, COLUMNS)
         if not math.isfinite(loss):

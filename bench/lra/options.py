@@ -162,8 +162,7 @@ class Config:
 
     @property
     def out(self) -> str:
-        name = self.task.replace(":", "-")
-        return self.run.out or f"runs/{name}-{self.layer}-{self.run.seed}"
+        return self.run.out or run_folder(self.task, self.layer, self.run.seed)
 
     def identity(self) -> dict:
         """Whatever the result depends on, flat: {"optim.lr": 0.01, ...}."""
@@ -172,6 +171,29 @@ class Config:
             values = dataclasses.asdict(getattr(self, group))
             flat |= {f"{group}.{name}": value for name, value in values.items()}
         return {name: v for name, v in flat.items() if name.removeprefix("run.") not in FREE}
+
+
+def run_folder(task: str, layer: str, seed: int) -> str:
+    return f"runs/{task.replace(':', '-')}-{layer}-{seed}"
+
+
+def continued(run: Run, out: str) -> Run:
+    """What a continuation takes over: all but where the run lies now and when its last session was to stop."""
+    own = {"resume": False, "overwrite": False, "stop_minutes": None, "stop_after": None}
+    return dataclasses.replace(run, out=out, **own)
+
+
+def told(value) -> str:
+    """As a file of options spells it."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def differences(was: dict, now: dict) -> list[str]:
+    return [
+        f"{name.removeprefix('run.')} was {told(was.get(name))}, now {told(value)}"
+        for name, value in now.items()
+        if was.get(name) != value
+    ]
 
 
 def from_dict(values: dict) -> Config:
@@ -202,6 +224,8 @@ def check(config: Config) -> None:
     for name, rate in rates.items():
         if rate is not None and not rate >= 0:
             raise ValueError(f"--kernel.{name} must be >= 0, got {rate}")
+    if r.seed >= 2**31:
+        raise ValueError(f"--seed must be below 2^31, got {r.seed}")
     if r.seed < 0 or r.compare < 0:
         name = "seed" if r.seed < 0 else "compare"
         raise ValueError(f"--{name} must be >= 0, got {getattr(r, name)}")

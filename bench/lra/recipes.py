@@ -279,3 +279,22 @@ def suggest(word: str, known) -> str:
     """What to put behind "unknown ...": the nearest of the known words, and otherwise all of them."""
     near = get_close_matches(word, known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(known)}"
+
+
+# How others call what is called otherwise here.
+_CALLED = {"learning_rate": "optim.lr", "wd": "optim.weight_decay", "batch_size": "optim.batch"}
+_CALLED |= {"n_layers": "model.depth", "max_epochs": "optim.epochs", "gpu": "device"}
+
+
+def suggest_option(word: str, known) -> str:
+    """The same for options: `lr` is rather optim.lr, whose last part it is, than a name of like letters."""
+    last = word.rpartition(".")[2]
+    near = [name for name in known if name.rpartition(".")[2] == last]
+    near = near or [name for name in (_CALLED.get(last),) if name in known]
+    if not near:
+        parts = {name.rpartition(".")[2]: name for name in known} | {name: name for name in known}
+        close = get_close_matches(word, parts, n=4, cutoff=0.6)
+        near = list(dict.fromkeys(parts[name] for name in close))[:3]
+    if near:
+        return f"; did you mean {' or '.join(f'--{name}' for name in near)}?"
+    return suggest(word, known)

@@ -17,16 +17,28 @@ def load(places: list[Path]) -> list[dict]:
     not finished has the status "unfinished" and what the last lines of its metrics say."""
     runs = []
     for kept in filter(Path.is_file, places):
-        runs += map(json.loads, kept.read_text().splitlines())
+        for number, line in enumerate(kept.read_text().splitlines(), 1):
+            runs.append(_parsed(line, f"{kept}:{number}"))
     for path in sorted({p for place in places for p in place.rglob("run.json")}):
         result = path.with_name("result.json")
-        run = json.loads((result if result.exists() else path).read_text())
+        read = result if result.exists() else path
+        run = _parsed(read.read_text(), str(read))
         runs.append(run if "status" in run else run | reached(path.with_name("metrics.csv")))
     order = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
     rank = {task: i for i, task in enumerate(order)}
     return sorted(
         runs, key=lambda r: (rank.get(r["task"], len(order)), r["task"], r["layer"], r["seed"])
     )
+
+
+def _parsed(text: str, place: str) -> dict:
+    try:
+        run = json.loads(text)
+    except ValueError as error:
+        raise SystemExit(f"{place} is damaged: {error}") from None
+    if not isinstance(run, dict) or not {"task", "layer", "config"} <= run.keys():
+        raise SystemExit(f"{place} holds no run")
+    return run
 
 
 def reached(metrics: Path) -> dict:

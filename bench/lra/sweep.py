@@ -60,6 +60,9 @@ def main(argv: list[str], make_parser: Callable, parse_fit: Callable) -> None:
     chosen = parser.parse_args(own)
     if not chosen.tasks:
         parser.error("which tasks? python -m bench.lra --help lists them")
+    for name in ("layers", "seeds"):
+        if not listed(chosen[name]):
+            parser.error(f"--{name} names none")
     # All of them are read before the first is started: a mistake shows at once.
     plans = []
     for task in chosen.tasks:
@@ -68,7 +71,7 @@ def main(argv: list[str], make_parser: Callable, parse_fit: Callable) -> None:
                 name = f"{task.replace(':', '-')}-{layer}-{seed}"
                 out = Path(chosen.out) / name
                 arguments = [task, "--layer", layer, "--seed", seed, "--out", str(out), *rest]
-                parse_fit(arguments)
+                parse_fit(arguments, "sweep")
                 plans.append((name, out, arguments))
     run(plans)
 
@@ -120,7 +123,7 @@ def wait(process: subprocess.Popen) -> int:
 def outcome(out: Path) -> str:
     try:
         result = json.loads((out / "result.json").read_text())
-    except OSError:
+    except (OSError, ValueError):
         return "failed without a result"
     if result["status"] != "done":
         return f"failed ({result['status']})"

@@ -27,6 +27,8 @@ from bench.lra.process import RANK, WORLD, classifier, device_for, move, open_ta
 from bench.lra.quiet import quiet
 from bench.lra.report import levels
 
+FILES = "the digest of the data's files"  # beside a fingerprint of some samples
+
 
 def fit(config: options.Config) -> dict:
     """Trains to the end of the schedule and tests the checkpoint that is best in validation, or the last one
@@ -55,7 +57,7 @@ def _fit(config: options.Config, device: torch.device) -> dict:
     recipe = recipes.recipe(config.task, config.layer)
     samples = len(splits["train"])
     model = classifier(config, info)
-    identity = config.identity() | {"data": fingerprint(info, splits)}
+    identity = config.identity() | {"data": fingerprint(info, splits), FILES: info.content}
     state = prepare(config, out, identity) if RANK == 0 else None
     state = together(lambda: state and {k: state[k] for k in ("identity", "plan", "global_step")})
     initial = model.kernels(info.l_max) if RANK == 0 else None
@@ -93,7 +95,7 @@ def _fit(config: options.Config, device: torch.device) -> dict:
             clear(out)
         files.write_text(out / "config.yaml", config_yaml(config))
         clock()
-        announce(facts, config, schedule)
+        announce(facts, config, schedule, info.notes)
     journal = Journal(config, schedule, info, batches, out, samples // optim.batch)
     if RANK == 0:
         journal.saved = clock
@@ -162,9 +164,10 @@ def prepare(config: options.Config, out: Path, identity: dict) -> dict | None:
             raise SystemExit(f"{text}, --out names another folder")
         return None
     if not last.exists():
-        if not (out / "run.json").exists() or (out / "result.json").exists():
-            raise SystemExit(f"--resume: there is no {last}")
-        same_run(json.loads((out / "run.json").read_text()).get("identity", {}), identity, out)
+        if (out / "result.json").exists():
+            raise SystemExit(f"--resume: {out} holds a result, but there is no {last}")
+        if (out / "run.json").exists():
+            same_run(json.loads((out / "run.json").read_text()).get("identity", {}), identity, out)
         console.print(f"{out} has no checkpoint yet: starting from the beginning.")
         return None
     state = load(last)
@@ -183,7 +186,8 @@ def prepare(config: options.Config, out: Path, identity: dict) -> dict | None:
 
 
 def same_run(was: dict, identity: dict, place: Path) -> None:
-    changed = [f"{k} was {was.get(k)!r}, now {v!r}" for k, v in identity.items() if was.get(k) != v]
+    was = {FILES: identity[FILES]} | was  # an older run has not written it down
+    changed = options.differences(was, identity)
     if changed:
         raise SystemExit(f"--resume: {place} belongs to another run: {', '.join(changed)}")
 
@@ -192,7 +196,8 @@ def load(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise SystemExit(f"--resume: {path} cannot be read: {error!r}") from None
+        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        raise SystemExit(f"--resume: {path} cannot be read: {reason}") from None
 
 
 def clear(out: Path) -> None:

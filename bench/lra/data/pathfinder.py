@@ -17,18 +17,18 @@ anti-aliasing and pasted afterwards.
 import math
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from bench.lra.data.cache import DataError, remove_abandoned
+from bench.lra.data.cache import DataError, remove_abandoned, scratch
 from bench.lra.data.dashes import AA, FOLDERS, Settings, downsample, pen
 from bench.lra.data.snakes import grow_distractors, grow_targets
+from bench.lra.data.workers import in_order
 
 __all__ = ["EASY", "FOLDERS", "SIZES", "Settings", "contact_sheet", "draw", "write"]
 
@@ -103,7 +103,7 @@ def _write_batch(root: Path, settings: Settings, seed: int, batch: int, n: int) 
     """A folder of n images and its metadata, each whole or not there; the metadata last."""
     images = root / "imgs" / str(batch)
     remove_abandoned(images)
-    temporary = images.with_name(f".{batch}.{os.getpid()}")
+    temporary = scratch(images)
     temporary.mkdir(parents=True)
     lines = []
     for i in range(n):
@@ -144,16 +144,11 @@ def write(folder: Path, settings: Settings, n: int, seed: int, workers: int, adv
         )
     todo = {b: size for b, size in batches.items() if not _finished(root, b, size)}
     done = n - sum(todo.values())
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        try:
-            futures = [
-                pool.submit(_write_batch, root, settings, seed, b, m) for b, m in todo.items()
-            ]
-            for future in as_completed(futures):
-                done += future.result()
-                advance("images", done, n)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    tasks = [(root, settings, seed, b, m) for b, m in todo.items()]
+    with closing(in_order(_write_batch, tasks, min(workers, max(1, len(tasks))))) as results:
+        for made in results:
+            done += made
+            advance("images", done, n)
 
 
 def contact_sheet(settings: Settings, seed: int, rows: int = 4, columns: int = 6) -> Image.Image:
