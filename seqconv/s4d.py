@@ -4,7 +4,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from seqconv import s4d_init
@@ -14,14 +13,10 @@ from seqconv._check import (
     check_length,
     check_positive,
     check_rate,
-    check_shape,
-    check_tensor,
 )
-from seqconv._layer import ConvLayer, KernelGenerator, check_input, passes_options_to
-from seqconv._ssm import mode_sum, moments, transformed
-from seqconv.functional import fftconv
-from seqconv.reference import activate
-from seqconv.ssm import DISCRETIZATIONS, discretize, multiply, ssm_kernel
+from seqconv._layer import ConvLayer, KernelGenerator, passes_options_to
+from seqconv._recurrence import Recurrent
+from seqconv.ssm import DISCRETIZATIONS, ssm_kernel
 
 _FLOOR = 1e-4  # of what a positive transform has to give
 POSITIVE = {  # name: (transform, inverse)
@@ -198,7 +193,7 @@ def _inverse(x: Tensor, option: str, transform: str) -> Tensor:
     return POSITIVE[transform][1](x).float()
 
 
-class S4D(ConvLayer):
+class S4D(Recurrent, ConvLayer):
     """Diagonal state space layer, (batch, length, d_model) -> the same.
 
     y = GLU(W dropout(gelu(K * x + skip x)) + b), K[l] = 2 Re sum_n C_n Bbar_n Abar_n^l, the response of
@@ -264,6 +259,7 @@ class S4D(ConvLayer):
     """
 
     resamples = True
+    generator = S4DKernel
 
     @passes_options_to(S4DKernel, "lr")
     def __init__(
@@ -294,105 +290,3 @@ class S4D(ConvLayer):
             tie_dropout=tie_dropout,
             postact=postact,
         )
-        self._kept = None  # of the recurrence: what it was made from, and the system
-
-    # ---- as a recurrence: x <- exp(a) x + b u, v = Re(c x) + skip u ----
-
-    def init_state(self, batch: int) -> Tensor:
-        """Zeros (batch, d_model, modes, 2), real and imaginary part, in float32 or float64."""
-        self._check_recurrent()
-        check_length("S4D.init_state", batch, name="batch")
-        return self.kernel.C.new_zeros(batch, self.d_model, self.kernel.modes, 2)
-
-    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x (batch, d_model) of one time -> y of that time, and the state after it.
-
-        The convolution's y to round-off, at a cost that does not grow with time. Differentiable;
-        without gradients the discrete system is kept until a parameter's values change.
-        """
-        check_input("S4D.step", x, self.linear, self.d_model, ("batch",))
-        self._check_state("S4D.step", x, state)
-        a, b, c = self._recurrence()
-        u = x.to(state.dtype)
-        state = multiply(a, state) + b * u[..., None, None]
-        with torch.autocast(x.device.type, enabled=False):
-            v = torch.einsum("chnr,bhnr->bch", c, state) + self.skip * u.unsqueeze(1)
-        return self._mix(activate(v, self.activation).flatten(1).to(x.dtype)), state
-
-    def prefill(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x (batch, length, d_model), going on where `state` is -> y and the state after it, as length
-        calls of step() give them, in one convolution."""
-        check_input("S4D.prefill", x, self.linear, self.d_model)
-        self._check_state("S4D.prefill", x, state)
-        batch, length, _ = x.shape
-        a, b, c = self._discrete()
-        u = x.movedim(1, 2).to(state.dtype)  # (b h l)
-        single = state.dtype == torch.float32
-        c = c * c.new_tensor([1.0, -1.0])
-        k = mode_sum(a, multiply(c, b), length, single)
-        # What the state still gives is a kernel per sample and head: Re c exp(a (l + 1)) state.
-        left = multiply(_exp(a), state.double())
-        rest = mode_sum(a, multiply(c, left.unsqueeze(1)).flatten(0, 1), length, single)
-        rest = rest.unflatten(0, (batch, self.heads))
-        v = fftconv(u, k, self.skip.to(u.dtype)) + rest
-        arrived = multiply(b, moments(a, u.flip(-1)))
-        state = (multiply(_exp(length * a), state.double()) + arrived).to(state.dtype)
-        y = activate(v, self.activation).to(x.dtype)
-        return self._mix(rearrange(y, "b c h l -> b l (c h)")), state
-
-    def _discrete(self) -> tuple[Tensor, Tensor, Tensor]:
-        """a, b (d_model, modes, 2), and c (heads, d_model, modes, 2) such that v = sum c * state."""
-        discretization = self.kernel.discretization
-        log_dt, A, B, C = self.kernel.system()
-        a, b = discretize(log_dt, A, discretization)
-        factor = 1.0 if discretization == "dss" else 2.0
-        c = C * C.new_tensor([factor, -factor])
-        return a, multiply(b, B), c
-
-    def _recurrence(self) -> tuple[Tensor, ...]:
-        """exp(a), b and c in the state's dtype."""
-
-        def make():
-            a, b, c = self._discrete()
-            return tuple(t.to(self.kernel.C.dtype) for t in (_exp(a), b, c))
-
-        parameters = (*self.kernel.parameters(), *self.kernel.buffers())
-        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        if wanted or torch.compiler.is_compiling() or transformed(parameters):
-            return make()
-        if self.skip.is_cuda and torch.cuda.is_current_stream_capturing():
-            return make()  # comparing would wait for the device
-        # By value: neither a fused optimiser nor writing to .data shows in addresses and versions.
-        kept = self._kept
-        if kept is None or not all(map(_same, kept[0], parameters)):
-            with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept = [p.clone() for p in parameters], make()
-        return kept[1]
-
-    def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_kept": None}
-
-    def _check_recurrent(self) -> None:
-        if self.bidirectional:
-            raise TypeError("S4D: a two-sided layer has no recurrence; a causal one has")
-        if self.kernel.discretization == "dss_softmax":
-            text = "dss_softmax depends on the length and has no recurrence; the others have"
-            raise TypeError(f"S4D: {text}")
-
-    def _check_state(self, function: str, x: Tensor, state: Tensor) -> None:
-        self._check_recurrent()
-        check_tensor(
-            function, "state", state, dtypes=(self.kernel.C.dtype,), device=x.device, owner="x"
-        )
-        parts = (("d_model", self.d_model), ("modes", self.kernel.modes), ("real and imaginary", 2))
-        check_shape(function, "state", state, (("batch", x.shape[0]), *parts))
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    return x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
-
-
-def _exp(a: Tensor) -> Tensor:
-    """exp of complex numbers, (..., 2)."""
-    re, im = a.unbind(-1)
-    return re.exp().unsqueeze(-1) * torch.stack([im.cos(), im.sin()], -1)
