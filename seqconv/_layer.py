@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seqconv._check import FLOATS, check_choice, check_flag, check_shape, check_tensor
+from seqconv._check import (
+    FLOATS,
+    check_choice,
+    check_flag,
+    check_sampling,
+    check_shape,
+    check_tensor,
+)
 from seqconv.functional import ACTIVATIONS, fftconv
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -187,9 +194,10 @@ class ConvLayer(Streamless):
         return fftconv(x, k, self.skip, k_rev=k_rev, activation=self.activation, layout="blh")
 
     def _kernel(self, length: int, rate: float) -> Tensor:
+        name = type(self).__name__
+        check_sampling(name, rate)
         if rate == 1.0:
             return self.kernel(length)
-        name = type(self).__name__
         if not self.resamples:
             raise ValueError(f"{name}: rate must be 1 (its taps have no time scale), got {rate!r}")
         return self.kernel(length, rate=rate)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from seqconv._check import check_length, check_positive, check_rate
+from seqconv._check import check_length, check_positive, check_rate, check_sampling
 from seqconv._layer import (
     KernelGenerator,
     Streamless,
@@ -168,6 +168,7 @@ class Hyena(Streamless):
         lengths (batch,), integers, is a mask of everything from lengths[i] on. rate must be 1.
         """
         check_input("Hyena", x, self.in_proj, self.d_model)
+        check_sampling("Hyena", rate)
         if rate != 1.0:
             raise ValueError(f"Hyena: rate must be 1 (its taps have no time scale), got {rate!r}")
         padding = _padding("Hyena", x, mask, lengths)

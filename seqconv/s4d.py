@@ -11,8 +11,10 @@ from seqconv._check import (
     check_choice,
     check_flag,
     check_length,
+    check_number,
     check_positive,
     check_rate,
+    check_sampling,
 )
 from seqconv._layer import ConvLayer, KernelGenerator, passes_options_to
 from seqconv._recurrence import Recurrent
@@ -101,12 +103,14 @@ class S4DKernel(KernelGenerator):
             )
         if d_model % n_ssm:
             raise ValueError(f"S4DKernel: n_ssm must divide d_model={d_model}, got {n_ssm}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(
-                f"S4DKernel: 0 < dt_min <= dt_max wanted, got dt_min={dt_min}, dt_max={dt_max}"
-            )
-        if bandlimit is not None and not bandlimit > 0:
-            raise ValueError(f"S4DKernel: bandlimit must be positive or None, got {bandlimit}")
+        check_number(name, dt_min=dt_min, dt_max=dt_max)
+        if not 0 < dt_min <= dt_max < math.inf:
+            wanted = "0 < dt_min <= dt_max < inf wanted"
+            raise ValueError(f"{name}: {wanted}, got dt_min={dt_min}, dt_max={dt_max}")
+        if bandlimit is not None:
+            check_number(name, bandlimit=bandlimit)
+            if not bandlimit > 0:
+                raise ValueError(f"{name}: bandlimit must be positive or None, got {bandlimit}")
         modes = d_state if is_real else d_state // 2
         A, B = s4d_init.modes(
             init,
@@ -131,8 +135,7 @@ class S4DKernel(KernelGenerator):
             shape = (d_model,) if dt_tie else (d_model, modes)
             log_dt = torch.empty(shape, dtype=torch.float64).uniform_(low, high)
             C = torch.randn(heads, d_model, modes, 2) * (1 if is_real else math.sqrt(0.5))
-        dt = log_dt.exp()
-        inv_dt = log_dt if dt_transform == "exp" else POSITIVE["softplus"][1](dt.clamp(min=_FLOOR))
+        inv_dt = log_dt if dt_transform == "exp" else POSITIVE["softplus"][1](log_dt.exp())
         inv_dt = torch.asinh(inv_dt) if dt_sinh else inv_dt
         self.inv_dt = nn.Parameter(inv_dt.float())
         self.inv_A_real = nn.Parameter(_inverse(-A[..., 0], "real_transform", real_transform))
@@ -175,8 +178,7 @@ class S4DKernel(KernelGenerator):
     def forward(self, length: int, rate: float = 1.0) -> Tensor:
         """rate multiplies dt: the kernel for inputs sampled 1 / rate times as often."""
         check_length("S4DKernel", length)
-        if not rate > 0:
-            raise ValueError(f"S4DKernel: rate must be positive, got {rate!r}")
+        check_sampling("S4DKernel", rate)
         log_dt, A, B, C = self.system(rate)
         options = {"discretization": self.discretization, "backend": self.backend}
         k = ssm_kernel(log_dt, A, C.to(self.C.dtype), length, B=B, **options)
@@ -184,12 +186,16 @@ class S4DKernel(KernelGenerator):
 
 
 def _inverse(x: Tensor, option: str, transform: str) -> Tensor:
-    if transform == "sigmoid" and not (x < 1).all():
+    if transform == "sigmoid" and not (x.is_meta or (x < 1).all()):
         raise ValueError(
             f"S4DKernel: {option}='sigmoid' gives values below 1, got modes up to {x.max():g} from init"
         )
     if transform != "none":
-        x = x.clamp(min=_FLOOR)
+        if not x.is_meta and (x < 0).any():
+            text = f"gives positive values, got modes down to {x.min():g} from init and its scale"
+            raise ValueError(f"S4DKernel: {option}={transform!r} {text}; 'none' takes any sign")
+        least = _FLOOR if transform == "relu" else torch.finfo(torch.float32).tiny
+        x = torch.where(x < least, _FLOOR, x)
     return POSITIVE[transform][1](x).float()
 
 
@@ -214,8 +220,9 @@ class S4D(Recurrent, ConvLayer):
         "legs"  -1/2 + i y, with i y the eigenvalues of HiPPO-LegS's skew part
         "diag"  half of the sets inv, half lin             "hippo" half legs, half fout
 
-    -Re A begins at 1e-4 at least, but with real_transform="none". B is 1 but for "legs", "fout" and "foud":
-    see seqconv.s4d_init. The state_dict does not depend on the length; options are not part of it.
+    Where a transform gives positive values, zeros begin at 1e-4 (with "relu" all that is smaller). B is
+    1 but for "legs", "fout" and "foud": see seqconv.s4d_init. The state_dict does not depend on the
+    length; options are not part of it.
 
     Parameters, all real: kernel.inv_dt (d_model,), log dt, uniform in [log dt_min, log dt_max];
     inv_A_real (n_ssm, modes), log(-Re A), and inv_A_imag (n_ssm, modes), Im A, and B (n_ssm, modes, 2),

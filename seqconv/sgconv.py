@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv._check import check_choice, check_flag, check_length, check_positive, check_rate
+from seqconv._check import (
+    check_choice,
+    check_flag,
+    check_length,
+    check_positive,
+    check_rate,
+    check_sampling,
+)
 from seqconv._layer import ConvLayer, KernelGenerator, full_precision, passes_options_to
 
 
@@ -105,8 +112,7 @@ class SGConvKernel(KernelGenerator):
 
     def forward(self, length: int, rate: float = 1.0) -> Tensor:
         check_length("SGConvKernel", length)
-        if not 0 < rate < math.inf:
-            raise ValueError(f"SGConvKernel: rate must be positive, got {rate!r}")
+        check_sampling("SGConvKernel", rate)
         count = math.ceil((self.taps - 0.5) / rate)
         if not torch.compiler.is_compiling():  # where the taps' number would tie graphs to a length
             count = max(min(count, length), 1)

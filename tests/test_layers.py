@@ -213,6 +213,17 @@ def test_rate(make):
             layer(x, rate=2.0)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_rates_are_positive_numbers(name):
+    layer, x = EVERY[name](), torch.randn(1, 50, D)
+    for rate in (0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"rate must be positive and finite, got {rate}"):
+            layer(x, rate=rate)
+    for rate, got in (("2", "'2'"), (torch.tensor(1.0), "Tensor"), (None, "None"), (True, "True")):
+        with pytest.raises(TypeError, match=f"rate must be a number, got {got}"):
+            layer(x, rate=rate)
+
+
 def make_like(layer, k):
     """layer with a given kernel."""
     twin = copy.copy(layer)

@@ -212,12 +212,33 @@ def test_other_kernel_options():
         ({"dt_transform": "relu"}, "dt_transform must be one of"),
         ({"B_init": "zero"}, "B_init must be one of"),
         ({"bandlimit": 0.0}, "bandlimit must be positive"),
+        ({"dt_max": math.inf}, "dt_max < inf wanted"),
+        (
+            {"imag_scale": -1.0, "imag_transform": "exp"},
+            "gives positive values, got modes down to -9",
+        ),
+        ({"real_scale": -1.0}, "real_transform='exp' gives positive values"),
         ({"dt_tie": 1}, "dt_tie must be True or False"),
     ):
         with pytest.raises(ValueError, match=text):
             S4D(D, **options)
-    with pytest.raises(ValueError, match="rate must be positive, got -1"):
+    with pytest.raises(ValueError, match="rate must be positive and finite, got -1"):
         S4DKernel(D)(10, rate=-1)
+
+
+def test_small_steps_and_modes_are_what_was_asked_for():
+    for transform in ("exp", "softplus"):
+        for sinh in (False, True):
+            options = {"dt_transform": transform, "dt_sinh": sinh, "dt_min": 1e-7, "dt_max": 1e-6}
+            log_dt, *_ = S4DKernel(500, **options).system()
+            assert math.log(1e-7) - 1e-4 < log_dt.min() < log_dt.max() < math.log(1e-6) + 1e-4
+    for transform in ("exp", "softplus", "sigmoid"):
+        _, A, *_ = S4DKernel(D, real_scale=1e-5, real_transform=transform).system()
+        torch.testing.assert_close(A[..., 0], torch.full_like(A[..., 0], -5e-6), rtol=1e-5, atol=0)
+    for name in ("dt_min", "dt_max", "bandlimit"):
+        for value, got in (("1e-3", "'1e-3'"), (torch.tensor(0.1), "Tensor"), (True, "True")):
+            with pytest.raises(TypeError, match=f"{name} must be a number, got {got}"):
+                S4D(D, **{name: value})
 
 
 RECURRENT = [
