@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from seqconv import (
     S4D,
@@ -584,6 +585,59 @@ def test_param_groups_see_through_parametrization():
     layer = LongConv(D, l_max=9)
     nn.utils.parametrize.register_parametrization(layer.kernel, "kernel", nn.Identity())
     assert [len(g["params"]) for g in param_groups(layer, lr=1e-2, weight_decay=0.1)] == [3, 1]
+
+
+REPLACED = {  # a parameter by others, by torch's hooks and parametrisations
+    "pruning": prune.identity,
+    "weight_norm": torch.nn.utils.weight_norm,
+    "spectral_norm": torch.nn.utils.spectral_norm,
+    "weight_norm, parametrised": torch.nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("how", REPLACED)
+@pytest.mark.parametrize("name", ["s4d", "long_conv", "sgconv, power", "hyena", "butterfly"])
+def test_param_groups_see_through_hooks(name, how):
+    rates = {"kernel_lr": 1e-4} | ({"dft_lr": 1e-4} if name == "butterfly" else {})
+    layer = EVERY[name](**rates)
+    kernel = layer.filter if name == "hyena" else layer.kernel
+    places = {"s4d": "C inv_A_real B", "sgconv, power": "pieces", "hyena": "linears.1.weight"}
+    places = [(kernel, place) for place in places.get(name, "kernel").split()]
+    if name == "butterfly":
+        places.append((layer.input_transform, "matrices.16"))
+
+    def settings():
+        groups = param_groups(layer, lr=1e-2, weight_decay=0.1)
+        by_tensor = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+        return {n: by_tensor[id(p)] for n, p in layer.named_parameters()}
+
+    for module, place in places:
+        holder, _, last = place.rpartition(".")
+        holder, before = module.get_submodule(holder), settings()
+        REPLACED[how](holder, last)
+        after = settings()
+        (gone,) = before.keys() - after.keys()
+        assert before[gone] == (1e-2, 0.1) if place == "C" else before[gone][0] == 1e-4
+        made = after.keys() - before.keys()
+        assert made and all(after[n] == before.get(n, before[gone]) for n in after)
+
+
+def test_param_groups_have_names():
+    model = nn.Sequential(S4D(D), LongConv(D, l_max=9, kernel_lr=5e-4), SGConv(D, l_max=9))
+    groups = param_groups(model, lr=1e-2, weight_decay=0.05)
+    assert [g["name"] for g in groups] == ["weights", "kernels", "kernels2", "kernels3"]
+    for make in (torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop):
+        optimizer = make(groups)
+        model(torch.randn(1, 9, D)).sum().backward()
+        optimizer.step()
+        again = make(param_groups(model, lr=1e-2, weight_decay=0.05))
+        again.load_state_dict(optimizer.state_dict())
+        assert [g["name"] for g in again.param_groups] == [g["name"] for g in groups]
+    model[1:].requires_grad_(False)
+    model[0].requires_grad_(False).kernel.requires_grad_(True)
+    names = [(g["name"], len(g["params"])) for g in param_groups(model, lr=1e-2)]
+    assert names == [("weights", 1), ("kernels", 4)]
 
 
 def test_param_groups_survive_copies_sharing_and_freezing():
