@@ -254,7 +254,11 @@ def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:
 
 
 def _require(valid: Tensor, text: str) -> None:
-    if torch.compiler.is_compiling():
+    """ValueError unless valid; in a graph when it runs."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         torch._assert_async(valid, text)
-    elif not valid:
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(valid):  # all samples of a vmap at once
+        valid = torch._C._functorch.get_unwrapped(valid)
+    if not (valid.is_meta or valid.all()):
         raise ValueError(text)

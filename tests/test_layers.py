@@ -164,6 +164,48 @@ def test_lengths(make):
         layer(x, padding, lengths=lengths)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_per_sample_gradients_of_padded_data(name):
+    """vmap over lengths, and over masks of both kinds, which checks them as eager calls do."""
+    layer = EVERY[name]().double()
+    x = torch.randn(3, 20, D, dtype=torch.float64)
+    lengths = torch.tensor([20, 7, 0])
+    padding = torch.arange(20) >= lengths[:, None]
+    floats = torch.zeros(3, 20, dtype=torch.float64).masked_fill(padding, -torch.inf)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x, given, option):
+        options = {option: given.unsqueeze(0)}
+        return torch.func.functional_call(layer, parameters, (x.unsqueeze(0),), options).square()
+
+    def per_sample(given, option):
+        call = torch.func.grad(lambda *args: loss(*args, option).sum())
+        return torch.func.vmap(call, (None, 0, 0))(parameters, x, given)
+
+    found = [
+        per_sample(lengths, "lengths"),
+        per_sample(padding, "mask"),
+        per_sample(floats, "mask"),
+    ]
+    for i in range(3):
+        y = layer(x[i : i + 1], padding[i : i + 1])
+        wanted = torch.autograd.grad(y.square().sum(), parameters.values(), allow_unused=True)
+        for n, g in zip(parameters, wanted, strict=True):
+            for grads in found:
+                torch.testing.assert_close(grads[n][i], g, rtol=1e-8, atol=1e-10)
+    for given, option, text in (
+        (lengths + 1, "lengths", "lengths must be between 0 and length=20"),
+        (floats + torch.tensor([[1.0], [0.0], [0.0]]), "mask", "mask must be bool"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            per_sample(given, option)
+        with pytest.raises(ValueError, match=text):
+            layer(x, **{option: given})
+    nested = torch.func.vmap(torch.func.vmap(lambda x, n: layer(x, lengths=n)))
+    y = nested(torch.stack([x, 2 * x]).unsqueeze(2), lengths.expand(2, 3).unsqueeze(2))
+    torch.testing.assert_close(y[1, :, 0], layer(2 * x, lengths=lengths))
+
+
 HUGE = [(name, {}, 1e15) for name in EVERY if name != "hyena"]
 HUGE += [("hyena", {}, 1e10), ("hyena", {"order": 3}, 1e5)]  # outputs of 1e30 and 1e20
 
