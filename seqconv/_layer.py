@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from seqconv._autograd import transformed
 from seqconv._check import (
     FLOATS,
     check_choice,
@@ -205,7 +206,13 @@ class ConvLayer(Streamless):
     def _mix(self, y: Tensor) -> Tensor:
         """(batch, length, heads d_model) after the activation -> (batch, length, d_model)."""
         y = self.linear(self.dropout(y))
-        return F.glu(y, dim=-1) if self.postact == "glu" else y
+        if self.postact is None:
+            return y
+        if not torch.compiler.is_compiling() and transformed((y,)):
+            # torch's glu has no forward derivative of its forward derivative.
+            first, gate = y.chunk(2, dim=-1)
+            return first * gate.sigmoid()
+        return F.glu(y, dim=-1)
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, heads={self.heads}, bidirectional={self.bidirectional}"

@@ -34,7 +34,7 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "_butterfly": {"_autograd", "_cpu", "_cuda", "_ops", "_pack", "reference"},
     "_autograd": {"_ops", "reference"},
     "functional": {"_autograd", "_check", "_cpu", "_cuda", "_explanation", "_ops", "reference"},
-    "_layer": {"_check", "functional"},
+    "_layer": {"_autograd", "_check", "functional"},
     "_ssm": {"_autograd", "_cpu", "_cuda", "_explanation", "_ops"},
     "ssm": {"_check", "_explanation", "_ssm"},
     "s4d_init": {"_check"},

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import jacfwd, jacrev
 from torch.nn.utils import prune
 
 from seqconv import (
@@ -204,6 +205,57 @@ def test_per_sample_gradients_of_padded_data(name):
     nested = torch.func.vmap(torch.func.vmap(lambda x, n: layer(x, lengths=n)))
     y = nested(torch.stack([x, 2 * x]).unsqueeze(2), lengths.expand(2, 3).unsqueeze(2))
     torch.testing.assert_close(y[1, :, 0], layer(2 * x, lengths=lengths))
+
+
+SECOND = {
+    "forward over forward": lambda g: jacfwd(jacfwd(g, 0), 1),
+    "forward over reverse": lambda g: jacfwd(jacrev(g, 0), 1),
+    "reverse over forward": lambda g: jacrev(jacfwd(g, 0), 1),
+    "reverse over reverse": lambda g: jacrev(jacrev(g, 0), 1),
+}
+TWICE = [
+    *((name, {}) for name in EVERY),
+    *((name, {"activation": "silu"}) for name in LAYERS),
+    *(
+        ("s4d", {"discretization": name, "d_state": 8})
+        for name in ("bilinear", "dss", "dss_softmax")
+    ),
+    (
+        "s4d",
+        {"dt_transform": "softplus", "real_transform": "softplus", "imag_transform": "softplus"},
+    ),
+    ("s4d", {"bidirectional": True, "heads": 2, "bandlimit": 0.5, "real_transform": "sigmoid"}),
+    ("s4d", {"init": "legs", "d_state": 8, "dt_tie": False, "dt_sinh": True, "postact": None}),
+    ("long_conv", {"smooth": "time", "bidirectional": True}),
+    ("long_conv", {"smooth": "frequency"}),
+    ("sgconv", {"combine": "sum", "bidirectional": True}),
+    ("hyena", {"order": 3}),
+    ("butterfly", {"additive": True, "dft_activation": "gelu", "butterfly_heads": 2}),
+]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", SECOND)
+@pytest.mark.parametrize("name, options", TWICE, ids=str)
+def test_second_derivatives_of_layers(name, options, how):
+    """Of every parameter and the input at once, along two directions, against finite differences."""
+    layer = EVERY[name](**options).double()
+    x = torch.randn(1, 12, D, dtype=torch.float64)
+    point = {"x": x} | {n: p.detach() for n, p in layer.named_parameters()}
+    first, second = ({n: 0.3 * torch.randn_like(t) * t for n, t in point.items()} for _ in range(2))
+
+    def along(s, t):
+        moved = {n: p + s * first[n] + t * second[n] for n, p in point.items()}
+        x = moved.pop("x")
+        return torch.func.functional_call(layer, moved, (x,)).square().sum()
+
+    zero, h = torch.zeros((), dtype=torch.float64), 2e-4
+    with torch.no_grad():
+        corners = [[along(zero + s, zero + t) for t in (-h, h)] for s in (-h, h)]
+    wanted = (corners[1][1] - corners[1][0] - corners[0][1] + corners[0][0]) / (4 * h * h)
+    found = SECOND[how](along)(zero, zero)
+    assert abs(wanted) > 1e-2
+    torch.testing.assert_close(found, wanted, rtol=3e-5, atol=1e-5)
 
 
 HUGE = [(name, {}, 1e15) for name in EVERY if name != "hyena"]
