@@ -189,7 +189,8 @@ class ConvLayer(Streamless):
 
     def _convolve(self, x: Tensor, rate: float) -> Tensor:
         """activation(k * x + skip x), (batch, length, heads, d_model)."""
-        k, k_rev = self._kernel(x.shape[1], rate), None
+        x, length = sized(x)
+        k, k_rev = self._kernel(length, rate), None
         if self.bidirectional:
             k, k_rev = k[: self.heads], k[self.heads :]
         return fftconv(x, k, self.skip, k_rev=k_rev, activation=self.activation, layout="blh")
@@ -230,6 +231,16 @@ def check_input(
     check_shape(function, "x", x, (*[(axis, None) for axis in axes], ("d_model", d_model)))
 
 
+def sized(x: Tensor) -> tuple[Tensor, int]:
+    """x (batch, length, d_model) and its length, which torch.jit.trace has as a tensor: a traced graph is what
+    this one length leads to, and unflatten refuses every other when it runs."""
+    length = x.shape[1]
+    if not torch.jit.is_tracing():
+        return x, length
+    length = int(length)
+    return x.unflatten(1, (1, length)).squeeze(1), length
+
+
 def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:
     """(batch, length), True at padding."""
     batch, length, _ = x.shape
@@ -262,7 +273,7 @@ def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:
 
 def _require(valid: Tensor, text: str) -> None:
     """ValueError unless valid; in a graph when it runs."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling():
         torch._assert_async(valid, text)
         return
     while torch._C._functorch.is_functorch_wrapped_tensor(valid):  # all samples of a vmap at once

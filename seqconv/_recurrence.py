@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqconv._check import check_length, check_shape, check_tensor
-from seqconv._layer import check_input
+from seqconv._layer import check_input, sized
 from seqconv._ssm import mode_sum, moments, transformed
 from seqconv.functional import fftconv
 from seqconv.reference import activate
@@ -61,7 +61,8 @@ class Recurrent:
             x = _run_pre_hooks(self, x)
         if self.kernel._forward_pre_hooks:
             _run_pre_hooks(self.kernel, x.shape[1])
-        batch, length, _ = x.shape
+        x, length = sized(x)
+        batch = x.shape[0]
         a, b, c = self._discrete()
         single = x.dtype != torch.float64
         u = x.movedim(1, 2).to(torch.float32 if single else torch.float64)  # (b h l)

@@ -14,6 +14,7 @@ from seqconv._layer import (
     check_input,
     full_precision,
     passes_options_to,
+    sized,
 )
 from seqconv.functional import fftconv
 
@@ -171,13 +172,14 @@ class Hyena(Streamless):
         check_sampling("Hyena", rate)
         if rate != 1.0:
             raise ValueError(f"Hyena: rate must be 1 (its taps have no time scale), got {rate!r}")
+        x, length = sized(x)
         padding = _padding("Hyena", x, mask, lengths)
         # Zero thrice: what the input projection's bias and the short convolution's put there would
         # reach the steps after it.
         x = self.in_proj(_zero(x, padding))
         x = fftconv(_zero(x, padding), self.short, layout="blh") + self.short_bias.to(x.dtype)
         *gates, v = _zero(x, padding).split(self.d_model, dim=-1)
-        k = self.filter(x.shape[1])
+        k = self.filter(length)
         for i in range(self.order - 1):
             post_gate = gates[-1] if i == self.order - 2 else None
             v = fftconv(v, k[i], self.skip[i], pre_gate=gates[i], post_gate=post_gate, layout="blh")

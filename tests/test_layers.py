@@ -460,6 +460,50 @@ def test_compile_and_export(name, options):
     torch.testing.assert_close(program.module()(other), layer(other), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", EVERY)
+def test_jit_trace(name, padded, tmp_path):
+    """Equal for the traced length, also from a file and in its gradients; refused for every other."""
+    layer = EVERY[name]()
+    mask = torch.zeros(2, 30).masked_fill(torch.arange(30) > 20, -torch.inf)
+    options = (mask,) if padded else ()
+    traced = torch.jit.trace(layer, (torch.randn(2, 30, D), *options))
+    torch.jit.save(traced, tmp_path / "layer.pt")
+    loaded = torch.jit.load(tmp_path / "layer.pt")
+    x = torch.randn(2, 30, D, requires_grad=True)
+    wanted = layer(x, *options)
+    (gradient,) = torch.autograd.grad(wanted.square().sum(), x)
+    for made in (traced, loaded):
+        y = made(x, *options)
+        torch.testing.assert_close(y, wanted)
+        torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], gradient)
+        for length in (1, 29, 31):
+            wrong = (torch.zeros(2, length),) if padded else ()
+            with pytest.raises(RuntimeError, match=r"unflatten: .* size of dim 1"):
+                made(torch.randn(2, length, D), *wrong)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_of_steps_follows_the_parameters():
+    layer, x = S4D(D), torch.randn(2, D)
+
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, state):
+            return self.layer.step(x, state)
+
+    state = layer.init_state(2)
+    with torch.no_grad():
+        layer.step(x, state)
+        traced = torch.jit.trace(Step(), (x, state))
+        layer.kernel.C.mul_(2)
+        torch.testing.assert_close(traced(x, state)[0], layer.step(x, state)[0])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     "options, call",
