@@ -1,7 +1,6 @@
 """What every layer shares: kernel generator -> fftconv -> GELU, dropout, linear and GLU."""
 
 import contextlib
-import difflib
 import functools
 import inspect
 
@@ -19,6 +18,7 @@ from seqconv._check import (
     check_shape,
     check_tensor,
 )
+from seqconv._hints import hint
 from seqconv.functional import ACTIVATIONS, fftconv
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -66,9 +66,6 @@ class KernelGenerator(nn.Module):
         return super()._apply(keep_precision, recurse)
 
 
-_ELSEWHERE = {"channels": "heads", "lr": "kernel_lr", "n_heads": "heads", "final_act": "postact"}
-
-
 def passes_options_to(source, *but: str):
     """For an __init__ that passes keywords on to another by **: help() shows them with their defaults, and
     an unknown one is refused in the name of the class that was called."""
@@ -85,10 +82,8 @@ def passes_options_to(source, *but: str):
         def checked(self, *args, **options):
             for name in options:
                 if name not in known:
-                    near = [_ELSEWHERE.get(name), *difflib.get_close_matches(name, known)]
-                    near = [n for n in near if n in known]
-                    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-                    raise TypeError(f"{type(self).__name__}: unknown keyword {name!r}; {hint}")
+                    text = f"unknown keyword {name!r}; {hint(type(self), name, known)}"
+                    raise TypeError(f"{type(self).__name__}: {text}")
             init(self, *args, **options)
 
         checked.__signature__ = signature.replace(parameters=[*own, *more])

@@ -24,6 +24,7 @@ from seqconv import (
     S4DKernel,
     SGConv,
     SGConvKernel,
+    _hints,
     _layer,
     fftconv,
     hyena,
@@ -365,6 +366,49 @@ def test_contract(make):
     for value in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="heads must be an integer >= 1"):
             make(heads=value)
+
+
+HINTS = [
+    ("s4d", "l_max", "S4D takes any length"),
+    ("s4d", "mode", "S4D is s4's mode='s4d' or 'diag'"),
+    ("s4d", "disc", r"did you mean discretization\?"),
+    ("s4d", "measure", r"did you mean init\?"),
+    ("s4d", "N", r"did you mean d_state\?"),
+    ("s4d", "rank", "A is diagonal here"),
+    ("s4d", "dt_mim", r"did you mean dt_min\?"),
+    ("s4d", "wd", "weight decay is seqconv.param_groups's"),
+    ("s4d", "d_conv", "it belongs to Mamba"),
+    ("long_conv", "seq_len", r"did you mean l_max\?"),
+    ("long_conv", "learning_rate", r"did you mean kernel_lr\?"),
+    ("long_conv", "transposed", r"x is always \(batch, length, d_model\)"),
+    ("long_conv", "causal", r"did you mean bidirectional\?"),
+    ("long_conv", "gate", "put it around"),
+    ("sgconv", "mode", "upsample, combine, init and decay"),
+    ("sgconv", "channels", r"did you mean heads\?"),
+    ("butterfly", "bidirectional", "no past and future"),
+    ("butterfly", "verbose", "it is not a choice here"),
+    ("hyena", "filter_order", r"did you mean filter_width\?"),
+    ("hyena", "num_heads", "Hyena has one head"),
+    ("hyena", "dropout", "Hyena has no dropout"),
+    ("hyena", "causal", "Hyena is causal"),
+]
+
+
+@pytest.mark.parametrize("name, keyword, text", HINTS)
+def test_keywords_of_other_repositories_are_known(name, keyword, text):
+    with pytest.raises(TypeError, match=f"unknown keyword '{keyword}'; .*{text}"):
+        EVERY[name](**{keyword: 1})
+
+
+def test_hints_name_what_there_is():
+    everything = {name for known in DEFAULTS.values() for name in known} | {"d_model", "l_max"}
+    assert set(_hints._MEANT.values()) <= everything
+    for layer in (S4D, LongConv, SGConv, Hyena, ButterflyConv):
+        own = _hints._ELSEWHERE.keys() & inspect.signature(layer).parameters.keys()
+        own |= (
+            _hints._OF_A_LAYER[layer.__name__].keys() & inspect.signature(layer).parameters.keys()
+        )
+        assert not own
 
 
 @pytest.mark.parametrize("length", [-1, 10.0, "8"])
