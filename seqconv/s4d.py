@@ -17,8 +17,10 @@ from seqconv._check import (
     check_sampling,
 )
 from seqconv._layer import ConvLayer, KernelGenerator, passes_options_to
+from seqconv._opaque import opaque
 from seqconv._recurrence import Recurrent
-from seqconv.ssm import DISCRETIZATIONS, ssm_kernel
+from seqconv._ssm import mode_sum
+from seqconv.ssm import DISCRETIZATIONS, ssm_kernel, weighted_modes
 
 _FLOOR = 1e-4  # of what a positive transform has to give
 POSITIVE = {  # name: (transform, inverse)
@@ -157,32 +159,59 @@ class S4DKernel(KernelGenerator):
     def system(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log dt (d_model,) or (d_model, modes), A and B (d_model, modes, 2), C (heads, d_model, modes, 2),
         float64."""
-        p = self.inv_dt.double()
-        p = torch.sinh(p) if self.dt_sinh else p
-        log_dt = p if self.dt_transform == "exp" else F.softplus(p).log()
-        real = -POSITIVE[self.real_transform][0](self.inv_A_real.double())
-        B, C = self.B.double(), self.C.double()
-        if self.is_real:
-            imag = torch.zeros_like(real)
-            B, C = (torch.stack([t, torch.zeros_like(t)], -1) for t in (B, C))
-        else:
-            imag = POSITIVE[self.imag_transform][0](self.inv_A_imag.double())
-        copies = (self.d_model // self.n_ssm, 1, 1)
-        A, B = torch.stack([real, imag], -1).repeat(copies), B.repeat(copies)
-        if self.bandlimit is not None:
-            dt = log_dt.exp() if log_dt.dim() == 2 else log_dt.exp().unsqueeze(-1)
-            frequency = dt * A[..., 1].abs() / (2 * math.pi)
-            C = torch.where((frequency < self.bandlimit / 2).unsqueeze(-1), C, 0.0)
-        return log_dt + math.log(rate), A, B, C
+        return _system(*self._ingredients(rate))
+
+    def _ingredients(self, rate: float):
+        imag = None if self.is_real else self.inv_A_imag
+        names = [self.discretization, self.dt_transform, self.real_transform, self.imag_transform]
+        tensors = [self.inv_dt, self.inv_A_real, imag, self.B, self.C]
+        copies = self.d_model // self.n_ssm
+        return tensors, names, copies, self.dt_sinh, self.bandlimit, rate
 
     def forward(self, length: int, rate: float = 1.0) -> Tensor:
         """rate multiplies dt: the kernel for inputs sampled 1 / rate times as often."""
         check_length("S4DKernel", length)
         check_sampling("S4DKernel", rate)
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        known = type(self).system is S4DKernel.system and self.discretization != "dss_softmax"
+        if compiled and known:
+            a, *w = _modes_op(*self._ingredients(rate)).split([1, len(self.C)])
+            k = mode_sum(a.squeeze(0), *w, length, self.C.dtype != torch.float64, self.backend)
+            return self.kernel_dropout(k)
         log_dt, A, B, C = self.system(rate)
         options = {"discretization": self.discretization, "backend": self.backend}
         k = ssm_kernel(log_dt, A, C.to(self.C.dtype), length, B=B, **options)
         return self.kernel_dropout(k)
+
+
+def _system(tensors, names, copies, dt_sinh, bandlimit, rate) -> tuple[Tensor, ...]:
+    inv_dt, inv_A_real, inv_A_imag, B, C = (t if t is None else t.double() for t in tensors)
+    _, dt_transform, real_transform, imag_transform = names
+    p = torch.sinh(inv_dt) if dt_sinh else inv_dt
+    log_dt = p if dt_transform == "exp" else F.softplus(p).log()
+    real = -POSITIVE[real_transform][0](inv_A_real)
+    if inv_A_imag is None:
+        imag = torch.zeros_like(real)
+        B, C = (torch.stack([t, torch.zeros_like(t)], -1) for t in (B, C))
+    else:
+        imag = POSITIVE[imag_transform][0](inv_A_imag)
+    A, B = torch.stack([real, imag], -1).repeat(copies, 1, 1), B.repeat(copies, 1, 1)
+    if bandlimit is not None:
+        dt = log_dt.exp() if log_dt.dim() == 2 else log_dt.exp().unsqueeze(-1)
+        frequency = dt * A[..., 1].abs() / (2 * math.pi)
+        C = torch.where((frequency < bandlimit / 2).unsqueeze(-1), C, 0.0)
+    return log_dt + math.log(rate), A, B, C
+
+
+def _modes(tensors, names, *options) -> Tensor:
+    """a and w of seqconv._ssm in one tensor, (1 + heads, d_model, modes, 2)."""
+    a, w = weighted_modes(*_system(tensors, names, *options), names[0])
+    return torch.cat([a.unsqueeze(0), w])
+
+
+_modes_op = opaque(
+    "s4d_modes", "str[] names, int copies, bool dt_sinh, float? bandlimit, float rate", _modes
+)
 
 
 def _inverse(x: Tensor, option: str, transform: str) -> Tensor:

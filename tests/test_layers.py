@@ -30,6 +30,8 @@ from seqconv import (
     hyena,
     param_groups,
     reference,
+    s4d,
+    sgconv,
 )
 from seqconv.long_conv import squash
 
@@ -568,6 +570,57 @@ def test_compile_s4d_options(options, call):
         results.append([y, *torch.autograd.grad(y.square().sum(), layer.parameters())])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+PARTS = [("s4d", {"bandlimit": 0.5, "heads": 2}), ("sgconv", {"decay": "power"})]
+PARTS += [("s4d", {"is_real": True, "init": "real", "train_B": False}), ("sgconv", {})]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name, options", PARTS, ids=str)
+def test_what_the_compiler_does_not_look_into(name, options):
+    """The parameters' operator: in a graph of few operations, right in values and gradients, with guards on
+    every option that changes it, and not in exported programs."""
+    torch._dynamo.reset()
+    layer, x, sizes = LAYERS[name](**options), torch.randn(2, 50, D), []
+
+    def count(graph, inputs):
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for change in (("kernel.bandlimit", 0.1), ("kernel.upsample", "nearest"), None):
+        for rate in (1.0, 2.0):
+            results = []
+            for function in (compiled, layer):
+                y = function(x, rate=rate)
+                results.append([y, *torch.autograd.grad(y.square().sum(), layer.parameters())])
+            for ours, theirs in zip(*results, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        if change is not None:
+            setattr(layer.kernel, change[0].removeprefix("kernel."), change[1])
+    torch.compile(layer, fullgraph=True, backend=count)(x)
+    assert len(sizes) == 1 and sizes[0] < 40
+    with torch.no_grad():
+        program = torch.export.export(layer.eval(), (x,))
+    names = [str(node.target) for node in program.graph.nodes]
+    assert not any("s4d_modes" in n or "sgconv_taps" in n for n in names)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_opaque_operators_keep_torchs_contract():
+    torch.use_deterministic_algorithms(
+        False
+    )  # opcheck's own machinery has some without such a form
+    kernel = S4DKernel(D, d_state=8, bandlimit=0.5).double()
+    torch.library.opcheck(s4d._modes_op, kernel._ingredients(2.0), atol=1e-10, rtol=1e-10)
+    kernel = SGConvKernel(D, l_max=40, decay="power").double()
+    tensors = [kernel.pieces, kernel.decay, kernel.norm]
+    rest = (["linear", "cat", "power"], 0, False, 2.0, 20)
+    torch.library.opcheck(sgconv._taps_op, (tensors, *rest), atol=1e-10, rtol=1e-10)
+    with pytest.raises(RuntimeError, match=r"for torch\.compile only"):
+        torch.func.grad(lambda t: sgconv._taps_op([t, *tensors[1:]], *rest).sum())(tensors[0])
 
 
 @pytest.mark.slow
