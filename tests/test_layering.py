@@ -44,7 +44,7 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "s4d": LAYER | {"_opaque", "_recurrence", "_ssm", "s4d_init", "ssm"},
     "long_conv": LAYER,
     "sgconv": LAYER | {"_opaque"},
-    "hyena": LAYER | {"functional"},
+    "hyena": LAYER | {"_opaque", "functional"},
     # Not another layer but its kernel generator: the taps are LongConv's, only the transforms differ.
     "butterfly_conv": LAYER | {"_butterfly", "functional", "long_conv", "reference"},
     "optim": {"_layer"},
