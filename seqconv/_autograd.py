@@ -3,7 +3,7 @@
 Each single way of attaching a gradient is silently wrong somewhere, so there are four (`apply`
 chooses):
 
-1. torch.compile and export trace the raw operators, which have an Autograd kernel of their own (at
+1. torch.compile, export and jit.trace record the raw operators, which have an Autograd kernel of their own (at
 the end);
 2. functorch transforms (grad, vmap, jacrev, jvp, ...) and forward-mode go through `_Linear`, an
 autograd.Function of the
@@ -38,6 +38,8 @@ def apply(u, k, k_rev, skip, pre_gate, post_gate, activation: str, channels_last
             raise RuntimeError(
                 "fftconv: forward-mode differentiation does not work inside torch.compile"
             )
+        return _ops.fwd(*args)
+    if torch.jit.is_tracing():
         return _ops.fwd(*args)
     if _transforms_active() or forward_ad._current_level >= 0:
         return _composed(*args)

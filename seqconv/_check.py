@@ -1,7 +1,8 @@
 """Argument checks with one voice: which argument, what was wanted with sizes filled in, what came."""
 
+import math
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -85,6 +86,20 @@ def check_flag(function: str, **flags: bool) -> None:
 
 def _short(value) -> str:
     return type(value).__name__ if isinstance(value, Tensor) else repr(value)
+
+
+def check_number(function: str, **values: float) -> None:
+    for name, value in values.items():
+        known = isinstance(value, (Real, torch.SymFloat, torch.SymInt))
+        if not known or isinstance(value, bool):
+            raise TypeError(f"{function}: {name} must be a number, got {_short(value)}")
+
+
+def check_sampling(function: str, rate: float) -> None:
+    """Steps of a kernel per step of its input."""
+    check_number(function, rate=rate)
+    if not 0 < rate < math.inf:
+        raise ValueError(f"{function}: rate must be positive and finite, got {rate!r}")
 
 
 def check_rate(function: str, **values: float) -> None:

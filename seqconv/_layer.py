@@ -1,7 +1,6 @@
 """What every layer shares: kernel generator -> fftconv -> GELU, dropout, linear and GLU."""
 
 import contextlib
-import difflib
 import functools
 import inspect
 
@@ -10,7 +9,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seqconv._check import FLOATS, check_choice, check_flag, check_shape, check_tensor
+from seqconv._autograd import transformed
+from seqconv._check import (
+    FLOATS,
+    check_choice,
+    check_flag,
+    check_sampling,
+    check_shape,
+    check_tensor,
+)
+from seqconv._hints import hint
 from seqconv.functional import ACTIVATIONS, fftconv
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -58,9 +66,6 @@ class KernelGenerator(nn.Module):
         return super()._apply(keep_precision, recurse)
 
 
-_ELSEWHERE = {"channels": "heads", "lr": "kernel_lr", "n_heads": "heads", "final_act": "postact"}
-
-
 def passes_options_to(source, *but: str):
     """For an __init__ that passes keywords on to another by **: help() shows them with their defaults, and
     an unknown one is refused in the name of the class that was called."""
@@ -77,10 +82,8 @@ def passes_options_to(source, *but: str):
         def checked(self, *args, **options):
             for name in options:
                 if name not in known:
-                    near = [_ELSEWHERE.get(name), *difflib.get_close_matches(name, known)]
-                    near = [n for n in near if n in known]
-                    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-                    raise TypeError(f"{type(self).__name__}: unknown keyword {name!r}; {hint}")
+                    text = f"unknown keyword {name!r}; {hint(type(self), name, known)}"
+                    raise TypeError(f"{type(self).__name__}: {text}")
             init(self, *args, **options)
 
         checked.__signature__ = signature.replace(parameters=[*own, *more])
@@ -181,15 +184,17 @@ class ConvLayer(Streamless):
 
     def _convolve(self, x: Tensor, rate: float) -> Tensor:
         """activation(k * x + skip x), (batch, length, heads, d_model)."""
-        k, k_rev = self._kernel(x.shape[1], rate), None
+        x, length = sized(x)
+        k, k_rev = self._kernel(length, rate), None
         if self.bidirectional:
             k, k_rev = k[: self.heads], k[self.heads :]
         return fftconv(x, k, self.skip, k_rev=k_rev, activation=self.activation, layout="blh")
 
     def _kernel(self, length: int, rate: float) -> Tensor:
+        name = type(self).__name__
+        check_sampling(name, rate)
         if rate == 1.0:
             return self.kernel(length)
-        name = type(self).__name__
         if not self.resamples:
             raise ValueError(f"{name}: rate must be 1 (its taps have no time scale), got {rate!r}")
         return self.kernel(length, rate=rate)
@@ -197,7 +202,13 @@ class ConvLayer(Streamless):
     def _mix(self, y: Tensor) -> Tensor:
         """(batch, length, heads d_model) after the activation -> (batch, length, d_model)."""
         y = self.linear(self.dropout(y))
-        return F.glu(y, dim=-1) if self.postact == "glu" else y
+        if self.postact is None:
+            return y
+        if not torch.compiler.is_compiling() and transformed((y,)):
+            # torch's glu has no forward derivative of its forward derivative.
+            first, gate = y.chunk(2, dim=-1)
+            return first * gate.sigmoid()
+        return F.glu(y, dim=-1)
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, heads={self.heads}, bidirectional={self.bidirectional}"
@@ -213,6 +224,16 @@ def check_input(
         check_tensor(function, "x", x, dtypes=(layer.weight.dtype,), why=why)
     check_tensor(function, "x", x, device=layer.weight.device, owner="the layer")
     check_shape(function, "x", x, (*[(axis, None) for axis in axes], ("d_model", d_model)))
+
+
+def sized(x: Tensor) -> tuple[Tensor, int]:
+    """x (batch, length, d_model) and its length, which torch.jit.trace has as a tensor: a traced graph is what
+    this one length leads to, and unflatten refuses every other when it runs."""
+    length = x.shape[1]
+    if not torch.jit.is_tracing():
+        return x, length
+    length = int(length)
+    return x.unflatten(1, (1, length)).squeeze(1), length
 
 
 def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:
@@ -246,7 +267,11 @@ def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:
 
 
 def _require(valid: Tensor, text: str) -> None:
+    """ValueError unless valid; in a graph when it runs."""
     if torch.compiler.is_compiling():
         torch._assert_async(valid, text)
-    elif not valid:
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(valid):  # all samples of a vmap at once
+        valid = torch._C._functorch.get_unwrapped(valid)
+    if not (valid.is_meta or valid.all()):
         raise ValueError(text)

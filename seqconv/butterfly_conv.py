@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from seqconv import _butterfly, reference
 from seqconv._check import check_choice, check_flag, check_positive, check_rate
-from seqconv._layer import ConvLayer, KernelGenerator, passes_options_to
+from seqconv._layer import ConvLayer, KernelGenerator, passes_options_to, sized
 from seqconv.functional import ACTIVATIONS
 from seqconv.long_conv import LongConvKernel
 
@@ -170,15 +170,16 @@ class ButterflyConv(ConvLayer):
         self.kernel_transform = Butterfly(n, heads=butterfly_heads, **options)
 
     def _convolve(self, x: Tensor, rate: float) -> Tensor:
-        if x.shape[1] > self.l_max:
-            text = f"must have length <= l_max={self.l_max}, got length={x.shape[1]}"
+        x, length = sized(x)
+        if length > self.l_max:
+            text = f"must have length <= l_max={self.l_max}, got length={length}"
             raise ValueError(f"ButterflyConv: x {text}")
         u = rearrange(x, "b l h -> b h l")
         u_f = torch.view_as_complex(self.input_transform(u)).unsqueeze(1)  # (b 1 h n)
         k_f = torch.view_as_complex(self.kernel_transform(self._kernel(self.l_max, rate)))
         y_f = u_f * k_f  # (b c h n)
         # torch.fft refuses a batch of none
-        v = (torch.fft.ifft(y_f) if x.shape[0] else y_f).real[..., : x.shape[1]]
+        v = (torch.fft.ifft(y_f) if x.shape[0] else y_f).real[..., :length]
         v = v + self.skip.to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
         y = reference.activate(v, self.activation).to(x.dtype)
         return rearrange(y, "b c h l -> b l c h")

@@ -4,9 +4,10 @@ import math
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv._check import check_length, check_positive, check_rate
+from seqconv._check import check_length, check_positive, check_rate, check_sampling
 from seqconv._layer import (
     KernelGenerator,
     Streamless,
@@ -14,7 +15,9 @@ from seqconv._layer import (
     check_input,
     full_precision,
     passes_options_to,
+    sized,
 )
+from seqconv._opaque import opaque
 from seqconv.functional import fftconv
 
 
@@ -68,17 +71,41 @@ class HyenaFilter(KernelGenerator):
 
     def forward(self, length: int) -> Tensor:
         check_length("HyenaFilter", length)
-        like = {"dtype": self.frequency.dtype, "device": self.frequency.device}
-        t = torch.arange(self.l_max, **like)[:length].unsqueeze(-1) / max(self.l_max - 1, 1)
-        phase = 2 * math.pi * t * torch.arange(1, (self.emb_dim + 1) // 2, **like)
-        with full_precision(t.device):
-            h = torch.cat([t, phase.cos(), -phase.sin()], dim=-1)
-            for linear in self.linears[:-1]:
-                h = torch.sin(self.frequency * linear(h))
-            h = self.linears[-1](h)  # (l, heads h)
-        slow, fast = (-math.log(0.01) / until for until in (1.5, 0.3))
-        decay = torch.exp(-t * torch.linspace(slow, fast, self.d_model, **like))  # (l h)
-        return (h.unflatten(-1, (-1, self.d_model)) * decay.unsqueeze(1)).movedim(0, -1)
+        sizes = self.l_max, self.emb_dim, self.d_model
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            if all(type(linear) is nn.Linear and not _hooked(linear) for linear in self.linears):
+                parts = [t for linear in self.linears for t in (linear.weight, linear.bias)]
+                return _filter_op([self.frequency, *parts], *sizes, length)
+        return _filter(self.frequency, self.linears, *sizes, length)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _filter(frequency, linears, l_max, emb_dim, d_model, length) -> Tensor:
+    like = {"dtype": frequency.dtype, "device": frequency.device}
+    t = torch.arange(l_max, **like)[:length].unsqueeze(-1) / max(l_max - 1, 1)
+    phase = 2 * math.pi * t * torch.arange(1, (emb_dim + 1) // 2, **like)
+    with full_precision(t.device):
+        h = torch.cat([t, phase.cos(), -phase.sin()], dim=-1)
+        for linear in linears[:-1]:
+            h = torch.sin(frequency * linear(h))
+        h = linears[-1](h)  # (l, heads h)
+    slow, fast = (-math.log(0.01) / until for until in (1.5, 0.3))
+    decay = torch.exp(-t * torch.linspace(slow, fast, d_model, **like))  # (l h)
+    return (h.unflatten(-1, (-1, d_model)) * decay.unsqueeze(1)).movedim(0, -1)
+
+
+def _filter_of(tensors, *sizes) -> Tensor:
+    frequency, *parts = tensors
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return _filter(frequency, [lambda h, w=w, b=b: F.linear(h, w, b) for w, b in pairs], *sizes)
+
+
+_filter_op = opaque(
+    "hyena_filter", "int l_max, int emb_dim, int d_model, SymInt length", _filter_of
+)
 
 
 class Hyena(Streamless):
@@ -168,15 +195,17 @@ class Hyena(Streamless):
         lengths (batch,), integers, is a mask of everything from lengths[i] on. rate must be 1.
         """
         check_input("Hyena", x, self.in_proj, self.d_model)
+        check_sampling("Hyena", rate)
         if rate != 1.0:
             raise ValueError(f"Hyena: rate must be 1 (its taps have no time scale), got {rate!r}")
+        x, length = sized(x)
         padding = _padding("Hyena", x, mask, lengths)
         # Zero thrice: what the input projection's bias and the short convolution's put there would
         # reach the steps after it.
         x = self.in_proj(_zero(x, padding))
         x = fftconv(_zero(x, padding), self.short, layout="blh") + self.short_bias.to(x.dtype)
         *gates, v = _zero(x, padding).split(self.d_model, dim=-1)
-        k = self.filter(x.shape[1])
+        k = self.filter(length)
         for i in range(self.order - 1):
             post_gate = gates[-1] if i == self.order - 2 else None
             v = fftconv(v, k[i], self.skip[i], pre_gate=gates[i], post_gate=post_gate, layout="blh")

@@ -11,7 +11,9 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     The first group has lr and weight_decay; each distinct override of a layer's kernel generator
     (see its docstring) has its own, with its learning rate capped at lr; what was overridden with 0
     is a buffer and in no group. Parameters are found by module, not by attributes on tensors, which
-    deepcopy and sharding lose.
+    deepcopy and sharding lose; what parametrisations, pruning and weight_norm make of a kernel's
+    parameter goes where that would. A group's "name" is "weights" for the first, "kernels",
+    "kernels2", ... for the others: loggers show it.
 
     The groups carry their own lr and weight_decay, so the optimiser's arguments of those names do not
     apply. A scheduler that sets learning rates outright needs one per group, for OneCycleLR
@@ -20,8 +22,8 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     Example:
         >>> from seqconv import S4D
         >>> groups = param_groups(S4D(8), lr=1e-2, weight_decay=0.05)
-        >>> [(len(g["params"]), g["lr"], g["weight_decay"]) for g in groups]
-        [(4, 0.01, 0.05), (4, 0.001, 0.0)]
+        >>> [(g["name"], len(g["params"]), g["lr"], g["weight_decay"]) for g in groups]
+        [('weights', 4, 0.01, 0.05), ('kernels', 4, 0.001, 0.0)]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups: model must be a module, got {type(model).__name__}")
@@ -33,14 +35,32 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     for module in model.modules():
         if isinstance(module, KernelGenerator):
             for name, parameter in module.named_parameters():
-                # A parametrized tensor's own parameters are called parametrizations.<name>.original.
-                name = name.removeprefix("parametrizations.").split(".")[0]
-                if name in module.overrides:
-                    overrides[id(parameter)] = module.overrides[name]
+                overrides[id(parameter)] = module.overrides.get(_origin(module, name), {})
     groups = {(lr, weight_decay): []}
     for parameter in model.parameters():
         if parameter.requires_grad:
             override = overrides.get(id(parameter), {})
             key = min(lr, override.get("lr", lr)), override.get("weight_decay", weight_decay)
             groups.setdefault(key, []).append(parameter)
-    return [{"params": p, "lr": key[0], "weight_decay": key[1]} for key, p in groups.items() if p]
+    names = ("weights", "kernels", *(f"kernels{i}" for i in range(2, len(groups))))
+    return [
+        {"params": parameters, "lr": key[0], "weight_decay": key[1], "name": name}
+        for name, (key, parameters) in zip(names, groups.items(), strict=False)
+        if parameters
+    ]
+
+
+def _origin(module: KernelGenerator, name: str) -> str:
+    """The key of `overrides` that a parameter of a kernel generator belongs to."""
+    # A parametrised tensor's own parameters are called parametrizations.<name>.original.
+    name = name.removeprefix("parametrizations.").split(".")[0]
+    if name not in module.overrides:
+        for suffix in (
+            "_orig",
+            "_g",
+            "_v",
+        ):  # of the hooks of pruning and spectral_norm; weight_norm
+            origin = name.removesuffix(suffix)
+            if origin in module.overrides and origin not in module._parameters:
+                return origin
+    return name

@@ -4,7 +4,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from seqconv import s4d_init
@@ -12,16 +11,16 @@ from seqconv._check import (
     check_choice,
     check_flag,
     check_length,
+    check_number,
     check_positive,
     check_rate,
-    check_shape,
-    check_tensor,
+    check_sampling,
 )
-from seqconv._layer import ConvLayer, KernelGenerator, check_input, passes_options_to
-from seqconv._ssm import mode_sum, moments, transformed
-from seqconv.functional import fftconv
-from seqconv.reference import activate
-from seqconv.ssm import DISCRETIZATIONS, discretize, multiply, ssm_kernel
+from seqconv._layer import ConvLayer, KernelGenerator, passes_options_to
+from seqconv._opaque import opaque
+from seqconv._recurrence import Recurrent
+from seqconv._ssm import mode_sum
+from seqconv.ssm import DISCRETIZATIONS, ssm_kernel, weighted_modes
 
 _FLOOR = 1e-4  # of what a positive transform has to give
 POSITIVE = {  # name: (transform, inverse)
@@ -106,12 +105,14 @@ class S4DKernel(KernelGenerator):
             )
         if d_model % n_ssm:
             raise ValueError(f"S4DKernel: n_ssm must divide d_model={d_model}, got {n_ssm}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(
-                f"S4DKernel: 0 < dt_min <= dt_max wanted, got dt_min={dt_min}, dt_max={dt_max}"
-            )
-        if bandlimit is not None and not bandlimit > 0:
-            raise ValueError(f"S4DKernel: bandlimit must be positive or None, got {bandlimit}")
+        check_number(name, dt_min=dt_min, dt_max=dt_max)
+        if not 0 < dt_min <= dt_max < math.inf:
+            wanted = "0 < dt_min <= dt_max < inf wanted"
+            raise ValueError(f"{name}: {wanted}, got dt_min={dt_min}, dt_max={dt_max}")
+        if bandlimit is not None:
+            check_number(name, bandlimit=bandlimit)
+            if not bandlimit > 0:
+                raise ValueError(f"{name}: bandlimit must be positive or None, got {bandlimit}")
         modes = d_state if is_real else d_state // 2
         A, B = s4d_init.modes(
             init,
@@ -136,8 +137,7 @@ class S4DKernel(KernelGenerator):
             shape = (d_model,) if dt_tie else (d_model, modes)
             log_dt = torch.empty(shape, dtype=torch.float64).uniform_(low, high)
             C = torch.randn(heads, d_model, modes, 2) * (1 if is_real else math.sqrt(0.5))
-        dt = log_dt.exp()
-        inv_dt = log_dt if dt_transform == "exp" else POSITIVE["softplus"][1](dt.clamp(min=_FLOOR))
+        inv_dt = log_dt if dt_transform == "exp" else POSITIVE["softplus"][1](log_dt.exp())
         inv_dt = torch.asinh(inv_dt) if dt_sinh else inv_dt
         self.inv_dt = nn.Parameter(inv_dt.float())
         self.inv_A_real = nn.Parameter(_inverse(-A[..., 0], "real_transform", real_transform))
@@ -159,46 +159,76 @@ class S4DKernel(KernelGenerator):
     def system(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log dt (d_model,) or (d_model, modes), A and B (d_model, modes, 2), C (heads, d_model, modes, 2),
         float64."""
-        p = self.inv_dt.double()
-        p = torch.sinh(p) if self.dt_sinh else p
-        log_dt = p if self.dt_transform == "exp" else F.softplus(p).log()
-        real = -POSITIVE[self.real_transform][0](self.inv_A_real.double())
-        B, C = self.B.double(), self.C.double()
-        if self.is_real:
-            imag = torch.zeros_like(real)
-            B, C = (torch.stack([t, torch.zeros_like(t)], -1) for t in (B, C))
-        else:
-            imag = POSITIVE[self.imag_transform][0](self.inv_A_imag.double())
-        copies = (self.d_model // self.n_ssm, 1, 1)
-        A, B = torch.stack([real, imag], -1).repeat(copies), B.repeat(copies)
-        if self.bandlimit is not None:
-            dt = log_dt.exp() if log_dt.dim() == 2 else log_dt.exp().unsqueeze(-1)
-            frequency = dt * A[..., 1].abs() / (2 * math.pi)
-            C = torch.where((frequency < self.bandlimit / 2).unsqueeze(-1), C, 0.0)
-        return log_dt + math.log(rate), A, B, C
+        return _system(*self._ingredients(rate))
+
+    def _ingredients(self, rate: float):
+        imag = None if self.is_real else self.inv_A_imag
+        names = [self.discretization, self.dt_transform, self.real_transform, self.imag_transform]
+        tensors = [self.inv_dt, self.inv_A_real, imag, self.B, self.C]
+        copies = self.d_model // self.n_ssm
+        return tensors, names, copies, self.dt_sinh, self.bandlimit, rate
 
     def forward(self, length: int, rate: float = 1.0) -> Tensor:
         """rate multiplies dt: the kernel for inputs sampled 1 / rate times as often."""
         check_length("S4DKernel", length)
-        if not rate > 0:
-            raise ValueError(f"S4DKernel: rate must be positive, got {rate!r}")
+        check_sampling("S4DKernel", rate)
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        known = type(self).system is S4DKernel.system and self.discretization != "dss_softmax"
+        if compiled and known:
+            a, *w = _modes_op(*self._ingredients(rate)).split([1, len(self.C)])
+            k = mode_sum(a.squeeze(0), *w, length, self.C.dtype != torch.float64, self.backend)
+            return self.kernel_dropout(k)
         log_dt, A, B, C = self.system(rate)
         options = {"discretization": self.discretization, "backend": self.backend}
         k = ssm_kernel(log_dt, A, C.to(self.C.dtype), length, B=B, **options)
         return self.kernel_dropout(k)
 
 
+def _system(tensors, names, copies, dt_sinh, bandlimit, rate) -> tuple[Tensor, ...]:
+    inv_dt, inv_A_real, inv_A_imag, B, C = (t if t is None else t.double() for t in tensors)
+    _, dt_transform, real_transform, imag_transform = names
+    p = torch.sinh(inv_dt) if dt_sinh else inv_dt
+    log_dt = p if dt_transform == "exp" else F.softplus(p).log()
+    real = -POSITIVE[real_transform][0](inv_A_real)
+    if inv_A_imag is None:
+        imag = torch.zeros_like(real)
+        B, C = (torch.stack([t, torch.zeros_like(t)], -1) for t in (B, C))
+    else:
+        imag = POSITIVE[imag_transform][0](inv_A_imag)
+    A, B = torch.stack([real, imag], -1).repeat(copies, 1, 1), B.repeat(copies, 1, 1)
+    if bandlimit is not None:
+        dt = log_dt.exp() if log_dt.dim() == 2 else log_dt.exp().unsqueeze(-1)
+        frequency = dt * A[..., 1].abs() / (2 * math.pi)
+        C = torch.where((frequency < bandlimit / 2).unsqueeze(-1), C, 0.0)
+    return log_dt + math.log(rate), A, B, C
+
+
+def _modes(tensors, names, *options) -> Tensor:
+    """a and w of seqconv._ssm in one tensor, (1 + heads, d_model, modes, 2)."""
+    a, w = weighted_modes(*_system(tensors, names, *options), names[0])
+    return torch.cat([a.unsqueeze(0), w])
+
+
+_modes_op = opaque(
+    "s4d_modes", "str[] names, int copies, bool dt_sinh, float? bandlimit, float rate", _modes
+)
+
+
 def _inverse(x: Tensor, option: str, transform: str) -> Tensor:
-    if transform == "sigmoid" and not (x < 1).all():
+    if transform == "sigmoid" and not (x.is_meta or (x < 1).all()):
         raise ValueError(
             f"S4DKernel: {option}='sigmoid' gives values below 1, got modes up to {x.max():g} from init"
         )
     if transform != "none":
-        x = x.clamp(min=_FLOOR)
+        if not x.is_meta and (x < 0).any():
+            text = f"gives positive values, got modes down to {x.min():g} from init and its scale"
+            raise ValueError(f"S4DKernel: {option}={transform!r} {text}; 'none' takes any sign")
+        least = _FLOOR if transform == "relu" else torch.finfo(torch.float32).tiny
+        x = torch.where(x < least, _FLOOR, x)
     return POSITIVE[transform][1](x).float()
 
 
-class S4D(ConvLayer):
+class S4D(Recurrent, ConvLayer):
     """Diagonal state space layer, (batch, length, d_model) -> the same.
 
     y = GLU(W dropout(gelu(K * x + skip x)) + b), K[l] = 2 Re sum_n C_n Bbar_n Abar_n^l, the response of
@@ -219,8 +249,9 @@ class S4D(ConvLayer):
         "legs"  -1/2 + i y, with i y the eigenvalues of HiPPO-LegS's skew part
         "diag"  half of the sets inv, half lin             "hippo" half legs, half fout
 
-    -Re A begins at 1e-4 at least, but with real_transform="none". B is 1 but for "legs", "fout" and "foud":
-    see seqconv.s4d_init. The state_dict does not depend on the length; options are not part of it.
+    Where a transform gives positive values, zeros begin at 1e-4 (with "relu" all that is smaller). B is
+    1 but for "legs", "fout" and "foud": see seqconv.s4d_init. The state_dict does not depend on the
+    length; options are not part of it.
 
     Parameters, all real: kernel.inv_dt (d_model,), log dt, uniform in [log dt_min, log dt_max];
     inv_A_real (n_ssm, modes), log(-Re A), and inv_A_imag (n_ssm, modes), Im A, and B (n_ssm, modes, 2),
@@ -264,6 +295,7 @@ class S4D(ConvLayer):
     """
 
     resamples = True
+    generator = S4DKernel
 
     @passes_options_to(S4DKernel, "lr")
     def __init__(
@@ -294,105 +326,3 @@ class S4D(ConvLayer):
             tie_dropout=tie_dropout,
             postact=postact,
         )
-        self._kept = None  # of the recurrence: what it was made from, and the system
-
-    # ---- as a recurrence: x <- exp(a) x + b u, v = Re(c x) + skip u ----
-
-    def init_state(self, batch: int) -> Tensor:
-        """Zeros (batch, d_model, modes, 2), real and imaginary part, in float32 or float64."""
-        self._check_recurrent()
-        check_length("S4D.init_state", batch, name="batch")
-        return self.kernel.C.new_zeros(batch, self.d_model, self.kernel.modes, 2)
-
-    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x (batch, d_model) of one time -> y of that time, and the state after it.
-
-        The convolution's y to round-off, at a cost that does not grow with time. Differentiable;
-        without gradients the discrete system is kept until a parameter's values change.
-        """
-        check_input("S4D.step", x, self.linear, self.d_model, ("batch",))
-        self._check_state("S4D.step", x, state)
-        a, b, c = self._recurrence()
-        u = x.to(state.dtype)
-        state = multiply(a, state) + b * u[..., None, None]
-        with torch.autocast(x.device.type, enabled=False):
-            v = torch.einsum("chnr,bhnr->bch", c, state) + self.skip * u.unsqueeze(1)
-        return self._mix(activate(v, self.activation).flatten(1).to(x.dtype)), state
-
-    def prefill(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x (batch, length, d_model), going on where `state` is -> y and the state after it, as length
-        calls of step() give them, in one convolution."""
-        check_input("S4D.prefill", x, self.linear, self.d_model)
-        self._check_state("S4D.prefill", x, state)
-        batch, length, _ = x.shape
-        a, b, c = self._discrete()
-        u = x.movedim(1, 2).to(state.dtype)  # (b h l)
-        single = state.dtype == torch.float32
-        c = c * c.new_tensor([1.0, -1.0])
-        k = mode_sum(a, multiply(c, b), length, single)
-        # What the state still gives is a kernel per sample and head: Re c exp(a (l + 1)) state.
-        left = multiply(_exp(a), state.double())
-        rest = mode_sum(a, multiply(c, left.unsqueeze(1)).flatten(0, 1), length, single)
-        rest = rest.unflatten(0, (batch, self.heads))
-        v = fftconv(u, k, self.skip.to(u.dtype)) + rest
-        arrived = multiply(b, moments(a, u.flip(-1)))
-        state = (multiply(_exp(length * a), state.double()) + arrived).to(state.dtype)
-        y = activate(v, self.activation).to(x.dtype)
-        return self._mix(rearrange(y, "b c h l -> b l (c h)")), state
-
-    def _discrete(self) -> tuple[Tensor, Tensor, Tensor]:
-        """a, b (d_model, modes, 2), and c (heads, d_model, modes, 2) such that v = sum c * state."""
-        discretization = self.kernel.discretization
-        log_dt, A, B, C = self.kernel.system()
-        a, b = discretize(log_dt, A, discretization)
-        factor = 1.0 if discretization == "dss" else 2.0
-        c = C * C.new_tensor([factor, -factor])
-        return a, multiply(b, B), c
-
-    def _recurrence(self) -> tuple[Tensor, ...]:
-        """exp(a), b and c in the state's dtype."""
-
-        def make():
-            a, b, c = self._discrete()
-            return tuple(t.to(self.kernel.C.dtype) for t in (_exp(a), b, c))
-
-        parameters = (*self.kernel.parameters(), *self.kernel.buffers())
-        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        if wanted or torch.compiler.is_compiling() or transformed(parameters):
-            return make()
-        if self.skip.is_cuda and torch.cuda.is_current_stream_capturing():
-            return make()  # comparing would wait for the device
-        # By value: neither a fused optimiser nor writing to .data shows in addresses and versions.
-        kept = self._kept
-        if kept is None or not all(map(_same, kept[0], parameters)):
-            with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept = [p.clone() for p in parameters], make()
-        return kept[1]
-
-    def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_kept": None}
-
-    def _check_recurrent(self) -> None:
-        if self.bidirectional:
-            raise TypeError("S4D: a two-sided layer has no recurrence; a causal one has")
-        if self.kernel.discretization == "dss_softmax":
-            text = "dss_softmax depends on the length and has no recurrence; the others have"
-            raise TypeError(f"S4D: {text}")
-
-    def _check_state(self, function: str, x: Tensor, state: Tensor) -> None:
-        self._check_recurrent()
-        check_tensor(
-            function, "state", state, dtypes=(self.kernel.C.dtype,), device=x.device, owner="x"
-        )
-        parts = (("d_model", self.d_model), ("modes", self.kernel.modes), ("real and imaginary", 2))
-        check_shape(function, "state", state, (("batch", x.shape[0]), *parts))
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    return x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
-
-
-def _exp(a: Tensor) -> Tensor:
-    """exp of complex numbers, (..., 2)."""
-    re, im = a.unbind(-1)
-    return re.exp().unsqueeze(-1) * torch.stack([im.cos(), im.sin()], -1)

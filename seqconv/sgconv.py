@@ -6,8 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv._check import check_choice, check_flag, check_length, check_positive, check_rate
+from seqconv._check import (
+    check_choice,
+    check_flag,
+    check_length,
+    check_positive,
+    check_rate,
+    check_sampling,
+)
 from seqconv._layer import ConvLayer, KernelGenerator, full_precision, passes_options_to
+from seqconv._opaque import opaque
 
 
 class SGConvKernel(KernelGenerator):
@@ -100,68 +108,84 @@ class SGConvKernel(KernelGenerator):
             self.decay = nn.Parameter(p) if decay == "power" else nn.Buffer(p)
         self.override("pieces", "decay", lr=lr)
         with torch.no_grad():
-            norm = self._sample(self.pieces, 1.0, 0, self.taps).norm(dim=-1, keepdim=True)
+            options = self.upsample, self.combine, self.law, self.init_scale
+            k = _sample(self.pieces, 1.0, 0, self.taps, self.decay, *options)
+            norm = k.norm(dim=-1, keepdim=True)
         self.register_buffer("norm", norm)
 
     def forward(self, length: int, rate: float = 1.0) -> Tensor:
         check_length("SGConvKernel", length)
-        if not 0 < rate < math.inf:
-            raise ValueError(f"SGConvKernel: rate must be positive, got {rate!r}")
+        check_sampling("SGConvKernel", rate)
         count = math.ceil((self.taps - 0.5) / rate)
         if not torch.compiler.is_compiling():  # where the taps' number would tie graphs to a length
             count = max(min(count, length), 1)
-        if self.two_sided:
-            halves = self.pieces.chunk(2, dim=1)
-            k = torch.cat([self._sample(w, rate, i, count) for i, w in enumerate(halves)])
-        else:
-            k = self._sample(self.pieces, rate, 0, count)
-        k = k / self.norm
-        if rate != 1:
-            edge = self._sample(self.pieces, 1.0, 0, 1) / self.norm
-            if self.two_sided:  # what past and future differ by
-                past, future = edge.chunk(2)
-                edge = torch.cat([past - future, torch.zeros_like(future)])
-            k = rate * k + F.pad((1 - rate) / 2 * edge, (0, count - 1))
-        return k[..., :length]
+        options = [self.upsample, self.combine, self.law]
+        tensors = [self.pieces, self.decay, self.norm]
+        arguments = (tensors, options, self.init_scale, self.two_sided, rate, count)
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        return (_taps_op if compiled else _taps)(*arguments)[..., :length]
 
-    def _sample(self, pieces: Tensor, rate: float, lag: int, count: int) -> Tensor:
-        """(heads, d_model, count): k(t) norm at t = rate (l + lag) - lag, l < count."""
-        like = {"dtype": torch.float64, "device": pieces.device}
-        t = (rate * (torch.arange(count, **like) + lag) - lag).clamp(min=0)
-        d = pieces.shape[-1]
-        knots = torch.arange(d, device=pieces.device).unsqueeze(-1)
-        parts = []
-        for i, piece in enumerate(pieces):
-            if self.combine == "cat":
-                stretch = 1 << (self.init_scale + max(i - 1, 0))
-                start = d * stretch if i else 0
-            else:
-                stretch, start = 1 << (self.init_scale + i), 0
-            # The taps whose t is in this piece, which begins half a tap before its first one's.
-            ends = (
-                math.ceil((end + lag - 0.5) / rate) - lag for end in (start, start + d * stretch)
-            )
-            first, last = (min(max(end, 0), count) for end in ends)
-            first = first if start else 0
-            place = (t[first:last] - start + 0.5) / stretch  # in 0 .. d
-            if self.upsample == "linear":
-                place = (place - 0.5).clamp(0, d - 1).to(piece.dtype)
-                weights = (1 - (place - knots).abs()).clamp(min=0)  # (d taps): hats
-            else:
-                weights = (place.floor() == knots).to(piece.dtype)
-            with full_precision(piece.device):
-                part = piece @ weights
-            if self.law == "geometric":
-                part = part * (self.decay**-i).unsqueeze(-1)
-            parts.append(part)
-        if self.combine == "cat":
-            k = torch.cat(parts, dim=-1)
-            k = F.pad(k, (0, count - k.shape[-1]))
+
+def _taps(tensors, options, init_scale, two_sided, rate, count) -> Tensor:
+    """(heads, d_model, count): the kernel."""
+    pieces, decay, norm = tensors
+    options = decay, *options, init_scale
+    if two_sided:
+        halves = pieces.chunk(2, dim=1)
+        k = torch.cat([_sample(w, rate, i, count, *options) for i, w in enumerate(halves)])
+    else:
+        k = _sample(pieces, rate, 0, count, *options)
+    k = k / norm
+    if rate != 1:
+        edge = _sample(pieces, 1.0, 0, 1, *options) / norm
+        if two_sided:  # what past and future differ by
+            past, future = edge.chunk(2)
+            edge = torch.cat([past - future, torch.zeros_like(future)])
+        k = rate * k + F.pad((1 - rate) / 2 * edge, (0, count - 1))
+    return k
+
+
+def _sample(pieces, rate, lag, count, decay, upsample, combine, law, init_scale) -> Tensor:
+    """(heads, d_model, count): k(t) norm at t = rate (l + lag) - lag, l < count."""
+    like = {"dtype": torch.float64, "device": pieces.device}
+    t = (rate * (torch.arange(count, **like) + lag) - lag).clamp(min=0)
+    d = pieces.shape[-1]
+    knots = torch.arange(d, device=pieces.device).unsqueeze(-1)
+    parts = []
+    for i, piece in enumerate(pieces):
+        if combine == "cat":
+            stretch = 1 << (init_scale + max(i - 1, 0))
+            start = d * stretch if i else 0
         else:
-            k = sum(F.pad(part, (0, count - part.shape[-1])) for part in parts)
-        if self.law != "geometric":
-            k = k * torch.exp(-self.decay.unsqueeze(-1) * torch.log1p(t).to(k.dtype))
-        return k
+            stretch, start = 1 << (init_scale + i), 0
+        # The taps whose t is in this piece, which begins half a tap before its first one's.
+        ends = (math.ceil((end + lag - 0.5) / rate) - lag for end in (start, start + d * stretch))
+        first, last = (min(max(end, 0), count) for end in ends)
+        first = first if start else 0
+        place = (t[first:last] - start + 0.5) / stretch  # in 0 .. d
+        if upsample == "linear":
+            place = (place - 0.5).clamp(0, d - 1).to(piece.dtype)
+            weights = (1 - (place - knots).abs()).clamp(min=0)  # (d taps): hats
+        else:
+            weights = (place.floor() == knots).to(piece.dtype)
+        with full_precision(piece.device):
+            part = piece @ weights
+        if law == "geometric":
+            part = part * (decay**-i).unsqueeze(-1)
+        parts.append(part)
+    if combine == "cat":
+        k = torch.cat(parts, dim=-1)
+        k = F.pad(k, (0, count - k.shape[-1]))
+    else:
+        k = sum(F.pad(part, (0, count - part.shape[-1])) for part in parts)
+    if law != "geometric":
+        k = k * torch.exp(-decay.unsqueeze(-1) * torch.log1p(t).to(k.dtype))
+    return k
+
+
+_taps_op = opaque(
+    "sgconv_taps", "str[] options, int init_scale, bool two_sided, float rate, int count", _taps
+)
 
 
 class SGConv(ConvLayer):

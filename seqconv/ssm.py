@@ -62,6 +62,13 @@ def discretize(log_dt: Tensor, A: Tensor, discretization: str) -> tuple[Tensor, 
     return a, dt * expm1_over(a)
 
 
+def weighted_modes(log_dt, A, B, C, discretization: str) -> tuple[Tensor, Tensor]:
+    """a and w in k[l] = sum_n Re(w exp(a l)), float64; not for "dss_softmax", whose w depend on the length."""
+    a, b = discretize(log_dt, A, discretization)
+    w = multiply(C.double(), b if B is None else multiply(b, B.double()))
+    return a, w if discretization == "dss" else 2 * w
+
+
 def ssm_kernel(
     log_dt: Tensor,
     A: Tensor,
@@ -114,13 +121,10 @@ def ssm_kernel(
     """
     _validate(log_dt, A, B, C, discretization, backend)
     check_length("ssm_kernel", length)
-    a, b = discretize(log_dt, A, discretization)
-    weight = multiply(C.double(), b if B is None else multiply(b, B.double()))
-    if not discretization.startswith("dss"):
-        weight = 2 * weight
     single = C.dtype != torch.float64
     if discretization != "dss_softmax":
-        return mode_sum(a, weight, length, single, backend)
+        modes = weighted_modes(log_dt, A, B, C, discretization)
+        return mode_sum(*modes, length, single, backend)
     # A growing mode is a decaying one from the end, exp(a (l - length + 1)): a softmax ignores the scale.
     grows = A[..., :1] > 0
     falling, b = discretize(log_dt, torch.where(grows, -A, A), discretization)

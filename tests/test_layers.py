@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import jacfwd, jacrev
+from torch.nn.utils import prune
 
 from seqconv import (
     S4D,
@@ -22,11 +24,14 @@ from seqconv import (
     S4DKernel,
     SGConv,
     SGConvKernel,
+    _hints,
     _layer,
     fftconv,
     hyena,
     param_groups,
     reference,
+    s4d,
+    sgconv,
 )
 from seqconv.long_conv import squash
 
@@ -163,6 +168,99 @@ def test_lengths(make):
         layer(x, padding, lengths=lengths)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_per_sample_gradients_of_padded_data(name):
+    """vmap over lengths, and over masks of both kinds, which checks them as eager calls do."""
+    layer = EVERY[name]().double()
+    x = torch.randn(3, 20, D, dtype=torch.float64)
+    lengths = torch.tensor([20, 7, 0])
+    padding = torch.arange(20) >= lengths[:, None]
+    floats = torch.zeros(3, 20, dtype=torch.float64).masked_fill(padding, -torch.inf)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x, given, option):
+        options = {option: given.unsqueeze(0)}
+        return torch.func.functional_call(layer, parameters, (x.unsqueeze(0),), options).square()
+
+    def per_sample(given, option):
+        call = torch.func.grad(lambda *args: loss(*args, option).sum())
+        return torch.func.vmap(call, (None, 0, 0))(parameters, x, given)
+
+    found = [
+        per_sample(lengths, "lengths"),
+        per_sample(padding, "mask"),
+        per_sample(floats, "mask"),
+    ]
+    for i in range(3):
+        y = layer(x[i : i + 1], padding[i : i + 1])
+        wanted = torch.autograd.grad(y.square().sum(), parameters.values(), allow_unused=True)
+        for n, g in zip(parameters, wanted, strict=True):
+            for grads in found:
+                torch.testing.assert_close(grads[n][i], g, rtol=1e-8, atol=1e-10)
+    for given, option, text in (
+        (lengths + 1, "lengths", "lengths must be between 0 and length=20"),
+        (floats + torch.tensor([[1.0], [0.0], [0.0]]), "mask", "mask must be bool"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            per_sample(given, option)
+        with pytest.raises(ValueError, match=text):
+            layer(x, **{option: given})
+    nested = torch.func.vmap(torch.func.vmap(lambda x, n: layer(x, lengths=n)))
+    y = nested(torch.stack([x, 2 * x]).unsqueeze(2), lengths.expand(2, 3).unsqueeze(2))
+    torch.testing.assert_close(y[1, :, 0], layer(2 * x, lengths=lengths))
+
+
+SECOND = {
+    "forward over forward": lambda g: jacfwd(jacfwd(g, 0), 1),
+    "forward over reverse": lambda g: jacfwd(jacrev(g, 0), 1),
+    "reverse over forward": lambda g: jacrev(jacfwd(g, 0), 1),
+    "reverse over reverse": lambda g: jacrev(jacrev(g, 0), 1),
+}
+TWICE = [
+    *((name, {}) for name in EVERY),
+    *((name, {"activation": "silu"}) for name in LAYERS),
+    *(
+        ("s4d", {"discretization": name, "d_state": 8})
+        for name in ("bilinear", "dss", "dss_softmax")
+    ),
+    (
+        "s4d",
+        {"dt_transform": "softplus", "real_transform": "softplus", "imag_transform": "softplus"},
+    ),
+    ("s4d", {"bidirectional": True, "heads": 2, "bandlimit": 0.5, "real_transform": "sigmoid"}),
+    ("s4d", {"init": "legs", "d_state": 8, "dt_tie": False, "dt_sinh": True, "postact": None}),
+    ("long_conv", {"smooth": "time", "bidirectional": True}),
+    ("long_conv", {"smooth": "frequency"}),
+    ("sgconv", {"combine": "sum", "bidirectional": True}),
+    ("hyena", {"order": 3}),
+    ("butterfly", {"additive": True, "dft_activation": "gelu", "butterfly_heads": 2}),
+]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", SECOND)
+@pytest.mark.parametrize("name, options", TWICE, ids=str)
+def test_second_derivatives_of_layers(name, options, how):
+    """Of every parameter and the input at once, along two directions, against finite differences."""
+    layer = EVERY[name](**options).double()
+    x = torch.randn(1, 12, D, dtype=torch.float64)
+    point = {"x": x} | {n: p.detach() for n, p in layer.named_parameters()}
+    first, second = ({n: 0.3 * torch.randn_like(t) * t for n, t in point.items()} for _ in range(2))
+
+    def along(s, t):
+        moved = {n: p + s * first[n] + t * second[n] for n, p in point.items()}
+        x = moved.pop("x")
+        return torch.func.functional_call(layer, moved, (x,)).square().sum()
+
+    zero, h = torch.zeros((), dtype=torch.float64), 2e-4
+    with torch.no_grad():
+        corners = [[along(zero + s, zero + t) for t in (-h, h)] for s in (-h, h)]
+    wanted = (corners[1][1] - corners[1][0] - corners[0][1] + corners[0][0]) / (4 * h * h)
+    found = SECOND[how](along)(zero, zero)
+    assert abs(wanted) > 1e-2
+    torch.testing.assert_close(found, wanted, rtol=3e-5, atol=1e-5)
+
+
 HUGE = [(name, {}, 1e15) for name in EVERY if name != "hyena"]
 HUGE += [("hyena", {}, 1e10), ("hyena", {"order": 3}, 1e5)]  # outputs of 1e30 and 1e20
 
@@ -213,6 +311,17 @@ def test_rate(make):
             layer(x, rate=2.0)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_rates_are_positive_numbers(name):
+    layer, x = EVERY[name](), torch.randn(1, 50, D)
+    for rate in (0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"rate must be positive and finite, got {rate}"):
+            layer(x, rate=rate)
+    for rate, got in (("2", "'2'"), (torch.tensor(1.0), "Tensor"), (None, "None"), (True, "True")):
+        with pytest.raises(TypeError, match=f"rate must be a number, got {got}"):
+            layer(x, rate=rate)
+
+
 def make_like(layer, k):
     """layer with a given kernel."""
     twin = copy.copy(layer)
@@ -259,6 +368,49 @@ def test_contract(make):
     for value in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="heads must be an integer >= 1"):
             make(heads=value)
+
+
+HINTS = [
+    ("s4d", "l_max", "S4D takes any length"),
+    ("s4d", "mode", "S4D is s4's mode='s4d' or 'diag'"),
+    ("s4d", "disc", r"did you mean discretization\?"),
+    ("s4d", "measure", r"did you mean init\?"),
+    ("s4d", "N", r"did you mean d_state\?"),
+    ("s4d", "rank", "A is diagonal here"),
+    ("s4d", "dt_mim", r"did you mean dt_min\?"),
+    ("s4d", "wd", "weight decay is seqconv.param_groups's"),
+    ("s4d", "d_conv", "it belongs to Mamba"),
+    ("long_conv", "seq_len", r"did you mean l_max\?"),
+    ("long_conv", "learning_rate", r"did you mean kernel_lr\?"),
+    ("long_conv", "transposed", r"x is always \(batch, length, d_model\)"),
+    ("long_conv", "causal", r"did you mean bidirectional\?"),
+    ("long_conv", "gate", "put it around"),
+    ("sgconv", "mode", "upsample, combine, init and decay"),
+    ("sgconv", "channels", r"did you mean heads\?"),
+    ("butterfly", "bidirectional", "no past and future"),
+    ("butterfly", "verbose", "it is not a choice here"),
+    ("hyena", "filter_order", r"did you mean filter_width\?"),
+    ("hyena", "num_heads", "Hyena has one head"),
+    ("hyena", "dropout", "Hyena has no dropout"),
+    ("hyena", "causal", "Hyena is causal"),
+]
+
+
+@pytest.mark.parametrize("name, keyword, text", HINTS)
+def test_keywords_of_other_repositories_are_known(name, keyword, text):
+    with pytest.raises(TypeError, match=f"unknown keyword '{keyword}'; .*{text}"):
+        EVERY[name](**{keyword: 1})
+
+
+def test_hints_name_what_there_is():
+    everything = {name for known in DEFAULTS.values() for name in known} | {"d_model", "l_max"}
+    assert set(_hints._MEANT.values()) <= everything
+    for layer in (S4D, LongConv, SGConv, Hyena, ButterflyConv):
+        own = _hints._ELSEWHERE.keys() & inspect.signature(layer).parameters.keys()
+        own |= (
+            _hints._OF_A_LAYER[layer.__name__].keys() & inspect.signature(layer).parameters.keys()
+        )
+        assert not own
 
 
 @pytest.mark.parametrize("length", [-1, 10.0, "8"])
@@ -354,6 +506,50 @@ def test_compile_and_export(name, options):
     torch.testing.assert_close(program.module()(other), layer(other), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", EVERY)
+def test_jit_trace(name, padded, tmp_path):
+    """Equal for the traced length, also from a file and in its gradients; refused for every other."""
+    layer = EVERY[name]()
+    mask = torch.zeros(2, 30).masked_fill(torch.arange(30) > 20, -torch.inf)
+    options = (mask,) if padded else ()
+    traced = torch.jit.trace(layer, (torch.randn(2, 30, D), *options))
+    torch.jit.save(traced, tmp_path / "layer.pt")
+    loaded = torch.jit.load(tmp_path / "layer.pt")
+    x = torch.randn(2, 30, D, requires_grad=True)
+    wanted = layer(x, *options)
+    (gradient,) = torch.autograd.grad(wanted.square().sum(), x)
+    for made in (traced, loaded):
+        y = made(x, *options)
+        torch.testing.assert_close(y, wanted)
+        torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], gradient)
+        for length in (1, 29, 31):
+            wrong = (torch.zeros(2, length),) if padded else ()
+            with pytest.raises(RuntimeError, match=r"unflatten: .* size of dim 1"):
+                made(torch.randn(2, length, D), *wrong)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_of_steps_follows_the_parameters():
+    layer, x = S4D(D), torch.randn(2, D)
+
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, state):
+            return self.layer.step(x, state)
+
+    state = layer.init_state(2)
+    with torch.no_grad():
+        layer.step(x, state)
+        traced = torch.jit.trace(Step(), (x, state))
+        layer.kernel.C.mul_(2)
+        torch.testing.assert_close(traced(x, state)[0], layer.step(x, state)[0])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     "options, call",
@@ -374,6 +570,61 @@ def test_compile_s4d_options(options, call):
         results.append([y, *torch.autograd.grad(y.square().sum(), layer.parameters())])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+PARTS = [("s4d", {"bandlimit": 0.5, "heads": 2}), ("sgconv", {"decay": "power"})]
+PARTS += [("s4d", {"is_real": True, "init": "real", "train_B": False}), ("sgconv", {})]
+PARTS += [("hyena", {"order": 3})]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name, options", PARTS, ids=str)
+def test_what_the_compiler_does_not_look_into(name, options):
+    """The parameters' operator: in a graph of few operations, right in values and gradients, with guards on
+    every option that changes it, and not in exported programs."""
+    torch._dynamo.reset()
+    layer, x, sizes = EVERY[name](**options), torch.randn(2, 50, D), []
+    kernel = layer.filter if name == "hyena" else layer.kernel
+
+    def count(graph, inputs):
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for change in (("bandlimit", 0.1), ("upsample", "nearest"), ("l_max", 60), None):
+        for rate in (1.0, 2.0) if name != "hyena" else (1.0,):
+            results = []
+            for function in (compiled, layer):
+                y = function(x, rate=rate)
+                results.append([y, *torch.autograd.grad(y.square().sum(), layer.parameters())])
+            for ours, theirs in zip(*results, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        if change is not None:
+            setattr(kernel, *change)
+    torch.compile(layer, fullgraph=True, backend=count)(x)
+    assert len(sizes) == 1 and sizes[0] < 60
+    with torch.no_grad():
+        program = torch.export.export(layer.eval(), (x,))
+    names = [str(node.target) for node in program.graph.nodes]
+    assert not any(
+        part in n for part in ("s4d_modes", "sgconv_taps", "hyena_filter") for n in names
+    )
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_opaque_operators_keep_torchs_contract():
+    torch.use_deterministic_algorithms(
+        False
+    )  # opcheck's own machinery has some without such a form
+    kernel = S4DKernel(D, d_state=8, bandlimit=0.5).double()
+    torch.library.opcheck(s4d._modes_op, kernel._ingredients(2.0), atol=1e-10, rtol=1e-10)
+    kernel = SGConvKernel(D, l_max=40, decay="power").double()
+    tensors = [kernel.pieces, kernel.decay, kernel.norm]
+    rest = (["linear", "cat", "power"], 0, False, 2.0, 20)
+    torch.library.opcheck(sgconv._taps_op, (tensors, *rest), atol=1e-10, rtol=1e-10)
+    with pytest.raises(RuntimeError, match=r"for torch\.compile only"):
+        torch.func.grad(lambda t: sgconv._taps_op([t, *tensors[1:]], *rest).sum())(tensors[0])
 
 
 @pytest.mark.slow
@@ -573,6 +824,59 @@ def test_param_groups_see_through_parametrization():
     layer = LongConv(D, l_max=9)
     nn.utils.parametrize.register_parametrization(layer.kernel, "kernel", nn.Identity())
     assert [len(g["params"]) for g in param_groups(layer, lr=1e-2, weight_decay=0.1)] == [3, 1]
+
+
+REPLACED = {  # a parameter by others, by torch's hooks and parametrisations
+    "pruning": prune.identity,
+    "weight_norm": torch.nn.utils.weight_norm,
+    "spectral_norm": torch.nn.utils.spectral_norm,
+    "weight_norm, parametrised": torch.nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("how", REPLACED)
+@pytest.mark.parametrize("name", ["s4d", "long_conv", "sgconv, power", "hyena", "butterfly"])
+def test_param_groups_see_through_hooks(name, how):
+    rates = {"kernel_lr": 1e-4} | ({"dft_lr": 1e-4} if name == "butterfly" else {})
+    layer = EVERY[name](**rates)
+    kernel = layer.filter if name == "hyena" else layer.kernel
+    places = {"s4d": "C inv_A_real B", "sgconv, power": "pieces", "hyena": "linears.1.weight"}
+    places = [(kernel, place) for place in places.get(name, "kernel").split()]
+    if name == "butterfly":
+        places.append((layer.input_transform, "matrices.16"))
+
+    def settings():
+        groups = param_groups(layer, lr=1e-2, weight_decay=0.1)
+        by_tensor = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+        return {n: by_tensor[id(p)] for n, p in layer.named_parameters()}
+
+    for module, place in places:
+        holder, _, last = place.rpartition(".")
+        holder, before = module.get_submodule(holder), settings()
+        REPLACED[how](holder, last)
+        after = settings()
+        (gone,) = before.keys() - after.keys()
+        assert before[gone] == (1e-2, 0.1) if place == "C" else before[gone][0] == 1e-4
+        made = after.keys() - before.keys()
+        assert made and all(after[n] == before.get(n, before[gone]) for n in after)
+
+
+def test_param_groups_have_names():
+    model = nn.Sequential(S4D(D), LongConv(D, l_max=9, kernel_lr=5e-4), SGConv(D, l_max=9))
+    groups = param_groups(model, lr=1e-2, weight_decay=0.05)
+    assert [g["name"] for g in groups] == ["weights", "kernels", "kernels2", "kernels3"]
+    for make in (torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop):
+        optimizer = make(groups)
+        model(torch.randn(1, 9, D)).sum().backward()
+        optimizer.step()
+        again = make(param_groups(model, lr=1e-2, weight_decay=0.05))
+        again.load_state_dict(optimizer.state_dict())
+        assert [g["name"] for g in again.param_groups] == [g["name"] for g in groups]
+    model[1:].requires_grad_(False)
+    model[0].requires_grad_(False).kernel.requires_grad_(True)
+    names = [(g["name"], len(g["params"])) for g in param_groups(model, lr=1e-2)]
+    assert names == [("weights", 1), ("kernels", 4)]
 
 
 def test_param_groups_survive_copies_sharing_and_freezing():

@@ -167,7 +167,7 @@ def test_zero_shot_resolution(bidirectional):
 
 def test_rate_is_checked():
     for rate in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="rate must be positive, got"):
+        with pytest.raises(ValueError, match="rate must be positive and finite, got"):
             SGConv(D, l_max=9)(torch.randn(1, 5, D), rate=rate)
 
 
