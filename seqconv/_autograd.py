@@ -28,7 +28,6 @@ from seqconv import _ops
 from seqconv.reference import activate
 
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def apply(u, k, k_rev, skip, pre_gate, post_gate, activation: str, channels_last: bool):
@@ -45,8 +44,7 @@ def apply(u, k, k_rev, skip, pre_gate, post_gate, activation: str, channels_last
         return _composed(*args)
     if _needs_gradient(args):
         return _Fused.apply(*args)
-    with below_autograd():
-        return _ops.fwd(*args)
+    return _ops.forward(*args)
 
 
 def _needs_gradient(args) -> bool:
@@ -63,19 +61,16 @@ class _Fused(Function):
         *tensors, activation, channels_last = args
         ctx.save_for_backward(*tensors)
         ctx.options = (activation, channels_last)
-        with below_autograd():
-            return _ops.fwd(*args)
+        return _ops.forward(*args)
 
     @staticmethod
     def backward(ctx, dy):
         wanted = ctx.needs_input_grad[:6]
         args = (dy, *ctx.saved_tensors, *ctx.options, wanted)
-        if torch.is_grad_enabled() or transformed(args):
-            # With create_graph=True the operator records its own gradient, _FusedBackward.
-            grads = _ops.bwd(*args)
-        else:
-            with below_autograd():
-                grads = _ops.bwd(*args)
+        if not torch.is_grad_enabled() and not transformed(args):
+            return (*_ops.gradients(*args), None, None)
+        # With create_graph=True the operator records its own gradient, _FusedBackward.
+        grads = _ops.bwd(*args)
         return (*[g if want else None for g, want in zip(grads, wanted, strict=True)], None, None)
 
 
@@ -86,7 +81,7 @@ class _FusedBackward(Function):
         ctx.save_for_backward(*tensors)
         ctx.options = (activation, channels_last)
         ctx.wanted = [want and t is not None for want, t in zip(wanted, tensors[1:], strict=True)]
-        with below_autograd():
+        with _ops.below_autograd():
             return _ops.bwd(*args)
 
     @staticmethod
@@ -246,7 +241,7 @@ def kernel(op, function):
             )
         if _needs_gradient(args):
             return function.apply(*args)
-        with below_autograd():
+        with _ops.below_autograd():
             return op(*args)
 
     return run

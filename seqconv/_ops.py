@@ -49,6 +49,8 @@ def fallback_reason(
 def _empty(like: Tensor, shape, channels_last: bool) -> Tensor:
     """(batch, ..., channels, length); channels_last puts the channels innermost in memory."""
     if not channels_last:
+        if shape == like.shape:  # in half of new_empty's time
+            return torch.empty_like(like, memory_format=torch.contiguous_format)
         return like.new_empty(shape)
     strides, step = [1], 1
     for size in (*shape[-2:0:-1], shape[-1]):  # of channels, any heads, length; then batch
@@ -59,23 +61,29 @@ def _empty(like: Tensor, shape, channels_last: bool) -> Tensor:
 
 
 def _empty_output(u: Tensor, k: Tensor, channels_last: bool) -> Tensor:
+    if k.dim() == 2:
+        return _empty(u, u.shape, channels_last)
     batch, channels, length = u.shape
-    heads = () if k.dim() == 2 else (k.shape[-3],)
-    return _empty(u, (batch, *heads, channels, length), channels_last)
+    return _empty(u, (batch, k.shape[-3], channels, length), channels_last)
 
 
 _SIGNALS = (0, 4, 5)  # u, pre_gate and post_gate among the six inputs; the others are kernels
 
 
-def _empty_gradients(inputs, channels_last: bool, wanted):
-    """One tensor per input; an empty one where none is wanted."""
+def _empty_gradients(inputs, channels_last: bool, wanted) -> list[Tensor | None]:
+    """One tensor per input; None where none is wanted."""
     grads = []
     for i, (like, want) in enumerate(zip(inputs, wanted, strict=True)):
         if like is None or not want:
-            grads.append(inputs[0].new_empty(0))
+            grads.append(None)
         else:
             grads.append(_empty(like, like.shape, channels_last and i in _SIGNALS))
-    return tuple(grads)
+    return grads
+
+
+def _all_tensors(grads: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """As the schema has it: an empty tensor for a gradient that nobody wants."""
+    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _fwd_fused(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last):
@@ -87,18 +95,18 @@ def _fwd_fused(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last
     return y
 
 
-def _bwd_fused(dy, u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last, wanted):
+def _gradients_fused(dy, u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last, wanted):
     inputs = (u, k, k_rev, skip, pre_gate, post_gate)
     if fallback_reason(u.device, u.dtype, u.shape[-1]):
-        return _bwd_reference(dy, *inputs, activation, channels_last, wanted)
+        return _gradients_reference(dy, *inputs, activation, channels_last, wanted)
     grads = _empty_gradients(inputs, channels_last, wanted)
-    asked = [
-        g if want and t is not None else None
-        for g, t, want in zip(grads, inputs, wanted, strict=True)
-    ]
     backend = _cpu if u.device.type == "cpu" else _cuda
-    backend.backward(asked, dy, *inputs, activation)
+    backend.backward(grads, dy, *inputs, activation)
     return grads
+
+
+def _bwd_fused(dy, *rest):
+    return _all_tensors(_gradients_fused(dy, *rest), dy)
 
 
 def _fwd_reference(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last):
@@ -112,16 +120,22 @@ def _fwd_reference(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_
     return y.copy_(reference.fftconv_fft(u, k, skip, **options))
 
 
-def _bwd_reference(dy, u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last, wanted):
+def _gradients_reference(
+    dy, u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last, wanted
+):
     inputs = (u, k, k_rev, skip, pre_gate, post_gate)
     grads = _empty_gradients(inputs, channels_last, wanted)
     if dy.numel() == 0:
-        return tuple(grad.zero_() for grad in grads)
+        return [grad if grad is None else grad.zero_() for grad in grads]
     values = reference.backward(dy, *inputs, activation)
-    for grad, value, want in zip(grads, values, wanted, strict=True):
-        if want and value is not None:
+    for grad, value in zip(grads, values, strict=True):
+        if grad is not None:
             grad.copy_(value)
     return grads
+
+
+def _bwd_reference(dy, *rest):
+    return _all_tensors(_gradients_reference(dy, *rest), dy)
 
 
 def _fwd_fake(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last):
@@ -129,7 +143,8 @@ def _fwd_fake(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last)
 
 
 def _bwd_fake(dy, u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last, wanted):
-    return _empty_gradients((u, k, k_rev, skip, pre_gate, post_gate), channels_last, wanted)
+    inputs = (u, k, k_rev, skip, pre_gate, post_gate)
+    return _all_tensors(_empty_gradients(inputs, channels_last, wanted), dy)
 
 
 for _device in ("CPU", "CUDA"):
@@ -139,6 +154,41 @@ library.impl("fftconv_fwd", _fwd_reference, "CompositeExplicitAutograd")
 library.impl("fftconv_bwd", _bwd_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("seqconv::fftconv_fwd", _fwd_fake, lib=library)
 torch.library.register_fake("seqconv::fftconv_bwd", _bwd_fake, lib=library)
+
+
+# Torch's dispatcher takes longer than all else around a kernel, twice so for operators in Python. Where nobody
+# watches it, eager calls go past it.
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+below_autograd = torch._C._AutoDispatchBelowAutograd
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
+def _unwatched(tensors) -> bool:
+    """Plain tensors of a device with kernels, and no mode, profiler or trace that must see the operator."""
+    for t in tensors:
+        if t is not None and type(t) not in _PLAIN:
+            return False
+    if tensors[0].device.type not in ("cpu", "cuda"):
+        return False
+    return not (_modes() or torch.autograd._profiler_enabled() or torch.jit.is_tracing())
+
+
+def forward(*args) -> Tensor:
+    """fftconv_fwd of its arguments, whose derivative nobody asks the operator for."""
+    if _unwatched(args[:6]):
+        return _fwd_fused(*args)
+    with below_autograd():
+        return fwd(*args)
+
+
+def gradients(*args) -> list[Tensor | None]:
+    """fftconv_bwd of its arguments, None for what is not wanted; nobody asks for its own derivative."""
+    if _unwatched(args[:7]):
+        return _gradients_fused(*args)
+    with below_autograd():
+        grads = bwd(*args)
+    return [g if want else None for g, want in zip(grads, args[-1], strict=True)]
 
 
 # Batching. Convolutions of different channels never meet, so any mapped axis folds into the

@@ -4,11 +4,14 @@ Each of these is known to be silently wrong for some way of attaching a gradient
 every test compares values with the reference; where a combination is not supported, it must raise.
 """
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from cases import Case
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from seqconv import _ops, fftconv, reference
@@ -349,3 +352,36 @@ def test_autocast_changes_no_dtype_and_takes_mixed_gates():
     assert torch.equal(mixed, y) and mixed.dtype == torch.bfloat16 and wide.dtype == torch.float32
     mixed.float().sum().backward()
     assert tensors["pre_gate"].grad.dtype == torch.float32
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_and_profilers_see_the_operators():
+    """Eager calls go past torch's dispatcher only where nobody watches it."""
+    u, k = torch.randn(2, 3, 50, requires_grad=True), torch.randn(3, 50, requires_grad=True)
+    names = ["seqconv::fftconv_fwd", "seqconv::fftconv_bwd"]
+    with Seen() as seen:
+        y = fftconv(u, k)
+        grads = torch.autograd.grad(y.sum(), (u, k))
+        with torch.no_grad():
+            assert torch.equal(fftconv(u, k), y)
+    assert [name for name in seen.names if name.startswith("seqconv")] == [*names, names[0]]
+    with torch.profiler.profile() as profiler:
+        torch.autograd.grad(fftconv(u, k).sum(), (u, k))
+    found = {event.name for event in profiler.events()}
+    assert set(names) <= found
+    with patch.object(_ops, "_unwatched", return_value=False):
+        same = fftconv(u, k)
+        assert torch.equal(same, y)
+        assert all(map(torch.equal, torch.autograd.grad(same.sum(), (u, k)), grads))
+    with patch.object(_ops, "fwd", None), patch.object(_ops, "bwd", None):
+        assert torch.equal(fftconv(u, k), y)
+        assert all(map(torch.equal, torch.autograd.grad(fftconv(u, k).sum(), (u, k)), grads))
