@@ -112,7 +112,7 @@ class _Forward(Function):
     def forward(ctx, *args):
         *tensors, ctx.radices = args
         ctx.save_for_backward(*tensors)
-        with _autograd.below_autograd():
+        with _ops.below_autograd():
             return fwd(*args)
 
     @staticmethod
@@ -125,7 +125,7 @@ class _Backward(Function):
     def forward(ctx, *args):
         *tensors, ctx.radices = args
         ctx.save_for_backward(*tensors)
-        with _autograd.below_autograd():
+        with _ops.below_autograd():
             return bwd(*args)
 
     @staticmethod

@@ -41,7 +41,7 @@ def opaque(name: str, options: str, function):
         def forward(ctx, rest, *tensors):
             ctx.save_for_backward(*tensors)
             ctx.rest = rest
-            with _autograd.below_autograd():
+            with _ops.below_autograd():
                 return fwd(tensors, *rest)
 
         @staticmethod
@@ -55,7 +55,7 @@ def opaque(name: str, options: str, function):
             raise RuntimeError(f"seqconv::{name} is for torch.compile only")
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             return Opaque.apply(rest, *tensors)
-        with _autograd.below_autograd():
+        with _ops.below_autograd():
             return fwd(tensors, *rest)
 
     _ops.library.impl(name, run, "CompositeExplicitAutograd")

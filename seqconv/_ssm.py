@@ -225,7 +225,7 @@ class _Forward(Function):
     def forward(ctx, a, w, length, single, fused):
         ctx.save_for_backward(a, w)
         ctx.fused = fused
-        with _autograd.below_autograd():
+        with _ops.below_autograd():
             return fwd(a, w, length, single, fused)
 
     @staticmethod
@@ -237,7 +237,7 @@ class _Backward(Function):
     @staticmethod
     def forward(ctx, dk, a, w, fused):
         ctx.save_for_backward(dk, a, w)
-        with _autograd.below_autograd():
+        with _ops.below_autograd():
             return bwd(dk, a, w, fused)
 
     @staticmethod
