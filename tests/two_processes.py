@@ -7,7 +7,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from test_layers import LAYERS, D
+from layer_table import LAYERS, D
 from torch.nn.parallel import DistributedDataParallel
 
 from seqconv import ButterflyConv, Hyena

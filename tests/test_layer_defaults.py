@@ -1,0 +1,189 @@
+"""Layers as shipped: what they share begins alike, defaults, initial statistics, optimiser groups."""
+
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+from layer_table import EVERY, D
+from torch import nn
+
+from seqconv import (
+    S4D,
+    ButterflyConv,
+    Hyena,
+    LongConv,
+    LongConvKernel,
+    S4DKernel,
+    SGConv,
+    SGConvKernel,
+    param_groups,
+)
+from seqconv.long_conv import squash
+
+
+@pytest.mark.parametrize("layer", [S4D, LongConv, SGConv, Hyena, ButterflyConv])
+def test_what_layers_share_begins_alike(layer):
+    """skip is standard normal; linear maps are torch's: uniform in +-1 / sqrt(features), biases too."""
+    heads = {} if layer is Hyena else {"heads": 2}
+    made = layer(2000, **heads, **({} if layer is S4D else {"l_max": 4}))
+    skip = made.skip.flatten()
+    assert made.skip.shape == (heads.get("heads", 1), 2000)
+    assert abs(skip.mean()) < 0.08 and abs(skip.std() - 1) < 0.06
+    assert 0.65 < (skip.abs() < 1).float().mean() < 0.72  # 0.683 of a normal distribution
+    for linear in (made.in_proj, made.out_proj) if layer is Hyena else (made.linear,):
+        bound = linear.in_features**-0.5
+        for t in (linear.weight, linear.bias):
+            assert 0.99 * bound < t.abs().max() <= bound and abs(t.mean()) < 0.05 * bound
+            assert abs(t.std() * 3**0.5 / bound - 1) < 0.05
+
+
+BLOCK = {"heads": 1, "activation": "gelu", "dropout": 0.0, "tie_dropout": False, "postact": "glu"}
+BLOCK |= {"kernel_lr": 1e-3}
+FREE = {
+    "init": "double_exp",
+    "lam": 0.003,
+    "smooth": None,
+    "smooth_window": 7,
+    "kernel_dropout": 0.2,
+}
+DEFAULTS = {
+    S4D: BLOCK
+    | {"bidirectional": False, "d_state": 64, "n_ssm": None, "init": "lin", "discretization": "zoh"}
+    | {"real_transform": "exp", "imag_transform": "none", "is_real": False, "real_scale": 1.0}
+    | {
+        "imag_scale": 1.0,
+        "real_random": False,
+        "imag_random": False,
+        "B_init": None,
+        "B_scale": 1.0,
+    }
+    | {"normalize_B": False, "train_B": True, "dt_min": 1e-3, "dt_max": 1e-1, "dt_tie": True}
+    | {"dt_transform": "exp", "dt_sinh": False, "deterministic": False, "bandlimit": None}
+    | {"kernel_dropout": 0.0, "backend": "auto"},
+    LongConv: BLOCK | FREE | {"bidirectional": False},
+    SGConv: BLOCK
+    | {"bidirectional": False, "kernel_dim": 32, "n_scales": None, "init_scale": 0, "init": "randn"}
+    | {"upsample": "linear", "combine": "cat"}
+    | {"decay": "geometric", "decay_min": 2.0, "decay_max": 2.0},
+    Hyena: {
+        "order": 2,
+        "emb_dim": 3,
+        "filter_width": 64,
+        "filter_layers": 2,
+        "filter_frequency": 1.0,
+    }
+    | {"kernel_lr": 1e-3},
+    ButterflyConv: BLOCK
+    | FREE
+    | {"butterfly_heads": 1, "additive": False, "dft_activation": None, "dft_dropout": 0.0}
+    | {"dft_lr": 1e-3},
+}
+
+
+@pytest.mark.parametrize("layer", DEFAULTS)
+def test_defaults(layer):
+    """Those of the papers and their code: a new one is a decision, not an accident."""
+    parameters = inspect.signature(layer).parameters.values()
+    assert {p.name for p in parameters if p.default is p.empty} <= {"d_model", "l_max"}
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == DEFAULTS[layer]
+    known = DEFAULTS[layer] | {"lr": 1e-3, "two_sided": False}
+    generators = {S4D: S4DKernel, LongConv: LongConvKernel, SGConv: SGConvKernel}
+    for p in inspect.signature(generators.get(layer, layer)).parameters.values():
+        assert p.default is p.empty or p.default == known[p.name]
+
+
+# ---- LongConv ----
+
+
+def test_squash():
+    k = torch.tensor([-0.5, -0.1, 0.0, 0.1, 0.5], requires_grad=True)
+    y = squash(k, 0.2)
+    torch.testing.assert_close(y, torch.tensor([-0.3, 0.0, 0.0, 0.0, 0.3]))
+    assert torch.autograd.grad(y.sum(), k)[0].tolist() == [1, 0, 0, 0, 1]
+
+
+def test_long_conv_initialisation():
+    channels, taps = 8, 4000
+    kernel = LongConvKernel(channels, l_max=taps, heads=20).kernel
+    for i in range(channels):
+        rate = (channels // 2) ** (i / channels)
+        for j in (0, taps - 100):
+            decay = math.exp(-rate * (j + 50) / taps)
+            assert abs(kernel[:, i, j : j + 100].std() / (0.02 * decay) - 1) < 0.1
+    assert torch.isfinite(LongConvKernel(1, l_max=10).kernel).all()
+
+
+def test_long_conv_kernel_dropout_and_shorter_or_longer_inputs():
+    kernel = LongConvKernel(D, l_max=400, lam=0.0, kernel_dropout=0.25)
+    trained = kernel(400)
+    kernel.eval()
+    dropped = (trained == 0).float().mean()
+    assert abs(dropped - 0.25) < 0.05
+    torch.testing.assert_close(trained, torch.where(trained == 0, 0.0, kernel(400) / 0.75))
+    assert torch.equal(kernel(100), kernel(400)[..., :100])
+    assert kernel(900).shape[-1] == 400
+    with pytest.raises(ValueError, match="lam must be >= 0"):
+        LongConv(D, l_max=4, lam=-1.0)
+    with pytest.raises(ValueError, match="lam must be >= 0, got nan"):
+        LongConv(D, l_max=4, lam=math.nan)
+
+
+# ---- optimiser groups ----
+
+
+def test_param_groups():
+    model = nn.Sequential(
+        nn.Linear(1, D), S4D(D), LongConv(D, l_max=9, kernel_lr=5e-4), nn.LayerNorm(D)
+    )
+    groups = param_groups(model, lr=1e-2, weight_decay=0.05)
+    everything = [p for g in groups for p in g["params"]]
+    assert len(everything) == len(set(everything)) == len(list(model.parameters()))
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        wanted = (1e-2, 0.05)
+        if name.endswith(("inv_dt", "inv_A_real", "inv_A_imag", ".B")):
+            wanted = (1e-3, 0.0)
+        elif name.endswith("kernel.kernel"):
+            wanted = (5e-4, 0.0)
+        assert found[id(parameter)] == wanted, name
+    assert {g["lr"] for g in param_groups(model, lr=1e-4)} == {1e-4}  # never above the global one
+    torch.optim.AdamW(groups)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_kernel_with_learning_rate_0_is_buffers(name):
+    make = EVERY[name]
+    rates = {"kernel_lr": 0.0} | ({"dft_lr": 0.0} if name == "butterfly" else {})
+    learned, fixed = make(), make(**rates)
+    assert learned.state_dict().keys() == fixed.state_dict().keys()
+    fixed.load_state_dict(learned.state_dict())
+    slow = {id(p) for g in param_groups(learned, lr=1.0) if g["lr"] < 1 for p in g["params"]}
+    left = [n for n, p in learned.named_parameters() if id(p) not in slow]
+    assert slow and left == [n for n, _ in fixed.named_parameters()]
+    x = torch.randn(2, 30, D)
+    y = fixed(x)
+    assert torch.equal(y, learned(x))
+    y.square().sum().backward()
+    assert all(p.grad.any() for p in fixed.parameters())
+    assert not any(t.requires_grad for t in fixed.buffers())
+    (group,) = param_groups(fixed, lr=1.0)
+    assert len(group["params"]) == len(left)
+
+
+def test_param_groups_see_through_parametrization():
+    layer = LongConv(D, l_max=9)
+    nn.utils.parametrize.register_parametrization(layer.kernel, "kernel", nn.Identity())
+    assert [len(g["params"]) for g in param_groups(layer, lr=1e-2, weight_decay=0.1)] == [3, 1]
+
+
+def test_param_groups_survive_copies_sharing_and_freezing():
+    model = copy.deepcopy(nn.ModuleList([S4D(D)] * 2))
+    model[0].linear.requires_grad_(False)
+    groups = param_groups(model, lr=1e-2, weight_decay=0.1)
+    assert [len(g["params"]) for g in groups] == [2, 4]
+    with pytest.raises(ValueError, match="lr and weight_decay must be >= 0"):
+        param_groups(model, lr=-1)
+    with pytest.raises(TypeError, match="model must be a module, got generator"):
+        param_groups(model.parameters(), lr=1e-2)
