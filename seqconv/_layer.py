@@ -104,18 +104,7 @@ class TiedDropout(nn.Dropout):
         return x * F.dropout(mask, self.p, self.training)
 
 
-class Streamless(nn.Module):
-    """A layer that needs the whole sequence at once."""
-
-    def _refuse(self, *_, **__):
-        """Raises TypeError: only a causal S4D runs step by step."""
-        text = "has no recurrence; of the layers, S4D has one (causal, not dss_softmax)"
-        raise TypeError(f"{type(self).__name__}: {text}")
-
-    init_state = step = prefill = _refuse
-
-
-class ConvLayer(Streamless):
+class ConvLayer(nn.Module):
     """(batch, length, d_model) -> the same: y = GLU(W dropout(gelu(k * x + skip x)) + b).
 
     Parameters: the generator's; skip (heads, d_model) ~ N(0, 1); linear (2 d_model, heads d_model),
@@ -173,7 +162,7 @@ class ConvLayer(Streamless):
         often as those of training.
         """
         name = type(self).__name__
-        check_input(name, x, self.linear, self.d_model)
+        check_input(name, x, self.skip, self.d_model)
         padding = _padding(name, x, mask, lengths)
         if padding is not None:
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
@@ -196,7 +185,8 @@ class ConvLayer(Streamless):
 
     def _mix(self, y: Tensor) -> Tensor:
         """(batch, length, heads d_model) after the activation -> (batch, length, d_model)."""
-        y = self.linear(self.dropout(y))
+        wide = 2 * self.d_model if self.postact == "glu" else self.d_model
+        y = apply_linear(self, "linear", self.dropout(y), wide)
         return F.glu(y, dim=-1) if self.postact == "glu" else y
 
     def extra_repr(self) -> str:
@@ -204,15 +194,28 @@ class ConvLayer(Streamless):
 
 
 def check_input(
-    function: str, x: Tensor, layer: nn.Linear, d_model: int, axes=("batch", "length")
+    function: str, x: Tensor, own: Tensor, d_model: int, axes=("batch", "length")
 ) -> None:
-    """x (*axes, d_model) in the dtype of the layer, whose linear map this is, unless under autocast."""
+    """x (*axes, d_model) on the device and, unless under autocast, in the dtype of `own`, a parameter of the
+    layer itself: what stands in the place of its linear maps may have any weights or none."""
     check_tensor(function, "x", x)
     if x.device.type != "meta" and not torch.is_autocast_enabled(x.device.type):
         why = " (the layer's dtype) outside autocast"
-        check_tensor(function, "x", x, dtypes=(layer.weight.dtype,), why=why)
-    check_tensor(function, "x", x, device=layer.weight.device, owner="the layer")
+        check_tensor(function, "x", x, dtypes=(own.dtype,), why=why)
+    check_tensor(function, "x", x, device=own.device, owner="the layer")
     check_shape(function, "x", x, (*[(axis, None) for axis in axes], ("d_model", d_model)))
+
+
+def apply_linear(layer: nn.Module, name: str, x: Tensor, wide: int) -> Tensor:
+    """The linear map of that name, or what stands in its place: (..., features) -> (..., wide)."""
+    linear = getattr(layer, name)
+    y = linear(x)
+    if y.shape != (*x.shape[:-1], wide):
+        raise ValueError(
+            f"{type(layer).__name__}: {name} ({type(linear).__name__}) must map {tuple(x.shape)} to "
+            f"{(*x.shape[:-1], wide)}, got {tuple(y.shape)}"
+        )
+    return y
 
 
 def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from seqconv._check import check_length, check_positive, check_rate
 from seqconv._layer import (
     KernelGenerator,
-    Streamless,
     _padding,
+    apply_linear,
     check_input,
     full_precision,
     passes_options_to,
@@ -81,7 +81,7 @@ class HyenaFilter(KernelGenerator):
         return (h.unflatten(-1, (-1, self.d_model)) * decay.unsqueeze(1)).movedim(0, -1)
 
 
-class Hyena(Streamless):
+class Hyena(nn.Module):
     """Hyena operator, (batch, length, d_model) -> the same, causal.
 
         x_1, ..., x_N, v = short convolution of (W_in x + b_in), 3 taps
@@ -167,20 +167,21 @@ class Hyena(Streamless):
         the same as without those steps' content; with padding on one side, as without those steps.
         lengths (batch,), integers, is a mask of everything from lengths[i] on. rate must be 1.
         """
-        check_input("Hyena", x, self.in_proj, self.d_model)
+        check_input("Hyena", x, self.skip, self.d_model)
         if rate != 1.0:
             raise ValueError(f"Hyena: rate must be 1 (its taps have no time scale), got {rate!r}")
         padding = _padding("Hyena", x, mask, lengths)
         # Zero thrice: what the input projection's bias and the short convolution's put there would
         # reach the steps after it.
-        x = self.in_proj(_zero(x, padding))
+        wide = (self.order + 1) * self.d_model
+        x = apply_linear(self, "in_proj", _zero(x, padding), wide)
         x = fftconv(_zero(x, padding), self.short, layout="blh") + self.short_bias.to(x.dtype)
         *gates, v = _zero(x, padding).split(self.d_model, dim=-1)
         k = self.filter(x.shape[1])
         for i in range(self.order - 1):
             post_gate = gates[-1] if i == self.order - 2 else None
             v = fftconv(v, k[i], self.skip[i], pre_gate=gates[i], post_gate=post_gate, layout="blh")
-        return self.out_proj(v)
+        return apply_linear(self, "out_proj", v, self.d_model)
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, order={self.order}"

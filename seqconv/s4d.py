@@ -310,7 +310,7 @@ class S4D(ConvLayer):
         The convolution's y to round-off, at a cost that does not grow with time. Differentiable;
         without gradients the discrete system is kept until a parameter's values change.
         """
-        check_input("S4D.step", x, self.linear, self.d_model, ("batch",))
+        check_input("S4D.step", x, self.skip, self.d_model, ("batch",))
         self._check_state("S4D.step", x, state)
         a, b, c = self._recurrence()
         u = x.to(state.dtype)
@@ -322,7 +322,7 @@ class S4D(ConvLayer):
     def prefill(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """x (batch, length, d_model), going on where `state` is -> y and the state after it, as length
         calls of step() give them, in one convolution."""
-        check_input("S4D.prefill", x, self.linear, self.d_model)
+        check_input("S4D.prefill", x, self.skip, self.d_model)
         self._check_state("S4D.prefill", x, state)
         batch, length, _ = x.shape
         a, b, c = self._discrete()

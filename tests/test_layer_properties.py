@@ -1,0 +1,135 @@
+"""What every layer is born with: the tests of this file go through the table of layers, and know none by name."""
+
+import inspect
+
+import pytest
+import torch
+from layer_table import EVERY, D
+from torch import nn
+
+LENGTH = 50
+
+
+@pytest.fixture(params=EVERY)
+def make(request):
+    """Makes a layer of the table, without anything random in its forward pass."""
+    return EVERY[request.param]
+
+
+def inputs(dtype=torch.float32, length=LENGTH):
+    return torch.randn(2, length, D, dtype=dtype)
+
+
+def relative(ours, wanted) -> float:
+    return ((ours.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+# ---- linear maps ----
+
+
+def outer_linears(layer) -> dict[str, nn.Linear]:
+    """The layer's own linear maps, by name: not those that make a kernel."""
+    return {name: m for name, m in layer.named_children() if isinstance(m, nn.Linear)}
+
+
+class LowRank(nn.Module):
+    """base(x) + x A B, as adapters for finetuning wrap a linear map."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.A = nn.Parameter(torch.randn(base.in_features, 2))
+        self.B = nn.Parameter(torch.randn(2, base.out_features))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.A @ self.B
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def folded(base, weight):
+    """base with another weight."""
+    twin = nn.Linear(base.in_features, base.out_features)
+    twin.load_state_dict({"weight": weight, "bias": base.bias})
+    return twin
+
+
+def low_rank(base):
+    wrapped = LowRank(base)
+    return wrapped, folded(base, base.weight + (wrapped.A @ wrapped.B).T)
+
+
+def sequence(base):
+    return nn.Sequential(base, nn.Dropout(0.0)), base
+
+
+def parametrized(base):
+    twin = folded(base, 2 * base.weight)
+    return nn.utils.parametrize.register_parametrization(base, "weight", Doubled()), twin
+
+
+@pytest.mark.parametrize("replace", [low_rank, sequence, parametrized])
+def test_anything_may_stand_for_a_linear_map(make, replace):
+    layer, x = make(), inputs()
+    assert outer_linears(layer)
+    results = []
+    pairs = {name: replace(linear) for name, linear in outer_linears(layer).items()}
+    for choice in (0, 1):
+        for name, pair in pairs.items():
+            setattr(layer, name, pair[choice])
+        results.append([layer(x)])
+        if hasattr(layer, "step"):
+            results[-1].append(layer.step(x[:, 0], layer.init_state(2))[0])
+            results[-1].append(layer.prefill(x, layer.init_state(2))[0])
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match=r"x must be float32 \(the layer's dtype\).* got float64"):
+        layer(x.double())
+
+
+def test_a_linear_map_may_be_none(make):
+    if "postact" not in inspect.signature(type(make())).parameters:
+        return
+    layer, x = make(postact=None), inputs()
+    with torch.no_grad():
+        layer.linear.weight.copy_(torch.eye(D))
+        layer.linear.bias.zero_()
+    wanted = layer(x)
+    layer.linear = nn.Identity()
+    torch.testing.assert_close(layer(x), wanted)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_linear_maps_may_be_quantized(make):
+    layer, x = make().eval(), inputs()
+    names = set(outer_linears(layer))
+    quantized = torch.ao.quantization.quantize_dynamic(layer, names, dtype=torch.qint8)
+    assert not outer_linears(quantized)
+    assert 1e-6 < relative(quantized(x), layer(x)) < 0.1
+    with pytest.raises(TypeError, match=r"x must be float32 \(the layer's dtype\)"):
+        quantized(x.to(torch.int8).bfloat16())
+
+
+def test_a_linear_map_of_another_shape_is_named(make):
+    for name in outer_linears(layer := make()):
+        setattr(layer, name, nn.Linear(outer_linears(layer)[name].in_features, D + 1))
+        text = rf"{type(layer).__name__}: {name} \(Linear\) must map \(2, 50, \d+\) to .* got \(2, 50, 7\)"
+        with pytest.raises(ValueError, match=text):
+            layer(inputs())
+        layer = make()
+
+
+# ---- the recurrence ----
+
+
+def test_what_cannot_stream_has_no_methods_for_it(make):
+    """All three or none: code that asks by hasattr gets the truth."""
+    layer = make()
+    found = [hasattr(layer, name) for name in ("init_state", "step", "prefill")]
+    assert found == [hasattr(layer, "init_state")] * 3
+    if found[0]:
+        y, _ = layer.step(inputs()[:, 0], layer.init_state(2))
+        assert y.shape == (2, D)
