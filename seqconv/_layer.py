@@ -11,52 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqconv._check import FLOATS, check_choice, check_flag, check_shape, check_tensor
+from seqconv._module import KernelGenerator
 from seqconv.functional import ACTIVATIONS, fftconv
-
-_HALF = (torch.bfloat16, torch.float16)
-
-
-class KernelGenerator(nn.Module):
-    """A module whose call with a length gives a kernel (heads, channels, length).
-
-    `overrides` maps parameter names to the optimiser settings they ask for, which
-    seqconv.param_groups collects. The parameters stay float32 when a model is cast to a half
-    precision: rounding them changes the kernel by tens of percent.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.overrides: dict[str, dict[str, float]] = {}
-
-    def override(self, *names: str, **settings: float) -> None:
-        """Sets `overrides` of parameters, or of the submodules that hold them. With lr=0 they become
-        buffers, which have no gradient and keep their place in the state_dict."""
-        for name in names:
-            self.overrides[name] = self.overrides.get(name, {}) | settings
-            if settings.get("lr") != 0:
-                continue
-            part = getattr(self, name, None)
-            holders = part.modules() if isinstance(part, nn.Module) else [self]
-            for module in holders:
-                for key in [name] if module is self else list(module._parameters):
-                    tensor = module._parameters.get(key)
-                    if tensor is not None:
-                        del module._parameters[key]
-                        module.register_buffer(key, tensor.detach())
-
-    def _apply(self, fn, recurse=True):
-        def keep_precision(t: Tensor) -> Tensor:
-            out = fn(t)
-            if out.dtype not in _HALF:
-                return out
-            return (
-                out.float()
-                if out.is_meta or t.is_meta or t.dtype in _HALF
-                else t.to(out.device).float()
-            )
-
-        return super()._apply(keep_precision, recurse)
-
 
 _ELSEWHERE = {"channels": "heads", "lr": "kernel_lr", "n_heads": "heads", "final_act": "postact"}
 

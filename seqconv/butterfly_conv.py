@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from seqconv import _butterfly, reference
 from seqconv._check import check_choice, check_flag, check_positive, check_rate
-from seqconv._layer import ConvLayer, KernelGenerator, passes_options_to
+from seqconv._layer import ConvLayer, passes_options_to
+from seqconv._module import KernelGenerator
 from seqconv.functional import ACTIVATIONS
 from seqconv.long_conv import LongConvKernel
 
@@ -72,6 +73,7 @@ class Butterfly(KernelGenerator):
         self.override("matrices", lr=lr, weight_decay=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.read()  # refuses matrices in half precision
         parts = []
         for matrix in self.matrices.values():
             learned = self.dropout(matrix)

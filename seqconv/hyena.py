@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from seqconv._check import check_length, check_positive, check_rate
 from seqconv._layer import (
-    KernelGenerator,
     _padding,
     apply_linear,
     check_input,
     full_precision,
     passes_options_to,
 )
+from seqconv._module import KernelGenerator
 from seqconv.functional import fftconv
 
 
@@ -68,13 +68,14 @@ class HyenaFilter(KernelGenerator):
 
     def forward(self, length: int) -> Tensor:
         check_length("HyenaFilter", length)
-        like = {"dtype": self.frequency.dtype, "device": self.frequency.device}
+        (frequency,) = self.read("frequency")
+        like = {"dtype": frequency.dtype, "device": frequency.device}
         t = torch.arange(self.l_max, **like)[:length].unsqueeze(-1) / max(self.l_max - 1, 1)
         phase = 2 * math.pi * t * torch.arange(1, (self.emb_dim + 1) // 2, **like)
         with full_precision(t.device):
             h = torch.cat([t, phase.cos(), -phase.sin()], dim=-1)
             for linear in self.linears[:-1]:
-                h = torch.sin(self.frequency * linear(h))
+                h = torch.sin(frequency * linear(h))
             h = self.linears[-1](h)  # (l, heads h)
         slow, fast = (-math.log(0.01) / until for until in (1.5, 0.3))
         decay = torch.exp(-t * torch.linspace(slow, fast, self.d_model, **like))  # (l h)

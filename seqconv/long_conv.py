@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv._check import check_choice, check_flag, check_length, check_positive, check_rate
-from seqconv._layer import ConvLayer, KernelGenerator, passes_options_to
+from seqconv._layer import ConvLayer, passes_options_to
+from seqconv._module import KernelGenerator
 
 _warned = False  # one warning per process, whatever the filters say
 
@@ -91,7 +92,8 @@ class LongConvKernel(KernelGenerator):
         if init == "double_exp":
             rate = float(d_model // 2) ** (torch.arange(d_model) / d_model)  # (h)
             scale = 0.02 * torch.exp(-rate.unsqueeze(-1) * torch.arange(l_max) / l_max)  # (h l)
-        self.kernel = nn.Parameter(torch.randn(heads, d_model, l_max) * scale)
+        taps = torch.randn(heads, d_model, l_max) * scale
+        self.kernel = nn.Parameter(taps.to(torch.promote_types(taps.dtype, torch.float32)))
         weights = None
         if smooth == "time":
             weights = torch.full((smooth_window,), 1 / smooth_window)
@@ -107,7 +109,7 @@ class LongConvKernel(KernelGenerator):
     def _squashed(self, length: int) -> Tensor:
         # Cut first: a tap beyond the input must not wrap around to the future, nor take part in
         # anything else.
-        k = self.kernel[..., :length]
+        k = self.read("kernel")[0][..., :length]
         if self.smooth == "time":
             k = _correlate(k, self.weights)
         elif self.smooth == "frequency" and k.shape[-1]:

@@ -17,7 +17,8 @@ from seqconv._check import (
     check_shape,
     check_tensor,
 )
-from seqconv._layer import ConvLayer, KernelGenerator, check_input, passes_options_to
+from seqconv._layer import ConvLayer, check_input, passes_options_to
+from seqconv._module import KernelGenerator
 from seqconv._ssm import mode_sum, moments, transformed
 from seqconv.functional import fftconv
 from seqconv.reference import activate
@@ -159,16 +160,16 @@ class S4DKernel(KernelGenerator):
     def system(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log dt (d_model,) or (d_model, modes), A and B (d_model, modes, 2), C (heads, d_model, modes, 2),
         float64."""
-        p = self.inv_dt.double()
-        p = torch.sinh(p) if self.dt_sinh else p
+        names = ("inv_dt", "inv_A_real", "B", "C", *(() if self.is_real else ("inv_A_imag",)))
+        inv_dt, inv_A_real, B, C, *inv_A_imag = (t.double() for t in self.read(*names))
+        p = torch.sinh(inv_dt) if self.dt_sinh else inv_dt
         log_dt = p if self.dt_transform == "exp" else F.softplus(p).log()
-        real = -POSITIVE[self.real_transform][0](self.inv_A_real.double())
-        B, C = self.B.double(), self.C.double()
+        real = -POSITIVE[self.real_transform][0](inv_A_real)
         if self.is_real:
             imag = torch.zeros_like(real)
             B, C = (torch.stack([t, torch.zeros_like(t)], -1) for t in (B, C))
         else:
-            imag = POSITIVE[self.imag_transform][0](self.inv_A_imag.double())
+            imag = POSITIVE[self.imag_transform][0](inv_A_imag[0])
         copies = (self.d_model // self.n_ssm, 1, 1)
         A, B = torch.stack([real, imag], -1).repeat(copies), B.repeat(copies)
         if self.bandlimit is not None:

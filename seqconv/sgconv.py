@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv._check import check_choice, check_flag, check_length, check_positive, check_rate
-from seqconv._layer import ConvLayer, KernelGenerator, full_precision, passes_options_to
+from seqconv._layer import ConvLayer, full_precision, passes_options_to
+from seqconv._module import KernelGenerator
 
 
 class SGConvKernel(KernelGenerator):
@@ -100,31 +101,34 @@ class SGConvKernel(KernelGenerator):
             self.decay = nn.Parameter(p) if decay == "power" else nn.Buffer(p)
         self.override("pieces", "decay", lr=lr)
         with torch.no_grad():
-            norm = self._sample(self.pieces, 1.0, 0, self.taps).norm(dim=-1, keepdim=True)
+            norm = self._sample(self.pieces, self.decay, 1.0, 0, self.taps).norm(
+                dim=-1, keepdim=True
+            )
         self.register_buffer("norm", norm)
 
     def forward(self, length: int, rate: float = 1.0) -> Tensor:
         check_length("SGConvKernel", length)
         if not 0 < rate < math.inf:
             raise ValueError(f"SGConvKernel: rate must be positive, got {rate!r}")
+        pieces, decay, norm = self.read("pieces", "decay", "norm")
         count = math.ceil((self.taps - 0.5) / rate)
         if not torch.compiler.is_compiling():  # where the taps' number would tie graphs to a length
             count = max(min(count, length), 1)
         if self.two_sided:
-            halves = self.pieces.chunk(2, dim=1)
-            k = torch.cat([self._sample(w, rate, i, count) for i, w in enumerate(halves)])
+            halves = pieces.chunk(2, dim=1)
+            k = torch.cat([self._sample(w, decay, rate, i, count) for i, w in enumerate(halves)])
         else:
-            k = self._sample(self.pieces, rate, 0, count)
-        k = k / self.norm
+            k = self._sample(pieces, decay, rate, 0, count)
+        k = k / norm
         if rate != 1:
-            edge = self._sample(self.pieces, 1.0, 0, 1) / self.norm
+            edge = self._sample(pieces, decay, 1.0, 0, 1) / norm
             if self.two_sided:  # what past and future differ by
                 past, future = edge.chunk(2)
                 edge = torch.cat([past - future, torch.zeros_like(future)])
             k = rate * k + F.pad((1 - rate) / 2 * edge, (0, count - 1))
         return k[..., :length]
 
-    def _sample(self, pieces: Tensor, rate: float, lag: int, count: int) -> Tensor:
+    def _sample(self, pieces: Tensor, decay: Tensor, rate: float, lag: int, count: int) -> Tensor:
         """(heads, d_model, count): k(t) norm at t = rate (l + lag) - lag, l < count."""
         like = {"dtype": torch.float64, "device": pieces.device}
         t = (rate * (torch.arange(count, **like) + lag) - lag).clamp(min=0)
@@ -152,7 +156,7 @@ class SGConvKernel(KernelGenerator):
             with full_precision(piece.device):
                 part = piece @ weights
             if self.law == "geometric":
-                part = part * (self.decay**-i).unsqueeze(-1)
+                part = part * (decay**-i).unsqueeze(-1)
             parts.append(part)
         if self.combine == "cat":
             k = torch.cat(parts, dim=-1)
@@ -160,7 +164,7 @@ class SGConvKernel(KernelGenerator):
         else:
             k = sum(F.pad(part, (0, count - part.shape[-1])) for part in parts)
         if self.law != "geometric":
-            k = k * torch.exp(-self.decay.unsqueeze(-1) * torch.log1p(t).to(k.dtype))
+            k = k * torch.exp(-decay.unsqueeze(-1) * torch.log1p(t).to(k.dtype))
         return k
 
 

@@ -1,11 +1,14 @@
 """What every layer is born with: the tests of this file go through the table of layers, and know none by name."""
 
+import copy
 import inspect
 
 import pytest
 import torch
 from layer_table import EVERY, D
 from torch import nn
+
+from seqconv._module import HALF, KernelGenerator
 
 LENGTH = 50
 
@@ -133,3 +136,91 @@ def test_what_cannot_stream_has_no_methods_for_it(make):
     if found[0]:
         y, _ = layer.step(inputs()[:, 0], layer.init_state(2))
         assert y.shape == (2, D)
+
+
+# ---- kernels in half precision ----
+
+
+def generators(layer) -> dict[str, KernelGenerator]:
+    return {name: m for name, m in layer.named_modules() if isinstance(m, KernelGenerator)}
+
+
+def halves(layer, dtype) -> dict[str, torch.Tensor]:
+    """The layer's parameters and buffers, all in half precision."""
+    state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    return {name: t.detach().to(dtype) for name, t in state.items()}
+
+
+class Rounded(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return x.to(self.dtype)
+
+
+class Step(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer.step(x, self.layer.init_state(len(x)))
+
+
+WAY_OUT = "must be float32 or float64, got {}: rounded to that .*layer.to.*seqconv.parallel"
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_kernels_in_half_precision_are_refused_by_name(make, dtype):
+    """Whether all of them are, as under mixed precision, or a single one."""
+    layer, x = make().eval(), inputs(dtype)
+    text = WAY_OUT.format(str(dtype).removeprefix("torch."))
+    with pytest.raises(TypeError, match=text):
+        torch.func.functional_call(layer, halves(layer, dtype), x)
+    if hasattr(layer, "step"):
+        with pytest.raises(TypeError, match=text):
+            torch.func.functional_call(Step(layer), halves(Step(layer), dtype), x[:, 0])
+    found = 0
+    for place, generator in generators(layer).items():
+        for name, _ in (*generator.named_parameters(), *generator.named_buffers()):
+            path = f"{place}.{name}"
+            with pytest.raises(TypeError, match=f"{type(generator).__name__}: {name} {text}"):
+                torch.func.functional_call(
+                    layer, {path: halves(layer, dtype)[path]}, inputs(), strict=False
+                )
+            found += 1
+    assert found
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_checkpoints_with_kernels_in_half_precision_are_refused(make, dtype, assign):
+    layer, other = make(), make()
+    before = {name: t.clone() for name, t in halves(layer, torch.float64).items()}
+    for place, generator in generators(other).items():
+        for name in dict(generator.named_parameters()):
+            state = other.state_dict()
+            state[f"{place}.{name}"] = state[f"{place}.{name}"].to(dtype)
+            with pytest.raises(TypeError, match=rf"{name} of the checkpoint must be float32"):
+                layer.load_state_dict(state, assign=assign)
+            if not assign:
+                now = halves(layer, torch.float64)[f"{place}.{name}"]
+                assert torch.equal(now, before[f"{place}.{name}"])
+    # The rest of the layer may be cast, in the checkpoint as by .to().
+    layer.load_state_dict(copy.deepcopy(other).to(dtype).state_dict(), assign=True)
+    x = inputs(dtype)
+    assert relative(layer(x), other(x.float())) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_parametrizations_that_round_kernels_are_refused(make, dtype):
+    for place, generator in generators(make()).items():
+        for name, _ in (*generator.named_parameters(recurse=False),):
+            layer = make()
+            nn.utils.parametrize.register_parametrization(
+                layer.get_submodule(place), name, Rounded(dtype), unsafe=True
+            )
+            with pytest.raises(TypeError, match=f"{name} must be float32 or float64, got"):
+                layer(inputs())

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LAYER = {"_check", "_layer"}
+LAYER = {"_check", "_layer", "_module"}
 ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "_version": set(),
     "_check": set(),
+    "_module": set(),
     "_explanation": set(),
     "reference": set(),
     "_pack": set(),
@@ -34,7 +35,7 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "_butterfly": {"_autograd", "_cpu", "_cuda", "_ops", "_pack", "reference"},
     "_autograd": {"_ops", "reference"},
     "functional": {"_autograd", "_check", "_cpu", "_cuda", "_explanation", "_ops", "reference"},
-    "_layer": {"_check", "functional"},
+    "_layer": {"_check", "_module", "functional"},
     "_ssm": {"_autograd", "_cpu", "_cuda", "_explanation", "_ops"},
     "ssm": {"_check", "_explanation", "_ssm"},
     "s4d_init": {"_check"},
