@@ -92,10 +92,15 @@ class ConvLayer(nn.Module):
         self.bidirectional = bidirectional
         self.activation = activation
         self.postact = postact
-        self.kernel = kernel._apply(lambda t: t)  # float32 under a half default dtype, too
-        self.skip = nn.Parameter(torch.randn(heads, d_model))
+        self.kernel = kernel
+        self.skip = nn.Parameter(torch.empty(heads, d_model))
+        self.reset_parameters()
         self.dropout = (TiedDropout if tie_dropout else nn.Dropout)(dropout)
         self.linear = nn.Linear(heads * d_model, 2 * d_model if postact == "glu" else d_model)
+
+    def reset_parameters(self) -> None:
+        """Draws skip anew, as at construction; kernel and linear map have a reset_parameters of their own."""
+        nn.init.normal_(self.skip)
 
     @property
     def causal(self) -> bool:

@@ -1,9 +1,36 @@
-"""What kernel generators are as modules: the precision of their parameters, what they ask of an optimiser."""
+"""What kernel generators are as modules: initial values, precision of parameters, what they ask of an optimiser."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+def kernel_dtype() -> torch.dtype:
+    """Of a new generator's parameters: the default dtype, but at least float32."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Gives parameters and buffers of the module new values, also parametrized and sharded ones (rank 0's)."""
+    with torch.no_grad():
+        for name, value in values.items():
+            if parametrize.is_parametrized(module, name):
+                setattr(module, name, value)
+                continue
+            target = getattr(module, name)
+            if hasattr(target, "device_mesh"):
+                from torch.distributed.tensor import distribute_tensor
+
+                value = value.to(target.dtype)
+                value = distribute_tensor(value, target.device_mesh, target.placements)
+            target.copy_(value)
+
+
+def whole(t: Tensor) -> Tensor:
+    """A sharded tensor with all its parts."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 class KernelGenerator(nn.Module):
@@ -11,8 +38,12 @@ class KernelGenerator(nn.Module):
 
     `overrides` maps parameter names to the optimiser settings they ask for, which
     seqconv.param_groups collects. The parameters stay float32 when a model is cast to a half
-    precision: rounding them changes the kernel, by up to 80 percent. Where they come in half precision all the
-    same, `read` and load_state_dict raise TypeError.
+    precision, and begin in float32 at least, in float64 where that is torch's default (`kernel_dtype`):
+    rounding them changes the kernel, by up to 80 percent. Where they come in half precision all the same, `read` and
+    load_state_dict raise TypeError.
+
+    reset_parameters() draws initial values for what a module holds itself, as torch's modules do; model.apply
+    or a loop over model.modules() reaches all.
     """
 
     def __init__(self):

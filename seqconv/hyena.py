@@ -14,7 +14,7 @@ from seqconv._layer import (
     full_precision,
     passes_options_to,
 )
-from seqconv._module import KernelGenerator
+from seqconv._module import KernelGenerator, kernel_dtype
 from seqconv.functional import fftconv
 
 
@@ -61,10 +61,19 @@ class HyenaFilter(KernelGenerator):
             raise ValueError(f"{name}: frequency must be positive, got {frequency}")
         self.d_model, self.l_max, self.emb_dim = d_model, l_max, emb_dim
         sizes = [emb_dim] + [width] * (layers + 1)
-        linears = [nn.Linear(a, b) for a, b in pairwise(sizes)]
-        self.linears = nn.ModuleList([*linears, nn.Linear(width, heads * d_model, bias=False)])
-        self.frequency = nn.Parameter(torch.full((width,), float(frequency)))
+        like = {"dtype": kernel_dtype()}
+        linears = [nn.Linear(a, b, **like) for a, b in pairwise(sizes)]
+        last = nn.Linear(width, heads * d_model, bias=False, **like)
+        self.linears = nn.ModuleList([*linears, last])
+        self.initial_frequency = float(frequency)
+        self.frequency = nn.Parameter(torch.empty(width, **like))
         self.override("linears", "frequency", lr=lr, weight_decay=0.0)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the sines' frequency as at construction; the linear maps draw theirs themselves."""
+        with torch.no_grad():
+            self.frequency.fill_(self.initial_frequency)
 
     def forward(self, length: int) -> Tensor:
         check_length("HyenaFilter", length)
@@ -139,9 +148,8 @@ class Hyena(nn.Module):
         check_positive("Hyena", filter_width=filter_width, filter_layers=filter_layers)
         self.d_model, self.order = d_model, order
         self.in_proj = nn.Linear(d_model, (order + 1) * d_model)
-        bound = 1 / math.sqrt(3)
-        self.short = nn.Parameter(torch.empty((order + 1) * d_model, 3).uniform_(-bound, bound))
-        self.short_bias = nn.Parameter(torch.empty((order + 1) * d_model).uniform_(-bound, bound))
+        self.short = nn.Parameter(torch.empty((order + 1) * d_model, 3))
+        self.short_bias = nn.Parameter(torch.empty((order + 1) * d_model))
         self.filter = HyenaFilter(
             d_model,
             l_max=l_max,
@@ -151,9 +159,17 @@ class Hyena(nn.Module):
             layers=filter_layers,
             frequency=filter_frequency,
             lr=kernel_lr,
-        )._apply(lambda t: t)  # float32 under a half default dtype, too
-        self.skip = nn.Parameter(torch.randn(order - 1, d_model))
+        )
+        self.skip = nn.Parameter(torch.empty(order - 1, d_model))
         self.out_proj = nn.Linear(d_model, d_model)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the short convolutions and skip anew, as at construction; filter and linear maps draw theirs."""
+        bound = 1 / math.sqrt(3)
+        nn.init.uniform_(self.short, -bound, bound)
+        nn.init.uniform_(self.short_bias, -bound, bound)
+        nn.init.normal_(self.skip)
 
     def forward(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from seqconv._check import check_choice, check_flag, check_length, check_positive, check_rate
 from seqconv._layer import ConvLayer, full_precision, passes_options_to
-from seqconv._module import KernelGenerator
+from seqconv._module import KernelGenerator, fill, kernel_dtype, whole
 
 
 class SGConvKernel(KernelGenerator):
@@ -84,27 +84,38 @@ class SGConvKernel(KernelGenerator):
             n_scales = max(1, 1 + (-(-l_max // kernel_dim) - 1).bit_length() - init_scale)
         check_positive(name, n_scales=n_scales)
         self.upsample, self.combine, self.law = upsample, combine, decay
+        self.init, self.decay_min, self.decay_max = init, decay_min, decay_max
         self.init_scale, self.two_sided = init_scale, two_sided
         self.taps = kernel_dim << (n_scales - 1 + init_scale)
-
-        pieces = torch.randn(n_scales, heads, d_model, kernel_dim)
-        if init == "cos":
-            turns = torch.stack([torch.randperm(d_model) for _ in range(n_scales)])
-            place = torch.arange(kernel_dim) / max(kernel_dim - 1, 1)
-            waves = torch.cos(2 * math.pi * turns.unsqueeze(-1) * place)  # (s h d)
-            pieces = waves.unsqueeze(1).repeat(1, heads, 1, 1)
-        self.pieces = nn.Parameter(pieces)
-        if decay == "geometric":
-            self.register_buffer("decay", torch.linspace(decay_min, decay_max, d_model))
-        else:
-            p = torch.empty(d_model).uniform_(decay_min, decay_max)
-            self.decay = nn.Parameter(p) if decay == "power" else nn.Buffer(p)
+        like = {"dtype": kernel_dtype()}
+        self.pieces = nn.Parameter(torch.empty(n_scales, heads, d_model, kernel_dim, **like))
+        p = torch.empty(d_model, **like)
+        self.decay = nn.Parameter(p) if decay == "power" else nn.Buffer(p)
+        self.norm = nn.Buffer(torch.empty(heads, d_model, 1, **like))
         self.override("pieces", "decay", lr=lr)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weights and decay anew, as at construction, and sets norm to the new kernel's."""
+        like = {"dtype": self.pieces.dtype, "device": self.pieces.device}
+        n_scales, heads, d_model, kernel_dim = self.pieces.shape
+        if like["device"].type == "meta":
+            return
+        pieces = torch.randn(self.pieces.shape, **like)
+        if self.init == "cos":
+            turns = [torch.randperm(d_model, device=like["device"]) for _ in range(n_scales)]
+            place = torch.arange(kernel_dim, **like) / max(kernel_dim - 1, 1)
+            waves = torch.cos(2 * math.pi * torch.stack(turns).unsqueeze(-1) * place)  # (s h d)
+            pieces = waves.unsqueeze(1).repeat(1, heads, 1, 1)
+        ends = self.decay_min, self.decay_max
+        if self.law == "geometric":
+            decay = torch.linspace(*ends, d_model, **like)
+        else:
+            decay = torch.empty(d_model, **like).uniform_(*ends)
+        fill(self, {"pieces": pieces, "decay": decay})
         with torch.no_grad():
-            norm = self._sample(self.pieces, self.decay, 1.0, 0, self.taps).norm(
-                dim=-1, keepdim=True
-            )
-        self.register_buffer("norm", norm)
+            drawn = whole(self.pieces), whole(self.decay)
+            fill(self, {"norm": self._sample(*drawn, 1.0, 0, self.taps).norm(dim=-1, keepdim=True)})
 
     def forward(self, length: int, rate: float = 1.0) -> Tensor:
         check_length("SGConvKernel", length)

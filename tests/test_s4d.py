@@ -445,3 +445,20 @@ def test_s4_is_the_limit_of_s4d_for_smooth_inputs():
         assert abs(relative(answers[1], s4) - 1) < 0.1
         if distance:
             assert abs(apart(A, normal, b) - distance) < 1e-4
+
+
+@pytest.mark.parametrize("transform", ["exp", "softplus"])
+def test_steps_of_any_size_are_kept(transform):
+    """dt_min = 1e-5 is what is asked for and what there is: nothing is clamped."""
+    kernel = S4DKernel(500, dt_min=1e-6, dt_max=1e-5, dt_transform=transform)
+    dt = kernel.system()[0].exp()
+    assert 0.99e-6 < dt.min() < 1.5e-6 and 0.7e-5 < dt.max() < 1.01e-5
+
+
+def test_options_are_checked_without_storage_too():
+    with torch.device("meta"):
+        assert S4DKernel(4, init="legs", normalize_B=True, deterministic=True).C.is_meta
+        with pytest.raises(ValueError, match="real_transform='sigmoid' gives values below 1"):
+            S4DKernel(4, init="real", real_transform="sigmoid")
+        with pytest.raises(ValueError, match="init must be one of"):
+            S4DKernel(4, init="hipo")
