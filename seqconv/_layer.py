@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqconv._check import FLOATS, check_choice, check_flag, check_shape, check_tensor
-from seqconv._module import KernelGenerator
+from seqconv._module import Described, KernelGenerator
 from seqconv.functional import ACTIVATIONS, fftconv
 
 _ELSEWHERE = {"channels": "heads", "lr": "kernel_lr", "n_heads": "heads", "final_act": "postact"}
@@ -60,7 +60,7 @@ class TiedDropout(nn.Dropout):
         return x * F.dropout(mask, self.p, self.training)
 
 
-class ConvLayer(nn.Module):
+class ConvLayer(Described):
     """(batch, length, d_model) -> the same: y = GLU(W dropout(gelu(k * x + skip x)) + b).
 
     Parameters: the generator's; skip (heads, d_model) ~ N(0, 1); linear (2 d_model, heads d_model),
@@ -69,6 +69,8 @@ class ConvLayer(nn.Module):
     """
 
     resamples = False
+    shown = ("heads", "bidirectional")
+    meaning = ("bidirectional", "activation")
 
     def __init__(
         self,
@@ -149,9 +151,6 @@ class ConvLayer(nn.Module):
         wide = 2 * self.d_model if self.postact == "glu" else self.d_model
         y = apply_linear(self, "linear", self.dropout(y), wide)
         return F.glu(y, dim=-1) if self.postact == "glu" else y
-
-    def extra_repr(self) -> str:
-        return f"{self.d_model}, heads={self.heads}, bidirectional={self.bidirectional}"
 
 
 def check_input(

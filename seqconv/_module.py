@@ -1,10 +1,22 @@
-"""What kernel generators are as modules: initial values, precision of parameters, what they ask of an optimiser."""
+"""What kernel generators and layers are as modules: initial values, precision, repr, options kept with the state."""
+
+import inspect
+import json
+import warnings
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 HALF = (torch.bfloat16, torch.float16)
+_KEPT = (
+    512  # bytes of every kept state: distributed checkpoints are read into tensors of the same size
+)
+
+_warned_in = (
+    None  # the list of missing keys, one for each load_state_dict, of the last that has warned
+)
 
 
 def kernel_dtype() -> torch.dtype:
@@ -33,7 +45,86 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-class KernelGenerator(nn.Module):
+class Described(nn.Module):
+    """A module that shows its options and keeps those that its parameters mean nothing without.
+
+    repr shows the options in `shown`, and others that differ from their default. Those in `meaning` are part
+    of the state_dict, as JSON in bytes: loading it into a module with others is an error that names
+    them. A checkpoint without them loads with a UserWarning, one for each load_state_dict. An option is an
+    attribute of its own name or of the one in `attributes`.
+    """
+
+    shown: tuple[str, ...] = ()
+    meaning: tuple[str, ...] = ()
+    attributes: ClassVar[dict[str, str]] = {}
+
+    def option(self, name: str):
+        return getattr(self, self.attributes.get(name, name), None)
+
+    def extra_repr(self) -> str:
+        first, *options = list(inspect.signature(type(self).__init__).parameters.values())[1:]
+        parts = [str(self.option(first.name))]
+        for p in options:
+            value = self.option(p.name)
+            if isinstance(value, (nn.Module, Tensor)) or not hasattr(
+                self, self.attributes.get(p.name, p.name)
+            ):
+                continue
+            if p.name in self.shown or value != p.default:
+                parts.append(f"{p.name}={value!r}")
+        return ", ".join(parts)
+
+    def meant(self) -> dict:
+        """The options in `meaning`, by name."""
+        return {name: self.option(name) for name in self.meaning}
+
+    def get_extra_state(self) -> Tensor:
+        text = json.dumps(self.meant(), default=float).ljust(_KEPT)
+        return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises ValueError where the state was made with other options."""
+        there = json.loads(bytes(state.tolist()))
+        here = json.loads(json.dumps(self.meant(), default=float))
+        other = [
+            f"{name} is {here.get(name)!r} here and {value!r} there"
+            for name, value in there.items()
+            if name not in here or here[name] != value
+        ]
+        if other:
+            raise ValueError(
+                f"{type(self).__name__}: the checkpoint's parameters mean another function: "
+                f"{'; '.join(other)}. Make the layer with the checkpoint's options. (Without this key the "
+                "parameters load whatever they mean.)"
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *lists):
+        key = prefix + "_extra_state"
+        if key in state_dict:
+            try:
+                self.set_extra_state(state_dict[key])
+            except ValueError as error:
+                lists[-1].append(f"{key}: {error}")
+                return
+        elif any(name.startswith(prefix) for name in state_dict):
+            self._warn_of_unknown_options(missing)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
+        if key in missing:
+            missing.remove(key)
+
+    def _warn_of_unknown_options(self, missing: list) -> None:
+        global _warned_in
+        if _warned_in is missing:
+            return
+        _warned_in = missing
+        warnings.warn(
+            f"{type(self).__name__}: the checkpoint does not hold the options that its parameters were made for; "
+            "they are taken to be this layer's. Saved again, it will hold them.",
+            stacklevel=2,
+        )
+
+
+class KernelGenerator(Described):
     """A module whose call with a length gives a kernel (heads, channels, length).
 
     `overrides` maps parameter names to the optimiser settings they ask for, which

@@ -67,6 +67,8 @@ class Butterfly(KernelGenerator):
     Source: arXiv 2302.06646, section 3.4. Twin: seqconv.reference.butterfly.
     """
 
+    meaning = ("n", "additive", "activation")
+
     def __init__(
         self,
         n: int,
@@ -84,6 +86,7 @@ class Butterfly(KernelGenerator):
         check_rate("Butterfly", lr=lr)
         if n < 2 or n & (n - 1):
             raise ValueError(f"Butterfly: n must be a power of two >= 2, got {n}")
+        self.n, self.heads = n, heads
         self.radices = radices(n)
         self.additive, self.activation = additive, activation
         self.dropout = nn.Dropout(dropout)
@@ -102,7 +105,7 @@ class Butterfly(KernelGenerator):
 
     def extra_repr(self) -> str:
         passes = " x ".join(map(str, self.radices))
-        return f"{passes}, additive={self.additive}, activation={self.activation}"
+        return f"{super().extra_repr()}, passes={passes}"
 
 
 class ButterflyConv(ConvLayer):
@@ -149,6 +152,7 @@ class ButterflyConv(ConvLayer):
         torch.Size([2, 100, 8])
     """
 
+    shown = ("l_max", "heads")
     causal = False  # once its transforms are learned
 
     @passes_options_to(ConvLayer, "bidirectional")
@@ -202,6 +206,3 @@ class ButterflyConv(ConvLayer):
         v = v + self.skip.to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
         y = reference.activate(v, self.activation).to(x.dtype)
         return rearrange(y, "b c h l -> b l c h")
-
-    def extra_repr(self) -> str:
-        return f"{self.d_model}, l_max={self.l_max}, heads={self.heads}"

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from seqconv._layer import (
     full_precision,
     passes_options_to,
 )
-from seqconv._module import KernelGenerator, kernel_dtype
+from seqconv._module import Described, KernelGenerator, kernel_dtype
 from seqconv.functional import fftconv
 
 
@@ -35,6 +36,10 @@ class HyenaFilter(KernelGenerator):
 
     Source: arXiv 2302.10866, section 3.
     """
+
+    shown = ("l_max", "emb_dim", "width", "layers")
+    meaning = ("l_max", "emb_dim")
+    attributes: ClassVar = {"frequency": "initial_frequency"}
 
     def __init__(
         self,
@@ -59,7 +64,8 @@ class HyenaFilter(KernelGenerator):
             )
         if not 0 < frequency < math.inf:
             raise ValueError(f"{name}: frequency must be positive, got {frequency}")
-        self.d_model, self.l_max, self.emb_dim = d_model, l_max, emb_dim
+        self.d_model, self.l_max, self.heads = d_model, l_max, heads
+        self.emb_dim, self.width, self.layers = emb_dim, width, layers
         sizes = [emb_dim] + [width] * (layers + 1)
         like = {"dtype": kernel_dtype()}
         linears = [nn.Linear(a, b, **like) for a, b in pairwise(sizes)]
@@ -91,7 +97,7 @@ class HyenaFilter(KernelGenerator):
         return (h.unflatten(-1, (-1, self.d_model)) * decay.unsqueeze(1)).movedim(0, -1)
 
 
-class Hyena(nn.Module):
+class Hyena(Described):
     """Hyena operator, (batch, length, d_model) -> the same, causal.
 
         x_1, ..., x_N, v = short convolution of (W_in x + b_in), 3 taps
@@ -118,7 +124,7 @@ class Hyena(nn.Module):
             that is smaller; 0: its parameters are buffers.
 
     The filter's parameters stay float32 under .to(bfloat16) and .half(). l_max sets the filter's scale
-    of time and is not part of the state_dict: load one into a layer of the same l_max.
+    of time: a state_dict loads into a layer of the same l_max only.
 
     Source: arXiv 2302.10866, section 3. Example:
         >>> layer = Hyena(8, l_max=100)
@@ -127,6 +133,7 @@ class Hyena(nn.Module):
     """
 
     causal = True
+    shown = meaning = ("order",)
 
     @passes_options_to(lambda: None)  # none: unknown ones are refused as everywhere
     def __init__(
@@ -199,9 +206,6 @@ class Hyena(nn.Module):
             post_gate = gates[-1] if i == self.order - 2 else None
             v = fftconv(v, k[i], self.skip[i], pre_gate=gates[i], post_gate=post_gate, layout="blh")
         return apply_linear(self, "out_proj", v, self.d_model)
-
-    def extra_repr(self) -> str:
-        return f"{self.d_model}, order={self.order}"
 
 
 def _zero(x: Tensor, padding: Tensor | None) -> Tensor:

@@ -65,6 +65,8 @@ class LongConvKernel(KernelGenerator):
     Source: arXiv 2302.06646, section 3.
     """
 
+    shown = ("l_max", "init", "lam")
+
     def __init__(
         self,
         d_model: int,
@@ -88,6 +90,7 @@ class LongConvKernel(KernelGenerator):
             raise ValueError(f"{name}: smooth_window must be odd, got {smooth_window}")
         if not lam >= 0:
             raise ValueError(f"{name}: lam must be >= 0, got {lam}")
+        self.d_model, self.l_max, self.heads = d_model, l_max, heads
         self.init, self.lam = init, lam
         self.smooth, self.smooth_window = smooth, smooth_window
         like = {"dtype": kernel_dtype()}
@@ -97,6 +100,10 @@ class LongConvKernel(KernelGenerator):
         self.dropout = nn.Dropout(kernel_dropout)
         self.override("kernel", lr=lr, weight_decay=0.0)
         self.reset_parameters()
+
+    def meant(self) -> dict:
+        window = {} if self.smooth is None else {"smooth_window": self.smooth_window}
+        return {"lam": self.lam, "smooth": self.smooth} | window
 
     def reset_parameters(self) -> None:
         """Draws the taps anew, as at construction, and fills in the smoothing's weights."""

@@ -23,7 +23,7 @@ from seqconv._ssm import mode_sum, moments, transformed
 from seqconv.functional import fftconv
 from seqconv.reference import activate
 from seqconv.s4d_init import POSITIVE
-from seqconv.ssm import DISCRETIZATIONS, discretize, multiply, ssm_kernel
+from seqconv.ssm import BACKENDS, DISCRETIZATIONS, discretize, multiply, ssm_kernel
 
 
 class S4DKernel(KernelGenerator):
@@ -50,6 +50,10 @@ class S4DKernel(KernelGenerator):
 
     The other options are explained in S4D. Source: arXiv 2206.11893, sections 3 and 4.
     """
+
+    shown = ("d_state", "init", "discretization")
+    meaning = ("discretization", "real_transform", "imag_transform", "dt_transform", "dt_sinh")
+    meaning += ("bandlimit",)
 
     def __init__(
         self,
@@ -90,6 +94,7 @@ class S4DKernel(KernelGenerator):
         check_choice(name, "real_transform", real_transform, tuple(POSITIVE))
         check_choice(name, "imag_transform", imag_transform, tuple(POSITIVE))
         check_choice(name, "dt_transform", dt_transform, ("exp", "softplus"))
+        check_choice(name, "backend", backend, BACKENDS)
         check_flag(name, is_real=is_real, train_B=train_B, dt_tie=dt_tie, dt_sinh=dt_sinh)
         check_flag(name, deterministic=deterministic)
         check_rate(name, lr=lr)
@@ -124,6 +129,7 @@ class S4DKernel(KernelGenerator):
         self.discretization, self.backend = discretization, backend
         self.real_transform, self.imag_transform = real_transform, imag_transform
         self.dt_transform, self.dt_sinh, self.bandlimit = dt_transform, dt_sinh, bandlimit
+        self.train_B, self.dt_tie = train_B, dt_tie
         self.init, self.real_scale, self.imag_scale = init, real_scale, imag_scale
         self.real_random, self.imag_random = real_random, imag_random
         self.B_init, self.B_scale, self.normalize_B = B_init, B_scale, normalize_B
@@ -193,7 +199,7 @@ class S4D(ConvLayer):
         "diag"  half of the sets inv, half lin             "hippo" half legs, half fout
 
     -Re A begins at 1e-4 at least, but with real_transform="none". B is 1 but for "legs", "fout" and "foud":
-    see seqconv.s4d_init. The state_dict does not depend on the length; options are not part of it.
+    see seqconv.s4d_init. The state_dict does not depend on the length; it loads into a layer of the same options only.
 
     Parameters, all real: kernel.inv_dt (d_model,), log dt, uniform in [log dt_min, log dt_max];
     inv_A_real (n_ssm, modes), log(-Re A), and inv_A_imag (n_ssm, modes), Im A, and B (n_ssm, modes, 2),

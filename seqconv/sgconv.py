@@ -1,6 +1,7 @@
 """SGConv: convolution with few weights a scale, coarser and smaller with the lag (arXiv 2210.09298)."""
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,10 @@ class SGConvKernel(KernelGenerator):
     Source: arXiv 2210.09298, section 3.
     """
 
+    shown = ("l_max", "kernel_dim", "n_scales", "init", "decay")
+    meaning = ("init_scale", "upsample", "combine", "decay", "two_sided")
+    attributes: ClassVar = {"decay": "law"}
+
     def __init__(
         self,
         d_model: int,
@@ -83,6 +88,8 @@ class SGConvKernel(KernelGenerator):
         if n_scales is None:  # 1 + ceil(log2(l_max / kernel_dim)) - init_scale, in integers
             n_scales = max(1, 1 + (-(-l_max // kernel_dim) - 1).bit_length() - init_scale)
         check_positive(name, n_scales=n_scales)
+        self.d_model, self.l_max, self.heads = d_model, l_max, heads
+        self.kernel_dim, self.n_scales = kernel_dim, n_scales
         self.upsample, self.combine, self.law = upsample, combine, decay
         self.init, self.decay_min, self.decay_max = init, decay_min, decay_max
         self.init_scale, self.two_sided = init_scale, two_sided

@@ -187,3 +187,35 @@ def test_param_groups_survive_copies_sharing_and_freezing():
         param_groups(model, lr=-1)
     with pytest.raises(TypeError, match="model must be a module, got generator"):
         param_groups(model.parameters(), lr=1e-2)
+
+
+# ---- checkpoints ----
+
+
+@pytest.mark.parametrize(
+    "layer, here, there, text",
+    [
+        (Hyena, {"l_max": 512}, {"l_max": 256}, "l_max is 512 here and 256 there"),
+        (LongConv, {"l_max": 9}, {"l_max": 9, "lam": 0.001}, "lam is 0.003 here and 0.001 there"),
+        (
+            SGConv,
+            {"l_max": 64, "decay": "power"},
+            {"l_max": 64, "decay": "power_fixed"},
+            "decay is",
+        ),
+        (S4D, {"heads": 2}, {"bidirectional": True}, "bidirectional is False here and True there"),
+        (ButterflyConv, {"l_max": 9}, {"l_max": 9, "additive": True}, "additive is False here and"),
+    ],
+    ids=str,
+)
+def test_checkpoints_of_other_options_are_refused(layer, here, there, text):
+    model, other = nn.Sequential(layer(8, **here)), nn.Sequential(layer(8, **there))
+    with pytest.raises(RuntimeError, match=rf"0\.(\w+\.)?_extra_state: \w+: the check.*{text}"):
+        model.load_state_dict(other.state_dict())
+
+
+def test_all_options_that_differ_are_named():
+    layer, other = S4D(16), S4D(16, discretization="bilinear", dt_transform="softplus")
+    text = "discretization is 'zoh' here and 'bilinear' there; dt_transform is 'exp' here and 'soft"
+    with pytest.raises(RuntimeError, match=text):
+        layer.load_state_dict(other.state_dict())

@@ -1,4 +1,4 @@
-"""What every layer is born with: the tests of this file go through the table of layers, and know none by name."""
+"""What every layer is born with: linear maps of any kind, dtypes, initial values. No layer is known by name here."""
 
 import contextlib
 import copy
@@ -6,27 +6,17 @@ import inspect
 
 import pytest
 import torch
-from layer_table import EVERY, D
+from layer_table import EVERY, LENGTH, D, generators, inputs, relative, states
 from torch import nn
 
-from seqconv._module import HALF, KernelGenerator
+from seqconv._module import HALF
 from seqconv.butterfly_conv import Butterfly
-
-LENGTH = 50
 
 
 @pytest.fixture(params=EVERY)
 def make(request):
     """Makes a layer of the table, without anything random in its forward pass."""
     return EVERY[request.param]
-
-
-def inputs(dtype=torch.float32, length=LENGTH):
-    return torch.randn(2, length, D, dtype=dtype)
-
-
-def relative(ours, wanted) -> float:
-    return ((ours.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
 # ---- linear maps ----
@@ -143,10 +133,6 @@ def test_what_cannot_stream_has_no_methods_for_it(make):
 # ---- kernels in half precision ----
 
 
-def generators(layer) -> dict[str, KernelGenerator]:
-    return {name: m for name, m in layer.named_modules() if isinstance(m, KernelGenerator)}
-
-
 def halves(layer, dtype) -> dict[str, torch.Tensor]:
     """The layer's parameters and buffers, all in half precision."""
     state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
@@ -238,11 +224,6 @@ def default(dtype):
         yield
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def states(layer) -> dict[str, torch.Tensor]:
-    """All parameters and buffers by name, those too that are not in the state_dict."""
-    return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
