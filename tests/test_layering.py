@@ -46,6 +46,7 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     # Not another layer but its kernel generator: the taps are LongConv's, only the transforms differ.
     "butterfly_conv": LAYER | {"_butterfly", "functional", "long_conv", "reference"},
     "optim": {"_layer"},
+    "parallel": {"_module"},  # which imports torch.distributed: not part of `import seqconv`
     "nn": LAYER,
     "convert": {*LAYER, "long_conv", "s4d", "sgconv"},
     "__init__": {"_version", "_explanation", "convert", "functional", "nn", "optim", "s4d", "ssm"}
@@ -108,6 +109,7 @@ def test_import_needs_torch_and_einops_only():
 import sys, torch, einops
 before = set(sys.modules)
 import seqconv
+assert "seqconv.parallel" not in sys.modules
 print(*{m.split(".")[0] for m in set(sys.modules) - before})
 """
     result = subprocess.run(

@@ -354,14 +354,25 @@ def test_s4d_by_keops(keops):
 
 
 @pytest.mark.slow
-def test_distributed_data_parallel(tmp_path):
-    script = str(Path(__file__).with_name("two_processes.py"))
-    commands = [[sys.executable, script, str(rank), str(tmp_path / "meet")] for rank in range(2)]
+@pytest.mark.parametrize("script", ["two_processes.py", "two_shards.py"])
+def test_distributed(script, tmp_path):
+    """DistributedDataParallel, and shards."""
+    script = str(Path(__file__).with_name(script))
+    commands = [[sys.executable, script, str(rank), str(tmp_path)] for rank in range(2)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ranks = [subprocess.Popen(command, **pipes) for command in commands]
     for rank in ranks:
         output, _ = rank.communicate(timeout=300)
         assert rank.returncode == 0, output
+
+
+def test_fully_shard_checks_its_arguments():
+    from seqconv.parallel import fully_shard
+
+    with pytest.raises(TypeError, match="model must be a module, got generator"):
+        fully_shard(S4D(D).parameters())
+    with pytest.raises(TypeError, match=r"mp_policy must be a .*MixedPrecisionPolicy, got dtype"):
+        fully_shard(S4D(D), mp_policy=torch.bfloat16)
 
 
 @pytest.mark.slow
