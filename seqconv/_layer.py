@@ -140,11 +140,14 @@ class ConvLayer(Described):
 
     def _kernel(self, length: int, rate: float) -> Tensor:
         if rate == 1.0:
-            return self.kernel(length)
-        name = type(self).__name__
-        if not self.resamples:
+            k = self.kernel(length)
+        elif self.resamples:
+            k = self.kernel(length, rate=rate)
+        else:
+            name = type(self).__name__
             raise ValueError(f"{name}: rate must be 1 (its taps have no time scale), got {rate!r}")
-        return self.kernel(length, rate=rate)
+        warn_of_missing_taps(self, k, length)
+        return k
 
     def _mix(self, y: Tensor) -> Tensor:
         """(batch, length, heads d_model) after the activation -> (batch, length, d_model)."""
@@ -164,6 +167,14 @@ def check_input(
         check_tensor(function, "x", x, dtypes=(own.dtype,), why=why)
     check_tensor(function, "x", x, device=own.device, owner="the layer")
     check_shape(function, "x", x, (*[(axis, None) for axis in axes], ("d_model", d_model)))
+
+
+def warn_of_missing_taps(layer: Described, k: Tensor, length: int) -> None:
+    """Once for each layer, where its kernel (..., taps) is shorter than the input."""
+    taps = k.shape[-1]
+    if isinstance(length, int) and taps < length:
+        text = f"the input has length {length} and the kernel {taps} taps (l_max): what lies {taps} steps or more away"
+        layer.warn_once("taps", f"{text} is not seen. Make the layer with a larger l_max.")
 
 
 def apply_linear(layer: nn.Module, name: str, x: Tensor, wide: int) -> Tensor:

@@ -58,6 +58,13 @@ class Described(nn.Module):
     meaning: tuple[str, ...] = ()
     attributes: ClassVar[dict[str, str]] = {}
 
+    def warn_once(self, about: str, text: str) -> None:
+        """A UserWarning, the first time that this module has something to say about it."""
+        if torch.compiler.is_compiling() or about in self.__dict__.get("_said", ()):
+            return
+        self.__dict__.setdefault("_said", set()).add(about)
+        warnings.warn(f"{type(self).__name__}: {text}", stacklevel=2)
+
     def option(self, name: str):
         return getattr(self, self.attributes.get(name, name), None)
 

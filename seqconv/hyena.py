@@ -14,6 +14,7 @@ from seqconv._layer import (
     check_input,
     full_precision,
     passes_options_to,
+    warn_of_missing_taps,
 )
 from seqconv._module import Described, KernelGenerator, kernel_dtype
 from seqconv.functional import fftconv
@@ -202,6 +203,7 @@ class Hyena(Described):
         x = fftconv(_zero(x, padding), self.short, layout="blh") + self.short_bias.to(x.dtype)
         *gates, v = _zero(x, padding).split(self.d_model, dim=-1)
         k = self.filter(x.shape[1])
+        warn_of_missing_taps(self, k, x.shape[1])
         for i in range(self.order - 1):
             post_gate = gates[-1] if i == self.order - 2 else None
             v = fftconv(v, k[i], self.skip[i], pre_gate=gates[i], post_gate=post_gate, layout="blh")

@@ -128,6 +128,12 @@ class SGConvKernel(KernelGenerator):
         check_length("SGConvKernel", length)
         if not 0 < rate < math.inf:
             raise ValueError(f"SGConvKernel: rate must be positive, got {rate!r}")
+        if rate > 1 and not self.init_scale:
+            self.warn_once(
+                "rate",
+                f"rate={rate} leaves out taps, which wants a kernel that is smooth from tap to tap. With "
+                "init_scale=0 nothing keeps the first two pieces so; init_scale >= 1 does.",
+            )
         pieces, decay, norm = self.read("pieces", "decay", "norm")
         count = math.ceil((self.taps - 0.5) / rate)
         if not torch.compiler.is_compiling():  # where the taps' number would tie graphs to a length

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import inspect
+import re
+import warnings
 
 import pytest
 import torch
@@ -368,3 +370,27 @@ def test_meta_device_then_empty_then_reset(make, options):
     torch.manual_seed(4)
     layer.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
     assert not all(torch.equal(t, states(twin)[n]) for n, t in states(layer).items())
+
+
+# ---- long inputs ----
+
+
+def test_inputs_longer_than_the_kernel_warn_once(make):
+    """Of every layer by itself; those that take no longer inputs say so, and those without an end never warn."""
+    for _ in range(2):
+        layer = make().eval()
+        for length in (80, 1, 0):
+            layer(inputs(length=length))
+        if "l_max" not in inspect.signature(type(layer)).parameters:
+            layer(inputs(length=500))
+            continue
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                layer(inputs(length=500))
+            except ValueError as error:
+                assert "x must have length <= l_max=80, got length=500" in str(error)
+                continue
+            layer(inputs(length=600))
+        (warning,) = said
+        assert re.search(r"length 500 and the kernel \d+ taps.*larger l_max", str(warning.message))

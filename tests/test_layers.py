@@ -24,6 +24,7 @@ def make(request):
     return LAYERS[request.param]
 
 
+@pytest.mark.filterwarnings("ignore:.*steps or more away")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("shape", [(2, 80), (3, 1), (1, 57), (0, 10), (2, 0), (1, 131)])
 def test_shape(make, options, shape):
@@ -164,6 +165,7 @@ def test_an_s4d_without_a_recurrence_says_so(options):
             call()
 
 
+@pytest.mark.filterwarnings("ignore:.*leaves out taps")
 def test_rate(make):
     layer, x = make(), torch.randn(1, 50, D)
     if layer.resamples:
