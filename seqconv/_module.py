@@ -28,14 +28,14 @@ def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
     """Gives parameters and buffers of the module new values, also parametrized and sharded ones (rank 0's)."""
     with torch.no_grad():
         for name, value in values.items():
+            target = getattr(module, name)
+            value = value.to(target.dtype)
             if parametrize.is_parametrized(module, name):
                 setattr(module, name, value)
                 continue
-            target = getattr(module, name)
             if hasattr(target, "device_mesh"):
                 from torch.distributed.tensor import distribute_tensor
 
-                value = value.to(target.dtype)
                 value = distribute_tensor(value, target.device_mesh, target.placements)
             target.copy_(value)
 

@@ -1,4 +1,4 @@
-"""What every layer is born with: linear maps of any kind, dtypes, initial values. No layer is known by name here."""
+"""What every layer is born with: dtypes, initial values, recurrence or none, vmap. No layer is known by name here."""
 
 import contextlib
 import copy
@@ -9,7 +9,6 @@ import warnings
 import pytest
 import torch
 from layer_table import EVERY, LENGTH, D, generators, inputs, relative, states
-from torch import nn
 
 from seqconv._module import HALF
 from seqconv.butterfly_conv import Butterfly
@@ -19,104 +18,6 @@ from seqconv.butterfly_conv import Butterfly
 def make(request):
     """Makes a layer of the table, without anything random in its forward pass."""
     return EVERY[request.param]
-
-
-# ---- linear maps ----
-
-
-def outer_linears(layer) -> dict[str, nn.Linear]:
-    """The layer's own linear maps, by name: not those that make a kernel."""
-    return {name: m for name, m in layer.named_children() if isinstance(m, nn.Linear)}
-
-
-class LowRank(nn.Module):
-    """base(x) + x A B, as adapters for finetuning wrap a linear map."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-        self.A = nn.Parameter(torch.randn(base.in_features, 2))
-        self.B = nn.Parameter(torch.randn(2, base.out_features))
-
-    def forward(self, x):
-        return self.base(x) + x @ self.A @ self.B
-
-
-class Doubled(nn.Module):
-    def forward(self, weight):
-        return 2 * weight
-
-
-def folded(base, weight):
-    """base with another weight."""
-    twin = nn.Linear(base.in_features, base.out_features)
-    twin.load_state_dict({"weight": weight, "bias": base.bias})
-    return twin
-
-
-def low_rank(base):
-    wrapped = LowRank(base)
-    return wrapped, folded(base, base.weight + (wrapped.A @ wrapped.B).T)
-
-
-def sequence(base):
-    return nn.Sequential(base, nn.Dropout(0.0)), base
-
-
-def parametrized(base):
-    twin = folded(base, 2 * base.weight)
-    return nn.utils.parametrize.register_parametrization(base, "weight", Doubled()), twin
-
-
-@pytest.mark.parametrize("replace", [low_rank, sequence, parametrized])
-def test_anything_may_stand_for_a_linear_map(make, replace):
-    layer, x = make(), inputs()
-    assert outer_linears(layer)
-    results = []
-    pairs = {name: replace(linear) for name, linear in outer_linears(layer).items()}
-    for choice in (0, 1):
-        for name, pair in pairs.items():
-            setattr(layer, name, pair[choice])
-        results.append([layer(x)])
-        if hasattr(layer, "step"):
-            results[-1].append(layer.step(x[:, 0], layer.init_state(2))[0])
-            results[-1].append(layer.prefill(x, layer.init_state(2))[0])
-    for ours, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
-    with pytest.raises(TypeError, match=r"x must be float32 \(the layer's dtype\).* got float64"):
-        layer(x.double())
-
-
-def test_a_linear_map_may_be_none(make):
-    if "postact" not in inspect.signature(type(make())).parameters:
-        return
-    layer, x = make(postact=None), inputs()
-    with torch.no_grad():
-        layer.linear.weight.copy_(torch.eye(D))
-        layer.linear.bias.zero_()
-    wanted = layer(x)
-    layer.linear = nn.Identity()
-    torch.testing.assert_close(layer(x), wanted)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_linear_maps_may_be_quantized(make):
-    layer, x = make().eval(), inputs()
-    names = set(outer_linears(layer))
-    quantized = torch.ao.quantization.quantize_dynamic(layer, names, dtype=torch.qint8)
-    assert not outer_linears(quantized)
-    assert 1e-6 < relative(quantized(x), layer(x)) < 0.1
-    with pytest.raises(TypeError, match=r"x must be float32 \(the layer's dtype\)"):
-        quantized(x.to(torch.int8).bfloat16())
-
-
-def test_a_linear_map_of_another_shape_is_named(make):
-    for name in outer_linears(layer := make()):
-        setattr(layer, name, nn.Linear(outer_linears(layer)[name].in_features, D + 1))
-        text = rf"{type(layer).__name__}: {name} \(Linear\) must map \(2, 50, \d+\) to .* got \(2, 50, 7\)"
-        with pytest.raises(ValueError, match=text):
-            layer(inputs())
-        layer = make()
 
 
 # ---- the recurrence ----
@@ -130,90 +31,6 @@ def test_what_cannot_stream_has_no_methods_for_it(make):
     if found[0]:
         y, _ = layer.step(inputs()[:, 0], layer.init_state(2))
         assert y.shape == (2, D)
-
-
-# ---- kernels in half precision ----
-
-
-def halves(layer, dtype) -> dict[str, torch.Tensor]:
-    """The layer's parameters and buffers, all in half precision."""
-    state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-    return {name: t.detach().to(dtype) for name, t in state.items()}
-
-
-class Rounded(nn.Module):
-    def __init__(self, dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, x):
-        return x.to(self.dtype)
-
-
-class Step(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer.step(x, self.layer.init_state(len(x)))
-
-
-WAY_OUT = "must be float32 or float64, got {}: rounded to that .*layer.to.*seqconv.parallel"
-
-
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_kernels_in_half_precision_are_refused_by_name(make, dtype):
-    """Whether all of them are, as under mixed precision, or a single one."""
-    layer, x = make().eval(), inputs(dtype)
-    text = WAY_OUT.format(str(dtype).removeprefix("torch."))
-    with pytest.raises(TypeError, match=text):
-        torch.func.functional_call(layer, halves(layer, dtype), x)
-    if hasattr(layer, "step"):
-        with pytest.raises(TypeError, match=text):
-            torch.func.functional_call(Step(layer), halves(Step(layer), dtype), x[:, 0])
-    found = 0
-    for place, generator in generators(layer).items():
-        for name, _ in (*generator.named_parameters(), *generator.named_buffers()):
-            path = f"{place}.{name}"
-            with pytest.raises(TypeError, match=f"{type(generator).__name__}: {name} {text}"):
-                torch.func.functional_call(
-                    layer, {path: halves(layer, dtype)[path]}, inputs(), strict=False
-                )
-            found += 1
-    assert found
-
-
-@pytest.mark.parametrize("assign", [True, False])
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_checkpoints_with_kernels_in_half_precision_are_refused(make, dtype, assign):
-    layer, other = make(), make()
-    before = {name: t.clone() for name, t in halves(layer, torch.float64).items()}
-    for place, generator in generators(other).items():
-        for name in dict(generator.named_parameters()):
-            state = other.state_dict()
-            state[f"{place}.{name}"] = state[f"{place}.{name}"].to(dtype)
-            with pytest.raises(TypeError, match=rf"{name} of the checkpoint must be float32"):
-                layer.load_state_dict(state, assign=assign)
-            if not assign:
-                now = halves(layer, torch.float64)[f"{place}.{name}"]
-                assert torch.equal(now, before[f"{place}.{name}"])
-    # The rest of the layer may be cast, in the checkpoint as by .to().
-    layer.load_state_dict(copy.deepcopy(other).to(dtype).state_dict(), assign=True)
-    x = inputs(dtype)
-    assert relative(layer(x), other(x.float())) < 2e-2
-
-
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_parametrizations_that_round_kernels_are_refused(make, dtype):
-    for place, generator in generators(make()).items():
-        for name, _ in (*generator.named_parameters(recurse=False),):
-            layer = make()
-            nn.utils.parametrize.register_parametrization(
-                layer.get_submodule(place), name, Rounded(dtype), unsafe=True
-            )
-            with pytest.raises(TypeError, match=f"{name} must be float32 or float64, got"):
-                layer(inputs())
 
 
 # ---- dtypes ----
@@ -394,3 +211,29 @@ def test_inputs_longer_than_the_kernel_warn_once(make):
             layer(inputs(length=600))
         (warning,) = said
         assert re.search(r"length 500 and the kernel \d+ taps.*larger l_max", str(warning.message))
+
+
+# ---- transforms ----
+
+
+def test_vmap_over_every_argument(make):
+    """Inputs, padding masks, and the parameters of several layers at once."""
+    layer, other = make().eval(), make().eval()
+    x = torch.randn(3, 2, LENGTH, D)
+    mask = torch.rand(3, 2, LENGTH) < 0.3
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    wanted = torch.stack([layer(x[i]) for i in range(3)])
+    torch.testing.assert_close(torch.func.vmap(layer)(x), wanted, **close)
+    wanted = torch.stack([layer(x[i], mask[i]) for i in range(3)])
+    torch.testing.assert_close(torch.func.vmap(layer)(x, mask), wanted, **close)
+    wanted = torch.stack([layer(x[0], mask[i]) for i in range(3)])
+    ours = torch.func.vmap(layer, in_dims=(None, 0))(x[0], mask)
+    torch.testing.assert_close(ours, wanted, **close)
+    stacked = torch.func.stack_module_state([layer, other])
+
+    def call(parameters, buffers, x):
+        return torch.func.functional_call(layer, (parameters, buffers), x)
+
+    wanted = torch.stack([layer(x[0]), other(x[0])])
+    ours = torch.func.vmap(call, in_dims=(0, 0, None))(*stacked, x[0])
+    torch.testing.assert_close(ours, wanted, **close)
