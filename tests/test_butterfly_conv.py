@@ -365,7 +365,7 @@ def test_learns_a_delayed_copy():
     """Two layers, in seconds: y[t] = x[t - 20], which no pointwise map can do."""
     delay, length = 20, 64
     layers = [make(l_max=length), make(l_max=length, additive=True)]
-    before = copy.deepcopy([part.input_transform.state_dict() for part in layers])
+    before = copy.deepcopy([dict(part.input_transform.named_parameters()) for part in layers])
     model = nn.Sequential(nn.Linear(1, D), *layers, nn.Linear(D, 1))
     optimizer = torch.optim.AdamW(param_groups(model, 2e-2))
     for step in range(300):
@@ -380,7 +380,7 @@ def test_learns_a_delayed_copy():
     for part, old in zip(layers, before, strict=True):
         assert all(
             (p - old[name]).abs().max() > 1e-3
-            for name, p in part.input_transform.state_dict().items()
+            for name, p in part.input_transform.named_parameters()
         )
 
 
