@@ -19,51 +19,8 @@ from seqconv._check import (
     check_tensor,
 )
 from seqconv._hints import hint
+from seqconv._module import Described, KernelGenerator
 from seqconv.functional import ACTIVATIONS, fftconv
-
-_HALF = (torch.bfloat16, torch.float16)
-
-
-class KernelGenerator(nn.Module):
-    """A module whose call with a length gives a kernel (heads, channels, length).
-
-    `overrides` maps parameter names to the optimiser settings they ask for, which
-    seqconv.param_groups collects. The parameters stay float32 when a model is cast to a half
-    precision: rounding them changes the kernel by tens of percent.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.overrides: dict[str, dict[str, float]] = {}
-
-    def override(self, *names: str, **settings: float) -> None:
-        """Sets `overrides` of parameters, or of the submodules that hold them. With lr=0 they become
-        buffers, which have no gradient and keep their place in the state_dict."""
-        for name in names:
-            self.overrides[name] = self.overrides.get(name, {}) | settings
-            if settings.get("lr") != 0:
-                continue
-            part = getattr(self, name, None)
-            holders = part.modules() if isinstance(part, nn.Module) else [self]
-            for module in holders:
-                for key in [name] if module is self else list(module._parameters):
-                    tensor = module._parameters.get(key)
-                    if tensor is not None:
-                        del module._parameters[key]
-                        module.register_buffer(key, tensor.detach())
-
-    def _apply(self, fn, recurse=True):
-        def keep_precision(t: Tensor) -> Tensor:
-            out = fn(t)
-            if out.dtype not in _HALF:
-                return out
-            return (
-                out.float()
-                if out.is_meta or t.is_meta or t.dtype in _HALF
-                else t.to(out.device).float()
-            )
-
-        return super()._apply(keep_precision, recurse)
 
 
 def passes_options_to(source, *but: str):
@@ -107,18 +64,7 @@ class TiedDropout(nn.Dropout):
         return x * F.dropout(mask, self.p, self.training)
 
 
-class Streamless(nn.Module):
-    """A layer that needs the whole sequence at once."""
-
-    def _refuse(self, *_, **__):
-        """Raises TypeError: only a causal S4D runs step by step."""
-        text = "has no recurrence; of the layers, S4D has one (causal, not dss_softmax)"
-        raise TypeError(f"{type(self).__name__}: {text}")
-
-    init_state = step = prefill = _refuse
-
-
-class ConvLayer(Streamless):
+class ConvLayer(Described):
     """(batch, length, d_model) -> the same: y = GLU(W dropout(gelu(k * x + skip x)) + b).
 
     Parameters: the generator's; skip (heads, d_model) ~ N(0, 1); linear (2 d_model, heads d_model),
@@ -127,6 +73,8 @@ class ConvLayer(Streamless):
     """
 
     resamples = False
+    shown = ("heads", "bidirectional")
+    meaning = ("bidirectional", "activation")
 
     def __init__(
         self,
@@ -150,10 +98,15 @@ class ConvLayer(Streamless):
         self.bidirectional = bidirectional
         self.activation = activation
         self.postact = postact
-        self.kernel = kernel._apply(lambda t: t)  # float32 under a half default dtype, too
-        self.skip = nn.Parameter(torch.randn(heads, d_model))
+        self.kernel = kernel
+        self.skip = nn.Parameter(torch.empty(heads, d_model))
+        self.reset_parameters()
         self.dropout = (TiedDropout if tie_dropout else nn.Dropout)(dropout)
         self.linear = nn.Linear(heads * d_model, 2 * d_model if postact == "glu" else d_model)
+
+    def reset_parameters(self) -> None:
+        """Draws skip anew, as at construction; kernel and linear map have a reset_parameters of their own."""
+        nn.init.normal_(self.skip)
 
     @property
     def causal(self) -> bool:
@@ -176,7 +129,7 @@ class ConvLayer(Streamless):
         often as those of training.
         """
         name = type(self).__name__
-        check_input(name, x, self.linear, self.d_model)
+        check_input(name, x, self.skip, self.d_model)
         padding = _padding(name, x, mask, lengths)
         if padding is not None:
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
@@ -194,14 +147,18 @@ class ConvLayer(Streamless):
         name = type(self).__name__
         check_sampling(name, rate)
         if rate == 1.0:
-            return self.kernel(length)
-        if not self.resamples:
+            k = self.kernel(length)
+        elif self.resamples:
+            k = self.kernel(length, rate=rate)
+        else:
             raise ValueError(f"{name}: rate must be 1 (its taps have no time scale), got {rate!r}")
-        return self.kernel(length, rate=rate)
+        warn_of_missing_taps(self, k, length)
+        return k
 
     def _mix(self, y: Tensor) -> Tensor:
         """(batch, length, heads d_model) after the activation -> (batch, length, d_model)."""
-        y = self.linear(self.dropout(y))
+        wide = 2 * self.d_model if self.postact == "glu" else self.d_model
+        y = apply_linear(self, "linear", self.dropout(y), wide)
         if self.postact is None:
             return y
         if not torch.compiler.is_compiling() and transformed((y,)):
@@ -210,19 +167,17 @@ class ConvLayer(Streamless):
             return first * gate.sigmoid()
         return F.glu(y, dim=-1)
 
-    def extra_repr(self) -> str:
-        return f"{self.d_model}, heads={self.heads}, bidirectional={self.bidirectional}"
-
 
 def check_input(
-    function: str, x: Tensor, layer: nn.Linear, d_model: int, axes=("batch", "length")
+    function: str, x: Tensor, own: Tensor, d_model: int, axes=("batch", "length")
 ) -> None:
-    """x (*axes, d_model) in the dtype of the layer, whose linear map this is, unless under autocast."""
+    """x (*axes, d_model) on the device and, unless under autocast, in the dtype of `own`, a parameter of the
+    layer itself: what stands in the place of its linear maps may have any weights or none."""
     check_tensor(function, "x", x)
     if x.device.type != "meta" and not torch.is_autocast_enabled(x.device.type):
         why = " (the layer's dtype) outside autocast"
-        check_tensor(function, "x", x, dtypes=(layer.weight.dtype,), why=why)
-    check_tensor(function, "x", x, device=layer.weight.device, owner="the layer")
+        check_tensor(function, "x", x, dtypes=(own.dtype,), why=why)
+    check_tensor(function, "x", x, device=own.device, owner="the layer")
     check_shape(function, "x", x, (*[(axis, None) for axis in axes], ("d_model", d_model)))
 
 
@@ -234,6 +189,26 @@ def sized(x: Tensor) -> tuple[Tensor, int]:
         return x, length
     length = int(length)
     return x.unflatten(1, (1, length)).squeeze(1), length
+
+
+def warn_of_missing_taps(layer: Described, k: Tensor, length: int) -> None:
+    """Once for each layer, where its kernel (..., taps) is shorter than the input."""
+    taps = k.shape[-1]
+    if isinstance(length, int) and taps < length:
+        text = f"the input has length {length} and the kernel {taps} taps (l_max): what lies {taps} steps or more away"
+        layer.warn_once("taps", f"{text} is not seen. Make the layer with a larger l_max.")
+
+
+def apply_linear(layer: nn.Module, name: str, x: Tensor, wide: int) -> Tensor:
+    """The linear map of that name, or what stands in its place: (..., features) -> (..., wide)."""
+    linear = getattr(layer, name)
+    y = linear(x)
+    if y.shape != (*x.shape[:-1], wide):
+        raise ValueError(
+            f"{type(layer).__name__}: {name} ({type(linear).__name__}) must map {tuple(x.shape)} to "
+            f"{(*x.shape[:-1], wide)}, got {tuple(y.shape)}"
+        )
+    return y
 
 
 def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:

@@ -40,7 +40,7 @@ class Recurrent:
         kernel's output does: a recurrence has no kernel to show it.
         """
         name = f"{type(self).__name__}.step"
-        check_input(name, x, self.linear, self.d_model, ("batch",))
+        check_input(name, x, self.skip, self.d_model, ("batch",))
         self._check_state(name, x, state)
         if self._forward_pre_hooks:
             x = _run_pre_hooks(self, x.unsqueeze(1)).squeeze(1)
@@ -55,7 +55,7 @@ class Recurrent:
         """x (batch, length, d_model), going on where `state` is -> y and the state after it, as length
         calls of step() give them, in one convolution."""
         name = f"{type(self).__name__}.prefill"
-        check_input(name, x, self.linear, self.d_model)
+        check_input(name, x, self.skip, self.d_model)
         self._check_state(name, x, state)
         if self._forward_pre_hooks:
             x = _run_pre_hooks(self, x)

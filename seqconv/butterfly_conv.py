@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from seqconv import _butterfly, reference
 from seqconv._check import check_choice, check_flag, check_positive, check_rate
-from seqconv._layer import ConvLayer, KernelGenerator, passes_options_to, sized
+from seqconv._layer import ConvLayer, passes_options_to, sized
+from seqconv._module import KernelGenerator, fill, kernel_dtype
 from seqconv.functional import ACTIVATIONS
 from seqconv.long_conv import LongConvKernel
 
@@ -24,6 +25,28 @@ def fourier(size: int, device=None) -> Tensor:
     index = torch.arange(size, dtype=torch.float64, device=device)
     turn = torch.outer(index, index) % size * (-2 * math.pi / size)
     return torch.stack([turn.cos(), turn.sin()], -1)
+
+
+class _Matrices(nn.ParameterDict):
+    """The learned matrices, by size. A module of its own, as FSDP and Lightning call reset_parameters of what holds
+    parameters."""
+
+    def __init__(self, sizes: tuple[int, ...], heads: int, additive: bool):
+        like = {"dtype": kernel_dtype()}
+        super().__init__({str(m): torch.empty(heads, m, m, 2, **like) for m in sizes})
+        self.additive = additive
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fourier matrices, or where something is added to them 0.01 N(0, 1)."""
+        for size, matrix in self.items():
+            like = {"dtype": matrix.dtype, "device": matrix.device}
+            if like["device"].type != "meta":
+                exact = fourier(int(size), matrix.device).expand(matrix.shape)
+                fill(
+                    self,
+                    {size: 0.01 * torch.randn(matrix.shape, **like) if self.additive else exact},
+                )
 
 
 class Butterfly(KernelGenerator):
@@ -44,6 +67,8 @@ class Butterfly(KernelGenerator):
     Source: arXiv 2302.06646, section 3.4. Twin: seqconv.reference.butterfly.
     """
 
+    meaning = ("n", "additive", "activation")
+
     def __init__(
         self,
         n: int,
@@ -61,17 +86,15 @@ class Butterfly(KernelGenerator):
         check_rate("Butterfly", lr=lr)
         if n < 2 or n & (n - 1):
             raise ValueError(f"Butterfly: n must be a power of two >= 2, got {n}")
+        self.n, self.heads = n, heads
         self.radices = radices(n)
         self.additive, self.activation = additive, activation
         self.dropout = nn.Dropout(dropout)
-        self.matrices = nn.ParameterDict()
-        for size in _butterfly.sizes(self.radices):
-            shape, dtype = (heads, size, size, 2), torch.get_default_dtype()
-            exact = fourier(size).to(dtype).expand(shape).clone()
-            self.matrices[str(size)] = 0.01 * torch.randn(shape) if additive else exact
+        self.matrices = _Matrices(_butterfly.sizes(self.radices), heads, additive)
         self.override("matrices", lr=lr, weight_decay=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.read()  # refuses matrices in half precision
         parts = []
         for matrix in self.matrices.values():
             learned = self.dropout(matrix)
@@ -82,7 +105,7 @@ class Butterfly(KernelGenerator):
 
     def extra_repr(self) -> str:
         passes = " x ".join(map(str, self.radices))
-        return f"{passes}, additive={self.additive}, activation={self.activation}"
+        return f"{super().extra_repr()}, passes={passes}"
 
 
 class ButterflyConv(ConvLayer):
@@ -129,6 +152,7 @@ class ButterflyConv(ConvLayer):
         torch.Size([2, 100, 8])
     """
 
+    shown = ("l_max", "heads")
     causal = False  # once its transforms are learned
 
     @passes_options_to(ConvLayer, "bidirectional")
@@ -183,6 +207,3 @@ class ButterflyConv(ConvLayer):
         v = v + self.skip.to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
         y = reference.activate(v, self.activation).to(x.dtype)
         return rearrange(y, "b c h l -> b l c h")
-
-    def extra_repr(self) -> str:
-        return f"{self.d_model}, l_max={self.l_max}, heads={self.heads}"

@@ -72,6 +72,11 @@ class _Checkpoint:
             raise ValueError(f"{self.function}: unknown keys in state_dict: {keys}")
         like = values["skip"]
         layer.to(device=like.device, dtype=like.dtype)
+        # A layer does not load a kernel in half precision; here the numbers are the ones it was trained with.
+        own = layer.state_dict()
+        values = {name: t.to(own[name].dtype) for name, t in values.items()}
+        # The caller has said with which options the checkpoint was made.
+        values |= {name: t for name, t in own.items() if name.endswith("_extra_state")}
         layer.load_state_dict(values)
         return layer
 

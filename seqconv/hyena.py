@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +10,15 @@ from torch import Tensor, nn
 
 from seqconv._check import check_length, check_positive, check_rate, check_sampling
 from seqconv._layer import (
-    KernelGenerator,
-    Streamless,
     _padding,
+    apply_linear,
     check_input,
     full_precision,
     passes_options_to,
     sized,
+    warn_of_missing_taps,
 )
+from seqconv._module import Described, KernelGenerator, kernel_dtype
 from seqconv._opaque import opaque
 from seqconv.functional import fftconv
 
@@ -38,6 +40,10 @@ class HyenaFilter(KernelGenerator):
 
     Source: arXiv 2302.10866, section 3.
     """
+
+    shown = ("l_max", "emb_dim", "width", "layers")
+    meaning = ("l_max", "emb_dim")
+    attributes: ClassVar = {"frequency": "initial_frequency"}
 
     def __init__(
         self,
@@ -62,21 +68,32 @@ class HyenaFilter(KernelGenerator):
             )
         if not 0 < frequency < math.inf:
             raise ValueError(f"{name}: frequency must be positive, got {frequency}")
-        self.d_model, self.l_max, self.emb_dim = d_model, l_max, emb_dim
+        self.d_model, self.l_max, self.heads = d_model, l_max, heads
+        self.emb_dim, self.width, self.layers = emb_dim, width, layers
         sizes = [emb_dim] + [width] * (layers + 1)
-        linears = [nn.Linear(a, b) for a, b in pairwise(sizes)]
-        self.linears = nn.ModuleList([*linears, nn.Linear(width, heads * d_model, bias=False)])
-        self.frequency = nn.Parameter(torch.full((width,), float(frequency)))
+        like = {"dtype": kernel_dtype()}
+        linears = [nn.Linear(a, b, **like) for a, b in pairwise(sizes)]
+        last = nn.Linear(width, heads * d_model, bias=False, **like)
+        self.linears = nn.ModuleList([*linears, last])
+        self.initial_frequency = float(frequency)
+        self.frequency = nn.Parameter(torch.empty(width, **like))
         self.override("linears", "frequency", lr=lr, weight_decay=0.0)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the sines' frequency as at construction; the linear maps draw theirs themselves."""
+        with torch.no_grad():
+            self.frequency.fill_(self.initial_frequency)
 
     def forward(self, length: int) -> Tensor:
         check_length("HyenaFilter", length)
+        (frequency,) = self.read("frequency")
         sizes = self.l_max, self.emb_dim, self.d_model
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             if all(type(linear) is nn.Linear and not _hooked(linear) for linear in self.linears):
                 parts = [t for linear in self.linears for t in (linear.weight, linear.bias)]
-                return _filter_op([self.frequency, *parts], *sizes, length)
-        return _filter(self.frequency, self.linears, *sizes, length)
+                return _filter_op([frequency, *parts], *sizes, length)
+        return _filter(frequency, self.linears, *sizes, length)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -108,7 +125,7 @@ _filter_op = opaque(
 )
 
 
-class Hyena(Streamless):
+class Hyena(Described):
     """Hyena operator, (batch, length, d_model) -> the same, causal.
 
         x_1, ..., x_N, v = short convolution of (W_in x + b_in), 3 taps
@@ -135,7 +152,7 @@ class Hyena(Streamless):
             that is smaller; 0: its parameters are buffers.
 
     The filter's parameters stay float32 under .to(bfloat16) and .half(). l_max sets the filter's scale
-    of time and is not part of the state_dict: load one into a layer of the same l_max.
+    of time: a state_dict loads into a layer of the same l_max only.
 
     Source: arXiv 2302.10866, section 3. Example:
         >>> layer = Hyena(8, l_max=100)
@@ -144,6 +161,7 @@ class Hyena(Streamless):
     """
 
     causal = True
+    shown = meaning = ("order",)
 
     @passes_options_to(lambda: None)  # none: unknown ones are refused as everywhere
     def __init__(
@@ -165,9 +183,8 @@ class Hyena(Streamless):
         check_positive("Hyena", filter_width=filter_width, filter_layers=filter_layers)
         self.d_model, self.order = d_model, order
         self.in_proj = nn.Linear(d_model, (order + 1) * d_model)
-        bound = 1 / math.sqrt(3)
-        self.short = nn.Parameter(torch.empty((order + 1) * d_model, 3).uniform_(-bound, bound))
-        self.short_bias = nn.Parameter(torch.empty((order + 1) * d_model).uniform_(-bound, bound))
+        self.short = nn.Parameter(torch.empty((order + 1) * d_model, 3))
+        self.short_bias = nn.Parameter(torch.empty((order + 1) * d_model))
         self.filter = HyenaFilter(
             d_model,
             l_max=l_max,
@@ -177,9 +194,17 @@ class Hyena(Streamless):
             layers=filter_layers,
             frequency=filter_frequency,
             lr=kernel_lr,
-        )._apply(lambda t: t)  # float32 under a half default dtype, too
-        self.skip = nn.Parameter(torch.randn(order - 1, d_model))
+        )
+        self.skip = nn.Parameter(torch.empty(order - 1, d_model))
         self.out_proj = nn.Linear(d_model, d_model)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the short convolutions and skip anew, as at construction; filter and linear maps draw theirs."""
+        bound = 1 / math.sqrt(3)
+        nn.init.uniform_(self.short, -bound, bound)
+        nn.init.uniform_(self.short_bias, -bound, bound)
+        nn.init.normal_(self.skip)
 
     def forward(
         self,
@@ -194,7 +219,7 @@ class Hyena(Streamless):
         the same as without those steps' content; with padding on one side, as without those steps.
         lengths (batch,), integers, is a mask of everything from lengths[i] on. rate must be 1.
         """
-        check_input("Hyena", x, self.in_proj, self.d_model)
+        check_input("Hyena", x, self.skip, self.d_model)
         check_sampling("Hyena", rate)
         if rate != 1.0:
             raise ValueError(f"Hyena: rate must be 1 (its taps have no time scale), got {rate!r}")
@@ -202,17 +227,16 @@ class Hyena(Streamless):
         padding = _padding("Hyena", x, mask, lengths)
         # Zero thrice: what the input projection's bias and the short convolution's put there would
         # reach the steps after it.
-        x = self.in_proj(_zero(x, padding))
+        wide = (self.order + 1) * self.d_model
+        x = apply_linear(self, "in_proj", _zero(x, padding), wide)
         x = fftconv(_zero(x, padding), self.short, layout="blh") + self.short_bias.to(x.dtype)
         *gates, v = _zero(x, padding).split(self.d_model, dim=-1)
         k = self.filter(length)
+        warn_of_missing_taps(self, k, length)
         for i in range(self.order - 1):
             post_gate = gates[-1] if i == self.order - 2 else None
             v = fftconv(v, k[i], self.skip[i], pre_gate=gates[i], post_gate=post_gate, layout="blh")
-        return self.out_proj(v)
-
-    def extra_repr(self) -> str:
-        return f"{self.d_model}, order={self.order}"
+        return apply_linear(self, "out_proj", v, self.d_model)
 
 
 def _zero(x: Tensor, padding: Tensor | None) -> Tensor:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv._check import check_choice, check_flag, check_length, check_positive, check_rate
-from seqconv._layer import ConvLayer, KernelGenerator, passes_options_to
+from seqconv._layer import ConvLayer, passes_options_to
+from seqconv._module import KernelGenerator, fill, kernel_dtype, whole
 
 _warned = False  # one warning per process, whatever the filters say
 
@@ -64,6 +65,8 @@ class LongConvKernel(KernelGenerator):
     Source: arXiv 2302.06646, section 3.
     """
 
+    shown = ("l_max", "init", "lam")
+
     def __init__(
         self,
         d_model: int,
@@ -87,27 +90,42 @@ class LongConvKernel(KernelGenerator):
             raise ValueError(f"{name}: smooth_window must be odd, got {smooth_window}")
         if not lam >= 0:
             raise ValueError(f"{name}: lam must be >= 0, got {lam}")
-        scale = torch.tensor(0.002)
-        if init == "double_exp":
-            rate = float(d_model // 2) ** (torch.arange(d_model) / d_model)  # (h)
-            scale = 0.02 * torch.exp(-rate.unsqueeze(-1) * torch.arange(l_max) / l_max)  # (h l)
-        self.kernel = nn.Parameter(torch.randn(heads, d_model, l_max) * scale)
-        weights = None
-        if smooth == "time":
-            weights = torch.full((smooth_window,), 1 / smooth_window)
-        elif smooth == "frequency":
-            weights = torch.exp(-0.5 * (torch.arange(smooth_window) - smooth_window // 2) ** 2)
+        self.d_model, self.l_max, self.heads = d_model, l_max, heads
+        self.init, self.lam = init, lam
+        self.smooth, self.smooth_window = smooth, smooth_window
+        like = {"dtype": kernel_dtype()}
+        self.kernel = nn.Parameter(torch.empty(heads, d_model, l_max, **like))
+        weights = None if smooth is None else torch.empty(smooth_window, **like)
         self.register_buffer("weights", weights, persistent=False)
-        self.smooth = smooth
-        self.lam = lam
         self.dropout = nn.Dropout(kernel_dropout)
         self.override("kernel", lr=lr, weight_decay=0.0)
+        self.reset_parameters()
+
+    def meant(self) -> dict:
+        window = {} if self.smooth is None else {"smooth_window": self.smooth_window}
+        return {"lam": self.lam, "smooth": self.smooth} | window
+
+    def reset_parameters(self) -> None:
+        """Draws the taps anew, as at construction, and fills in the smoothing's weights."""
+        like = {"dtype": self.kernel.dtype, "device": self.kernel.device}
+        _, d_model, l_max = self.kernel.shape
+        if like["device"].type == "meta":
+            return
+        scale = torch.tensor(0.002, **like)
+        if self.init == "double_exp":
+            rate = float(d_model // 2) ** (torch.arange(d_model, **like) / d_model)  # (h)
+            scale = 0.02 * torch.exp(-rate.unsqueeze(-1) * torch.arange(l_max, **like) / l_max)
+        fill(self, {"kernel": torch.randn(self.kernel.shape, **like) * scale})
+        if self.smooth is not None:
+            place = torch.arange(self.smooth_window, **like) - self.smooth_window // 2
+            flat = torch.full_like(place, 1 / self.smooth_window)
+            fill(self, {"weights": flat if self.smooth == "time" else torch.exp(-0.5 * place**2)})
         self._warn_of_dead_taps()
 
     def _squashed(self, length: int) -> Tensor:
         # Cut first: a tap beyond the input must not wrap around to the future, nor take part in
         # anything else.
-        k = self.kernel[..., :length]
+        k = self.read("kernel")[0][..., :length]
         if self.smooth == "time":
             k = _correlate(k, self.weights)
         elif self.smooth == "frequency" and k.shape[-1]:
@@ -116,17 +134,17 @@ class LongConvKernel(KernelGenerator):
 
     def _warn_of_dead_taps(self) -> None:
         global _warned
-        if _warned or self.kernel.is_meta:
+        if _warned:
             return
         with torch.no_grad():
-            dead = (self._squashed(self.kernel.shape[-1]) == 0).float().mean().item()
+            dead = (whole(self._squashed(self.kernel.shape[-1])) == 0).float().mean().item()
         if dead > 0.9:
             _warned = True
             warnings.warn(
                 f"LongConvKernel: lam={self.lam} squashes {dead:.0%} of the taps to zero from the start. "
                 "They get no gradient and will never move, unless smoothing lets living neighbours revive "
                 "them; take a smaller lam or init='double_exp'.",
-                stacklevel=5,  # the caller of the layer, around which a check of options is wrapped
+                stacklevel=6,  # the caller of the layer, around which a check of options is wrapped
             )
 
     def forward(self, length: int) -> Tensor:

@@ -16,20 +16,13 @@ from seqconv._check import (
     check_rate,
     check_sampling,
 )
-from seqconv._layer import ConvLayer, KernelGenerator, passes_options_to
+from seqconv._layer import ConvLayer, passes_options_to
+from seqconv._module import KernelGenerator, fill, kernel_dtype
 from seqconv._opaque import opaque
 from seqconv._recurrence import Recurrent
 from seqconv._ssm import mode_sum
-from seqconv.ssm import DISCRETIZATIONS, ssm_kernel, weighted_modes
-
-_FLOOR = 1e-4  # of what a positive transform has to give
-POSITIVE = {  # name: (transform, inverse)
-    "exp": (torch.exp, torch.log),
-    "relu": (lambda p: F.relu(p) + _FLOOR, lambda x: x - _FLOOR),
-    "softplus": (F.softplus, lambda x: x + torch.log(-torch.expm1(-x))),
-    "sigmoid": (torch.sigmoid, torch.logit),
-    "none": (lambda p: p, lambda x: x),
-}
+from seqconv.s4d_init import POSITIVE
+from seqconv.ssm import BACKENDS, DISCRETIZATIONS, ssm_kernel, weighted_modes
 
 
 class S4DKernel(KernelGenerator):
@@ -56,6 +49,10 @@ class S4DKernel(KernelGenerator):
 
     The other options are explained in S4D. Source: arXiv 2206.11893, sections 3 and 4.
     """
+
+    shown = ("d_state", "init", "discretization")
+    meaning = ("discretization", "real_transform", "imag_transform", "dt_transform", "dt_sinh")
+    meaning += ("bandlimit",)
 
     def __init__(
         self,
@@ -96,6 +93,7 @@ class S4DKernel(KernelGenerator):
         check_choice(name, "real_transform", real_transform, tuple(POSITIVE))
         check_choice(name, "imag_transform", imag_transform, tuple(POSITIVE))
         check_choice(name, "dt_transform", dt_transform, ("exp", "softplus"))
+        check_choice(name, "backend", backend, BACKENDS)
         check_flag(name, is_real=is_real, train_B=train_B, dt_tie=dt_tie, dt_sinh=dt_sinh)
         check_flag(name, deterministic=deterministic)
         check_rate(name, lr=lr)
@@ -114,47 +112,39 @@ class S4DKernel(KernelGenerator):
             if not bandlimit > 0:
                 raise ValueError(f"{name}: bandlimit must be positive or None, got {bandlimit}")
         modes = d_state if is_real else d_state // 2
-        A, B = s4d_init.modes(
-            init,
-            n_ssm,
-            modes,
-            is_real=is_real,
-            real_scale=real_scale,
-            imag_scale=imag_scale,
-            real_random=real_random,
-            imag_random=imag_random,
-            B_init=B_init,
-            B_scale=B_scale,
-            normalize_B=normalize_B,
-        )
-        low, high = math.log(dt_min), math.log(dt_max)
-        if deterministic:
-            log_dt = torch.linspace(low, high, d_model, dtype=torch.float64)
-            log_dt = log_dt if dt_tie else log_dt.unsqueeze(-1).repeat(1, modes)
-            C = torch.zeros(heads, d_model, modes, 2)
-            C[..., 0, 0] = 1
-        else:
-            shape = (d_model,) if dt_tie else (d_model, modes)
-            log_dt = torch.empty(shape, dtype=torch.float64).uniform_(low, high)
-            C = torch.randn(heads, d_model, modes, 2) * (1 if is_real else math.sqrt(0.5))
-        inv_dt = log_dt if dt_transform == "exp" else POSITIVE["softplus"][1](log_dt.exp())
-        inv_dt = torch.asinh(inv_dt) if dt_sinh else inv_dt
-        self.inv_dt = nn.Parameter(inv_dt.float())
-        self.inv_A_real = nn.Parameter(_inverse(-A[..., 0], "real_transform", real_transform))
+        shape = (d_model,) if dt_tie else (d_model, modes)
+        parts = () if is_real else (2,)
+        like = {"dtype": kernel_dtype()}
+        self.inv_dt = nn.Parameter(torch.empty(shape, **like))
+        self.inv_A_real = nn.Parameter(torch.empty(n_ssm, modes, **like))
         if not is_real:
-            self.inv_A_imag = nn.Parameter(_inverse(A[..., 1], "imag_transform", imag_transform))
-        B = B[..., 0] if is_real else B
+            self.inv_A_imag = nn.Parameter(torch.empty(n_ssm, modes, **like))
+        B = torch.empty(n_ssm, modes, *parts, **like)
         if train_B:
-            self.B = nn.Parameter(B.float())
+            self.B = nn.Parameter(B)
         else:
-            self.register_buffer("B", B.float())
-        self.C = nn.Parameter(C[..., 0].clone() if is_real else C)
-        self.d_model, self.is_real, self.n_ssm, self.modes = d_model, is_real, n_ssm, modes
+            self.register_buffer("B", B)
+        self.C = nn.Parameter(torch.empty(heads, d_model, modes, *parts, **like))
+        self.d_model, self.d_state, self.heads = d_model, d_state, heads
+        self.is_real, self.n_ssm, self.modes = is_real, n_ssm, modes
         self.discretization, self.backend = discretization, backend
         self.real_transform, self.imag_transform = real_transform, imag_transform
         self.dt_transform, self.dt_sinh, self.bandlimit = dt_transform, dt_sinh, bandlimit
+        self.train_B, self.dt_tie = train_B, dt_tie
+        self.init, self.real_scale, self.imag_scale = init, real_scale, imag_scale
+        self.real_random, self.imag_random = real_random, imag_random
+        self.B_init, self.B_scale, self.normalize_B = B_init, B_scale, normalize_B
+        self.dt_min, self.dt_max, self.deterministic = dt_min, dt_max, deterministic
         self.kernel_dropout = nn.Dropout(kernel_dropout)
         self.override("inv_dt", "inv_A_real", "inv_A_imag", "B", lr=lr, weight_decay=0.0)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws dt, A, B and C anew, as at construction."""
+        # Without storage nothing is kept, but options that exclude each other are refused all the same.
+        device = torch.device("cpu") if self.C.device.type == "meta" else self.C.device
+        with device:
+            fill(self, s4d_init.initial(self))
 
     def system(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log dt (d_model,) or (d_model, modes), A and B (d_model, modes, 2), C (heads, d_model, modes, 2),
@@ -162,9 +152,10 @@ class S4DKernel(KernelGenerator):
         return _system(*self._ingredients(rate))
 
     def _ingredients(self, rate: float):
-        imag = None if self.is_real else self.inv_A_imag
+        parts = ("inv_dt", "inv_A_real", "B", "C", *(() if self.is_real else ("inv_A_imag",)))
+        inv_dt, inv_A_real, B, C, *inv_A_imag = self.read(*parts)
+        tensors = [inv_dt, inv_A_real, inv_A_imag[0] if inv_A_imag else None, B, C]
         names = [self.discretization, self.dt_transform, self.real_transform, self.imag_transform]
-        tensors = [self.inv_dt, self.inv_A_real, imag, self.B, self.C]
         copies = self.d_model // self.n_ssm
         return tensors, names, copies, self.dt_sinh, self.bandlimit, rate
 
@@ -214,20 +205,6 @@ _modes_op = opaque(
 )
 
 
-def _inverse(x: Tensor, option: str, transform: str) -> Tensor:
-    if transform == "sigmoid" and not (x.is_meta or (x < 1).all()):
-        raise ValueError(
-            f"S4DKernel: {option}='sigmoid' gives values below 1, got modes up to {x.max():g} from init"
-        )
-    if transform != "none":
-        if not x.is_meta and (x < 0).any():
-            text = f"gives positive values, got modes down to {x.min():g} from init and its scale"
-            raise ValueError(f"S4DKernel: {option}={transform!r} {text}; 'none' takes any sign")
-        least = _FLOOR if transform == "relu" else torch.finfo(torch.float32).tiny
-        x = torch.where(x < least, _FLOOR, x)
-    return POSITIVE[transform][1](x).float()
-
-
 class S4D(Recurrent, ConvLayer):
     """Diagonal state space layer, (batch, length, d_model) -> the same.
 
@@ -251,7 +228,7 @@ class S4D(Recurrent, ConvLayer):
 
     Where a transform gives positive values, zeros begin at 1e-4 (with "relu" all that is smaller). B is
     1 but for "legs", "fout" and "foud": see seqconv.s4d_init. The state_dict does not depend on the
-    length; options are not part of it.
+    length; it loads into a layer of the same options only.
 
     Parameters, all real: kernel.inv_dt (d_model,), log dt, uniform in [log dt_min, log dt_max];
     inv_A_real (n_ssm, modes), log(-Re A), and inv_A_imag (n_ssm, modes), Im A, and B (n_ssm, modes, 2),

@@ -11,12 +11,13 @@ N = 2 modes is the state size, n = 0 ... modes - 1; one of each conjugate pair, 
 
 B is 1 but for "legs", where it is LegS's B in the eigenvectors' coordinates, rotated to be real and
 positive (C takes the phase), and for "fout" and "foud", where it is 1 / sqrt(2) for n = 0, the
-constant function, which has no conjugate.
+constant function, which has no conjugate. POSITIVE: the maps to positive numbers under which A is trained.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv._check import check_choice, check_flag
@@ -24,6 +25,30 @@ from seqconv._check import check_choice, check_flag
 NAMES = ("lin", "inv", "inv2", "quad", "real", "rand", "legs", "fout", "foud", "diag", "hippo")
 B_NAMES = (None, "one", "normal", "alternating", "unit_cw", "unit_ccw", "legs")
 _HALVES = {"diag": ("inv", "lin"), "hippo": ("legs", "fout")}
+
+_FLOOR = 1e-4  # of what a positive transform has to give
+POSITIVE = {  # name: (transform, inverse)
+    "exp": (torch.exp, torch.log),
+    "relu": (lambda p: F.relu(p) + _FLOOR, lambda x: x - _FLOOR),
+    "softplus": (F.softplus, lambda x: x + torch.log(-torch.expm1(-x))),
+    "sigmoid": (torch.sigmoid, torch.logit),
+    "none": (lambda p: p, lambda x: x),
+}
+
+
+def _inverse(x: Tensor, option: str, transform: str) -> Tensor:
+    """What `transform` maps to x. Zeros begin at 1e-4, with "relu" all that is smaller."""
+    if transform == "sigmoid" and not (x < 1).all():
+        raise ValueError(
+            f"S4DKernel: {option}='sigmoid' gives values below 1, got modes up to {x.max():g} from init"
+        )
+    if transform != "none":
+        if (x < 0).any():
+            text = f"gives positive values, got modes down to {x.min():g} from init and its scale"
+            raise ValueError(f"S4DKernel: {option}={transform!r} {text}; 'none' takes any sign")
+        least = _FLOOR if transform == "relu" else torch.finfo(torch.float32).tiny
+        x = torch.where(x < least, _FLOOR, x)
+    return POSITIVE[transform][1](x)
 
 
 def legs(modes: int) -> tuple[Tensor, Tensor]:
@@ -138,3 +163,42 @@ def _b(name: str, n_ssm: int, modes: int) -> Tensor:
         "legs": (legs(modes)[1] if name == "legs" else zero, zero),
     }[name]
     return torch.stack(parts, -1).repeat(n_ssm, 1, 1)
+
+
+def initial(kernel) -> dict[str, Tensor]:
+    """Parameters of an S4DKernel of these options, by name."""
+    A, B = modes(
+        kernel.init,
+        kernel.n_ssm,
+        kernel.modes,
+        is_real=kernel.is_real,
+        real_scale=kernel.real_scale,
+        imag_scale=kernel.imag_scale,
+        real_random=kernel.real_random,
+        imag_random=kernel.imag_random,
+        B_init=kernel.B_init,
+        B_scale=kernel.B_scale,
+        normalize_B=kernel.normalize_B,
+    )
+    low, high = math.log(kernel.dt_min), math.log(kernel.dt_max)
+    shape = (*kernel.C.shape[: 3 if kernel.is_real else -1], 2)
+    if kernel.deterministic:
+        log_dt = torch.linspace(low, high, kernel.d_model, dtype=torch.float64)
+        log_dt = (
+            log_dt.unsqueeze(-1).expand(-1, kernel.modes) if kernel.inv_dt.dim() == 2 else log_dt
+        )
+        C = torch.zeros(shape, dtype=kernel.C.dtype)
+        C[..., 0, 0] = 1
+    else:
+        log_dt = torch.empty(kernel.inv_dt.shape, dtype=torch.float64).uniform_(low, high)
+        C = torch.randn(shape, dtype=kernel.C.dtype) * (1 if kernel.is_real else math.sqrt(0.5))
+    inv_dt = log_dt if kernel.dt_transform == "exp" else POSITIVE["softplus"][1](log_dt.exp())
+    values = {
+        "inv_dt": torch.asinh(inv_dt) if kernel.dt_sinh else inv_dt,
+        "inv_A_real": _inverse(-A[..., 0], "real_transform", kernel.real_transform),
+        "B": B,
+        "C": C,
+    }
+    if kernel.is_real:
+        return values | {"B": B[..., 0], "C": C[..., 0]}
+    return values | {"inv_A_imag": _inverse(A[..., 1], "imag_transform", kernel.imag_transform)}

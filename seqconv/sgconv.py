@@ -1,6 +1,7 @@
 """SGConv: convolution with few weights a scale, coarser and smaller with the lag (arXiv 2210.09298)."""
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from seqconv._check import (
     check_rate,
     check_sampling,
 )
-from seqconv._layer import ConvLayer, KernelGenerator, full_precision, passes_options_to
+from seqconv._layer import ConvLayer, full_precision, passes_options_to
+from seqconv._module import KernelGenerator, fill, kernel_dtype, whole
 from seqconv._opaque import opaque
 
 
@@ -51,6 +53,10 @@ class SGConvKernel(KernelGenerator):
 
     Source: arXiv 2210.09298, section 3.
     """
+
+    shown = ("l_max", "kernel_dim", "n_scales", "init", "decay")
+    meaning = ("init_scale", "upsample", "combine", "decay", "two_sided")
+    attributes: ClassVar = {"decay": "law"}
 
     def __init__(
         self,
@@ -90,37 +96,57 @@ class SGConvKernel(KernelGenerator):
         if n_scales is None:  # 1 + ceil(log2(l_max / kernel_dim)) - init_scale, in integers
             n_scales = max(1, 1 + (-(-l_max // kernel_dim) - 1).bit_length() - init_scale)
         check_positive(name, n_scales=n_scales)
+        self.d_model, self.l_max, self.heads = d_model, l_max, heads
+        self.kernel_dim, self.n_scales = kernel_dim, n_scales
         self.upsample, self.combine, self.law = upsample, combine, decay
+        self.init, self.decay_min, self.decay_max = init, decay_min, decay_max
         self.init_scale, self.two_sided = init_scale, two_sided
         self.taps = kernel_dim << (n_scales - 1 + init_scale)
-
-        pieces = torch.randn(n_scales, heads, d_model, kernel_dim)
-        if init == "cos":
-            turns = torch.stack([torch.randperm(d_model) for _ in range(n_scales)])
-            place = torch.arange(kernel_dim) / max(kernel_dim - 1, 1)
-            waves = torch.cos(2 * math.pi * turns.unsqueeze(-1) * place)  # (s h d)
-            pieces = waves.unsqueeze(1).repeat(1, heads, 1, 1)
-        self.pieces = nn.Parameter(pieces)
-        if decay == "geometric":
-            self.register_buffer("decay", torch.linspace(decay_min, decay_max, d_model))
-        else:
-            p = torch.empty(d_model).uniform_(decay_min, decay_max)
-            self.decay = nn.Parameter(p) if decay == "power" else nn.Buffer(p)
+        like = {"dtype": kernel_dtype()}
+        self.pieces = nn.Parameter(torch.empty(n_scales, heads, d_model, kernel_dim, **like))
+        p = torch.empty(d_model, **like)
+        self.decay = nn.Parameter(p) if decay == "power" else nn.Buffer(p)
+        self.norm = nn.Buffer(torch.empty(heads, d_model, 1, **like))
         self.override("pieces", "decay", lr=lr)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weights and decay anew, as at construction, and sets norm to the new kernel's."""
+        like = {"dtype": self.pieces.dtype, "device": self.pieces.device}
+        n_scales, heads, d_model, kernel_dim = self.pieces.shape
+        if like["device"].type == "meta":
+            return
+        pieces = torch.randn(self.pieces.shape, **like)
+        if self.init == "cos":
+            turns = [torch.randperm(d_model, device=like["device"]) for _ in range(n_scales)]
+            place = torch.arange(kernel_dim, **like) / max(kernel_dim - 1, 1)
+            waves = torch.cos(2 * math.pi * torch.stack(turns).unsqueeze(-1) * place)  # (s h d)
+            pieces = waves.unsqueeze(1).repeat(1, heads, 1, 1)
+        ends = self.decay_min, self.decay_max
+        if self.law == "geometric":
+            decay = torch.linspace(*ends, d_model, **like)
+        else:
+            decay = torch.empty(d_model, **like).uniform_(*ends)
+        fill(self, {"pieces": pieces, "decay": decay})
         with torch.no_grad():
             options = self.upsample, self.combine, self.law, self.init_scale
-            k = _sample(self.pieces, 1.0, 0, self.taps, self.decay, *options)
-            norm = k.norm(dim=-1, keepdim=True)
-        self.register_buffer("norm", norm)
+            k = _sample(whole(self.pieces), 1.0, 0, self.taps, whole(self.decay), *options)
+            fill(self, {"norm": k.norm(dim=-1, keepdim=True)})
 
     def forward(self, length: int, rate: float = 1.0) -> Tensor:
         check_length("SGConvKernel", length)
         check_sampling("SGConvKernel", rate)
+        if not torch.compiler.is_compiling() and rate > 1 and not self.init_scale:
+            self.warn_once(
+                "rate",
+                f"rate={rate} leaves out taps, which wants a kernel that is smooth from tap to tap. With "
+                "init_scale=0 nothing keeps the first two pieces so; init_scale >= 1 does.",
+            )
         count = math.ceil((self.taps - 0.5) / rate)
         if not torch.compiler.is_compiling():  # where the taps' number would tie graphs to a length
             count = max(min(count, length), 1)
         options = [self.upsample, self.combine, self.law]
-        tensors = [self.pieces, self.decay, self.norm]
+        tensors = self.read("pieces", "decay", "norm")
         arguments = (tensors, options, self.init_scale, self.two_sided, rate, count)
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         return (_taps_op if compiled else _taps)(*arguments)[..., :length]

@@ -198,6 +198,7 @@ def test_gallery_draws_from_a_checkpoint_what_it_trained(tmp_path):
     assert all(10_000 < p.stat().st_size < 150_000 for p in out.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:.*steps or more away")
 def test_sensitivity_is_by_lag():
     """Two layers of five taps see eight pixels back and no further."""
     torch.manual_seed(0)

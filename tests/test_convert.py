@@ -282,6 +282,7 @@ def upsampled(w, factor, linear):
     return out
 
 
+@pytest.mark.filterwarnings("ignore:.*steps or more away")
 @pytest.mark.parametrize("heads, two_sided", [(1, False), (2, True)])
 @pytest.mark.parametrize("init_scale", [0, 1])
 @pytest.mark.parametrize(

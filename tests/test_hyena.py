@@ -50,6 +50,7 @@ def plain(layer, x):
     return layer.out_proj(gates[-1] * v)
 
 
+@pytest.mark.filterwarnings("ignore:.*steps or more away")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("length", [1, 2, 47, 80, 131])
 def test_layer_is_its_formula(order, length):
@@ -111,6 +112,7 @@ def test_padding_in_the_middle_is_silent():
     torch.testing.assert_close(layer(x, before)[:, 30:], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*steps or more away")
 @pytest.mark.parametrize("shape", [(2, 80), (3, 1), (1, 57), (0, 10), (2, 0), (1, 131)])
 @pytest.mark.parametrize("order", ORDERS)
 def test_shapes_and_gradients(shape, order):
@@ -133,6 +135,7 @@ def test_gradients_against_the_formula():
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:.*steps or more away")
 def test_longer_inputs_meet_the_taps_there_are():
     layer = Hyena(D, l_max=10)
     x = torch.randn(1, 60, D)

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LAYER = {"_check", "_layer"}
+LAYER = {"_check", "_layer", "_module"}
 ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "_version": set(),
     "_check": set(),
+    "_module": set(),
     "_explanation": set(),
     "reference": set(),
     "_pack": set(),
@@ -39,7 +40,7 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "functional": {"_autograd", "_check", "_cpu", "_cuda", "_explanation", "_ops", "reference"},
     "_hints": set(),
     "_opaque": {"_autograd", "_ops"},
-    "_layer": {"_autograd", "_check", "_hints", "functional"},
+    "_layer": {"_autograd", "_check", "_hints", "_module", "functional"},
     "_ssm": {"_autograd", "_cpu", "_cuda", "_explanation", "_ops"},
     "ssm": {"_check", "_explanation", "_ssm"},
     "s4d_init": {"_check"},
@@ -51,6 +52,7 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     # Not another layer but its kernel generator: the taps are LongConv's, only the transforms differ.
     "butterfly_conv": LAYER | {"_butterfly", "functional", "long_conv", "reference"},
     "optim": {"_layer"},
+    "parallel": {"_module"},  # which imports torch.distributed: not part of `import seqconv`
     "_conv1d": {"_check", "functional"},
     "nn": LAYER | {"_conv1d"},
     "convert": {*LAYER, "_conv1d", "long_conv", "s4d", "sgconv"},
@@ -118,6 +120,7 @@ def test_import_needs_torch_and_einops_only():
 import sys, torch, einops
 before = set(sys.modules)
 import seqconv
+assert "seqconv.parallel" not in sys.modules
 print(*{m.split(".")[0] for m in set(sys.modules) - before})
 """
     result = subprocess.run(

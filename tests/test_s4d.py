@@ -195,8 +195,8 @@ def test_other_kernel_options():
     assert "B" in fixed.state_dict() and "B" not in dict(fixed.named_parameters())
     # dt = 0.5: modes of frequency dt n / 2 = 0, .25, .5, .75 per step, kept below 0.3
     limited = S4DKernel(D, d_state=8, dt_min=0.5, dt_max=0.5, bandlimit=0.6)
-    full = S4DKernel(D, d_state=8, dt_min=0.5, dt_max=0.5)
-    full.load_state_dict(limited.state_dict())
+    full = copy.deepcopy(limited)
+    full.bandlimit = None
     with torch.no_grad():
         full.C[:, :, 2:] = 0
     for rate in (1.0, 2.0, 0.5):  # the limit is that of training
@@ -648,11 +648,11 @@ def test_zero_shot_resolution(discretization):
 def test_a_checkpoint_runs_at_other_lengths():
     layer, other = S4D(D), S4D(D)
     x = torch.randn(1, 4096, D)
-    before = copy.deepcopy(layer.state_dict())
+    before = copy.deepcopy(dict(layer.named_parameters()))
     optimizer = torch.optim.AdamW(param_groups(layer, lr=1e-2))
     layer(x[:, :1024]).square().sum().backward()
     optimizer.step()
-    assert not any(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+    assert not any(torch.equal(t, before[name]) for name, t in layer.named_parameters())
     other.load_state_dict(layer.state_dict())
     torch.testing.assert_close(other(x)[:, :1024], layer(x[:, :1024]), rtol=1e-4, atol=1e-5)
 
@@ -693,3 +693,20 @@ def test_s4_is_the_limit_of_s4d_for_smooth_inputs():
         assert abs(relative(answers[1], s4) - 1) < 0.1
         if distance:
             assert abs(apart(A, normal, b) - distance) < 1e-4
+
+
+@pytest.mark.parametrize("transform", ["exp", "softplus"])
+def test_steps_of_any_size_are_kept(transform):
+    """dt_min = 1e-5 is what is asked for and what there is: nothing is clamped."""
+    kernel = S4DKernel(500, dt_min=1e-6, dt_max=1e-5, dt_transform=transform)
+    dt = kernel.system()[0].exp()
+    assert 0.99e-6 < dt.min() < 1.5e-6 and 0.7e-5 < dt.max() < 1.01e-5
+
+
+def test_options_are_checked_without_storage_too():
+    with torch.device("meta"):
+        assert S4DKernel(4, init="legs", normalize_B=True, deterministic=True).C.is_meta
+        with pytest.raises(ValueError, match="real_transform='sigmoid' gives values below 1"):
+            S4DKernel(4, init="real", real_transform="sigmoid")
+        with pytest.raises(ValueError, match="init must be one of"):
+            S4DKernel(4, init="hipo")

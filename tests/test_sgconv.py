@@ -104,6 +104,7 @@ def test_kernel_is_its_formula(upsample, combine, init, decay):
         torch.testing.assert_close(unit, torch.ones_like(unit), rtol=1e-6, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*leaves out taps")
 @pytest.mark.parametrize("rate", [0.5, 0.3, 2.0, 3.7])
 @pytest.mark.parametrize("two_sided", [False, True])
 def test_rate_samples_the_same_function(rate, two_sided):
@@ -141,7 +142,9 @@ def make_smooth(kernel, tau=(20.0, 60.0)):
             kernel.pieces[i] = 2.0**i * torch.exp(-t / tau) * torch.cos(t / tau)
 
 
+@pytest.mark.filterwarnings("ignore:.*leaves out taps")
 @pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.filterwarnings("ignore:.*steps or more away")
 def test_zero_shot_resolution(bidirectional):
     """A layer made for steps of 1 on inputs twice and half as dense, whose period is 20 steps or more:
     the same output at the same times within 0.2% and 0.5%."""
@@ -236,9 +239,19 @@ def test_buffers_stay_float32_too(dtype):
     kernel = SGConvKernel(D, l_max=60, decay="power_fixed", decay_min=1.0)
     before = kernel(60)
     assert torch.equal(kernel.to(dtype)(60), before)
-    assert {t.dtype for t in kernel.state_dict().values()} == {torch.float32}
+    assert {t.dtype for t in (*kernel.parameters(), *kernel.buffers())} == {torch.float32}
 
 
+def test_rates_that_leave_out_taps_of_a_rough_kernel_warn_once():
+    layer, x = SGConv(D, l_max=80), torch.randn(1, 50, D)
+    with pytest.warns(UserWarning, match=r"SGConvKernel: rate=2\.0 leaves out taps"):
+        layer(x, rate=2.0)
+    layer(x, rate=2.0)
+    SGConv(D, l_max=80, init_scale=1)(x, rate=2.0)
+    SGConv(D, l_max=80)(x, rate=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*steps or more away")
 def test_longer_inputs_meet_the_taps_there_are():
     layer = SGConv(D, l_max=30, kernel_dim=4, activation=None, postact=None)
     x = torch.randn(1, 100, D)

@@ -1,4 +1,4 @@
-"""DistributedDataParallel over gloo: python two_processes.py RANK FILE, in two processes at once.
+"""DistributedDataParallel over gloo: python two_processes.py RANK FOLDER, in two processes at once.
 
 Every layer takes a step on its half of a batch; the gradients must be those of the whole batch in one process.
 """
@@ -7,14 +7,14 @@ import sys
 
 import torch
 import torch.distributed as dist
-from test_layers import LAYERS, D
+from layer_table import LAYERS, D
 from torch.nn.parallel import DistributedDataParallel
 
 from seqconv import ButterflyConv, Hyena
 
 
-def main(rank: int, file: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def main(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
     x = torch.randn(4, 50, D, generator=torch.Generator().manual_seed(1))
     more = {
