@@ -111,8 +111,8 @@ def test_compile_s4d_options(options, call):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-PARTS = [("s4d", {"bandlimit": 0.5, "heads": 2}), ("sgconv", {"decay": "power"})]
-PARTS += [("s4d", {"is_real": True, "init": "real", "train_B": False}), ("sgconv", {})]
+PARTS = [("s4d", {"bandlimit": 0.5, "heads": 2}), ("sgconv", {"decay": "power", "init_scale": 1})]
+PARTS += [("s4d", {"is_real": True, "init": "real", "train_B": False}), ("sgconv", {"init_scale": 1})]
 PARTS += [("hyena", {"order": 3})]
 
 
