@@ -231,7 +231,12 @@ def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:
         return torch.arange(length, device=x.device) >= lengths.unsqueeze(1)
     if mask is None:
         return None
-    check_tensor(function, "mask", mask, dtypes=(torch.bool, *FLOATS), device=x.device, owner="x")
+    if isinstance(mask, Tensor) and mask.dtype not in (torch.bool, *FLOATS):
+        text = f"{function}: mask must be bool (True is padding) or float with 0 and -inf, got {mask.dtype}"
+        raise TypeError(
+            f"{text}; of 1 where a step is kept and 0 at padding, mask == 0 is such a mask"
+        )
+    check_tensor(function, "mask", mask, device=x.device, owner="x", dtypes=(torch.bool, *FLOATS))
     check_shape(function, "mask", mask, (("batch", batch), ("length", length)))
     if mask.dtype == torch.bool:
         return mask

@@ -134,7 +134,9 @@ class Hyena(Described):
 
     with N = order gates, N - 1 long convolutions, k from HyenaFilter, and the gates fused into the
     convolutions. Inputs longer than l_max are convolved with the l_max taps there are. Outputs grow as
-    |x|^(order + 1): inputs for which that nears float32's largest number overflow.
+    |x|^(order + 1): inputs for which that nears float32's largest number overflow. The convolutions' round-off
+    lets a later step move earlier outputs by about eps times what it adds to a product of gates and values: a
+    step that is s times as large moves them by about eps s^order.
 
     Parameters: in_proj ((order + 1) d_model, d_model) and out_proj (d_model, d_model), torch's
     default; short ((order + 1) d_model, 3), tap 0 the present's, and short_bias, uniform in
