@@ -49,8 +49,6 @@ def fallback_reason(
 def _empty(like: Tensor, shape, channels_last: bool) -> Tensor:
     """(batch, ..., channels, length); channels_last puts the channels innermost in memory."""
     if not channels_last:
-        if shape == like.shape:  # in half of new_empty's time
-            return torch.empty_like(like, memory_format=torch.contiguous_format)
         return like.new_empty(shape)
     strides, step = [1], 1
     for size in (*shape[-2:0:-1], shape[-1]):  # of channels, any heads, length; then batch
@@ -60,9 +58,16 @@ def _empty(like: Tensor, shape, channels_last: bool) -> Tensor:
     return like.new_empty_strided(shape, (batch, *reversed(channels_and_heads), length))
 
 
+def _empty_like(like: Tensor, channels_last: bool) -> Tensor:
+    if channels_last:
+        return _empty(like, like.shape, True)
+    # in half of new_empty's time
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
 def _empty_output(u: Tensor, k: Tensor, channels_last: bool) -> Tensor:
     if k.dim() == 2:
-        return _empty(u, u.shape, channels_last)
+        return _empty_like(u, channels_last)
     batch, channels, length = u.shape
     return _empty(u, (batch, k.shape[-3], channels, length), channels_last)
 
@@ -77,7 +82,7 @@ def _empty_gradients(inputs, channels_last: bool, wanted) -> list[Tensor | None]
         if like is None or not want:
             grads.append(None)
         else:
-            grads.append(_empty(like, like.shape, channels_last and i in _SIGNALS))
+            grads.append(_empty_like(like, channels_last and i in _SIGNALS))
     return grads
 
 
@@ -90,7 +95,7 @@ def _fwd_fused(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last
     if fallback_reason(u.device, u.dtype, u.shape[-1]):
         return _fwd_reference(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last)
     y = _empty_output(u, k, channels_last)
-    backend = _cpu if u.device.type == "cpu" else _cuda
+    backend = _cpu if u.is_cpu else _cuda
     backend.forward(y, u, k, k_rev, skip, pre_gate, post_gate, activation)
     return y
 
@@ -100,7 +105,7 @@ def _gradients_fused(dy, u, k, k_rev, skip, pre_gate, post_gate, activation, cha
     if fallback_reason(u.device, u.dtype, u.shape[-1]):
         return _gradients_reference(dy, *inputs, activation, channels_last, wanted)
     grads = _empty_gradients(inputs, channels_last, wanted)
-    backend = _cpu if u.device.type == "cpu" else _cuda
+    backend = _cpu if u.is_cpu else _cuda
     backend.backward(grads, dy, *inputs, activation)
     return grads
 
@@ -159,17 +164,16 @@ torch.library.register_fake("seqconv::fftconv_bwd", _bwd_fake, lib=library)
 # Torch's dispatcher takes longer than all else around a kernel, twice so for operators in Python. Where nobody
 # watches it, eager calls go past it.
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 below_autograd = torch._C._AutoDispatchBelowAutograd
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 def _unwatched(tensors) -> bool:
     """Plain tensors of a device with kernels, and no mode, profiler or trace that must see the operator."""
-    for t in tensors:
-        if t is not None and type(t) not in _PLAIN:
-            return False
-    if tensors[0].device.type not in ("cpu", "cuda"):
+    if not _PLAIN.issuperset(map(type, tensors)):
+        return False
+    if not (tensors[0].is_cpu or tensors[0].is_cuda):  # device.type takes five times as long
         return False
     return not (_modes() or torch.autograd._profiler_enabled() or torch.jit.is_tracing())
 

@@ -25,6 +25,7 @@ CEILINGS = {
     "spectrum": 120,
     "kernel_scales": 40,
     "taps_gradient": 124,
+    "skip_gradient": 40,
     "long_taps": 120,
     "long_input": 120,
     "long_input_gradient": 124,

@@ -478,11 +478,12 @@ device = Device(0, bindings)
 assert device.arch == "sm_90" and device.limits.shared == 232448 and device.limits.processors == 132
 for dtype in (torch.float32, torch.bfloat16):
     u, k = torch.randn(3, 2, 300, dtype=dtype, requires_grad=True), torch.randn(2, 300, requires_grad=True)
+    skip = torch.randn(2, requires_grad=True)
     with as_backend(device):
-        y = fftconv(u, k)
-        grads = torch.autograd.grad(y.float().square().sum(), (u, k))
-    y64 = reference.fftconv_fft(u.double(), k.double())
-    grads64 = torch.autograd.grad(y64.square().sum(), (u, k))
+        y = fftconv(u, k, skip)
+        grads = torch.autograd.grad(y.float().square().sum(), (u, k, skip))
+    y64 = reference.fftconv_fft(u.double(), k.double(), skip.double())
+    grads64 = torch.autograd.grad(y64.square().sum(), (u, k, skip))
     for a, b in zip((y, *grads), (y64, *grads64)):
         error = ((a.double() - b.double()).norm() / b.double().norm()).item()
         assert error < (1e-6 if dtype == torch.float32 else 6e-3), error
@@ -500,13 +501,13 @@ def test_real_bindings_and_machine_code(library, tmp_path):
     subprocess.run(command, check=True)
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     # NVRTC itself looks for a driver and would take this one: compiled without it, found as prebuilt.
-    needed = "^(spectrum|taps_gradient|(tensor_)?(for|back)ward_(f32|bf16|bf16_fast_1024))$"
+    needed = "^(spectrum|(taps|skip)_gradient|(tensor_)?(for|back)ward_(f32|bf16|bf16_fast_1024))$"
     folder = tmp_path / "cubins"
     asked = ["--arch", "sm_90", "--out", str(folder), "--kernels", needed]
     subprocess.run(
         [sys.executable, "-m", "seqconv.prebuild", *asked], check=True, stdout=subprocess.DEVNULL
     )
-    assert len(list(folder.iterdir())) == 8
+    assert len(list(folder.iterdir())) == 9
     environment = {
         "SEQCONV_CUBINS": str(folder),
         "LD_LIBRARY_PATH": str(tmp_path),

@@ -3,7 +3,7 @@
 // A block goes through its rows, `slots` at a time, each with `row_threads` threads and its own
 // planes.
 #pragma once
-#include "transform.cuh"
+#include "skip.cuh"
 
 struct Work {
   Team team;
@@ -105,21 +105,6 @@ SEQCONV_DEVICE KernelRow kernel_row(const Args& a) {
   return {team, slot, row < rows ? row : rows - 1, row < rows};
 }
 
-// op over the team's values, the same in all threads; `shared` has a float for each.
-template <class Op>
-SEQCONV_DEVICE float team_reduce(Team team, float value, float* shared, Op op) {
-  store_shared(shared + team.rank, value);
-  sync_block();
-  for (int width = 256; width > 0; width /= 2) {
-    if (team.rank < width && team.rank + width < team.size)
-      store_shared(shared + team.rank,
-                   op(load_shared(shared + team.rank), load_shared(shared + team.rank + width)));
-    sync_block();
-  }
-  const float all = load_shared(shared);
-  sync_block();
-  return all;
-}
 // The power of two above the kernel's length (its spectrum's root mean square), for tensor cores.
 // The taps are brought near 1 first: their squares may leave float32's range.
 SEQCONV_DEVICE float kernel_scale(const KernelRow& r, const Taps& source, float* shared) {
@@ -229,22 +214,6 @@ SEQCONV_DEVICE void forward(const Args& a, unsigned char* shared) {
           t, v, [&] { return Sinks<T>::output(a, inside(a, place(a, w, first)), head); }, w.team);
     }
   }
-}
-
-// The skip's gradient by a direct sum: its transform would carry the round-off of all other taps.
-template <class T>
-SEQCONV_DEVICE float skip_sum(Gated<T> dv, Gated<T> x, int n, Team team) {
-  float sum = 0.f, lost = 0.f;  // what rounding added to the sum: a small team's sums are long
-  for (int t = team.rank; t < n; t += team.size) {
-    const float term = dv(t) * x(t) - lost, next = sum + term;
-    lost = next - next == 0.f ? (next - sum) - term : 0.f;  // an infinite sum stays what it is
-    sum = next;
-  }
-  return sum;
-}
-template <>
-SEQCONV_DEVICE float skip_sum(Gated<c32>, Gated<c32>, int, Team) {
-  return 0.f;
 }
 
 // From x and dv: gradients of u and pre_gate, and of the taps as partial sums of spectra, one for

@@ -58,8 +58,8 @@ struct Args {
   i64 matrix_channels;    // channels of a head
   Exponentials exponentials;
   Tensor u, k, k_rev, skip, pre_gate, post_gate,
-      y;  // k, k_rev, skip of any dtype, the others of the kernel's
-  Tensor dy, du, dk, dk_rev, dpre_gate, dpost_gate;
+      y;  // k, k_rev, skip and their gradients of any dtype, the others of the kernel's
+  Tensor dy, du, dk, dk_rev, dskip, dpre_gate, dpost_gate;
 };
 
 SEQCONV_DEVICE float load_any(const void* p, i64 dtype, i64 i) {

@@ -23,6 +23,22 @@ struct Team {
   int rank, size;  // of the threads that share a row
 };
 
+// op over the team's values, the same in all threads; `shared` has room for each.
+template <class T, class Op>
+SEQCONV_DEVICE T team_reduce(Team team, T value, T* shared, Op op) {
+  store_shared(shared + team.rank, value);
+  sync_block();
+  for (int width = 256; width > 0; width /= 2) {
+    if (team.rank < width && team.rank + width < team.size)
+      store_shared(shared + team.rank,
+                   op(load_shared(shared + team.rank), load_shared(shared + team.rank + width)));
+    sync_block();
+  }
+  const T all = load_shared(shared);
+  sync_block();
+  return all;
+}
+
 SEQCONV_DEVICE int radix_of(const Transform& t, int pass) {
   return (int)(t.radices >> (8 * pass)) & 255;
 }

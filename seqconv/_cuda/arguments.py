@@ -11,8 +11,15 @@ _NUMBERS = (
     "matrices partial_matrices matrix_channels "
     "modes digits exponents weights powers sums dexponents dweights"
 ).split()
-_TENSORS = "u k k_rev skip pre_gate post_gate y dy du dk dk_rev dpre_gate dpost_gate".split()
-_TABLES = {"k": KERNEL, "k_rev": KERNEL, "dk": KERNEL, "dk_rev": KERNEL, "skip": SKIP}
+_TENSORS = "u k k_rev skip pre_gate post_gate y dy du dk dk_rev dskip dpre_gate dpost_gate".split()
+_TABLES = {
+    "k": KERNEL,
+    "k_rev": KERNEL,
+    "dk": KERNEL,
+    "dk_rev": KERNEL,
+    "skip": SKIP,
+    "dskip": SKIP,
+}
 
 
 _PLACES = {name: i for i, name in enumerate(_NUMBERS)}

@@ -23,6 +23,7 @@ from seqconv._pack import ABSENT, materialise, reach, zero_unreached
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 COMPLEX = 4  # dtype code of rows between the passes of a long transform
 WORK_BYTES = 1 << 28  # of scratch for long rows, more only where one channel needs it
+SKIP_THREADS = 256  # that add up the skip's gradient of one channel
 
 
 def _rows(work: Operand, outer: int, lower: int) -> tuple:
@@ -128,23 +129,34 @@ class _Call:
         self.of_rows("forward_c32", **spectrum, u=rows[0], y=rows[1])
         self.of_columns(f"long_output_{self.suffix}", batch * heads * channels, work=v, **sink)
 
-    def gradients(self, spectrum: dict, source: dict, du, dpre_gate, dk, dk_rev, skip: bool):
-        """Gradients from u, pre_gate, dy, post_gate and wide in `source`; returns what adds up to the skip's, whose
-        second to fourth axis are (sets, heads, channels)."""
+    def partial_skip(self, parts: int, threads: int) -> Operand:
+        """One number for every thread that sums up the skip's gradient: it belongs to one head and one channel."""
+        return self.empty(parts, self.problem.heads, self.problem.channels, threads)
+
+    def skip_gradient(self, partial: Operand, dskip: Operand) -> None:
+        """The sum of the parts."""
+        parts, heads, channels, threads = partial.shape
+        if dskip.dim() == 1:  # of all heads, too
+            parts, heads = parts * heads, 1
+        launch = (heads * channels, SKIP_THREADS, 8 * SKIP_THREADS)
+        told = {"parts": parts, "heads": heads, "channels": channels, "row_threads": threads}
+        told |= {"partial_skip": partial, "dskip": dskip}
+        self.recipe.launch("skip_gradient", launch, self.layout.rows[0], told)
+
+    def gradients(self, spectrum: dict, source: dict, du, dpre_gate, dk, dk_rev, dskip) -> None:
+        """Gradients from u, pre_gate, dy, post_gate and wide in `source`."""
         at, p = self.layout, self.problem
         with_dk, with_dx = (
             dk is not None or dk_rev is not None,
             du is not None or dpre_gate is not None,
         )
         partial = self.empty(at.parts, p.kernel_rows, 2 * at.n) if with_dk else None
-        sums = {"partial": partial}
         sink = {"du": du, "dpre_gate": dpre_gate}
         taps = {"dk": dk, "dk_rev": dk_rev}
         rows = lambda t: _rows(t, at.outer, at.lower)  # noqa: E731
         if not at.long:
-            sums["partial_skip"] = (
-                self.empty(at.parts, p.sets, p.heads, p.channels, at.row_threads) if skip else None
-            )
+            partial_skip = dskip and self.partial_skip(at.parts * p.sets, at.row_threads)
+            sums = {"partial": partial, "partial_skip": partial_skip}
             aside = with_dk and at.aside
             work = self.empty(at.parts, p.kernel_rows, at.words) if aside else None
             self.of_rows(self.kernel("backward"), **spectrum, **sums, work=work, **source, **sink)
@@ -152,29 +164,25 @@ class _Call:
             x, dv = self.work(1), self.work(p.heads)
             dx = x if with_dx else None  # a row of x is read before its gradient is written
             signals = {name: source.get(name) for name in ("u", "pre_gate")}
-            partial_skip = (
-                self.empty(p.batch * at.tiles, 1, p.heads, p.channels, at.column_threads)
-                if skip
-                else None
-            )
+            partial_skip = dskip and self.partial_skip(p.batch * at.tiles, at.column_threads)
             self.of_columns(f"long_input_{self.suffix}", p.batch * p.channels, work=x, **signals)
             heads = p.batch * p.heads * p.channels
             self.of_columns(
                 f"long_gradient_{self.suffix}", heads, work=dv, partial_skip=partial_skip, **source
             )
             inner = {"u": rows(x), "dy": rows(dv), "du": rows(dx) if with_dx else ABSENT}
-            self.of_rows("backward_c32", **spectrum, **sums, **inner)
-            sums["partial_skip"] = partial_skip
+            self.of_rows("backward_c32", **spectrum, partial=partial, **inner)
             if with_dx:
                 name = f"long_input_gradient_{self.suffix}"
                 self.of_columns(name, p.batch * p.channels, work=dx, **sink, **signals)
+        if dskip is not None:
+            self.skip_gradient(partial_skip, dskip)
         if with_dk and at.outer == 1:
             self.of_taps("taps_gradient", at.taps, 1, partial=partial, **taps)
         elif with_dk:
             work = self.work(p.heads, p.sets)
             self.of_taps("taps_gradient", at.taps, at.outer, partial=partial, dk=rows(work))
             self.of_columns("long_taps_gradient", p.kernel_rows, work=work, **taps)
-        return sums["partial_skip"]
 
 
 def _channels_at_once(problem: Problem, plans: list[Plan]) -> int:
@@ -205,16 +213,17 @@ class _Prepared:
 
     def __init__(self, tensors, axes, problem: Problem, plans: list[Plan], write):
         """axes: where each tensor has its channels. write(recipe, problem, *tensors) makes the launches for
-        some channels, and returns what there adds up to the skip's gradient, or None."""
+        some channels."""
 
         @functools.cache
         def made(count: int):
             cut = [t and t.cut(axis, count) for t, axis in zip(tensors, axes, strict=True)]
             recipe = Recipe(len(tensors))
-            return recipe, write(recipe, replace(problem, channels=count), *cut)
+            write(recipe, replace(problem, channels=count), *cut)
+            return recipe
 
-        self.parts = [(start, count, *made(count)) for start, count in _slices(problem, plans)]
-        self.floats = max(recipe.bytes for _, _, recipe, _ in self.parts) // 4
+        self.parts = [(start, made(count)) for start, count in _slices(problem, plans)]
+        self.floats = max(recipe.bytes for _, recipe in self.parts) // 4
         # Bytes from one channel to the next.
         self.steps = [
             0 if t is None else t.strides[axis] * t.element_size()
@@ -224,26 +233,14 @@ class _Prepared:
     def scratch(self, device: torch.device) -> Tensor:
         return torch.empty(self.floats, dtype=torch.float32, device=device)
 
-    def run(self, device, tensors: list[Tensor | None], dskip: Tensor | None = None) -> None:
+    def run(self, device, tensors: list[Tensor | None]) -> None:
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         scratch = self.scratch(tensors[0].device)
-        for start, count, recipe, sums in self.parts:
+        for start, recipe in self.parts:
             shifted = addresses
             if start:
                 shifted = [a + start * b for a, b in zip(addresses, self.steps, strict=True)]
             recipe.run(device, scratch.data_ptr(), shifted)
-            if sums is not None:
-                whole = count == dskip.shape[-1]
-                to = dskip if whole else dskip.narrow(-1, start, count)
-                _sum(sums.inside(scratch), to)
-
-
-def _sum(parts: Tensor, dskip: Tensor) -> None:
-    """Parts (any, sets, heads, channels, any) of a gradient (heads, channels) or (channels,)."""
-    one = dskip.dim() == 1 and parts.shape[2] == 1
-    # In float64: they may cancel.
-    total = parts.sum((0, 1, 2, 4) if one else (0, 1, 4), dtype=torch.float64)
-    dskip.copy_(total if total.dim() == dskip.dim() else total.sum(0))
 
 
 _AXES = (-2, -2, -2, -1, -2, -2)  # of the channels of u, k, k_rev, skip, pre_gate, post_gate
@@ -273,7 +270,7 @@ def _backward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
     plans = [make_plan(problem, limits, backward=backward) for backward in (False, True)]
 
     def write(recipe, problem, *tensors):
-        return _write_backward(recipe, problem, plans, activation, *tensors)
+        _write_backward(recipe, problem, plans, activation, *tensors)
 
     return _Prepared(made, (-2, *_AXES, *_AXES), problem, plans, write)
 
@@ -292,10 +289,10 @@ def _write_backward(recipe, problem, plans, activation, dy, u, k, k_rev, skip, *
             spectrum = call.spectrum(k, k_rev, skip)
             call.convolve(spectrum, u, pre_gate, dpost_gate=dpost_gate, **sink)
     if not linear:
-        return None
+        return
     call = _Call(recipe, problem, plans[1], u, "none", backward=True)
     spectrum = call.spectrum(k, k_rev, skip)
-    return call.gradients(spectrum, source, du, dpre_gate, dk, dk_rev, dskip is not None)
+    call.gradients(spectrum, source, du, dpre_gate, dk, dk_rev, dskip)
 
 
 def forward(device, y, u, k, k_rev, skip, pre_gate, post_gate, activation) -> None:
@@ -319,4 +316,4 @@ def backward(device, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activati
     inputs = (dy, u, k, k_rev, skip, pre_gate, post_gate)
     tensors = [*[t if t is None else materialise(t) for t in inputs], *grads]
     prepared = _backward(device.limits, activation, _fast(u.dtype), *geometries(tensors))
-    prepared.run(device, tensors, grads[3])
+    prepared.run(device, tensors)

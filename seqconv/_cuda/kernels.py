@@ -27,6 +27,7 @@ KERNELS: dict[str, tuple[str, int, int]] = {
     "spectrum": ("spectrum", _ROWS, 1),
     "kernel_scales": ("kernel_scales", _ROWS, 1),
     "taps_gradient": ("taps_gradient_kernel", _ROWS, 1),
+    "skip_gradient": ("skip_gradient", 256, 4),
     "long_taps": ("long_taps", _ROWS, 1),
     "butterfly": ("butterfly", 256, 1),
     "butterfly_backward": ("butterfly_backward", 256, 1),

@@ -41,9 +41,6 @@ class Operand:
         axis += len(self.shape)
         return replace(self, shape=(*self.shape[:axis], count, *self.shape[axis + 1 :]))
 
-    def inside(self, scratch: Tensor) -> Tensor:
-        return scratch.as_strided(self.shape, self.strides, self.address.offset // 4)
-
     def data_ptr(self) -> Address:
         return self.address
 

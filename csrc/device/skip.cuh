@@ -1,0 +1,35 @@
+// The skip's gradient: a sum over samples and time that every thread of the backward pass begins,
+// and that a kernel of its own ends.
+#pragma once
+#include "transform.cuh"
+
+// A thread's part, by a direct sum: its transform would carry the round-off of all other taps.
+template <class T>
+SEQCONV_DEVICE float skip_sum(Gated<T> dv, Gated<T> x, int n, Team team) {
+  float sum = 0.f, lost = 0.f;  // what rounding added to the sum: a small team's sums are long
+  for (int t = team.rank; t < n; t += team.size) {
+    const float term = dv(t) * x(t) - lost, next = sum + term;
+    lost = next - next == 0.f ? (next - sum) - term : 0.f;  // an infinite sum stays what it is
+    sum = next;
+  }
+  return sum;
+}
+template <>
+SEQCONV_DEVICE float skip_sum(Gated<c32>, Gated<c32>, int, Team) {
+  return 0.f;
+}
+
+// The sum of the parts, (part, head, channel, row_threads), for the head and channel of this block.
+// In float64, since they may cancel, and in an order that is always the same. Where one skip serves
+// all heads, they are told as parts.
+SEQCONV_DEVICE void skip_gradient(const Args& a, unsigned char* shared) {
+  const int threads = (int)a.row_threads, count = (int)a.parts * threads;
+  const i64 rows = a.heads * a.channels, row = blockIdx.x;
+  const Team team{(int)threadIdx.x, (int)blockDim.x};
+  double sum = 0.;
+  for (int i = team.rank; i < count; i += team.size)
+    sum += a.partial_skip[(i / threads * rows + row) * threads + i % threads];
+  sum = team_reduce(team, sum, (double*)shared, [](double x, double y) { return x + y; });
+  const i64 at = row / a.channels * a.dskip.head + row % a.channels * a.dskip.channel;
+  if (team.rank == 0) store_any(a.dskip.data, a.dskip.dtype, at, (float)sum);
+}
