@@ -220,7 +220,9 @@ def test_mask(make, side):
         layer(x, padding[:, 1:])
     with pytest.raises(ValueError, match=r"bool \(True is padding\) or float with 0 and -inf only"):
         layer(x, (~padding).float())
-    with pytest.raises(TypeError, match=r"mask must be bool .* got torch.int64; .* mask == 0 is such"):
+    with pytest.raises(
+        TypeError, match=r"mask must be bool .* got torch.int64; .* mask == 0 is such"
+    ):
         layer(x, padding.long())
 
 
