@@ -26,6 +26,7 @@ from bench.on_gpu import (
 )
 from bench.on_gpu.log import Log
 from bench.on_gpu.steps import RIGHT
+from bench.records import commit
 from seqconv import _ops, fftconv
 from seqconv._cuda import driver, kernels
 from seqconv._cuda.plan import H100
@@ -322,3 +323,9 @@ def test_the_emulator_stands_in(monkeypatch):
     gc.collect()
     fftconv(torch.zeros(1, 1, 64), torch.zeros(1, 64))
     assert made.emulator.launches
+
+
+def test_a_machine_without_git(monkeypatch, tmp_path):
+    """A bare machine has none, and the tree that was carried there no history."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() == "unknown"
