@@ -17,7 +17,10 @@ def commit() -> str:
 
     def git(*words):
         command = ["git", *words, "--", "csrc", "seqconv"]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        try:
+            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:  # a bare machine has no git
+            return ""
         return result.stdout.strip() if result.returncode == 0 else ""
 
     changed = git("status", "--porcelain", "--untracked-files=no")

@@ -67,9 +67,10 @@ class _Fused(Function):
     def backward(ctx, dy):
         wanted = ctx.needs_input_grad[:6]
         args = (dy, *ctx.saved_tensors, *ctx.options, wanted)
-        if not torch.is_grad_enabled() and not transformed(args):
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if not recorded and not transformed(args):
             return (*_ops.gradients(*args), None, None)
-        # With create_graph=True the operator records its own gradient, _FusedBackward.
+        # With create_graph=True the operator records its own gradient, _FusedBackward; compiled autograd, the operator.
         grads = _ops.bwd(*args)
         return (*[g if want else None for g, want in zip(grads, wanted, strict=True)], None, None)
 

@@ -98,6 +98,30 @@ def test_the_cache_keeps_what_was_used_last(cache, monkeypatch):
     assert kept == {names[0], names[2], names[3]} and not left.exists() and foreign.exists()
 
 
+def test_other_users_may_read_what_is_kept(cache):
+    """As the umask has it: SEQCONV_CACHE may name a folder that a group shares."""
+    usual = os.umask(0o022)
+    try:
+        compiler.compile_kernel("spectrum", "sm_90")
+    finally:
+        os.umask(usual)
+    (path,) = cache.folder.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_what_another_user_keeps_stays(cache, monkeypatch, recwarn):
+    """In a folder of many users nobody may delete the files of another; this is no reason to warn."""
+
+    def refuse(*_, **__):
+        raise PermissionError("not yours")
+
+    compiler.compile_kernel("spectrum", "sm_90")
+    monkeypatch.setattr(compiler, "CACHE_BYTES", 0)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    compiler.compile_kernel("kernel_scales", "sm_90")
+    assert not recwarn.list and len(list(cache.folder.iterdir())) == 2
+
+
 def test_a_cache_that_cannot_be_written_is_said_and_nothing_else(cache, monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="cannot be kept.*cache.*SEQCONV_CACHE"):

@@ -15,6 +15,7 @@ from bench.contenders import Case
 from bench.on_gpu import (
     benchmark,
     ceilings,
+    compiled,
     constants,
     facts,
     machine,
@@ -25,7 +26,8 @@ from bench.on_gpu import (
     targets,
 )
 from bench.on_gpu.log import Log
-from bench.on_gpu.steps import RIGHT
+from bench.on_gpu.steps import ABSENT, RIGHT
+from bench.records import commit
 from seqconv import _ops, fftconv
 from seqconv._cuda import driver, kernels
 from seqconv._cuda.plan import H100
@@ -322,3 +324,29 @@ def test_the_emulator_stands_in(monkeypatch):
     gc.collect()
     fftconv(torch.zeros(1, 1, 64), torch.zeros(1, 64))
     assert made.emulator.launches
+
+
+def test_a_machine_without_git(monkeypatch, tmp_path):
+    """A bare machine has none, and the tree that was carried there no history."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() == "unknown"
+
+
+def test_torch_compile_without_a_c_compiler(monkeypatch, tmp_path):
+    """Triton cannot start a kernel there: the step says so, and is no crash."""
+    log, said = Log(tmp_path, "compile"), []
+    monkeypatch.setattr(log, "say", said.append)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert compiled.run(SimpleNamespace(dry=False), log) == ABSENT
+    assert "no C compiler" in said[0]
+
+
+def test_a_timed_call_waits_for_no_backward(monkeypatch):
+    """Each has a mark of its own: torch replays no graph while a backward may still come."""
+    marks = []
+    mark = lambda: marks.append(len(marks))  # noqa: E731
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", mark)
+    for _ in range(3):
+        compiled.timed(lambda u, k: u * k, torch.ones(2), torch.ones(2))
+    assert marks == [0, 1, 2]

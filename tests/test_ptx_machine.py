@@ -277,6 +277,14 @@ FAULTS = {
         HALF + "bar.sync 0; bra L2;\nL1: bar.warp.sync -1;\nL2: mov.u32 %r6, 0;",
         "in different collectives",
     ),
+    "different members": (
+        "mov.u32 %r6, -1; setp.eq.u32 %p1, %r1, 5; @%p1 mov.u32 %r6, 0xffff; bar.warp.sync %r6;",
+        "name different members",
+    ),
+    "before the parameters": (
+        "ld.param.u64 %d4, [k_param_0+-8];",
+        "outside of the parameters",
+    ),
     "a named barrier that some never reach": (
         "setp.lt.u32 %p1, %r1, 32; @%p1 bra L1;\nbar.sync 1, 64; L1: mov.u32 %r6, 0;",
         "threads ended|no thread",
@@ -329,7 +337,8 @@ def test_memory_that_is_not_mapped():
 @pytest.mark.parametrize(
     "text",
     ["add.f128 %r1, %r1, %r1;", "ld.global.volatile.u32 %r5, [%d1];", "mov.u32 %r5, %laneid;", "mma.sync.x %r5;",
-     "add.s32 %r5, %r6;", "mov.u32 %r5, %d1;", ".local .b8 x[4];", "ld.const.u32 %r5, [%d1];"],
+     "add.s32 %r5, %r6;", "mov.u32 %r5, %d1;", ".local .b8 x[4];", "ld.const.u32 %r5, [%d1];",
+     "mov.f32 %f1, 0.5;", "L1: mov.u32 %r5, 0;\nL1: mov.u32 %r5, 1;", "ld.global.nc.u32 %r5, [%d1];"],
 )  # fmt: skip
 def test_what_is_unknown_is_refused(text):
     """Nothing is skipped or guessed."""

@@ -385,3 +385,15 @@ def test_modes_and_profilers_see_the_operators():
     with patch.object(_ops, "fwd", None), patch.object(_ops, "bwd", None):
         assert torch.equal(fftconv(u, k), y)
         assert all(map(torch.equal, torch.autograd.grad(fftconv(u, k).sum(), (u, k)), grads))
+
+
+def test_compiled_autograd_records_the_operator():
+    """A backward that torch.compile traces, of a forward that ran eagerly, is one graph without a break."""
+    u, k = (torch.randn(*shape, requires_grad=True) for shape in ((2, 3, 50), (3, 50)))
+    call = lambda: fftconv(u, k, activation="gelu").square().sum()  # noqa: E731
+    wanted = torch.autograd.grad(call(), (u, k))
+    loss = call()
+    compiler = torch.compile(backend="eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        loss.backward()
+    close((u.grad, k.grad), wanted)

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import re
-import tempfile
+import uuid
 import warnings
 from pathlib import Path
 
@@ -175,9 +175,9 @@ def _keep(name: str, code: bytes) -> None:
     """Whole or not at all, whoever else writes or reads; then the oldest files go until the rest fits CACHE_BYTES."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(prefix=name, dir=folder)
+    part = folder / f"{name}{uuid.uuid4().hex}"  # tempfile's would be for this user only
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(part, "xb") as file:
             file.write(code + hashlib.sha256(code).digest())
         os.replace(part, folder / name)
     except BaseException:
@@ -193,8 +193,9 @@ def _keep(name: str, code: bytes) -> None:
     for _, size, path in sorted(found):
         if total <= CACHE_BYTES:
             break
-        path.unlink(missing_ok=True)
-        total -= size
+        with contextlib.suppress(PermissionError):  # another user's, in a folder of many
+            path.unlink(missing_ok=True)
+            total -= size
 
 
 def prebuilt_folders() -> list[Path]:

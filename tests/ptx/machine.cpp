@@ -37,7 +37,13 @@ static bool meet(Warp& w, Instruction& i, u32 lanes, u32 pc) {
   if (members & ~w.alive) throw Fault{first, "a lane of the warp has ended"};
   if (lanes & ~members) throw Fault{first, "a lane outside of its own member mask"};
   w.in_collective |= lanes, w.put(lanes, pc);
-  if ((w.lanes_at(w.in_collective, pc) & members) != members) return false;
+  const u32 here = w.lanes_at(w.in_collective, pc);
+  if (i.members >= 0)
+    each_lane(here & members, [&](int lane) {
+      if ((lanes_of<u32>(w.frame, i.members)[lane] & w.alive) != members)
+        throw Fault{lane, "lanes of one collective name different members"};
+    });
+  if ((here & members) != members) return false;
   i.execute(w.frame, i, members);
   w.in_collective &= ~members, w.put(members, pc + 1);
   return members == lanes;

@@ -135,7 +135,8 @@ u8* resolve(u64 address, u32 bytes, int lane, bool write, Instruction& i) {
   if (address % bytes) throw Fault{lane, "misaligned address " + hexadecimal(address)};
   if (kSpace == Space::kShared) return in_shared(address, bytes, lane, write);
   if (kSpace == Space::kParameters) {
-    if (address - (u64)machine.parameters + bytes > machine.parameters_size)
+    const u64 at = address - (u64)machine.parameters;
+    if (at >= machine.parameters_size || at + bytes > machine.parameters_size)
       throw Fault{lane, "outside of the parameters"};
     return (u8*)address;
   }

@@ -96,6 +96,12 @@ inline Strings elements_of(const string& s) {
 }
 
 // ---- operands ----
+inline u64 whole_number(const string& s) {
+  size_t end = 0;
+  const u64 value = std::stoull(s, &end, 0);
+  if (end != s.size() && s.substr(end) != "U") unknown("no whole number: " + s);
+  return value;
+}
 inline s32 source(Module& m, const string& s, int size) {
   const Register r = m.find(s);
   if (r.size) {
@@ -105,8 +111,8 @@ inline s32 source(Module& m, const string& s, int size) {
   }
   if (s.size() > 2 && s[0] == '0' && strchr("fFdD", s[1]))  // the bits of a real number
     return m.constant(size, std::stoull(s.substr(2), nullptr, 16));
-  if (isdigit((u8)s[0])) return m.constant(size, std::stoull(s, nullptr, 0));
-  if (s[0] == '-') return m.constant(size, 0 - std::stoull(s.substr(1), nullptr, 0));
+  if (isdigit((u8)s[0])) return m.constant(size, whole_number(s));
+  if (s[0] == '-') return m.constant(size, 0 - whole_number(s.substr(1)));
   if (s == m.shared) return m.constant(size, kSharedBase);
   if (s == "_") return m.special("_" + std::to_string(size), size);  // an element nobody wants
   if (s == m.parameter && size == 8) return m.special("parameters", 8);

@@ -173,8 +173,8 @@ class InstructionReader {
         space = Space::kShared;
       else if (p == "param")
         space = Space::kParameters;
-      else if (p != "nc")
-        unknown("unknown qualifier ." + p);  // nc: through another cache
+      else
+        unknown("unknown qualifier ." + p);  // .nc too: nobody would see what it must not read
     }
     const string &type = parts.back(), &vector = operands[stores];
     const int found = m.find(elements_of(vector)[0]).size,
@@ -272,7 +272,8 @@ inline void parse(Module& m, string text) {
         if (directive) {
           read_directive(m, s);
         } else if (text[end] == ':') {
-          m.labels[s] = (u32)m.code.size();
+          if (!m.labels.emplace(s, (u32)m.code.size()).second)
+            unknown("a second label of that name");
         } else {
           Instruction i = InstructionReader(m, s).read();
           i.line = line;
