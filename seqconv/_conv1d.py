@@ -70,11 +70,15 @@ class Conv1d(nn.Conv1d):
         if type(conv) is not nn.Conv1d:
             got = f"{type(conv).__module__}.{type(conv).__qualname__}"
             raise TypeError(
-                f"Conv1d.from_torch: conv must be a torch.nn.Conv1d without parametrizations, got {got}"
+                f"Conv1d.from_torch: conv must be a torch.nn.Conv1d without parametrizations, got {got}; "
+                "remove them, convert, and register them on the result"
             )
         hooked = [n for n, v in vars(conv).items() if "hooks" in n and n[0] == "_" and v]
         if hooked:
-            raise TypeError(f"Conv1d.from_torch: conv must have no hooks, got {', '.join(hooked)}")
+            text = f"Conv1d.from_torch: conv must have no hooks, got {', '.join(hooked)}"
+            raise TypeError(
+                f"{text}; remove weight_norm or pruning, convert, and apply it to the result"
+            )
         options = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
         options |= {"groups": conv.groups, "padding_mode": conv.padding_mode, "device": "meta"}
         sizes = (conv.in_channels, conv.out_channels, conv.kernel_size)

@@ -96,8 +96,10 @@ class Described(nn.Module):
         other = [
             f"{name} is {here.get(name)!r} here and {value!r} there"
             for name, value in there.items()
-            if name not in here or here[name] != value
+            if here.get(name) != value
         ]
+        if there.keys().isdisjoint(here) and there:
+            other = [f"they are another module's, of {', '.join(there)}"]
         if other:
             raise ValueError(
                 f"{type(self).__name__}: the checkpoint's parameters mean another function: "

@@ -111,7 +111,8 @@ def _filter(frequency, linears, l_max, emb_dim, d_model, length) -> Tensor:
         h = linears[-1](h)  # (l, heads h)
     slow, fast = (-math.log(0.01) / until for until in (1.5, 0.3))
     decay = torch.exp(-t * torch.linspace(slow, fast, d_model, **like))  # (l h)
-    return (h.unflatten(-1, (-1, d_model)) * decay.unsqueeze(1)).movedim(0, -1)
+    k = (h.unflatten(-1, (-1, d_model)) * decay.unsqueeze(1)).movedim(0, -1)
+    return k.contiguous()  # no view: FSDP warns of them
 
 
 def _filter_of(tensors, *sizes) -> Tensor:

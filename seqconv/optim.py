@@ -1,5 +1,7 @@
 """Optimiser groups: kernel parameters want a smaller learning rate and no weight decay."""
 
+from numbers import Real
+
 from torch import nn
 
 from seqconv._layer import KernelGenerator
@@ -27,6 +29,9 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups: model must be a module, got {type(model).__name__}")
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"param_groups: {name} must be a number, got {value!r}")
     if not (lr >= 0 and weight_decay >= 0):
         raise ValueError(
             f"param_groups: lr and weight_decay must be >= 0, got {lr} and {weight_decay}"

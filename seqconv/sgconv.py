@@ -149,7 +149,10 @@ class SGConvKernel(KernelGenerator):
         tensors = self.read("pieces", "decay", "norm")
         arguments = (tensors, options, self.init_scale, self.two_sided, rate, count)
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        return (_taps_op if compiled else _taps)(*arguments)[..., :length]
+        k = (_taps_op if compiled else _taps)(*arguments)
+        return (
+            k if count == length else k[..., :length]
+        )  # no view where none is needed: FSDP warns of them
 
 
 def _taps(tensors, options, init_scale, two_sided, rate, count) -> Tensor:

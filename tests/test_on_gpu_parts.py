@@ -350,3 +350,12 @@ def test_a_timed_call_waits_for_no_backward(monkeypatch):
     for _ in range(3):
         compiled.timed(lambda u, k: u * k, torch.ones(2), torch.ones(2))
     assert marks == [0, 1, 2]
+
+
+def test_a_replay_must_give_what_the_call_gave():
+    """Also where it writes nothing, or only a part."""
+    called, recorded = [torch.randn(4, 5), None], [torch.empty(4, 5), None]
+    machine.check_replay(lambda: recorded[0].copy_(called[0]), recorded, called)
+    for wrong in (lambda: None, lambda: recorded[0][:2].copy_(called[0][:2])):
+        with pytest.raises(machine.WrongReplay, match="result 0"):
+            machine.check_replay(wrong, recorded, called)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from bench.contenders import BASELINE, Case, make, missing
 from bench.gate import call, checked, errors, oracle, tolerance
-from bench.on_gpu.machine import poisoned
+from bench.on_gpu.machine import WrongReplay, poisoned
 from bench.on_gpu.steps import PARTLY, RIGHT, WRONG
 from bench.on_gpu.targets import FIRST, OTHERS, limit_of, predicted, sized
 from bench.timing import interleaved, peak_bytes, quartiles, ratios
@@ -50,7 +50,13 @@ def measure(machine, log, case: Case, names, seconds: float, skip: bool, replay:
         limits = allowed if name == "seqconv" else [1e3 * x for x in allowed]
         green[name] = all(e <= limit for e, limit in zip(error, limits, strict=True))
     del exact
-    timers = {n: machine.timer(run, replay) for n, run in functions.items() if green[n]}
+    timers = {}
+    for name in [name for name in functions if green[name]]:
+        try:
+            timers[name] = machine.timer(functions[name], replay)
+        except WrongReplay as error:
+            log.say(f"{case}, {name}: {error}")
+            green[name] = False
     times = interleaved(timers, seconds, lambda timer: timer())
     copy = bandwidth(log)
     for name, error in found.items():
@@ -61,7 +67,7 @@ def measure(machine, log, case: Case, names, seconds: float, skip: bool, replay:
             low, mid, high = quartiles(times[name])
             row |= {"q1": low, "median": mid, "q3": high, "rounds": len(times[name])}
             row |= {"clock": timers[name].clock}
-            if BASELINE in times:
+            if BASELINE in times and timers[BASELINE].clock == timers[name].clock:
                 row |= {"ratio": ratios(times[BASELINE], times[name])[1]}
             row |= {"peak_bytes": peak_bytes(functions[name], machine.device)}
         if name == "seqconv":

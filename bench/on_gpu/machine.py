@@ -19,6 +19,23 @@ LEAST = 2e-3  # seconds of one reading of the clock
 ASLEEP = 1_000_000  # cycles for which a GPU waits while Python puts a call in its queue
 
 
+class WrongReplay(Exception):
+    """A graph's replay gives something else than the call that it recorded."""
+
+
+def check_replay(replay: Callable[[], object], recorded, called) -> None:
+    """Raises WrongReplay unless replaying fills the recorded results anew with those of the call."""
+    pairs = [(a, b) for a, b in zip(recorded, called, strict=True) if isinstance(a, torch.Tensor)]
+    for a, _ in pairs:
+        a.fill_(torch.nan)
+    replay()
+    for i, (a, b) in enumerate(pairs):
+        if not torch.allclose(
+            a.float(), b.float(), rtol=1e-3, atol=1e-3 * b.float().abs().max().item()
+        ):
+            raise WrongReplay(f"result {i} of a graph's replay is not the call's")
+
+
 @dataclass
 class Timer:
     """Called, it gives the seconds of one call by its clock."""
@@ -123,12 +140,15 @@ class Cuda(Machine):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # what is compiled, loaded and kept at the first call
-                function()
+                called = function()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            function()
+            recorded = function()
+        if isinstance(called, (list, tuple)):
+            check_replay(graph.replay, recorded, called)
+        del called
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def seconds(count: int) -> float:
