@@ -64,9 +64,10 @@ def of_session(session: int) -> list[int]:
 def test_no_process_is_left_however_making_ends(tmp_path, task, way):
     command = [sys.executable, "-m", "bench.lra", "data", "make", task, "--root", str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(
-        [*command, "--workers", "3"], cwd=ROOT, start_new_session=True, **pipes
-    )
+    # A shell's background jobs ignore SIGINT, and so would their children.
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    pipes |= {"start_new_session": True, "preexec_fn": heeds}
+    process = subprocess.Popen([*command, "--workers", "3"], cwd=ROOT, **pipes)
     deadline = time.monotonic() + 60
     while (
         len(of_session(process.pid)) < 5 and time.monotonic() < deadline
