@@ -10,6 +10,7 @@ from seqconv import _butterfly, reference
 from seqconv._check import check_choice, check_flag, check_positive, check_rate
 from seqconv._layer import ConvLayer, passes_options_to, sized
 from seqconv._module import KernelGenerator, fill, kernel_dtype
+from seqconv._opaque import opaque
 from seqconv.functional import ACTIVATIONS
 from seqconv.long_conv import LongConvKernel
 
@@ -199,11 +200,24 @@ class ButterflyConv(ConvLayer):
             text = f"must have length <= l_max={self.l_max}, got length={length}"
             raise ValueError(f"ButterflyConv: x {text}")
         u = rearrange(x, "b l h -> b h l")
-        u_f = torch.view_as_complex(self.input_transform(u)).unsqueeze(1)  # (b 1 h n)
-        k_f = torch.view_as_complex(self.kernel_transform(self._kernel(self.l_max, rate)))
-        y_f = u_f * k_f  # (b c h n)
-        # torch.fft refuses a batch of none
-        v = (torch.fft.ifft(y_f) if x.shape[0] else y_f).real[..., :length]
+        u_f = self.input_transform(u)  # (b h n 2)
+        k_f = self.kernel_transform(self._kernel(self.l_max, rate))  # (c h n 2)
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        v = _product_op([u_f, k_f], length) if compiled else _product(u_f, k_f, length)
         v = v + self.skip.to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
         y = reference.activate(v, self.activation).to(x.dtype)
         return rearrange(y, "b c h l -> b l c h")
+
+
+def _product(u_f: Tensor, k_f: Tensor, length: int) -> Tensor:
+    """Re ifft(u_f k_f)[:length], (batch, heads, d_model, length)."""
+    y_f = torch.view_as_complex(u_f).unsqueeze(1) * torch.view_as_complex(k_f)
+    # torch.fft refuses a batch of none
+    return (torch.fft.ifft(y_f) if y_f.shape[0] else y_f).real[..., :length]
+
+
+_product_op = opaque(
+    "butterfly_product",
+    "SymInt length",
+    lambda tensors, length: _product(*tensors, length).contiguous(),
+)

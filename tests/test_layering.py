@@ -50,7 +50,7 @@ ALLOWED = {  # module of seqconv -> modules of seqconv it may import
     "sgconv": LAYER | {"_opaque"},
     "hyena": LAYER | {"_opaque", "functional"},
     # Not another layer but its kernel generator: the taps are LongConv's, only the transforms differ.
-    "butterfly_conv": LAYER | {"_butterfly", "functional", "long_conv", "reference"},
+    "butterfly_conv": LAYER | {"_butterfly", "_opaque", "functional", "long_conv", "reference"},
     "optim": {"_layer"},
     "parallel": {"_module"},  # which imports torch.distributed: not part of `import seqconv`
     "_conv1d": {"_check", "functional"},
