@@ -1,6 +1,5 @@
 """Problems for the CUDA kernels on the host, and devices of several kinds."""
 
-from contextlib import contextmanager
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -36,21 +35,6 @@ def planned(problem, limits, backward=False):
 def one_plane(n: int) -> Limits:
     """Where gradients of 16-bit rows of n points take one pass, but not with two planes."""
     return Limits(shared=tensor_bytes(n) + 256, shared_total=tensor_bytes(n) + 256, processors=1)
-
-
-@contextmanager
-def sums(mode: str):
-    """Whether products on tensor cores may be summed in fp16 ("fast") or not ("accurate"): torch's own switches."""
-    matmul = torch.backends.cuda.matmul
-    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
-    usual = [getattr(matmul, name) for name in names]
-    for name in names:
-        setattr(matmul, name, mode == "fast")
-    try:
-        yield mode
-    finally:
-        for name, value in zip(names, usual, strict=True):
-            setattr(matmul, name, value)
 
 
 def run(device, case: Case):

@@ -1,5 +1,6 @@
 """What results of the CUDA kernels may differ from float64 by."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,21 @@ from seqconv._cuda.plan import OPERAND_ERROR
 # transforms meet, twice that. The largest error over the root mean square stays below 8 times it.
 STATED = {"fast": OPERAND_ERROR[True], "accurate": OPERAND_ERROR[False]}
 ROUNDING = {torch.float16: 2.9e-4, torch.bfloat16: 2.3e-3}  # of a result, at most
+
+
+@contextmanager
+def sums(mode: str):
+    """Whether products on tensor cores may be summed in fp16 ("fast") or not ("accurate"): torch's own switches."""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    usual = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, mode == "fast")
+    try:
+        yield mode
+    finally:
+        for name, value in zip(names, usual, strict=True):
+            setattr(matmul, name, value)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import test_cuda_butterfly
 import test_cuda_ssm
 import torch
 from cases import Case
-from device_cases import A100, FEW, SMALL, TURING, check, one_plane, planned, run, sums
+from device_cases import A100, FEW, SMALL, TURING, check, one_plane, planned, run
+from judge import sums
 
 from seqconv._cuda import convolution, kernels
 from seqconv._cuda.plan import H100

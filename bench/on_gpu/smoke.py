@@ -3,11 +3,10 @@ outputs and scratch that start as NaN."""
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from cases import Case
-from judge import judge
+from judge import judge, sums
 
 from bench.on_gpu.machine import poisoned
 from bench.on_gpu.steps import PARTLY, RIGHT, WRONG
@@ -42,26 +41,11 @@ def cases(dry: bool) -> Iterator[tuple[str, Case, str]]:
                     yield kind, Case(batch, channels, length, length, dtype=dtype, **options), mode
 
 
-@contextmanager
-def summed(mode: str):
-    """16-bit products summed in fp16 where that is allowed, or in float32."""
-    matmul = torch.backends.cuda.matmul
-    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
-    usual = [getattr(matmul, name) for name in names]
-    for name in names:
-        setattr(matmul, name, mode == "fast")
-    try:
-        yield
-    finally:
-        for name, value in zip(names, usual, strict=True):
-            setattr(matmul, name, value)
-
-
 def verdicts(machine, case: Case, mode: str) -> list:
     torch.manual_seed(0)
     tensors = case.tensors()
     tensors = {n: None if t is None else t.to(machine.device) for n, t in tensors.items()}
-    with poisoned(), summed(mode):
+    with poisoned(), sums(mode):
         results = case.with_gradients(fftconv, tensors)
     return judge(case, tensors, *results, mode, case.dtype != torch.float32)
 
