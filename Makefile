@@ -27,16 +27,16 @@ sanitize: .venv/ready  ## the kernels' tests under AddressSanitizer and Undefine
 	cd build/sanitize && CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 ../../$(BIN)/python -m pytest -q -m "not slow" \
-	  tests/test_fftconv.py tests/test_random.py tests/test_plan.py tests/test_kernels.py tests/test_ssm.py tests/test_butterfly_kernels.py $(ARGS)
+	  tests/ops/test_fftconv.py tests/ops/test_random.py tests/ops/test_ssm.py tests/cpu $(ARGS)
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SEQCONV_EMULATOR_FLAGS="$(SANITIZE)" ../../$(BIN)/python -m pytest -q \
-	  tests/test_device.py tests/test_cuda_ssm.py tests/test_cuda_butterfly.py \
+	  tests/cuda/test_device.py tests/cuda/test_cuda_ssm.py tests/cuda/test_cuda_butterfly.py \
 	  -k "operators_cases or edge_lengths or three_passes or windows or sizes or growing or matrices" $(ARGS)
 
 neon:  ## the kernels for arm64, cross-compiled (Debian: g++-aarch64-linux-gnu) and run in qemu-user
 	mkdir -p build
 	aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Wno-psabi -Icsrc -static -pthread \
-	  tests/standalone.cpp csrc/cpu/*.cpp -o build/standalone-arm64
+	  tests/cpu/standalone.cpp csrc/cpu/*.cpp -o build/standalone-arm64
 	qemu-aarch64 build/standalone-arm64
 
 gpu: .venv/ready  ## what to carry to a machine with a GPU of ARCH=sm_90, and what to run there
@@ -53,11 +53,11 @@ device-compilers: .venv/ready  ## every CUDA kernel, architecture and NVRTC with
 	  folder=build/nvrtc$$release; \
 	  test -d $$folder || $(INSTALL) --no-deps --target $$folder nvidia-cuda-nvrtc$$(echo $$release | sed 's/^cu/-cu/') || exit 1; \
 	  SEQCONV_NVRTC=$$(echo $(CURDIR)/$$folder/nvidia/*/lib/libnvrtc.so.1?) SEQCONV_COMPILE=$(COMPILE) \
-	    $(BIN)/python -m pytest -q -n 2 tests/test_cuda_compile.py tests/test_ptx_kernels.py $(ARGS) || exit 1; \
+	    $(BIN)/python -m pytest -q -n 2 tests/cuda/test_cuda_compile.py tests/cuda/test_ptx_kernels.py $(ARGS) || exit 1; \
 	done
-	test $(COMPILE) != all || SEQCONV_COMPILE=all $(BIN)/python -m pytest -q -n 2 tests/test_cuda_compile.py tests/test_ptx_kernels.py $(ARGS)
+	test $(COMPILE) != all || SEQCONV_COMPILE=all $(BIN)/python -m pytest -q -n 2 tests/cuda/test_cuda_compile.py tests/cuda/test_ptx_kernels.py $(ARGS)
 
-PTX_TESTS := tests/test_device.py tests/test_cuda_ssm.py tests/test_cuda_butterfly.py tests/test_ptx_*.py
+PTX_TESTS := tests/cuda/test_device.py tests/cuda/test_cuda_ssm.py tests/cuda/test_cuda_butterfly.py tests/cuda/test_ptx_*.py
 device-ptx: .venv/ready  ## every device test on the PTX machine, for every architecture; make test has a quarter of them
 	SEQCONV_PTX=all SEQCONV_COMPILE=all OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist worksteal -k "not emulator" $(PTX_TESTS) $(ARGS)
 

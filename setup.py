@@ -90,7 +90,7 @@ class BuildWithCubins(build_py):
         if asked == "0" or self.editable_mode:
             return
         archs = ["sm_80", "sm_90", "sm_100", "sm_120"] if asked == "1" else asked.split(",")
-        path = Path("seqconv", "_cuda", "kernels.py").resolve()
+        path = Path("seqconv", "backends", "cuda", "kernels.py").resolve()
         spec = importlib.util.spec_from_file_location("kernels", path)
         kernels = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(kernels)

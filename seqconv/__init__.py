@@ -1,17 +1,19 @@
 """Convolutions as long as their sequence: one fused operator and the layers that generate its kernel."""
 
+import sys as _sys
+
 from seqconv import convert as convert
 from seqconv import nn as nn
-from seqconv._explanation import Explanation
 from seqconv._version import __version__
-from seqconv.butterfly_conv import ButterflyConv
-from seqconv.functional import explain, fftconv
-from seqconv.hyena import Hyena, HyenaFilter
-from seqconv.long_conv import LongConv, LongConvKernel
+from seqconv.backends.explanation import Explanation
+from seqconv.layers.butterfly_conv import ButterflyConv
+from seqconv.layers.hyena import Hyena, HyenaFilter
+from seqconv.layers.long_conv import LongConv, LongConvKernel
+from seqconv.layers.s4d import S4D, S4DKernel
+from seqconv.layers.sgconv import SGConv, SGConvKernel
+from seqconv.ops.fftconv import explain, fftconv
+from seqconv.ops.ssm import explain_ssm_kernel, ssm_kernel
 from seqconv.optim import param_groups
-from seqconv.s4d import S4D, S4DKernel
-from seqconv.sgconv import SGConv, SGConvKernel
-from seqconv.ssm import explain_ssm_kernel, ssm_kernel
 
 __all__ = [
     "S4D",
@@ -31,3 +33,16 @@ __all__ = [
     "param_groups",
     "ssm_kernel",
 ]
+
+# Pickled models and earlier programs name these modules by the places they had.
+for _old, _new in {
+    "functional": "ops.fftconv",
+    "ssm": "ops.ssm",
+    "s4d": "layers.s4d",
+    "s4d_init": "layers.s4d_init",
+    "sgconv": "layers.sgconv",
+    "long_conv": "layers.long_conv",
+    "hyena": "layers.hyena",
+    "butterfly_conv": "layers.butterfly_conv",
+}.items():
+    globals()[_old] = _sys.modules[f"seqconv.{_old}"] = _sys.modules[f"seqconv.{_new}"]

@@ -11,12 +11,14 @@ import einops
 import torch
 
 import seqconv
-from seqconv import _cpu, _cuda, _ops, reference
+from seqconv import reference
+from seqconv.backends import cpu, cuda
+from seqconv.ops import operators
 
 
 def check(device: str) -> str | None:
     """Runs the operators and their gradients on the device; what is wrong, or None."""
-    reason = _ops.fallback_reason(torch.device(device))
+    reason = operators.fallback_reason(torch.device(device))
     if reason is not None:
         return reason
     generator = torch.Generator().manual_seed(0)
@@ -65,15 +67,15 @@ def report() -> bool:
     line("einops", einops.__version__)
 
     print()
-    cpu = check("cpu")
-    if cpu is None:
+    on_cpu = check("cpu")
+    if on_cpu is None:
         line(
             "cpu",
-            f"fused kernels work: {_cpu.isa()}, {_cpu.threads()} threads, built by {_cpu.compiler()}",
+            f"fused kernels work: {cpu.isa()}, {cpu.threads()} threads, built by {cpu.compiler()}",
         )
     else:
-        line("cpu", f"torch.fft, slower with the same answers: {cpu}")
-        if _cpu.missing:
+        line("cpu", f"torch.fft, slower with the same answers: {on_cpu}")
+        if cpu.missing:
             line(
                 "",
                 "to get the fused kernels: install a C++17 compiler and this Python's headers (Debian: apt install",
@@ -83,15 +85,15 @@ def report() -> bool:
                 "g++ python3-dev), then pip install --no-deps --editable . in the source folder",
             )
     gpu = torch.cuda.is_available()
-    cuda = check("cuda") if gpu else None
-    missing = _cuda.driver.packages_reason()
-    if gpu and cuda is None:
-        device = _cuda.driver.device(torch.cuda.current_device())
+    on_cuda = check("cuda") if gpu else None
+    missing = cuda.driver.packages_reason()
+    if gpu and on_cuda is None:
+        device = cuda.driver.device(torch.cuda.current_device())
         line("cuda", f"{torch.cuda.get_device_name()}: fused kernels work, those of {device.arch}")
     elif gpu:
         line(
             "cuda",
-            f"{torch.cuda.get_device_name()}: torch.fft, slower with the same answers: {cuda}",
+            f"{torch.cuda.get_device_name()}: torch.fft, slower with the same answers: {on_cuda}",
         )
     elif missing is None:
         line("cuda", "torch sees no CUDA device; what launches the kernels is installed")
@@ -99,12 +101,12 @@ def report() -> bool:
         line("cuda", f"torch sees no CUDA device; for one, the kernels would need: {missing}")
     if missing is None:
         compiler_lines(line)
-    return (cuda if gpu else cpu) is None
+    return (on_cuda if gpu else on_cpu) is None
 
 
 def compiler_lines(line) -> None:
     """Where the CUDA kernels come from: the packages, the cache, the prebuilt ones."""
-    compiler = _cuda.compiler
+    compiler = cuda.compiler
     missing = compiler.compiler_reason()
     packages = f"cuda.bindings {compiler.bindings_version()}, cuda.core not needed"
     if missing is None:

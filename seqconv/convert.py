@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from seqconv._check import check_shape
-from seqconv._conv1d import conv1d_taps as conv1d_taps
-from seqconv._layer import ConvLayer
-from seqconv.long_conv import LongConv
-from seqconv.s4d import S4D
-from seqconv.sgconv import SGConv
+from seqconv.layers.base import ConvLayer
+from seqconv.layers.conv1d import conv1d_taps as conv1d_taps
+from seqconv.layers.long_conv import LongConv
+from seqconv.layers.s4d import S4D
+from seqconv.layers.sgconv import SGConv
+from seqconv.ops.checks import check_shape
 
 
 class _Checkpoint:

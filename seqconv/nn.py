@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from seqconv._check import FLOATS, check_flag, check_shape, check_tensor
-from seqconv._conv1d import Conv1d as Conv1d
-from seqconv._layer import _require
+from seqconv.layers.base import _require
+from seqconv.layers.conv1d import Conv1d as Conv1d
+from seqconv.ops.checks import FLOATS, check_flag, check_shape, check_tensor
 
 
 class _Foreign:

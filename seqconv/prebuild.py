@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from seqconv._cuda import compiler, kernels
+from seqconv.backends.cuda import compiler, kernels
 
 
 def _one(arch: str, name: str, out: Path | None) -> None:

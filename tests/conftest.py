@@ -9,7 +9,7 @@ from emulated import EmulatorLibrary, forget_recipes
 from judge import sums
 
 import seqconv
-from seqconv import _cpu
+from seqconv.backends import cpu
 
 
 def pytest_sessionstart(session):
@@ -45,7 +45,7 @@ def emulator():
 
 @pytest.fixture(scope="session", params=["emulator", "ptx"])
 def machine(request, emulator):
-    """What runs the CUDA kernels on the host: `device(limits, order)` makes a device for seqconv._cuda."""
+    """What runs the CUDA kernels on the host: `device(limits, order)` makes a device for seqconv.backends.cuda."""
     if request.param == "emulator":
         return emulator
     ptx_device = pytest.importorskip("ptx_device")
@@ -94,8 +94,8 @@ def mode(request):
 @pytest.fixture(params=["portable", "neon", "avx2", "avx512"])
 def isa(request):
     """Runs the test once with every instruction set that this processor has."""
-    chosen = _cpu.isa()
-    if not _cpu.set_isa(request.param):
+    chosen = cpu.isa()
+    if not cpu.set_isa(request.param):
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
-    _cpu.set_isa(chosen)
+    cpu.set_isa(chosen)

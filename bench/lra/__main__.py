@@ -264,7 +264,7 @@ def report(argv: list[str]) -> None:
     if chosen.json:
         keep(runs, Path(chosen.json))
     if chosen.readme:
-        from bench.report import replace_between
+        from bench.micro.report import replace_between
 
         replace_between(Path(chosen.readme), "lra", summary(runs))
 

@@ -13,7 +13,7 @@ import seqconv
 from bench.lra.model import loss_of
 from seqconv import reference
 
-PLACES = ("seqconv._layer.fftconv", "seqconv.hyena.fftconv")
+PLACES = ("seqconv.layers.base.fftconv", "seqconv.layers.hyena.fftconv")
 
 
 def compare_step(model: nn.Module, batch, rounds: int, autocast: tuple) -> dict:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import seqconv
 from bench.lra import options
-from seqconv._layer import TiedDropout
+from seqconv.layers.base import TiedDropout
 
 LAYERS = {
     "s4d": seqconv.S4D,

@@ -29,7 +29,7 @@ class Model:
 class S4D:
     d_state: int = option("real state size", default=64)
     n_ssm: int | None = option("sets of (A, B); null: one per channel", default=None)
-    init: str = option("initial modes, see seqconv.s4d_init", default="lin")
+    init: str = option("initial modes, see seqconv.layers.s4d_init", default="lin")
     discretization: str = option("zoh, bilinear, dss or dss_softmax", default="zoh")
     dt_min: float = option("smallest initial step", default=1e-3)
     dt_max: float = option("largest initial step", default=1e-1)

@@ -271,7 +271,7 @@ def finish(config, result, model, initial, info, splits, journal, device) -> Non
     if result["status"] != "done":
         console.print(f"[bold]failed[/bold]: {result['error']}")
         return
-    from bench.plots import plot_kernels
+    from bench.micro.plots import plot_kernels
 
     model = model.to(device)
     kernels = initial, model.kernels(info.l_max), config.layer

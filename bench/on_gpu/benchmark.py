@@ -3,12 +3,12 @@ rounds, medians, and no time for a wrong result."""
 
 from dataclasses import asdict
 
-from bench.contenders import BASELINE, Case, make, missing
-from bench.gate import call, checked, errors, oracle, tolerance
+from bench.micro.contenders import BASELINE, Case, make, missing
+from bench.micro.gate import call, checked, errors, oracle, tolerance
+from bench.micro.timing import interleaved, peak_bytes, quartiles, ratios
 from bench.on_gpu.machine import WrongReplay, poisoned
 from bench.on_gpu.steps import PARTLY, RIGHT, WRONG
 from bench.on_gpu.targets import FIRST, OTHERS, limit_of, predicted, sized
-from bench.timing import interleaved, peak_bytes, quartiles, ratios
 
 PEERS = ("flashfftconv", "subquadratic_ops", "nvsubquadratic")
 PAIR = ("seqconv", BASELINE)

@@ -6,10 +6,10 @@ from statistics import median
 
 import torch
 
+from bench.micro.timing import Clock, flops_per_second
 from bench.on_gpu.steps import RIGHT
-from bench.timing import Clock, flops_per_second
 from seqconv import fftconv
-from seqconv._cuda import kernels
+from seqconv.backends.cuda import kernels
 
 MMA = ("mma_f16", "mma_f32")  # sums in fp16 and in float32
 kernels.GUESTS.update(dict.fromkeys(MMA, (Path(__file__).parent / "mma.cu").read_text()))

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 import seqconv
+from bench.micro.records import versions
 from bench.on_gpu.steps import RIGHT, WRONG
-from bench.records import versions
-from seqconv import _cpu
-from seqconv._cuda import kernels
+from seqconv.backends import cpu
+from seqconv.backends.cuda import kernels
 
 ASKED = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 TOOLS = ("nvidia-smi", "nvcc", "ncu", "compute-sanitizer", "g++")
@@ -51,7 +51,7 @@ def run(machine, log) -> int:
     log.say("; ".join(f"{name}: {shutil.which(name) or 'not there'}" for name in TOOLS))
     smi_says = smi()
     log.say(f"nvidia-smi: {smi_says or 'says nothing'}")
-    log.say(f"seqconv {seqconv.__version__}: CPU kernels {_cpu.missing or _cpu.isa()}")
+    log.say(f"seqconv {seqconv.__version__}: CPU kernels {cpu.missing or cpu.isa()}")
     log.say(prebuilt(facts["arch"]))
     reason = machine.reason()
     limits = (

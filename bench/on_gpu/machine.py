@@ -10,9 +10,9 @@ from importlib import import_module
 
 import torch
 
-from bench.timing import Clock
-from seqconv._cuda import driver
-from seqconv._cuda.plan import Limits
+from bench.micro.timing import Clock
+from seqconv.backends.cuda import driver
+from seqconv.backends.cuda.plan import Limits
 
 SHORT = 5e-4  # seconds: below, Python's share of a call is larger than the kernel's
 LEAST = 2e-3  # seconds of one reading of the clock

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import einops
 
+from bench.micro.records import ROOT
 from bench.on_gpu.ceilings import MMA
-from bench.records import ROOT
-from seqconv import _cpu, prebuild
-from seqconv._cuda import driver, kernels
+from seqconv import prebuild
+from seqconv.backends import cpu
+from seqconv.backends.cuda import driver, kernels
 
 
 def pack(arch: str, out: Path) -> int:
-    if _cpu.missing:
-        print(f"bench.on_gpu: seqconv/_C.abi3.so is wanted beside the package: {_cpu.missing}")
+    if cpu.missing:
+        print(f"bench.on_gpu: seqconv/_C.abi3.so is wanted beside the package: {cpu.missing}")
         return 1
     shutil.rmtree(out, ignore_errors=True)
     cubins = out / "cubins"

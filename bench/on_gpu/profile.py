@@ -10,11 +10,11 @@ import sys
 
 import torch
 
-from bench.contenders import Case, make
-from bench.gate import call
+from bench.micro.contenders import Case, make
+from bench.micro.gate import call
+from bench.micro.records import ROOT
 from bench.on_gpu.steps import ABSENT, RIGHT, WRONG
 from bench.on_gpu.targets import BATCH, CHANNELS, predicted
-from bench.records import ROOT
 from seqconv import fftconv
 
 BF16 = {"dtype": "bfloat16", "batch": BATCH, "channels": CHANNELS}

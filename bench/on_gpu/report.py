@@ -5,12 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from bench.contenders import BASELINE, Case
+from bench.micro.contenders import BASELINE, Case
+from bench.micro.records import length_name, markdown, replace_between
 from bench.on_gpu import constants
 from bench.on_gpu.benchmark import PEERS
 from bench.on_gpu.log import rows_of
 from bench.on_gpu.targets import BATCH, FASTER, LENGTHS, TWO_SIDED
-from bench.records import length_name, markdown, replace_between
 
 SECTION = "gpu bench"
 

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.micro.records import ROOT, commit
 from bench.on_gpu.log import Console, Log, rows_of
 from bench.on_gpu.steps import ABSENT, ALL_SECONDS, PARTLY, PARTS, RIGHT, WRONG, Step
-from bench.records import ROOT, commit
 
 CARRIED = ROOT / "build" / "gpu"  # where `make gpu` puts what travels
 NEEDED, VITAL = ("torch", "einops", "cuda", "pytest", "numpy"), ("torch", "einops")
@@ -27,7 +27,12 @@ def environment(dry: str | None) -> dict[str, str]:
     """Of every step: the carried kernels and packages, and in a dry run commands that only look like NVIDIA's."""
     found = dict(os.environ, PYTHONUNBUFFERED="1", CUBLAS_WORKSPACE_CONFIG=":4096:8")
     found.setdefault("SEQCONV_CUBINS", str(CARRIED / "cubins"))
-    paths = [str(ROOT), str(ROOT / "tests"), found.get("PYTHONPATH"), str(CARRIED / "packages")]
+    paths = [
+        str(ROOT),
+        str(ROOT / "tests" / "helpers"),
+        found.get("PYTHONPATH"),
+        str(CARRIED / "packages"),
+    ]
     found["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
     if dry:
         found["PATH"] = os.pathsep.join([str(STAND_INS), found.get("PATH", "")])

@@ -5,9 +5,9 @@ import subprocess
 import sys
 import time
 
+from bench.micro.records import ROOT
 from bench.on_gpu.limits import SPOILT, TELLING, TIME_IS_UP
 from bench.on_gpu.steps import PARTLY, RIGHT, WRONG
-from bench.records import ROOT
 
 LEFT_OUT = "test_compute_sanitizer"  # a step of its own
 EACH, EACH_OF_ALL = (
@@ -21,8 +21,8 @@ SPARE = 3.0  # seconds for what is left to say
 def files(dry: bool) -> tuple[list[str], str]:
     """What pytest collects, and an expression for the most telling."""
     if dry:
-        return ["tests/test_plan.py"], "test"
-    return ["tests/gpu/test_gpu.py"], " or ".join(TELLING)
+        return ["tests/cpu/test_plan.py"], "test"
+    return ["tests/cuda/gpu/test_gpu.py"], " or ".join(TELLING)
 
 
 def run(machine, log, everything: bool) -> int:

@@ -2,9 +2,9 @@
 
 import torch
 
-from bench.contenders import DTYPES, Case
-from seqconv._cuda import convolution
-from seqconv._cuda.plan import Limits, make_plan
+from bench.micro.contenders import DTYPES, Case
+from seqconv.backends.cuda import convolution
+from seqconv.backends.cuda.plan import Limits, make_plan
 
 BATCH, CHANNELS = 64, 768
 FIRST, OTHERS = 4096, (1024, 8192, 16384, 32768)

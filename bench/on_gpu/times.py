@@ -1,6 +1,6 @@
 """The kernels' own times, from graph replays, without another contender: what the targets are about."""
 
-from bench.contenders import Case
+from bench.micro.contenders import Case
 from bench.on_gpu.benchmark import each
 from bench.on_gpu.targets import BATCH, CHANNELS, FIRST, OTHERS
 

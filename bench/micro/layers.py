@@ -1,0 +1,213 @@
+"""Measures every layer, forward and backward, beside the same layer on torch.fft.
+
+python -m bench.layers [--lengths 1024 4096] [--json FILE]
+python -m bench.layers --table    the README's table, from bench/results/layers.jsonl
+
+Both have the same parameters; "torch.fft" forces the layer's operators to their reference: transforms
+by torch.fft, S4D's kernel by torch.bmm. Outputs and gradients of both are compared with float64's
+first. Ratios are medians of the ratios of interleaved rounds under the C library's tuned allocator,
+the stricter comparison (see bench.fftconv); memory is the peak of one step beyond inputs and layer.
+"""
+
+import argparse
+import copy
+import time
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from bench.micro import report
+from bench.micro.contenders import BASELINE
+from bench.micro.report import console
+from bench.micro.timing import Clock, interleaved, peak_bytes, quartiles, ratios, worst_errors
+from bench.micro.worker import Worker, refuse_fallback, serve
+from seqconv import S4D, ButterflyConv, Hyena, LongConv, SGConv
+from seqconv.ops import operators
+
+LAYERS = {  # name -> the layer for a d_model and a length
+    "S4D": lambda d, n: S4D(d),
+    "S4D, two-sided": lambda d, n: S4D(d, bidirectional=True),
+    "LongConv": lambda d, n: LongConv(d, l_max=n),
+    "LongConv, two-sided": lambda d, n: LongConv(d, l_max=n, bidirectional=True),
+    "SGConv": lambda d, n: SGConv(d, l_max=n),
+    "SGConv, two-sided": lambda d, n: SGConv(d, l_max=n, bidirectional=True),
+    "Hyena": lambda d, n: Hyena(d, l_max=n),
+    "ButterflyConv": lambda d, n: ButterflyConv(d, l_max=n),
+}
+
+
+@contextmanager
+def torch_fft():
+    """The package's operators take their reference meanwhile."""
+    before, operators.forced_reference = operators.forced_reference, True
+    try:
+        yield
+    finally:
+        operators.forced_reference = before
+
+
+WAYS = {"seqconv": nullcontext, BASELINE: torch_fft}
+
+
+def step(way: str, layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """The output, and the gradients of the input and of every parameter."""
+    with WAYS[way]():
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
+
+
+def problem(job: dict) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    layer = LAYERS[job["layer"]](job["d_model"], job["length"]).eval()  # without dropout
+    x, dy = torch.randn(2, job["batch"], job["length"], job["d_model"])
+    return layer, x.requires_grad_(), dy
+
+
+def measure(job: dict, clock: Clock):
+    """Rows of one layer and length, one for either way, a red gate without times."""
+    layer, x, dy = problem(job)
+    exact_x, exact_layer = x.detach().double().requires_grad_(), copy.deepcopy(layer).double()
+    exact = step(BASELINE, exact_layer, exact_x, dy.double())
+    found = {way: worst_errors(step(way, layer, x, dy), exact) for way in WAYS}
+    del exact, exact_x, exact_layer
+    # Of torch.fft no more than that it computes the same; of seqconv twice torch.fft's round-off.
+    allowed = {BASELINE: (1e-4, 1e-2)}
+    allowed["seqconv"] = (2 * found[BASELINE][0] + 5e-7, 2 * found[BASELINE][1] + 1e-5)
+    runs = {
+        way: partial(step, way, layer, x, dy)
+        for way, error in found.items()
+        if all(e <= limit for e, limit in zip(error, allowed[way], strict=True))
+    }
+    times = interleaved(runs, job["budget"], clock)
+    for way, error in found.items():
+        row = {"contender": way, "gate": way in runs, "median": None}
+        row |= {"error_l2": error[0], "error_max": error[1], "tolerance": allowed[way]}
+        if way in runs:
+            low, middle, high = quartiles(times[way])
+            row |= {"q1": low, "median": middle, "q3": high, "rounds": len(times[way])}
+        if len(runs) == 2:
+            low, middle, high = ratios(times[BASELINE], times[way])
+            row |= {"ratio_q1": low, "ratio": middle, "ratio_q3": high}
+        yield row
+
+
+def memory(job: dict):
+    layer, x, dy = problem(job)
+    for way in WAYS:
+        yield {"contender": way, "bytes": peak_bytes(partial(step, way, layer, x, dy), "cpu")}
+
+
+def prepare(settings: dict):
+    return memory if settings["memory"] else partial(measure, clock=Clock("cpu"))
+
+
+def run(args) -> list[dict]:
+    common = report.machine() | {"threads": args.threads, "allocator": "tuned"}
+    clock = Worker("bench.layers", "tuned", args.threads, memory=False)
+    scale = Worker("bench.layers", "returning", args.threads, memory=True)
+    jobs = [(layer, length) for layer in args.layers for length in args.lengths]
+    rows = []
+    for layer, length in track(jobs, "measuring", console=console):
+        job = {"op": "forward+backward", "layer": layer, "length": length}
+        job |= {"batch": args.batch, "d_model": args.d_model}
+        peaks = {row["contender"]: row["bytes"] for row in scale(job)}
+        for row in clock(job | {"budget": args.budget}):
+            here = {"peak_bytes": peaks[row["contender"]], "when": time.strftime("%Y-%m-%d %H:%M")}
+            rows.append(job | row | here | common)
+            if args.json:
+                report.append(args.json, rows[-1])
+    clock.close()
+    scale.close()
+    return rows
+
+
+# ---- what it says ----
+
+
+def mebibytes(row: dict) -> str:
+    return "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
+
+
+def show(rows: list[dict]) -> None:
+    table = Table(title="layers, forward and backward", title_justify="left")
+    for name in ("layer", "length", "way"):
+        table.add_column(name)
+    for name in ("ms", "quartiles", "faster", "quartiles", "MiB", "error L2", "max/rms"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = [row["layer"], report.length_name(row["length"]), row["contender"]]
+        if row["gate"]:
+            cells += [f"{1e3 * row['median']:.1f}", f"{1e3 * row['q1']:.1f}-{1e3 * row['q3']:.1f}"]
+        else:
+            cells += ["[red]WRONG[/]", ""]
+        faster = row["contender"] == "seqconv" and "ratio" in row
+        cells += (
+            [f"{row['ratio']:.2f}x", f"{row['ratio_q1']:.2f}-{row['ratio_q3']:.2f}"]
+            if faster
+            else ["", ""]
+        )
+        table.add_row(*cells, mebibytes(row), f"{row['error_l2']:.1e}", f"{row['error_max']:.1e}")
+    console.print(table)
+
+
+def readme_table(rows: list[dict]) -> str:
+    """Speed-ups with milliseconds, and memory, of the last measurement of each layer and length."""
+    first, last = rows[-1], {}
+    keys = ("threads", "batch", "d_model")
+    for row in rows:
+        if all(row[k] == first[k] for k in keys) and row["gate"]:
+            last[row["layer"], row["length"], row["contender"]] = row
+    lengths = sorted({length for _, length, _ in last})
+    header = ["", *map(report.length_name, lengths)]
+    header += [f"MiB at {report.length_name(lengths[-1])}: seqconv, torch.fft"]
+    lines = []
+    for layer in dict.fromkeys(layer for layer, _, _ in last):
+        cells = []
+        for length in lengths:
+            row = last.get((layer, length, "seqconv"), {})
+            both = "ratio" in row
+            cells.append(f"{row['ratio']:.2f}x, {1e3 * row['median']:.1f} ms" if both else "-")
+        ends = [last.get((layer, lengths[-1], way)) for way in WAYS]
+        lines.append([layer, *cells, ", ".join(mebibytes(r) if r else "-" for r in ends)])
+    threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
+    shape = f"{first['batch']} samples, d_model {first['d_model']}, {threads}"
+    where = f"{first['device']} ({first['isa']} kernels), torch {first['versions']['torch']}"
+    text = f"{shape}; {where}, commit {first['commit']}."
+    return "\n\n".join([report.markdown(header, lines), text])
+
+
+def main() -> None:
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m bench.layers", description=summary)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=LAYERS)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--d-model", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--budget", type=float, default=5.0, help="seconds per layer and length")
+    parser.add_argument("--json", type=Path, help="file to append a line per measurement to")
+    parser.add_argument("--table", action="store_true", help="rewrite the README from --json")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return serve(prepare)
+    if args.table:
+        path = args.json or report.RESULTS / "layers.jsonl"
+        rows = report.read([path]) if path.exists() else []
+        if not rows:
+            raise SystemExit("no results: run make bench-layers first")
+        table = readme_table(report.same_run(rows))
+        return report.replace_between(report.ROOT / "README.md", "layers bench", table)
+    if min(*args.lengths, args.batch, args.d_model, args.threads) < 1:
+        raise SystemExit("--lengths, --batch, --d-model and --threads must be >= 1")
+    refuse_fallback()
+    return show(run(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What a call costs before and between its launches on a GPU: Python's microseconds, measured without one.
+
+python -m bench.overhead    prints medians and least times of interleaved rounds, in microseconds
+
+A device whose launches do nothing stands where the CUDA driver would; tensors, of which hardly anything is
+computed, lie in the CPU's memory. Counted is the process's own time, which other programs' turns leave alone.
+Beside a call stand the parts that it consists of, and torch's own
+autograd.Function that saves as much, allocates as much and does nothing.
+"""
+
+import argparse
+import time
+from contextlib import contextmanager
+from statistics import median
+
+import torch
+
+from bench.micro import report
+from bench.micro.timing import interleaved
+from seqconv import fftconv
+from seqconv.backends.cuda import convolution
+from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.tables import Tables
+from seqconv.ops import operators
+from seqconv.ops.fftconv import _validate
+
+CALLS = 20  # in a row: as often as a model with as many layers makes them
+
+
+class Bare:
+    """A device that launches nothing."""
+
+    limits, missing = H100, ""
+
+    def __init__(self):
+        self.launched = 0
+        self.table = Tables(lambda words: words, lambda: False)
+
+    def launch(self, kernel, grid, threads, shared, arguments) -> None:
+        self.launched += 1
+
+    def forward(self, y, *inputs) -> None:
+        convolution.forward(self, y, *inputs)
+
+    def backward(self, grads, dy, *inputs) -> None:
+        convolution.backward(self, grads, dy, *inputs)
+
+
+@contextmanager
+def in_place_of_the_cpu(device):
+    usual, operators._cpu = operators._cpu, device
+    try:
+        yield
+    finally:
+        operators._cpu = usual
+
+
+class Nothing(torch.autograd.Function):
+    """What torch itself takes around a call."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.save_for_backward(*tensors)
+        return torch.empty_like(tensors[0])
+
+    @staticmethod
+    def backward(ctx, dy):
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+
+
+def functions(device: Bare, dtype: torch.dtype) -> dict:
+    """Name -> what is timed. The tensors are small: sums on the CPU would count as Python's time."""
+    u, k, skip = torch.randn(2, 4, 256).to(dtype), torch.randn(4, 256), torch.randn(4)
+    leaves = [t.clone().requires_grad_() for t in (u, k, skip)]
+    y, dy = torch.empty_like(u), torch.randn(2, 4, 256).to(dtype)
+    inputs = (u, k, None, skip, None, None)
+    du, dk, dskip = (torch.empty_like(t) for t in (u, k, skip))
+    grads = (du, dk, None, dskip, None, None)
+    validated = (None, None, None, None, "causal", "bhl")
+    return {
+        "forward": lambda: fftconv(u, k, skip),
+        "of it: checks": lambda: _validate(u, k, skip, *validated),
+        "of it: backend": lambda: device.forward(y, *inputs, "none"),
+        "forward, recorded": lambda: fftconv(*leaves),
+        "torch's own, forward": lambda: Nothing.apply(*leaves),
+        "forward+backward": lambda: torch.autograd.grad(fftconv(*leaves), leaves, dy),
+        "of it: backend of backward": lambda: device.backward(grads, dy, *inputs, "none"),
+        "of that: without the skip's": lambda: device.backward(
+            (du, dk, None, None, None, None), dy, *inputs, "none"
+        ),
+        "torch's own, forward+backward": lambda: torch.autograd.grad(
+            Nothing.apply(*leaves), leaves, dy
+        ),
+        "one torch.empty": lambda: torch.empty(2, 4, 256),
+    }
+
+
+def repeated(function):
+    def run():
+        for _ in range(CALLS):
+            function()
+
+    return run
+
+
+def own_seconds(function) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def measure(dtype: torch.dtype, budget: float) -> dict[str, list[float]]:
+    """Seconds of a call of every function."""
+    device = Bare()
+    made = {name: repeated(function) for name, function in functions(device, dtype).items()}
+    with in_place_of_the_cpu(device):
+        found = interleaved(made, budget, own_seconds)
+    assert device.launched, "the calls took another road"
+    return {name: [t / CALLS for t in times] for name, times in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--budget", type=float, default=5.0, help="seconds (default: 5)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = measure(getattr(torch, options.dtype), options.budget)
+    rows = [
+        [name, f"{median(times) * 1e6:.1f}", f"{min(times) * 1e6:.1f}"]
+        for name, times in found.items()
+    ]
+    print(report.markdown([options.dtype, "median, us", "least, us"], rows))
+
+
+if __name__ == "__main__":
+    main()

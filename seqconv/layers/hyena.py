@@ -1,0 +1,246 @@
+"""Hyena: gates and long convolutions in turn, with the kernel a small network's function of time (arXiv 2302.10866)."""
+
+import math
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqconv.layers.base import (
+    _padding,
+    apply_linear,
+    check_input,
+    full_precision,
+    passes_options_to,
+    sized,
+    warn_of_missing_taps,
+)
+from seqconv.layers.module import Described, KernelGenerator, kernel_dtype
+from seqconv.ops.checks import check_length, check_positive, check_rate, check_sampling
+from seqconv.ops.fftconv import fftconv
+from seqconv.ops.opaque import opaque
+
+
+class HyenaFilter(KernelGenerator):
+    """Kernel generator of Hyena; HyenaFilter(...)(length) -> (heads, d_model, min(length, l_max)).
+
+    k(t) = exp(-t |delta|) (W_n sin(f (... sin(f (W_0 z(t) + b_0)) ...))) at t = l / (l_max - 1), with
+    z(t) = (t, cos 2 pi t, -sin 2 pi t, cos 4 pi t, ...) of emb_dim features, n = layers + 1, and
+    delta over the channels linspace(ln(0.01) / 1.5, ln(0.01) / 0.3, d_model): the slowest falls to 1%
+    after 1.5 l_max, the fastest after 0.3 l_max.
+
+    Parameters:
+        linears: (width, emb_dim), `layers` times (width, width), with biases, and (heads d_model,
+            width) without: torch's default.
+        frequency (width,): f, shared by all the sines, initially the `frequency` here. The larger,
+            the rougher the kernel.
+    Optimiser: all take min(lr, `lr` here) and no weight decay; with lr=0 they are buffers.
+
+    Source: arXiv 2302.10866, section 3.
+    """
+
+    shown = ("l_max", "emb_dim", "width", "layers")
+    meaning = ("l_max", "emb_dim")
+    attributes: ClassVar = {"frequency": "initial_frequency"}
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        l_max: int,
+        heads: int = 1,
+        emb_dim: int = 3,
+        width: int = 64,
+        layers: int = 2,
+        frequency: float = 1.0,
+        lr: float = 1e-3,
+    ):
+        super().__init__()
+        name = "HyenaFilter"
+        check_positive(name, d_model=d_model, l_max=l_max, heads=heads, width=width)
+        check_positive(name, emb_dim=emb_dim, layers=layers)
+        check_rate(name, lr=lr)
+        if emb_dim % 2 == 0:
+            raise ValueError(
+                f"{name}: emb_dim must be odd (time, and pairs of waves), got {emb_dim}"
+            )
+        if not 0 < frequency < math.inf:
+            raise ValueError(f"{name}: frequency must be positive, got {frequency}")
+        self.d_model, self.l_max, self.heads = d_model, l_max, heads
+        self.emb_dim, self.width, self.layers = emb_dim, width, layers
+        sizes = [emb_dim] + [width] * (layers + 1)
+        like = {"dtype": kernel_dtype()}
+        linears = [nn.Linear(a, b, **like) for a, b in pairwise(sizes)]
+        last = nn.Linear(width, heads * d_model, bias=False, **like)
+        self.linears = nn.ModuleList([*linears, last])
+        self.initial_frequency = float(frequency)
+        self.frequency = nn.Parameter(torch.empty(width, **like))
+        self.override("linears", "frequency", lr=lr, weight_decay=0.0)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the sines' frequency as at construction; the linear maps draw theirs themselves."""
+        with torch.no_grad():
+            self.frequency.fill_(self.initial_frequency)
+
+    def forward(self, length: int) -> Tensor:
+        check_length("HyenaFilter", length)
+        (frequency,) = self.read("frequency")
+        sizes = self.l_max, self.emb_dim, self.d_model
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            if all(type(linear) is nn.Linear and not _hooked(linear) for linear in self.linears):
+                parts = [t for linear in self.linears for t in (linear.weight, linear.bias)]
+                return _filter_op([frequency, *parts], *sizes, length)
+        return _filter(frequency, self.linears, *sizes, length)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _filter(frequency, linears, l_max, emb_dim, d_model, length) -> Tensor:
+    like = {"dtype": frequency.dtype, "device": frequency.device}
+    t = torch.arange(l_max, **like)[:length].unsqueeze(-1) / max(l_max - 1, 1)
+    phase = 2 * math.pi * t * torch.arange(1, (emb_dim + 1) // 2, **like)
+    with full_precision(t.device):
+        h = torch.cat([t, phase.cos(), -phase.sin()], dim=-1)
+        for linear in linears[:-1]:
+            h = torch.sin(frequency * linear(h))
+        h = linears[-1](h)  # (l, heads h)
+    slow, fast = (-math.log(0.01) / until for until in (1.5, 0.3))
+    decay = torch.exp(-t * torch.linspace(slow, fast, d_model, **like))  # (l h)
+    k = (h.unflatten(-1, (-1, d_model)) * decay.unsqueeze(1)).movedim(0, -1)
+    return k.contiguous()  # no view: FSDP warns of them
+
+
+def _filter_of(tensors, *sizes) -> Tensor:
+    frequency, *parts = tensors
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return _filter(frequency, [lambda h, w=w, b=b: F.linear(h, w, b) for w, b in pairs], *sizes)
+
+
+_filter_op = opaque(
+    "hyena_filter", "int l_max, int emb_dim, int d_model, SymInt length", _filter_of
+)
+
+
+class Hyena(Described):
+    """Hyena operator, (batch, length, d_model) -> the same, causal.
+
+        x_1, ..., x_N, v = short convolution of (W_in x + b_in), 3 taps
+        v <- k_i * (x_i v) + skip_i (x_i v)   for i = 1, ..., N - 1
+        y = W_out (x_N v) + b_out
+
+    with N = order gates, N - 1 long convolutions, k from HyenaFilter, and the gates fused into the
+    convolutions. Inputs longer than l_max are convolved with the l_max taps there are. Outputs grow as
+    |x|^(order + 1): inputs for which that nears float32's largest number overflow. The convolutions' round-off
+    lets a later step move earlier outputs by about eps times what it adds to a product of gates and values: a
+    step that is s times as large moves them by about eps s^order.
+
+    Parameters: in_proj ((order + 1) d_model, d_model) and out_proj (d_model, d_model), torch's
+    default; short ((order + 1) d_model, 3), tap 0 the present's, and short_bias, uniform in
+    +-1 / sqrt(3); skip (order - 1, d_model) ~ N(0, 1); the filter's, see there. All but the filter's
+    are trained like any weight.
+
+    Args:
+        d_model: channels.
+        l_max: taps per kernel.
+        order: gates, >= 2; one more than the long convolutions, as in the reference
+            implementation. The paper's Hyena-2 is order=3 without the first gate.
+        emb_dim: features of time that the filter sees, odd; filter_width, filter_layers: of its
+            network; filter_frequency: initial one of its sines.
+        kernel_lr: learning rate that param_groups gives to the filter's network, or its own lr if
+            that is smaller; 0: its parameters are buffers.
+
+    The filter's parameters stay float32 under .to(bfloat16) and .half(). l_max sets the filter's scale
+    of time: a state_dict loads into a layer of the same l_max only.
+
+    Source: arXiv 2302.10866, section 3. Example:
+        >>> layer = Hyena(8, l_max=100)
+        >>> layer(torch.randn(2, 100, 8)).shape
+        torch.Size([2, 100, 8])
+    """
+
+    causal = True
+    shown = meaning = ("order",)
+
+    @passes_options_to(lambda: None)  # none: unknown ones are refused as everywhere
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        l_max: int,
+        order: int = 2,
+        emb_dim: int = 3,
+        filter_width: int = 64,
+        filter_layers: int = 2,
+        filter_frequency: float = 1.0,
+        kernel_lr: float = 1e-3,
+    ):
+        super().__init__()
+        check_positive("Hyena", d_model=d_model, l_max=l_max)
+        if not isinstance(order, int) or order < 2:
+            raise ValueError(f"Hyena: order must be an integer >= 2, got {order!r}")
+        check_positive("Hyena", filter_width=filter_width, filter_layers=filter_layers)
+        self.d_model, self.order = d_model, order
+        self.in_proj = nn.Linear(d_model, (order + 1) * d_model)
+        self.short = nn.Parameter(torch.empty((order + 1) * d_model, 3))
+        self.short_bias = nn.Parameter(torch.empty((order + 1) * d_model))
+        self.filter = HyenaFilter(
+            d_model,
+            l_max=l_max,
+            heads=order - 1,
+            emb_dim=emb_dim,
+            width=filter_width,
+            layers=filter_layers,
+            frequency=filter_frequency,
+            lr=kernel_lr,
+        )
+        self.skip = nn.Parameter(torch.empty(order - 1, d_model))
+        self.out_proj = nn.Linear(d_model, d_model)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the short convolutions and skip anew, as at construction; filter and linear maps draw theirs."""
+        bound = 1 / math.sqrt(3)
+        nn.init.uniform_(self.short, -bound, bound)
+        nn.init.uniform_(self.short_bias, -bound, bound)
+        nn.init.normal_(self.skip)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        rate: float = 1.0,
+    ) -> Tensor:
+        """x (batch, length, d_model), in the layer's dtype unless under autocast. mask (batch, length)
+        marks padding, by True or by -inf (0 elsewhere), as in torch's attention: the output elsewhere is
+        the same as without those steps' content; with padding on one side, as without those steps.
+        lengths (batch,), integers, is a mask of everything from lengths[i] on. rate must be 1.
+        """
+        check_input("Hyena", x, self.skip, self.d_model)
+        check_sampling("Hyena", rate)
+        if rate != 1.0:
+            raise ValueError(f"Hyena: rate must be 1 (its taps have no time scale), got {rate!r}")
+        x, length = sized(x)
+        padding = _padding("Hyena", x, mask, lengths)
+        # Zero thrice: what the input projection's bias and the short convolution's put there would
+        # reach the steps after it.
+        wide = (self.order + 1) * self.d_model
+        x = apply_linear(self, "in_proj", _zero(x, padding), wide)
+        x = fftconv(_zero(x, padding), self.short, layout="blh") + self.short_bias.to(x.dtype)
+        *gates, v = _zero(x, padding).split(self.d_model, dim=-1)
+        k = self.filter(length)
+        warn_of_missing_taps(self, k, length)
+        for i in range(self.order - 1):
+            post_gate = gates[-1] if i == self.order - 2 else None
+            v = fftconv(v, k[i], self.skip[i], pre_gate=gates[i], post_gate=post_gate, layout="blh")
+        return apply_linear(self, "out_proj", v, self.d_model)
+
+
+def _zero(x: Tensor, padding: Tensor | None) -> Tensor:
+    return x if padding is None else x.masked_fill(padding.unsqueeze(-1), 0.0)

@@ -1,0 +1,305 @@
+"""S4D: convolution with the kernel of a diagonal state space model (arXiv 2206.11893)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqconv.layers import s4d_init
+from seqconv.layers.base import ConvLayer, passes_options_to
+from seqconv.layers.module import KernelGenerator, fill, kernel_dtype
+from seqconv.layers.recurrence import Recurrent
+from seqconv.layers.s4d_init import POSITIVE
+from seqconv.ops.checks import (
+    check_choice,
+    check_flag,
+    check_length,
+    check_number,
+    check_positive,
+    check_rate,
+    check_sampling,
+)
+from seqconv.ops.modes import mode_sum
+from seqconv.ops.opaque import opaque
+from seqconv.ops.ssm import BACKENDS, DISCRETIZATIONS, ssm_kernel, weighted_modes
+
+
+class S4DKernel(KernelGenerator):
+    """Kernel generator of S4D; S4DKernel(...)(length) -> (heads, d_model, length), any length.
+
+    K = seqconv.ssm_kernel(log dt, A, C, length, B=B), with modes = d_state / 2, one of each conjugate
+    pair, and n_ssm sets of (A, B), of which channel h takes number h mod n_ssm. For "dss" and
+    "dss_softmax" a mode is no half of a pair: d_state=64 is 32 modes there too.
+
+    Parameters, all real:
+        inv_dt (d_model,), or (d_model, modes) with dt_tie=False: dt = f(inv_dt), f being exp or
+            softplus; log dt is uniform in [log dt_min, log dt_max]. dt is in steps of the sequence.
+            dt_sinh=True: dt = f(sinh(inv_dt)).
+        inv_A_real (n_ssm, modes): Re A = -g(inv_A_real), g by real_transform. inv_A_imag (n_ssm,
+            modes): Im A = g'(inv_A_imag), g' by imag_transform. Both from `init`, see seqconv.layers.s4d_init.
+        B (n_ssm, modes, 2): from `init` or `B_init`; a buffer with train_B=False.
+        C (heads, d_model, modes, 2): complex standard normal.
+    is_real=True: modes = d_state, real; no imaginary parts, B (n_ssm, modes), C (heads, d_model,
+    modes) standard normal; the factor 2 of the kernel stays. deterministic=True: log dt evenly
+    spaced over the channels and C = (1, 0, 0, ...), nothing drawn.
+
+    Optimiser: inv_dt, inv_A_real, inv_A_imag and B take min(lr, `lr` here) and no weight decay, with
+    lr=0 they are buffers; C is trained like any weight.
+
+    The other options are explained in S4D. Source: arXiv 2206.11893, sections 3 and 4.
+    """
+
+    shown = ("d_state", "init", "discretization")
+    meaning = ("discretization", "real_transform", "imag_transform", "dt_transform", "dt_sinh")
+    meaning += ("bandlimit",)
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 64,
+        heads: int = 1,
+        n_ssm: int | None = None,
+        init: str = "lin",
+        discretization: str = "zoh",
+        real_transform: str = "exp",
+        imag_transform: str = "none",
+        is_real: bool = False,
+        real_scale: float = 1.0,
+        imag_scale: float = 1.0,
+        real_random: bool = False,
+        imag_random: bool = False,
+        B_init: str | None = None,
+        B_scale: float = 1.0,
+        normalize_B: bool = False,
+        train_B: bool = True,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        dt_tie: bool = True,
+        dt_transform: str = "exp",
+        dt_sinh: bool = False,
+        deterministic: bool = False,
+        bandlimit: float | None = None,
+        kernel_dropout: float = 0.0,
+        lr: float = 1e-3,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        name = "S4DKernel"
+        n_ssm = d_model if n_ssm is None else n_ssm
+        check_positive(name, d_model=d_model, d_state=d_state, heads=heads, n_ssm=n_ssm)
+        check_choice(name, "discretization", discretization, DISCRETIZATIONS)
+        check_choice(name, "real_transform", real_transform, tuple(POSITIVE))
+        check_choice(name, "imag_transform", imag_transform, tuple(POSITIVE))
+        check_choice(name, "dt_transform", dt_transform, ("exp", "softplus"))
+        check_choice(name, "backend", backend, BACKENDS)
+        check_flag(name, is_real=is_real, train_B=train_B, dt_tie=dt_tie, dt_sinh=dt_sinh)
+        check_flag(name, deterministic=deterministic)
+        check_rate(name, lr=lr)
+        if d_state % 2 and not is_real:
+            raise ValueError(
+                f"S4DKernel: d_state must be even (modes come in conjugate pairs), got {d_state}"
+            )
+        if d_model % n_ssm:
+            raise ValueError(f"S4DKernel: n_ssm must divide d_model={d_model}, got {n_ssm}")
+        check_number(name, dt_min=dt_min, dt_max=dt_max)
+        if not 0 < dt_min <= dt_max < math.inf:
+            wanted = "0 < dt_min <= dt_max < inf wanted"
+            raise ValueError(f"{name}: {wanted}, got dt_min={dt_min}, dt_max={dt_max}")
+        if bandlimit is not None:
+            check_number(name, bandlimit=bandlimit)
+            if not bandlimit > 0:
+                raise ValueError(f"{name}: bandlimit must be positive or None, got {bandlimit}")
+        modes = d_state if is_real else d_state // 2
+        shape = (d_model,) if dt_tie else (d_model, modes)
+        parts = () if is_real else (2,)
+        like = {"dtype": kernel_dtype()}
+        self.inv_dt = nn.Parameter(torch.empty(shape, **like))
+        self.inv_A_real = nn.Parameter(torch.empty(n_ssm, modes, **like))
+        if not is_real:
+            self.inv_A_imag = nn.Parameter(torch.empty(n_ssm, modes, **like))
+        B = torch.empty(n_ssm, modes, *parts, **like)
+        if train_B:
+            self.B = nn.Parameter(B)
+        else:
+            self.register_buffer("B", B)
+        self.C = nn.Parameter(torch.empty(heads, d_model, modes, *parts, **like))
+        self.d_model, self.d_state, self.heads = d_model, d_state, heads
+        self.is_real, self.n_ssm, self.modes = is_real, n_ssm, modes
+        self.discretization, self.backend = discretization, backend
+        self.real_transform, self.imag_transform = real_transform, imag_transform
+        self.dt_transform, self.dt_sinh, self.bandlimit = dt_transform, dt_sinh, bandlimit
+        self.train_B, self.dt_tie = train_B, dt_tie
+        self.init, self.real_scale, self.imag_scale = init, real_scale, imag_scale
+        self.real_random, self.imag_random = real_random, imag_random
+        self.B_init, self.B_scale, self.normalize_B = B_init, B_scale, normalize_B
+        self.dt_min, self.dt_max, self.deterministic = dt_min, dt_max, deterministic
+        self.kernel_dropout = nn.Dropout(kernel_dropout)
+        self.override("inv_dt", "inv_A_real", "inv_A_imag", "B", lr=lr, weight_decay=0.0)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws dt, A, B and C anew, as at construction."""
+        # Without storage nothing is kept, but options that exclude each other are refused all the same.
+        device = torch.device("cpu") if self.C.device.type == "meta" else self.C.device
+        with device:
+            fill(self, s4d_init.initial(self))
+
+    def system(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log dt (d_model,) or (d_model, modes), A and B (d_model, modes, 2), C (heads, d_model, modes, 2),
+        float64."""
+        return _system(*self._ingredients(rate))
+
+    def _ingredients(self, rate: float):
+        parts = ("inv_dt", "inv_A_real", "B", "C", *(() if self.is_real else ("inv_A_imag",)))
+        inv_dt, inv_A_real, B, C, *inv_A_imag = self.read(*parts)
+        tensors = [inv_dt, inv_A_real, inv_A_imag[0] if inv_A_imag else None, B, C]
+        names = [self.discretization, self.dt_transform, self.real_transform, self.imag_transform]
+        copies = self.d_model // self.n_ssm
+        return tensors, names, copies, self.dt_sinh, self.bandlimit, rate
+
+    def forward(self, length: int, rate: float = 1.0) -> Tensor:
+        """rate multiplies dt: the kernel for inputs sampled 1 / rate times as often."""
+        check_length("S4DKernel", length)
+        check_sampling("S4DKernel", rate)
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        known = type(self).system is S4DKernel.system and self.discretization != "dss_softmax"
+        if compiled and known:
+            a, *w = _modes_op(*self._ingredients(rate)).split([1, len(self.C)])
+            k = mode_sum(a.squeeze(0), *w, length, self.C.dtype != torch.float64, self.backend)
+            return self.kernel_dropout(k)
+        log_dt, A, B, C = self.system(rate)
+        options = {"discretization": self.discretization, "backend": self.backend}
+        k = ssm_kernel(log_dt, A, C.to(self.C.dtype), length, B=B, **options)
+        return self.kernel_dropout(k)
+
+
+def _system(tensors, names, copies, dt_sinh, bandlimit, rate) -> tuple[Tensor, ...]:
+    inv_dt, inv_A_real, inv_A_imag, B, C = (t if t is None else t.double() for t in tensors)
+    _, dt_transform, real_transform, imag_transform = names
+    p = torch.sinh(inv_dt) if dt_sinh else inv_dt
+    log_dt = p if dt_transform == "exp" else F.softplus(p).log()
+    real = -POSITIVE[real_transform][0](inv_A_real)
+    if inv_A_imag is None:
+        imag = torch.zeros_like(real)
+        B, C = (torch.stack([t, torch.zeros_like(t)], -1) for t in (B, C))
+    else:
+        imag = POSITIVE[imag_transform][0](inv_A_imag)
+    A, B = torch.stack([real, imag], -1).repeat(copies, 1, 1), B.repeat(copies, 1, 1)
+    if bandlimit is not None:
+        dt = log_dt.exp() if log_dt.dim() == 2 else log_dt.exp().unsqueeze(-1)
+        frequency = dt * A[..., 1].abs() / (2 * math.pi)
+        C = torch.where((frequency < bandlimit / 2).unsqueeze(-1), C, 0.0)
+    return log_dt + math.log(rate), A, B, C
+
+
+def _modes(tensors, names, *options) -> Tensor:
+    """a and w of seqconv.ops.modes in one tensor, (1 + heads, d_model, modes, 2)."""
+    a, w = weighted_modes(*_system(tensors, names, *options), names[0])
+    return torch.cat([a.unsqueeze(0), w])
+
+
+_modes_op = opaque(
+    "s4d_modes", "str[] names, int copies, bool dt_sinh, float? bandlimit, float rate", _modes
+)
+
+
+class S4D(Recurrent, ConvLayer):
+    """Diagonal state space layer, (batch, length, d_model) -> the same.
+
+    y = GLU(W dropout(gelu(K * x + skip x)) + b), K[l] = 2 Re sum_n C_n Bbar_n Abar_n^l, the response of
+    x' = A x + B u, y = 2 Re C x with A diagonal, in steps of dt, by `discretization`:
+
+        "zoh"          Abar = exp(dt A)                        Bbar = B (exp(dt A) - 1) / A
+        "bilinear"     Abar = (1 + dt A / 2) / (1 - dt A / 2)  Bbar = B dt / (1 - dt A / 2)
+        "dss"          as "zoh", K without the factor 2
+        "dss_softmax"  as "dss", Bbar divided by exp(dt A length) - 1; more of it in seqconv.ssm_kernel
+
+    The sum has modes = d_state / 2 terms, one of each conjugate pair; as many with "dss" and "dss_softmax",
+    where they are no halves of pairs. A by `init`, with N = d_state and n = 0 ... modes - 1:
+
+        "lin"   -1/2 + i pi n                              "real"  -(n + 1)
+        "inv"   -1/2 + i (N / pi) (N / (2 n + 1) - 1)      "rand"  -1/2 + i exp(standard normal)
+        "inv2"  -1/2 + i (N / pi) (N / (n + 1) - 1)        "foud"  -1/2 + 2 pi i n
+        "quad"  -1/2 + i (1 + 2 n)^2 / pi                  "fout"  i pi n
+        "legs"  -1/2 + i y, with i y the eigenvalues of HiPPO-LegS's skew part
+        "diag"  half of the sets inv, half lin             "hippo" half legs, half fout
+
+    Where a transform gives positive values, zeros begin at 1e-4 (with "relu" all that is smaller). B is
+    1 but for "legs", "fout" and "foud": see seqconv.layers.s4d_init. The state_dict does not depend on the
+    length; it loads into a layer of the same options only.
+
+    Parameters, all real: kernel.inv_dt (d_model,), log dt, uniform in [log dt_min, log dt_max];
+    inv_A_real (n_ssm, modes), log(-Re A), and inv_A_imag (n_ssm, modes), Im A, and B (n_ssm, modes, 2),
+    from `init`: these take min(lr, kernel_lr) and no weight decay. C (heads, d_model, modes, 2), twice
+    the heads if bidirectional, complex standard normal; skip (heads, d_model) ~ N(0, 1); linear, weight
+    (2 d_model, heads d_model) and bias, torch's default: trained like any weight. S4DKernel has the
+    variants.
+
+    Args:
+        d_model: channels.
+        d_state: real size of each channel's state, even: twice the modes.
+        heads: kernels per channel; the linear map takes heads * d_model inputs.
+        bidirectional: add as many kernels for the future, shifted by one so that lag 0 belongs to
+            the past's.
+        n_ssm: sets of (A, B) shared by the channels in turn; must divide d_model. None: one each.
+        init, discretization: as above; "dss_softmax" depends on the length and has no step().
+        real_transform, imag_transform: "exp", "relu", "softplus", "sigmoid" or "none", which give
+            -Re A and Im A from their parameters. "none" for the real part may become unstable.
+        is_real, real_scale, imag_scale, real_random, imag_random, B_init, B_scale, normalize_B,
+            deterministic: variants of the initialisation, see S4DKernel and seqconv.layers.s4d_init.
+        train_B: False keeps B as it is.
+        dt_min, dt_max: range of the initial steps, in steps of the sequence. dt_tie: one for all
+            modes of a channel. dt_transform: "exp" or "softplus". dt_sinh: see S4DKernel.
+        bandlimit: modes with dt |Im A| / pi at or above it are left out; 1 is the Nyquist limit.
+        kernel_dropout: of single taps, in training.
+        activation: of the convolution: "gelu", "silu", "relu" or None.
+        dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
+        postact: "glu", or None for a plain linear map.
+        kernel_lr: learning rate that param_groups gives to dt, A and B, or its own lr if that is
+            smaller, without weight decay; 0: they are buffers.
+        backend: of seqconv.ssm_kernel.
+
+    dt, A, B and C stay float32 under .to(bfloat16) and .half(). layer(x, rate=2.0) takes inputs
+    sampled half as often as those of training. init_state, step and prefill run a causal layer as
+    a recurrence: at rate 1, without masks and kernel dropout.
+
+    Source: arXiv 2206.11893. Example:
+        >>> layer = S4D(8)
+        >>> layer(torch.randn(2, 100, 8)).shape
+        torch.Size([2, 100, 8])
+    """
+
+    resamples = True
+    generator = S4DKernel
+
+    @passes_options_to(S4DKernel, "lr")
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 64,
+        heads: int = 1,
+        bidirectional: bool = False,
+        activation: str | None = "gelu",
+        dropout: float = 0.0,
+        tie_dropout: bool = False,
+        postact: str | None = "glu",
+        kernel_lr: float = 1e-3,
+        **kernel,
+    ):
+        check_flag("S4D", bidirectional=bidirectional)
+        check_positive("S4D", d_model=d_model, d_state=d_state, heads=heads)
+        directions = heads * (1 + bidirectional)
+        generator = S4DKernel(d_model, d_state=d_state, heads=directions, lr=kernel_lr, **kernel)
+        super().__init__(
+            d_model,
+            generator,
+            heads=heads,
+            bidirectional=bidirectional,
+            activation=activation,
+            dropout=dropout,
+            tie_dropout=tie_dropout,
+            postact=postact,
+        )

@@ -1,0 +1,1 @@
+"""The operators: public functions, their gradients and transforms."""

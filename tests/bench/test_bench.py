@@ -1,0 +1,261 @@
+"""The measuring instrument: it refuses wrong results, counts what it says it counts, and loses nothing."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.micro import contenders, fftconv, gate, overhead, report, timing
+from bench.micro.contenders import Case
+from bench.micro.requirements import requirements
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--lengths", "256", "1000", "--elements", "16384", "--budget", "0.05"]
+PAIR = ["--contenders", "seqconv", "torch.fft", "ducc0", "--allocators", "tuned", "default"]
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-m", "bench.fftconv", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_a_run_measures_and_writes_what_it_shows(tmp_path):
+    results, picture = tmp_path / "new" / "r.jsonl", tmp_path / "p.png"
+    text = run(*SMALL, *PAIR, "--json", str(results), "--plot", str(picture))
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    timed = [r for r in rows if r["allocator"] != "returning"]
+    assert {r["contender"] for r in timed} == {"seqconv", "torch.fft", "ducc0"}
+    assert {r["op"] for r in timed} == {"forward", "forward+backward"}
+    assert {r["allocator"] for r in rows} == {"tuned", "default", "returning"}
+    for row in timed:
+        assert row["gate"] and 0 < row["q1"] <= row["median"] <= row["q3"]
+        assert row["rounds"] >= timing.MIN_ROUNDS and row["error_l2"] < 1e-5
+        assert row["floor_copy"] > 0 and row["floor_flops"] > 0 and row["ratio"] > 0
+        assert {"device", "isa", "versions", "commit", "threads", "when"} <= set(row)
+    assert all(r["peak_bytes"] is not None for r in rows if r["allocator"] == "returning")
+    assert picture.stat().st_size > 10_000
+    assert "requirements" in text and "seqconv" in text
+
+
+@pytest.mark.parametrize("fault", ["zeros", "shift", "skip", "future", "one element", "nan"])
+def test_a_wrong_result_gets_no_time(monkeypatch, fault):
+    def broken(case, device):
+        def run(u, k, skip, *rest):
+            right = contenders.fft(u, k, skip, *rest)
+            if fault == "zeros":
+                return right * 0
+            if fault == "shift":
+                return right.roll(1, -1)
+            if fault == "skip":
+                return right - skip[:, None] * u
+            if fault == "future":
+                return right + 1e-5 * u.roll(-1, -1)
+            right = right.clone()
+            right[0, 0, 0] += 1e-4 if fault == "one element" else float("nan")
+            return right
+
+        return run
+
+    monkeypatch.setitem(contenders.CONTENDERS, "seqconv", ("seqconv", broken))
+    case = Case(channels=2, length=500)
+    rows = fftconv.measure(case, ["seqconv", "torch.fft"], 0.01, timing.Clock("cpu"), 1e9)
+    rows = {row["contender"]: row for row in rows}
+    assert not rows["seqconv"]["gate"] and rows["seqconv"]["median"] is None
+    assert rows["torch.fft"]["gate"] and rows["torch.fft"]["median"] > 0
+
+
+def test_who_cannot_compete_says_why(monkeypatch):
+    def broken(case, device):
+        raise ImportError("libfft.so.3 is missing")
+
+    monkeypatch.setitem(contenders.CONTENDERS, "ducc0", ("ducc0", broken))
+    asked = ["seqconv", "scipy.fft", "ducc0"]  # not pyfftw, which does not do it either
+    case = Case("gated", channels=2, length=64)
+    rows = fftconv.measure(case, asked, 0.01, timing.Clock("cpu"), 1e9)
+    absent = {r["contender"]: r.get("absent") for r in rows}
+    assert absent == {
+        "seqconv": None,
+        "scipy.fft": "does not do this case",
+        "ducc0": "cannot be imported: libfft.so.3 is missing",
+    }
+
+
+def named(text: str) -> set[str]:
+    return {
+        name for name in contenders.CONTENDERS if re.search(rf"^{re.escape(name)}: ", text, re.M)
+    }
+
+
+@pytest.mark.slow
+def test_who_was_asked_for_and_is_not_there_is_named_and_nobody_else():
+    there = set(contenders.CONTENDERS) - set(contenders.missing())
+    sample = [*SMALL, "--allocators", "tuned", "--ops", "forward"]
+    text = run(*sample, "--contenders", "seqconv", "torch.fft")
+    assert not named(text) and "installed" not in text
+    text = run(*sample, "--modes", "gated", "--contenders", "seqconv", "scipy.fft", "flashfftconv")
+    assert named(text) == {"scipy.fft", "flashfftconv"}
+    assert "scipy.fft: does not do this case: B=8 H=8 L=256 gated forward and 1 other" in text
+    if "flashfftconv" not in there:
+        assert "flashfftconv: the package flashfftconv is not installed" in text
+        command = [sys.executable, "-m", "bench.fftconv", *sample, "--contenders", "flashfftconv"]
+        alone = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert alone.returncode == 1 and "none of them is there" in alone.stderr
+
+
+def test_cases_are_compared_per_element_and_with_their_own_threads():
+    case, longer = Case(channels=64, length=1024), Case(channels=1024, length=1024)
+    clock, before = timing.Clock("cpu"), torch.get_num_threads()
+    beside = [(longer, 2, 0.5), (case, 1, 0.5)]
+    (row,) = fftconv.measure(case, ["seqconv"], 0.2, clock, 1e9, beside)
+    low, middle, high = row["beside"]
+    assert low <= middle <= high
+    assert 0.3 < middle < 3.3  # a ratio of times per call would be 1/4 of it or less
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("mode", ["causal", "two_sided", "gated", "heads"])
+@pytest.mark.parametrize("layout", ["bhl", "blh"])
+def test_every_contender_is_right_where_it_competes(mode, layout):
+    if mode == "heads" and layout == "blh":
+        pytest.skip("not measured")
+    case = Case(mode, layout=layout, channels=3, length=200, op="forward+backward")
+    forward = Case(mode, layout=layout, channels=3, length=200)
+    for op in (case, forward):
+        tensors, dy = op.tensors("cpu")
+        exact = gate.oracle(op, tensors, dy)
+        for name in (
+            "seqconv",
+            "torch.fft",
+            "conv1d",
+            "scipy.fft",
+            "oaconvolve",
+            "ducc0",
+            "pyfftw",
+        ):
+            if name in contenders.missing():
+                continue
+            function = contenders.make(name, op, "cpu")
+            if function is not None:
+                results = gate.call(op, function, tensors, dy)
+                assert gate.errors(op, results, exact)[0] < 1e-6, name
+
+
+def test_every_case_is_compiled_anew(monkeypatch):
+    """However many came before: else dynamo would run the plain function, under the compiled one's name."""
+    modes = []
+
+    def traced(*tensors):
+        modes.append(torch.compiler.is_compiling())
+        return fft(*tensors)
+
+    fft = contenders.fft
+    monkeypatch.setattr(contenders, "fft", traced)
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compile(f, backend="eager", **options)
+    )
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for length in (16, 32, 48, 64):
+            case = Case(length=length)
+            contenders.make("torch.compile", case, "cpu")(case.tensors("cpu")[0])
+    torch._dynamo.reset()
+    assert modes == [True] * 4
+
+
+def test_rounds_are_interleaved():
+    calls = []
+    functions = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    seconds = timing.interleaved(functions, 0.0, timing.Clock("cpu"))
+    rounds = timing.WARM_UP + timing.MIN_ROUNDS
+    assert calls == ["a", "b"] * rounds
+    assert all(len(s) == timing.MIN_ROUNDS for s in seconds.values())
+    assert timing.quartiles([4.0, 1.0, 3.0, 2.0]) == (1.5, 2.5, 3.5)
+    assert timing.ratios([2.0, 4.0, 9.0], [1.0, 1.0, 3.0])[1] == 3.0
+
+
+def test_peak_memory_counts_temporaries():
+    size = 64 << 20
+    code = (
+        "import torch; from bench.micro.timing import peak_bytes\n"
+        f"print(peak_bytes(lambda: torch.ones({size}, dtype=torch.uint8), 'cpu'))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PATH": "", **fftconv.ALLOCATORS["returning"]},
+        check=True,
+    )
+    if result.stdout.strip() != "None":
+        assert 0.95 * size < int(result.stdout) < 1.2 * size
+
+
+def test_bytes_and_flops():
+    case = Case(batch=8, channels=2, length=1024)
+    assert case.bytes() == 4 * (2 * 8 * 2 * 1024 + 2 * 1024)
+    assert case.flops() == 16 * (2 * 5 * 1024 * 10 + 8 * 1024) + 2 * 5 * 1024 * 10
+
+
+def test_results_survive_a_torn_line(tmp_path):
+    path = tmp_path / "r.jsonl"
+    report.append(path, {"a": 1})
+    with open(path, "a") as file:
+        file.write('{"a": 2, "b"')
+    assert report.read([path]) == [{"a": 1}]
+    report.append(path, {"a": 3})
+    assert report.read([path]) == [{"a": 1}, {"a": 3}]
+
+
+def test_readme_section_is_replaced_whole(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- bench -->\nold\n<!-- end of bench -->\nafter\n")
+    report.replace_between(path, "bench", "new")
+    assert path.read_text() == "before\n<!-- bench -->\nnew\n<!-- end of bench -->\nafter\n"
+    with pytest.raises(ValueError, match="wanted"):
+        report.replace_between(path, "other", "new")
+
+
+def test_a_missed_requirement_says_what_the_floors_allow():
+    base = {
+        "tag": "speed",
+        "allocator": "tuned",
+        "threads": 1,
+        "gate": True,
+        "peak_bytes": None,
+    } | asdict(Case())
+    base |= {"batch": 8, "channels": 128, "length": 4096, "floor_copy": 1.0, "floor_flops": 3.0}
+    rows = [base | {"contender": "torch.fft", "median": 24.0, "ratio": 1.0}]
+    for ratio, measured, met in ((4.0, "4x, floors 6x", False), (5.5, "5.5x", True)):
+        lines = requirements(
+            [*rows, base | {"contender": "seqconv", "median": 24 / ratio, "ratio": ratio}]
+        )
+        assert ("tuned, forward, B=8, L=4K, 1 thread", ">= 5x", measured, met) in lines
+
+
+def test_what_python_takes_is_measured_by_parts(monkeypatch, capsys):
+    """On the road of a GPU's tensors, whose launches do nothing; the CPU's kernels are back afterwards."""
+    monkeypatch.setattr(sys, "argv", ["overhead", "--budget", "0", "--dtype", "bfloat16"])
+    usual, threads = overhead._ops._cpu, torch.get_num_threads()
+    try:
+        overhead.main()
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()[2:]
+    cells = {line.split(" | ")[0].strip("| "): line.strip("|").split(" | ")[1:] for line in lines}
+    assert all(0 < float(least) <= float(middle) for middle, least in cells.values())
+    assert float(cells["of it: backend"][1]) < float(cells["forward"][1])
+    assert overhead._ops._cpu is usual
+
+    monkeypatch.setattr(overhead.Bare, "forward", lambda *_: None)
+    monkeypatch.setattr(overhead.Bare, "backward", lambda *_: None)
+    with pytest.raises(AssertionError, match="another road"):
+        overhead.measure(torch.float32, 0)

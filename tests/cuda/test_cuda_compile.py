@@ -1,0 +1,208 @@
+"""The CUDA kernels through the real compilers, which need no GPU: NVRTC for several architectures, nvcc where it is."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from seqconv import prebuild
+from seqconv.backends.cuda import compiler, kernels
+
+if compiler.compiler_reason():
+    pytest.skip(f"seqconv: {compiler.compiler_reason()}", allow_module_level=True)
+
+NAMES = tuple(kernels.KERNELS)
+ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+SHARE = 16
+REGISTERS = 65536  # of a multiprocessor
+# Of a thread on sm_90, by what a kernel's name begins with, the longest that fits: a little above what it takes.
+# Where 512 threads leave 128, and the compiler takes them, it must not have to spill any.
+CEILINGS = {
+    "spectrum": 120,
+    "kernel_scales": 40,
+    "taps_gradient": 124,
+    "skip_gradient": 40,
+    "long_taps": 120,
+    "long_input": 120,
+    "long_input_gradient": 124,
+    "long_output": 124,
+    "long_gradient": 128,
+    "butterfly": 192,
+    "butterfly_backward": 208,
+    "ssm_powers": 40,
+    "ssm_forward": 96,
+    "ssm_backward": 124,
+    "ssm_gradients": 72,
+    "forward": 128,
+    "backward": 128,
+    "tensor": 128,
+}
+
+
+# What releases of NVRTC before 13.5 do otherwise: (architecture, kernel) -> registers, bytes of the largest spill.
+# A word spilled once in a thread, and four more registers that still leave the four blocks of 128 threads.
+BEFORE_13_5 = {
+    ("sm_90", "tensor_forward_bf16_accurate"): (128, 4),
+    ("sm_90", "ssm_backward"): (128, 0),
+}
+
+
+def allowed(name: str, arch: str) -> tuple[int, int]:
+    """The most registers a thread, the largest spill."""
+    _, threads, blocks = kernels.KERNELS[name]
+    release = tuple(map(int, compiler.version().split(".")[:2]))
+    if release < (13, 5) and (arch, name) in BEFORE_13_5:
+        return BEFORE_13_5[arch, name]
+    kind = max((k for k in CEILINGS if name.startswith(k)), key=len)
+    return CEILINGS[kind] if arch == "sm_90" else REGISTERS // (threads * blocks), 0
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every kernel for sm_90 by the installed NVRTC; of the rest a sample that SEQCONV_COMPILE moves, or "all".
+
+    With another NVRTC (SEQCONV_NVRTC) everything is sampled. `make device-compilers` compiles all by each of them.
+    """
+    every = [(arch, name) for arch in ARCHS for name in kernels.names(arch)]
+    asked = os.environ.get("SEQCONV_COMPILE", "0")
+    if asked == "all":
+        return every
+    always = [] if os.environ.get("SEQCONV_NVRTC") else [p for p in every if p[0] == "sm_90"]
+    left = [pair for pair in every if pair not in always]
+    return always + left[int(asked) % SHARE :: SHARE]
+
+
+def resources(name: str, arch: str) -> dict:
+    log = io.StringIO()
+    code = compiler.compile_kernel(name, arch, cached=False, log=log)
+    text = log.getvalue()
+    assert code[:4] == b"\x7fELF"
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", text)[1]),
+        "spills": max(int(n) for n in re.findall(r"(\d+) bytes spill", text)),
+        "shared": sum(int(n) for n in re.findall(r"(\d+) bytes smem", text)),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, name", pairs(), ids=lambda value: value)
+def test_compiles_within_its_resources(arch, name):
+    used = resources(name, arch)
+    registers, spills = allowed(name, arch)
+    assert used["registers"] <= registers and used["spills"] <= spills, (used, registers, spills)
+    _, threads, blocks = kernels.KERNELS[name]
+    assert used["registers"] * threads * blocks <= REGISTERS
+    assert used["shared"] == 0  # all of it is dynamic, and planned
+
+
+def ptx(name: str) -> str:
+    return compiler.compile_source(kernels.source(name), "sm_90", "ptx")
+
+
+@pytest.mark.parametrize("mode", ["fast", "accurate"])
+def test_matrix_instructions(mode):
+    """As many tensor core instructions as products in the source: the loops are over tiles, and nothing is repeated."""
+    there = 4 + 8 + (4 + 8) + 8  # outer passes of a real row and of a complex one, the inner two
+    back = 8 + (4 + 8) + 8 + 4  # the inner two, outer passes, the real end of those
+    # x's inner two, with a plane for x and without one
+    for name, expected in (("forward", there + back), ("backward", there + back + 2 * (4 + 8 + 8))):
+        text = ptx(f"tensor_{name}_bf16_{mode}")
+        assert text.count("mma.sync.aligned.m16n8k16") == expected, name
+
+
+@pytest.mark.parametrize("n, passes", [(4096, 1), (32768, 2)])
+def test_matrix_instructions_of_a_known_length(n, passes):
+    """Only those of its passes: the conditions on the transform were decided when it was compiled."""
+    each = 4 + 8 * (passes - 1) + 2 * 8
+    text = ptx(f"tensor_forward_bf16_fast_{n}")
+    assert text.count("mma.sync.aligned.m16n8k16") == 2 * each
+
+
+def test_source_is_one_text_without_includes():
+    for name in NAMES:
+        text = kernels.source(name)
+        assert "#include" not in text and f" {name}(const Args a)" in text
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["backward_f32", "tensor_forward_bf16_fast", "spectrum"])
+def test_compiles_with_nvcc(name, tmp_path):
+    unit = tmp_path / f"{name}.cu"
+    unit.write_text(kernels.source(name))
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-cubin",
+        "-arch=sm_90",
+        str(unit),
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_prebuild_into_a_folder_is_found(tmp_path, monkeypatch, capsys):
+    """What prebuild writes is what the loader finds, also for a later minor version, and only for this source."""
+    asked = ["--arch", "sm_80", "--out", str(tmp_path), "--kernels", "^kernel_scales$"]
+    assert prebuild.main(asked) == 0
+    assert "1 kernels" in capsys.readouterr().out
+    monkeypatch.setenv("SEQCONV_CUBINS", str(tmp_path))
+    code = compiler.find_prebuilt("kernel_scales", 8, 0)
+    assert code and code[:4] == b"\x7fELF" and compiler.find_prebuilt("kernel_scales", 8, 6) == code
+    assert compiler.find_prebuilt("kernel_scales", 9, 0) is None
+    assert compiler.find_prebuilt("spectrum", 8, 0) is None
+    monkeypatch.setattr(kernels, "source", lambda name: "another state of the source")
+    assert compiler.find_prebuilt("kernel_scales", 8, 0) is None
+
+
+def test_prebuild_refuses_what_it_does_not_know(capsys):
+    for arguments in (
+        ["--arch", "90"],
+        ["--arch", "sm_50"],
+        ["--arch", "sm_90", "--kernels", "nothing"],
+        ["--arch", "sm_90", "--kernels", "("],
+        [],
+    ):
+        with pytest.raises(SystemExit):
+            prebuild.main(arguments)
+    capsys.readouterr()
+    for arguments in (["--arch", "sm_999"], ["--arch", "sm_90", "--out", "/proc/nothing"]):
+        assert prebuild.main(arguments) == 1
+        assert capsys.readouterr().err.startswith("seqconv: ")
+
+
+def test_cache_is_safe_under_concurrent_processes(tmp_path):
+    """Several processes that compile the same kernel into one empty cache all get the same code."""
+    script = (
+        "import sys, hashlib; from seqconv.backends.cuda import compiler;"
+        "print(hashlib.sha256(compiler.compile_kernel('kernel_scales', 'sm_90')).hexdigest())"
+    )
+    command = [sys.executable, "-c", script]
+    environment = {"SEQCONV_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(3)
+    ]
+    results = {process.communicate()[0] for process in running}
+    assert len(results) == 1 and len(results.pop()) == 65
+    assert [p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size > 1000]
+
+
+def test_prebuild_fills_the_cache(tmp_path, monkeypatch, capsys):
+    """What it compiled is not compiled again, and another state of the source is another entry."""
+    monkeypatch.setenv("SEQCONV_CACHE", str(tmp_path))
+    entries = lambda: [p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size > 1000]  # noqa: E731
+    assert prebuild.main(["--arch", "sm_90", "--kernels", "^kernel_scales$"]) == 0
+    capsys.readouterr()
+    assert len(entries()) == 1
+    before = [p.stat().st_ino for p in entries()]
+    code = compiler.compile_kernel("kernel_scales", "sm_90")
+    assert code[:4] == b"\x7fELF" and [p.stat().st_ino for p in entries()] == before
+    usual = kernels.source
+    monkeypatch.setattr(kernels, "source", lambda name: usual(name) + "// another state\n")
+    assert compiler.compile_kernel("kernel_scales", "sm_90") and len(entries()) == 2

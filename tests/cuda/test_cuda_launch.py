@@ -1,0 +1,522 @@
+"""The road from tensors to the CUDA driver, on a recording driver that runs each launch in the emulator."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+from array import array
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accuracy import rel_l2
+from cases import Case, double
+from emulated import HERE, Emulator, as_backend, build
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import seqconv
+from seqconv import fftconv, reference
+from seqconv.backends import cuda
+from seqconv.backends.cuda import compiler, convolution, driver, kernels, tables
+from seqconv.backends.cuda.plan import longest
+from seqconv.ops import operators
+
+ATTRIBUTES = {
+    "COMPUTE_CAPABILITY_MAJOR": 9,
+    "COMPUTE_CAPABILITY_MINOR": 0,
+    "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": 232448,
+    "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR": 233472,
+    "MULTIPROCESSOR_COUNT": 132,
+    "CLOCK_RATE": 1755000,
+    "MEMORY_CLOCK_RATE": 2619000,
+    "GLOBAL_MEMORY_BUS_WIDTH": 5120,
+}
+
+
+class Driver:
+    """The functions of cuda.bindings.driver that the package calls, with their signatures and statuses."""
+
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+    CUdevice_attribute = SimpleNamespace(**{f"CU_DEVICE_ATTRIBUTE_{n}": n for n in ATTRIBUTES})
+
+    def __init__(self, emulator: Emulator):
+        self.emulator, self.names, self.launches, self.limits, self.status = emulator, {}, [], {}, 0
+        self.attributes, self.thread = dict(ATTRIBUTES), threading.local()
+        self.memory, self.tried, self.full = {}, 0, 0
+        self.copying = self.running = False
+
+    def cuLibraryLoadData(self, code, *options):
+        assert code[:4] == b"\x7fELF" and options == ([], [], 0, [], [], 0)
+        return 0, code
+
+    def cuLibraryGetKernel(self, library, name):
+        assert name in library
+        handle = len(self.names) + 1000
+        self.names[handle] = name.decode()
+        return 0, handle
+
+    def cuDeviceGet(self, index):
+        return 0, f"device {index}"
+
+    def cuDeviceGetAttribute(self, attribute, device):
+        return 0, self.attributes[attribute]
+
+    def cuCtxGetCurrent(self):
+        return 0, getattr(self.thread, "context", 0)
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return 0, 5
+
+    def cuCtxSetCurrent(self, context):
+        self.thread.context = context
+        return (0,)
+
+    def cuKernelSetAttribute(self, attribute, value, kernel, device):
+        assert (attribute, device) == ("shared", "device 0")
+        self.limits[self.names[kernel]] = value
+        return (0,)
+
+    def CUfunction(self, handle):
+        return handle
+
+    def cuMemAlloc(self, size):
+        assert self.thread.context == 5 and size
+        self.tried += 1
+        if self.tried <= self.full:
+            return 2, None
+        buffer = (ctypes.c_char * size)()
+        self.memory[ctypes.addressof(buffer)] = buffer
+        return 0, ctypes.addressof(buffer)
+
+    def cuMemcpyHtoDAsync(self, to, address, size, stream):
+        assert len(self.memory[to]) == size and stream == 77
+        ctypes.memmove(to, address, size)
+        self.copying = True
+        return (0,)
+
+    def cuStreamSynchronize(self, stream):
+        assert stream == 77
+        self.copying = False
+        return (0,)
+
+    def cuCtxSynchronize(self):
+        self.running = False
+        return (0,)
+
+    def cuMemFree(self, address):
+        assert not self.running
+        self.memory.pop(address)
+        return (0,)
+
+    def cuLaunchKernel(self, f, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
+        name = self.names[f]
+        assert self.thread.context == 5  # of this thread: else 201, invalid context
+        assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0) and shared <= self.limits[name]
+        assert not self.copying  # a table, which other streams read too
+        self.launches.append((name, gx, bx, shared, stream))
+        self.running = True
+        if self.status:
+            return (self.status,)
+        size = self.emulator.library.arguments_size()
+        address = ctypes.c_void_p.from_address(parameters).value
+        copied = array("q", ctypes.string_at(address, size))
+        self.emulator.launch(name, gx, bx, shared, copied)
+        return (0,)
+
+
+class Device(driver.Device):
+    """On tensors of the CPU: what torch would say of a CUDA stream is given."""
+
+    stream, capturing = 77, False
+
+    def _stream(self):
+        return self.stream
+
+    def _capturing(self):
+        return self.capturing
+
+
+@pytest.fixture(scope="module")
+def library():
+    return build()
+
+
+@pytest.fixture
+def device(library, monkeypatch):
+    fake = Driver(Emulator(library))
+    # The code need not be right here, only its name inside: test_cuda_compile compiles all of it.
+    monkeypatch.setattr(driver, "find_prebuilt", lambda name, *_: b"\x7fELF " + name.encode())
+    return Device(0, fake)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(
+            2, 3, 500, 500, taps_rev=499, skip="h", pre_gate=True, post_gate=True, activation="gelu"
+        ),
+        Case(2, 3, 500, 500, heads=2, skip="ch", layout="blh"),
+        Case(2, 3, 500, 500, heads=2, per_sample=True, dtype=torch.bfloat16),
+        Case(2, 3, 501, 40, skip="h", dtype=torch.float16, mode="circular"),
+    ],
+    ids=str,
+)
+def test_results_through_the_driver(device, case):
+    tensors = case.tensors()
+    with as_backend(device):
+        y, grads, dy = case.with_gradients(fftconv, tensors)
+    y64, grads64, _ = case.with_gradients(reference.fftconv_fft, double(tensors), dy.double())
+    bound = 1e-6 if case.dtype == torch.float32 else 8e-3
+    assert rel_l2(y, y64) < bound
+    for name, grad in grads.items():
+        assert grad.dtype == tensors[name].dtype and rel_l2(grad, grads64[name]) < bound
+    assert {launch[4] for launch in device.driver.launches} == {77}
+
+
+def test_any_strides(device):
+    """Slices, transposes, expanded batches, negative views: read as they lie, by their strides."""
+    k = torch.randn(3, 2 * 200)[:, ::2]
+    for u in (
+        torch.randn(2, 3, 400)[..., ::2],
+        torch.randn(200, 3, 2).permute(2, 1, 0),
+        torch.randn(1, 3, 200).expand(2, 3, 200),
+        torch.imag(torch.randn(2, 3, 200, dtype=torch.complex64).conj()),
+        torch.randn(2, 3, 201)[..., 1:],
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            with as_backend(device):
+                y = fftconv(u.to(dtype) if dtype != u.dtype else u, k)
+            y64 = reference.fftconv_fft(u.to(dtype).double(), k.double())
+            assert rel_l2(y, y64) < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+def test_limits_come_from_the_device(device):
+    limits = device.limits
+    assert (limits.shared, limits.processors, limits.tensor_cores) == (232448, 132, True)
+    assert limits.bandwidth == pytest.approx(3.35e12, rel=0.01) and device.arch == "sm_90"
+    turing = Driver(device.driver.emulator)
+    turing.attributes |= {"COMPUTE_CAPABILITY_MAJOR": 7, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": 65536}
+    turing.attributes |= {"COMPUTE_CAPABILITY_MINOR": 5, "CLOCK_RATE": 0}
+    turing = Device(0, turing)
+    assert (turing.arch, turing.limits.shared) == ("sm_75", 65536)
+    assert not turing.limits.tensor_cores and turing.limits.clock > 1e9
+
+
+def test_kernels_are_loaded_once_and_allowed_all_shared_memory(device):
+    u, k = torch.randn(1, 2, 300), torch.randn(2, 300)
+    with as_backend(device):
+        fftconv(u, k), fftconv(u, k)
+    names = list(device.driver.names.values())
+    assert sorted(names) == sorted(set(names)) == ["forward_f32", "spectrum"]
+    assert set(device.driver.limits.values()) == {232448}
+    assert len(device.driver.launches) == 4
+
+
+def test_a_failing_launch_raises(device):
+    device.driver.status = 700
+    with as_backend(device), pytest.raises(RuntimeError, match="CUDA driver: 700"):
+        fftconv(torch.randn(1, 2, 300), torch.randn(2, 300))
+
+
+def test_a_thread_that_has_not_used_the_device_yet(device):
+    """The gradient in a thread of its own, whose first use of the driver it is."""
+    u, k = torch.randn(2, 2, 300, requires_grad=True), torch.randn(2, 300)
+    with as_backend(device):
+        y = fftconv(u, k)
+        found = []
+        work = threading.Thread(target=lambda: found.extend(torch.autograd.grad(y.sum(), u)))
+        work.start(), work.join()
+    u64 = u.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.fftconv_fft(u64, k.double()).sum(), u64)
+    assert rel_l2(found[0], expected) < 1e-6
+
+
+def test_first_call_inside_a_graph_capture_says_so(device):
+    device.capturing = True
+    with as_backend(device), pytest.raises(RuntimeError, match="once before the capture"):
+        fftconv(torch.randn(1, 2, 300), torch.randn(2, 300))
+
+
+def test_scratch_of_long_rows_is_bounded(device, monkeypatch):
+    """Channels are taken in turn where the passes between would need more than WORK_BYTES."""
+    monkeypatch.setattr(convolution, "WORK_BYTES", 1 << 20)
+    device.limits = device.limits.__class__(shared=20000, shared_total=20000, tensor_cores=False)
+    case = Case(2, 5, 9000, 9000, heads=2, skip="ch", activation="silu", post_gate=True)
+    tensors = case.tensors()
+    with as_backend(device):
+        y, grads, dy = case.with_gradients(fftconv, tensors)
+    y64, grads64, _ = case.with_gradients(reference.fftconv_fft, double(tensors), dy.double())
+    assert rel_l2(y, y64) < 1e-6
+    assert all(rel_l2(grad, grads64[name]) < 1e-6 for name, grad in grads.items())
+    assert sum(name == "forward_c32" for name, *_ in device.driver.launches) > 2
+
+
+def test_compile_and_functorch_take_the_same_kernels(device):
+    """The operator is the same object on every device: what wraps it needs no CUDA code."""
+    u, k = torch.randn(2, 3, 64), torch.randn(3, 64)
+    with as_backend(device):
+        y = torch.compile(fftconv, backend="eager", fullgraph=True)(u, k)
+        mapped = torch.vmap(fftconv, in_dims=(0, None))(u[:, None], k)[:, 0]
+        torch.library.opcheck(
+            operators.fwd, (u, k, None, None, None, None, "none", False),
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+    expected = reference.fftconv_fft(u, k)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mapped, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """What is known of devices is forgotten before and after."""
+    known = driver.device
+    monkeypatch.setattr(driver, "_failures", {})
+    known.cache_clear()
+    yield
+    known.cache_clear()
+
+
+def test_why_there_is_no_kernel(monkeypatch, fresh):
+    cuda = torch.device("cuda", 0)
+    assert "float64" in cuda.reason(cuda, torch.float64, 5)
+    monkeypatch.setattr(driver, "packages_reason", lambda: "No module: pip install cuda-python")
+    assert "pip install cuda-python" in cuda.reason(cuda, torch.float32, 5)
+
+
+def test_rows_without_a_plan_take_the_fallback(device, monkeypatch, fresh):
+    monkeypatch.setattr(driver, "device", lambda index: device)
+    cuda, most = torch.device("cuda", 0), longest(device.limits)
+    assert most > 1 << 26 and cuda.reason(cuda, torch.float32, most) is None
+    assert str(most) in cuda.reason(cuda, torch.float32, most + 1)
+
+
+def test_failures_are_tried_again_but_not_for_ever(monkeypatch, fresh):
+    """A device that failed once, out of memory perhaps, is not given up; a capture is an error, not a fallback."""
+    calls = []
+
+    def failing(index):
+        calls.append(index)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(driver, "device", failing)
+    assert [driver.reason(0) for _ in range(5)] == ["no memory"] * 5 and len(calls) == 3
+
+    def captured(index):
+        raise tables.CaptureError(tables.FIRST_CALL)
+
+    monkeypatch.setattr(driver, "device", captured)
+    with pytest.raises(RuntimeError, match="once before the capture"):
+        driver.reason(1)
+    monkeypatch.setattr(driver, "device", lambda index: device)
+    assert driver.reason(1) is None
+
+
+@pytest.mark.parametrize(
+    "version, wanted", [(13000, ""), (12040, "cuda-python<13"), (11080, "update")]
+)
+def test_a_driver_older_than_the_compiler(monkeypatch, fresh, version, wanted):
+    """Machine code of a later CUDA does not load: what is said names the way out."""
+    bindings = pytest.importorskip("cuda.bindings.driver")
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setattr(bindings, "cuDriverGetVersion", lambda: (0, version))
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", lambda: (0, 13, 5))
+
+    def failing(index):
+        raise RuntimeError("seqconv: CUDA driver: 218")
+
+    monkeypatch.setattr(driver, "device", failing)
+    reason = driver.reason(0)
+    assert reason.startswith("seqconv: CUDA driver: 218") and wanted in reason
+    assert ("nvrtc-cu12" in reason) == (version == 12040)
+    assert ("update" in reason) == (version < 13000)
+
+
+def test_tables_lie_outside_of_torchs_pools(device):
+    """The driver's own memory, tried twice, freed when nothing uses it any more and the device has come to rest."""
+    memory = device.driver.memory
+    device.driver.full = 1
+    table = device.table(tables.build, 512, (2, 16, 16), 2, True)
+    assert list(memory) == [int(table)] and device.driver.tried == 2
+    words = tables.build(512, (2, 16, 16), 2, True)
+    assert memory[int(table)].raw == words.numpy().tobytes()
+    for n in range(64):
+        device.table(torch.zeros, n + 1)
+    assert len(memory) == 65  # `table` may be part of a call that is still to be launched
+    device.driver.running = True
+    del table
+    assert len(memory) == 64
+    device.driver.tried, device.driver.full = 0, 2
+    with pytest.raises(RuntimeError, match="CUDA driver: 2"):
+        device.table(torch.ones, 3)
+    assert len(memory) == 64 and len(device.table.recent) == 64
+
+
+def test_tables_in_a_graph_are_kept(device):
+    """A captured graph knows addresses only: its tables outlive any number of others."""
+    device.table(torch.zeros, 5)
+    device.capturing = True
+    kept = int(device.table(torch.zeros, 5))
+    with pytest.raises(RuntimeError, match="once before the capture"):
+        device.table(torch.zeros, 6)
+    device.capturing = False
+    for n in range(80):
+        device.table(torch.ones, n + 1)
+    assert len(device.driver.memory) == 65 and int(device.table(torch.zeros, 5)) == kept
+
+
+def test_explain_shows_the_plan(device, monkeypatch):
+    monkeypatch.setattr(driver, "device", lambda index: device)
+    monkeypatch.setattr(cuda, "_index", lambda device: 0)
+    u = torch.randn(8, 4, 5000, dtype=torch.bfloat16)
+    plan, arch = cuda.explain(u, torch.randn(4, 5000), None)
+    text = str(
+        seqconv.Explanation(
+            "cuda", "right-angle fft", plan.n, 1, arch, plan.threads, None, str(plan)
+        )
+    )
+    assert "tensor cores" in text and "5120" in text and "sm_90" in text
+    assert "predicted lower bound" in text
+
+
+def test_the_road_of_a_cuda_tensor(library, monkeypatch, fresh):
+    """Through the package's own questions to torch: which device, which stream, is it capturing."""
+    asked = []
+
+    class Current:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            asked.append(self.index)
+
+        def __exit__(self, *_):
+            asked.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    if torch.version.cuda:  # of torch's own functions, the one that its compiler asks as well
+        assert callable(torch._C._cuda_getCurrentRawStream)
+    monkeypatch.setattr(
+        torch._C,
+        "_cuda_getCurrentRawStream",
+        lambda index: asked.append(index) or 77,
+        raising=False,
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(driver, "find_prebuilt", lambda name, *_: b"\x7fELF " + name.encode())
+    made = driver.Device(0, Driver(Emulator(library)))
+    monkeypatch.setattr(driver, "device", lambda index: [made][index])
+    u, k, y = torch.randn(2, 3, 300), torch.randn(3, 300), torch.empty(2, 3, 300)
+    cuda.forward(y, u, k, None, None, None, None, "none")
+    assert rel_l2(y, reference.fftconv_fft(u.double(), k.double())) < 1e-6
+    du = torch.empty_like(u)
+    cuda.backward((du, *[None] * 5), torch.ones_like(y), u, k, None, None, None, None, "none")
+    leaf = u.double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.fftconv_fft(leaf, k.double()).sum(), leaf)
+    assert rel_l2(du, expected) < 1e-6
+    assert set(asked) == {0}  # streams: the device is the current one already
+    asked.clear()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(cuda, "_index", lambda device: 0)
+    cuda.forward(y, u, k, None, None, None, None, "none")
+    cuda.backward((du, *[None] * 5), torch.ones_like(y), u, k, None, None, None, None, "none")
+    assert asked[0] == 0 and asked.count("left") == 2 and set(asked) == {0, "left"}
+    assert {launch[4] for launch in made.driver.launches} == {77}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="once before the capture"):
+        cuda.forward(torch.empty(2, 3, 999), torch.randn(2, 3, 999), k, *[None] * 4, "none")
+
+
+def test_devices_of_two_kinds(library, monkeypatch):
+    """Each asks for machine code of its own architecture."""
+    asked = []
+
+    def found(name, major, minor):
+        asked.append((major, minor))
+        return b"\x7fELF " + name.encode()
+
+    monkeypatch.setattr(driver, "find_prebuilt", found)
+    for capability in ((9, 0), (8, 6)):
+        fake = Driver(Emulator(library))
+        fake.attributes |= dict(
+            zip(("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR"), capability, strict=True)
+        )
+        with as_backend(Device(0, fake)):
+            fftconv(torch.randn(1, 2, 300), torch.randn(2, 300))
+    assert asked == [(9, 0)] * 2 + [(8, 6)] * 2
+
+
+def test_explain_tells_a_cuda_tensor_what_it_takes(device, monkeypatch):
+    with FakeTensorMode():  # a CUDA tensor without a device
+        u, k = torch.empty(2, 3, 500, device="cuda:0"), torch.empty(3, 500, device="cuda:0")
+        monkeypatch.setattr(driver, "reason", lambda index: "pip install cuda-python")
+        found = seqconv.explain(u, k)
+        assert found.backend == "reference" and "cuda-python" in found.fallback
+        monkeypatch.setattr(driver, "reason", lambda index: None)
+        monkeypatch.setattr(driver, "device", lambda index: device)
+        assert "float64" in seqconv.explain(u.double(), k.double()).fallback
+        found = seqconv.explain(u, k)
+        assert (found.backend, found.fallback) == ("cuda", None) and "512 points" in found.plan
+
+
+def test_every_kernel_has_an_entry(library):
+    for name in kernels.KERNELS:
+        assert getattr(library, f"emulate_{name}")
+
+
+SCRIPT = """
+import sys, torch
+from cuda.bindings import driver as bindings
+from emulated import as_backend
+from seqconv import fftconv, reference
+from seqconv.backends.cuda import driver
+
+class Device(driver.Device):
+    def _stream(self): return 0
+    def _capturing(self): return False
+
+device = Device(0, bindings)
+assert device.arch == "sm_90" and device.limits.shared == 232448 and device.limits.processors == 132
+for dtype in (torch.float32, torch.bfloat16):
+    u, k = torch.randn(3, 2, 300, dtype=dtype, requires_grad=True), torch.randn(2, 300, requires_grad=True)
+    skip = torch.randn(2, requires_grad=True)
+    with as_backend(device):
+        y = fftconv(u, k, skip)
+        grads = torch.autograd.grad(y.float().square().sum(), (u, k, skip))
+    y64 = reference.fftconv_fft(u.double(), k.double(), skip.double())
+    grads64 = torch.autograd.grad(y64.square().sum(), (u, k, skip))
+    for a, b in zip((y, *grads), (y64, *grads64)):
+        error = ((a.double() - b.double()).norm() / b.double().norm()).item()
+        assert error < (1e-6 if dtype == torch.float32 else 6e-3), error
+print("launched", len(device._kernels), "kernels")
+"""
+
+
+def test_real_bindings_and_machine_code(library, tmp_path):
+    """NVRTC's code through the real cuda.bindings into the tests' own driver library, launched in the emulator."""
+    if compiler.compiler_reason():
+        pytest.skip(compiler.compiler_reason())
+    source = HERE / "libcuda.cpp"
+    stub = str(tmp_path / "libcuda.so.1")
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-ldl", "-o", stub]
+    subprocess.run(command, check=True)
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    # NVRTC itself looks for a driver and would take this one: compiled without it, found as prebuilt.
+    needed = "^(spectrum|(taps|skip)_gradient|(tensor_)?(for|back)ward_(f32|bf16|bf16_fast_1024))$"
+    folder = tmp_path / "cubins"
+    asked = ["--arch", "sm_90", "--out", str(folder), "--kernels", needed]
+    subprocess.run(
+        [sys.executable, "-m", "seqconv.prebuild", *asked], check=True, stdout=subprocess.DEVNULL
+    )
+    assert len(list(folder.iterdir())) == 9
+    environment = {
+        "SEQCONV_CUBINS": str(folder),
+        "LD_LIBRARY_PATH": str(tmp_path),
+        "SEQCONV_EMULATOR": library._name,
+        "PYTHONPATH": path,
+    }
+    command = [sys.executable, "-W", "error", "-c", SCRIPT]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.startswith("launched")

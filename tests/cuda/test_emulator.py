@@ -1,0 +1,68 @@
+"""The emulator of tests/device: what it must notice, and what it counts."""
+
+import ctypes
+
+import pytest
+import torch
+from cases import Case
+from device_cases import FEW, ORDERS, results
+from emulated import as_backend
+
+from seqconv import fftconv
+from seqconv.backends.cuda.arguments import arguments
+
+
+def test_every_barrier_is_needed(emulator):
+    """Each left out in turn: a race is found, or the result is another one."""
+    right = [results(emulator, case, limits, 0) for case, limits in ORDERS]
+    visited = emulator.library.emulator_visited().decode().split()
+    others = ("butterfly", "ssm")  # test_cuda_butterfly's and test_cuda_ssm's
+    sites = [site for site in visited if not site.startswith(others)]
+    assert len(sites) > 20
+
+    def noticed(site: str) -> bool:
+        for (case, limits), expected in zip(ORDERS, right, strict=True):
+            for order in (0, 1):
+                try:
+                    found = results(emulator, case, limits, order, without=site)
+                except RuntimeError as error:
+                    assert "race" in str(error), f"{site}: {error}"
+                    return True
+                if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
+                    return True
+        return False
+
+    assert [site for site in sites if not noticed(site)] == []
+
+
+FAULTS = [
+    "write after write",
+    "read after write",
+    "write after read",
+    "outside of shared memory",
+    "barrier",
+    "different collectives",
+]
+
+
+@pytest.mark.parametrize("which", range(len(FAULTS)), ids=FAULTS)
+def test_the_emulator_notices(emulator, which):
+    emulator.library.emulate_fault.restype = ctypes.c_char_p
+    error = emulator.library.emulate_fault(which)
+    assert error is not None and FAULTS[which] in error.decode()
+
+
+def test_tensor_core_instructions_match_the_formula(emulator, mode):
+    """16 x 16 complex products: 8 instructions, 4 where one side is real; a pass there and one back for each radix."""
+    for length, outer in ((256, 0), (4096, 1), (8192, 2)):
+        case = Case(1, 1, length, length, dtype=torch.float16)
+        before = emulator.library.tensor_products()
+        with as_backend(emulator.device(FEW)):
+            fftconv(*[case.tensors()[n] for n in ("u", "k")])
+        tiles, passes = length // 256, 2 + outer
+        expected = tiles * (2 * 4 + (2 * passes - 2) * 8)
+        assert emulator.library.tensor_products() - before == expected
+
+
+def test_arguments_match_the_kernels(emulator):
+    assert emulator.library.arguments_size() == 8 * len(arguments())

@@ -1,0 +1,171 @@
+"""Whether the PTX machine's tests can fail: mistakes planted in the inline assembly and in the PTX, one at a time, each
+of which must be reported as a fault or give a wrong result."""
+
+import re
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from accuracy import rel_l2
+from cases import Case, double, oracle
+from device_cases import FEW
+from emulated import as_backend
+from judge import ROUNDING, STATED
+
+from seqconv import fftconv
+from seqconv.backends.cuda import kernels
+
+ptx_device = pytest.importorskip("ptx_device")
+if ptx_device.compiler.compiler_reason():
+    pytest.skip(ptx_device.compiler.compiler_reason(), allow_module_level=True)
+
+# Through kernels that know their length: one round of rows for every block, and several; several heads.
+CASE = Case(3, 1, 1024, 1024, taps_rev=1023, skip="h", dtype=torch.bfloat16)
+ROUNDS, HEADS = replace(CASE, batch=40), replace(CASE, batch=5, heads=2)
+FORWARD, BACKWARD = "tensor_forward_bf16_fast_1024", "tensor_backward_bf16_fast_1024"
+
+
+@cache
+def problem(case: Case):
+    torch.manual_seed(3)
+    tensors, (exact, definition) = case.tensors(), oracle(case)
+    y64, grads64, dy = exact.with_gradients(definition, double(tensors))
+    return tensors, dy.to(case.dtype), [y64, *grads64.values()]
+
+
+def outcome(case: Case = CASE, backward: bool = True, **device) -> str:
+    """ "right", "wrong", or what the machine reports."""
+    tensors, dy, exact = problem(case)
+    one = ptx_device.PtxDevice(FEW, **device)
+    try:
+        with as_backend(one):
+            if backward:
+                y, grads, _ = case.with_gradients(fftconv, tensors, dy)
+                found = [y, *grads.values()]
+            else:
+                found = [case.run(fftconv, tensors)]
+    except RuntimeError as error:
+        assert ", block " in str(error), error
+        return str(error)
+    for value, expected in zip(found, exact[: len(found)], strict=True):
+        if not rel_l2(value, expected) <= 2 * STATED["fast"] + ROUNDING.get(value.dtype, 0):
+            return "wrong"
+    return "right"
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_without_a_mistake_all_is_right(order):
+    assert outcome(order=order) == "right"
+
+
+# Of csrc/device/mma.cuh and compat.cuh.
+ASSEMBLY = {
+    "pack: operands swapped": (': "f"(y), "f"(x));', ': "f"(x), "f"(y));'),
+    "ldmatrix without .trans": ("m8n8.x4.trans.shared", "m8n8.x4.shared"),
+    "mma: two registers of a swapped": ('"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])'),
+    "mma: registers of b swapped": ('"r"(b0), "r"(b1)', '"r"(b1), "r"(b0)'),
+    "unpack: halves swapped": ("%0, l; cvt.f32.f16 %1, h;", "%0, h; cvt.f32.f16 %1, l;"),
+    "negate2 left out": ('asm("neg.f16x2 %0, %1;"', 'asm("mov.b32 %0, %1;"'),
+    "fma2: a and c swapped": ('"r"(a), "r"(b), "r"(c));', '"r"(c), "r"(b), "r"(a));'),
+    "a generic address for a shared one": (
+        "(u32)__cvta_generic_to_shared(p)",
+        "(u32)(unsigned long long)p",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ASSEMBLY)
+def test_mistakes_in_the_assembly(name):
+    """unpack is met in float32 sums only, and there on the way out of the spectra."""
+    before, after = ASSEMBLY[name]
+    assert kernels.headers().count(before) >= 1
+    backward = name.startswith("unpack")
+    assert (
+        outcome(CASE, backward, change=only(lambda source: source.replace(before, after)))
+        != "right"
+    )
+
+
+def swap(pattern: str, template: str):
+    return lambda ptx: re.sub(pattern, template, ptx)
+
+
+def only(change):
+    """The change made in the two kernels alone that know their length."""
+    return lambda kernel, text: change(text) if kernel in (FORWARD, BACKWARD) else text
+
+
+def without_first(instruction: str):
+    def change(ptx: str) -> str:
+        start = ptx.index(instruction)
+        return ptx[:start] + ptx[ptx.index(";", start) + 1 :]
+
+    return change
+
+
+IN_PTX = {
+    "bf16 results as fp16": lambda ptx: ptx.replace("cvt.rn.bf16.f32", "cvt.rn.f16.f32"),
+    "a matrix 16 bytes further on": lambda ptx: re.sub(r"(ldmatrix.*\[%r\d+)\]", r"\1+16]", ptx),
+    "a product left out": without_first("mma.sync"),
+    "a matrix load left out": without_first("ldmatrix"),
+    "a store to the neighbour": lambda ptx: re.sub(
+        r"(st\.shared\.[ub]32\s+\[%r\d+)\]", r"\1+4]", ptx
+    ),
+    "every block takes the same row": lambda ptx: ptx.replace("%ctaid.x", "%nctaid.x"),
+}
+
+
+@pytest.mark.parametrize("name", IN_PTX)
+def test_mistakes_in_the_ptx(name):
+    change = IN_PTX[name]
+    ptx = ptx_device.ptx_of(kernels.source(FORWARD), "sm_90")
+    assert change(ptx) != ptx, "nothing was changed"
+    assert outcome(alter=only(change)) != "right"
+
+
+@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD])
+def test_barriers_are_needed(kernel):
+    """Each that runs is left out in turn: a race, something unwritten or a wrong result. Two may be spared: before a
+    team of one warp writes again, and where the next round meets another one. test_emulator.py needs every one."""
+    ptx = ptx_device.ptx_of(kernels.source(kernel), "sm_90")
+    cases = (CASE, ROUNDS, HEADS) if kernel == FORWARD else (CASE, ROUNDS)
+    assert {outcome(case) for case in cases} == {"right"}
+    ran = {line for warps, _, line, _ in ptx_device.program_of(ptx).counts() if warps}
+    spared = count = 0
+    for place in re.finditer(r"bar\.(?:warp\.)?sync[^;]*;", ptx):
+        if ptx.count("\n", 0, place.start()) + 1 not in ran:
+            continue
+        changed = ptx[: place.start()] + ptx[place.end() :]
+        without = lambda name, text, changed=changed: changed if name == kernel else text  # noqa: E731
+        tries = ((case, order) for case in cases for order in (0, 1))
+        count += 1
+        spared += all(
+            outcome(case, kernel == BACKWARD, alter=without, order=order) == "right"
+            for case, order in tries
+        )
+    assert count >= 6 and spared <= 2
+
+
+@pytest.mark.parametrize("short", ["shared", "table"])
+def test_memory_that_is_too_small(short, monkeypatch):
+    """A few bytes less than planned, of a block's memory or of a table's."""
+    device = ptx_device.PtxDevice
+    if short == "shared":
+        usual = device.launch
+        fewer = lambda self, k, g, t, s, a: usual(self, k, g, t, s - 16 * k.startswith("tensor"), a)  # noqa: E731
+        monkeypatch.setattr(device, "launch", fewer)
+        assert "outside of shared memory" in outcome()
+        return
+    whole, kept = device.table, []
+
+    def table(function, *arguments):
+        words = whole(function, *arguments)
+        words = words.flatten()
+        kept.append(
+            words[: words.numel() - 8].clone()
+        )  # with 8 words less, behind which nothing lives
+        return kept[-1]
+
+    monkeypatch.setattr(device, "table", staticmethod(table))
+    assert outcome() != "right"

@@ -1,0 +1,85 @@
+"""Problems for the CUDA kernels on the host, and devices of several kinds."""
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import torch
+from cases import Case
+from emulated import as_backend
+from judge import judge
+
+from seqconv import fftconv
+from seqconv.backends.cuda import convolution
+from seqconv.backends.cuda.plan import H100, Limits, make_plan, tensor_bytes
+
+A100 = Limits(shared=166912, shared_total=167936, processors=108, clock=1.41e9, bandwidth=1.55e12)
+TURING = Limits(65536, 65536, 40, 1.59e9, 3.2e11, tensor_cores=False)
+# Long rows at lengths that an emulator can afford; several rows for every block.
+SMALL = Limits(shared=20000, shared_total=20000, processors=1)
+FEW = replace(H100, processors=1)
+
+
+class OnePlane(Limits):
+    """Gradients on tensor cores take one plane even where two fit."""
+
+
+def planned(problem, limits, backward=False):
+    """make_plan, with one plane for gradients where the limits say so."""
+    plan = make_plan(problem, limits, backward)
+    if not (backward and isinstance(limits, OnePlane)):
+        return plan
+    assert (plan.engine, plan.planes) == ("tensor", 2)
+    return replace(plan, planes=1)
+
+
+def one_plane(n: int) -> Limits:
+    """Where gradients of 16-bit rows of n points take one pass, but not with two planes."""
+    return Limits(shared=tensor_bytes(n) + 256, shared_total=tensor_bytes(n) + 256, processors=1)
+
+
+def run(device, case: Case):
+    tensors = case.tensors()
+    with as_backend(device):
+        return tensors, *case.with_gradients(fftconv, tensors)
+
+
+def check(device, case: Case, mode: str = "fast"):
+    results = run(device, case)
+    compare(case, *results, mode, any("tensor" in kernel for kernel, *_ in device.launches))
+
+
+def compare(case: Case, *results):
+    """All of `judge`'s verdicts; results as it takes them."""
+    for verdict in judge(case, *results):
+        assert verdict.right, verdict
+
+
+def case_inputs(case: Case):
+    tensors = case.tensors()
+    return tensors["u"], tensors["k"], tensors["k_rev"]
+
+
+ORDERS = [
+    (Case(5, 3, 1000, 1000, heads=2, skip="h", activation="gelu"), FEW),
+    (Case(5, 1, 4096, 4096, skip="h", taps_rev=5), FEW),
+    (Case(3, 1, 20000, 20000, skip="h"), SMALL),
+    (Case(2, 1, 2500, 2500), SMALL),  # 10 x 256, whose outer passes meet elements of other threads
+    (Case(5, 1, 5000, 5000, dtype=torch.float16), FEW),
+    (Case(5, 1, 700, 700, dtype=torch.bfloat16), FEW),  # a warp alone
+    (Case(5, 1, 1200, 1200, heads=2, dtype=torch.bfloat16), FEW),
+    (Case(2, 1, 20000, 20000, dtype=torch.bfloat16), FEW),
+    (Case(5, 1, 1000, 1000, dtype=torch.bfloat16), FEW),  # kernels that know their length
+    (Case(2, 1, 8192, 8192, skip="h", dtype=torch.float16), FEW),
+    (Case(2, 1, 2048, 2048, dtype=torch.bfloat16), OnePlane(processors=1)),
+    (Case(19, 1, 256, 256, skip="h", dtype=torch.bfloat16), FEW),
+    (Case(5, 1, 256, 256, skip="h", dtype=torch.bfloat16), OnePlane(processors=1)),  # warps alone
+    (Case(2, 1, 5000, 5000, dtype=torch.bfloat16), one_plane(5120)),
+]
+
+
+def results(machine, case: Case, limits: Limits, order: int, **options):
+    """y and the gradients on a device of the emulator or of the PTX machine; options: of that device."""
+    torch.manual_seed(0)
+    with patch.object(convolution, "make_plan", planned):
+        _, y, grads, _ = run(machine.device(limits, order, **options), case)
+    return [y, *grads.values()]

@@ -1,0 +1,122 @@
+"""Builds csrc/device for the host and runs its kernels in the emulator, behind the interface of a device."""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from seqconv.backends.cuda import convolution, kernels
+from seqconv.backends.cuda.plan import H100, Limits
+from seqconv.backends.cuda.tables import Tables
+from seqconv.ops import operators
+
+HERE = Path(__file__).parent / "device"
+FLAGS = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+ENTRY = """
+extern "C" const char* emulate_{name}(const void* arguments, unsigned grid, unsigned threads, size_t shared,
+                                      unsigned order, const char* without) {{
+  return guarded([&] {{
+    const Args& a = *(const Args*)arguments;
+    emulator::launch(grid, threads, {{order, shared, without}}, [&] {{ {body}(a, emulator::block().shared.data); }});
+  }});
+}}
+"""
+
+
+def build(*extra: str) -> ctypes.CDLL:
+    """The kernels as a shared library, built once for each state of the sources."""
+    text = (HERE / "host.cpp").read_text() + "".join(
+        ENTRY.format(name=name, body=body) for name, (body, _, _) in kernels.KERNELS.items()
+    )
+    asked = os.environ.get("SEQCONV_EMULATOR_FLAGS", "").split()  # sanitizers
+    flags = [*FLAGS, *(["-mf16c"] if os.uname().machine == "x86_64" else []), *asked, *extra]
+    compiler = os.environ.get("CXX", "g++")
+    headers = [*sorted(kernels.folder().iterdir()), HERE / "emulator.h"]
+    state = (text, flags, compiler, [path.read_bytes() for path in headers])
+    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    target = Path(tempfile.gettempdir()) / f"seqconv-emulator-{os.getuid()}-{key}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            unit, made = Path(folder) / "host.cpp", Path(folder) / "host.so"
+            unit.write_text(text)
+            includes = [f"-I{HERE}", f"-I{kernels.folder()}", "-shared", "-fPIC"]
+            subprocess.run([compiler, *flags, *includes, str(unit), "-o", str(made)], check=True)
+            os.replace(made, target)
+    library = ctypes.CDLL(str(target))
+    library.emulator_visited.restype = ctypes.c_char_p
+    library.arguments_size.restype = ctypes.c_size_t
+    library.tensor_products.restype = ctypes.c_long
+    return library
+
+
+@dataclass
+class Emulator:
+    """A device whose kernels run on the host; order and without as in emulator.h."""
+
+    library: ctypes.CDLL
+    limits: Limits = H100
+    order: int = 0
+    without: str = ""
+    launches: list = field(default_factory=list)
+    table = Tables(lambda words: words, lambda: False)
+
+    def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments) -> None:
+        assert 0 < threads <= kernels.KERNELS[kernel][1] and 0 < grid < 1 << 31
+        assert shared <= self.limits.shared
+        self.launches.append((kernel, grid, threads, shared))
+        run = getattr(self.library, f"emulate_{kernel}")
+        run.restype = ctypes.c_char_p
+        without = self.without.encode()
+        address = ctypes.c_void_p(arguments.buffer_info()[0])
+        error = run(address, grid, threads, ctypes.c_size_t(shared), self.order, without)
+        if error:
+            raise RuntimeError(f"{kernel}: {error.decode()}")
+
+
+class EmulatorLibrary:
+    """The kernels as source, where tests ask for devices that run them."""
+
+    name = "emulator"
+
+    def __init__(self):
+        self.library = build()
+
+    def device(self, limits: Limits = H100, order: int = 0, without: str = "") -> Emulator:
+        return Emulator(self.library, limits, order, without)
+
+
+def forget_recipes() -> None:
+    """For a test that changes what they are made by: the planner, the list of kernels, the bound on scratch."""
+    convolution._forward.cache_clear()
+    convolution._backward.cache_clear()
+
+
+def device() -> Emulator:
+    """An H100's stand-in: what `python -m bench.on_gpu --dry` runs on."""
+    return Emulator(build())
+
+
+@contextmanager
+def as_backend(device):
+    """fftconv of CPU tensors through the CUDA backend's Python and a device that runs its kernels on the host."""
+
+    class Backend:
+        missing = ""
+
+        @staticmethod
+        def forward(y, *inputs):
+            convolution.forward(device, y, *inputs)
+
+        @staticmethod
+        def backward(grads, dy, *inputs):
+            convolution.backward(device, grads, dy, *inputs)
+
+    usual, operators.cpu = operators.cpu, Backend
+    try:
+        yield device
+    finally:
+        operators.cpu = usual

@@ -1,0 +1,85 @@
+"""What results of the CUDA kernels may differ from float64 by."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accuracy import EPS, max_over_rms, rel_l2
+from cases import Case, double, oracle
+
+from seqconv import reference
+from seqconv.backends.cuda.plan import OPERAND_ERROR
+
+# Relative L2 error of the tensor cores' fp16 operands, beside the rounding of the stored result;
+# behind an activation, which may leave little of its input, and in gradients, where two such
+# transforms meet, twice that. The largest error over the root mean square stays below 8 times it.
+STATED = {"fast": OPERAND_ERROR[True], "accurate": OPERAND_ERROR[False]}
+ROUNDING = {torch.float16: 2.9e-4, torch.bfloat16: 2.3e-3}  # of a result, at most
+
+
+@contextmanager
+def sums(mode: str):
+    """Whether products on tensor cores may be summed in fp16 ("fast") or not ("accurate"): torch's own switches."""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    usual = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, mode == "fast")
+    try:
+        yield mode
+    finally:
+        for name, value in zip(names, usual, strict=True):
+            setattr(matmul, name, value)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one result: both errors, and what is allowed."""
+
+    name: str
+    l2: float
+    peak: float
+    allowed_l2: float
+    allowed_peak: float
+
+    @property
+    def right(self) -> bool:
+        return self.l2 <= self.allowed_l2 and self.peak <= self.allowed_peak  # False for NaN
+
+    def __str__(self) -> str:
+        text = f"{self.name} {self.l2:.1e}"
+        if self.right:
+            return text
+        return f"{text} (allowed {self.allowed_l2:.1e}; largest {self.peak:.1e}, allowed {self.allowed_peak:.1e})"
+
+
+def judge(case: Case, tensors, y, grads, dy, mode: str, on_tensor_cores: bool) -> list[Verdict]:
+    """Against float64: at float32's price where the radix kernels compute, else within what is stated."""
+    exact, definition = oracle(case)
+    y64, grads64, _ = exact.with_gradients(definition, double(tensors), dy.double())
+    y_fft, grads_fft, _ = case.with_gradients(reference.fftconv_fft, tensors, dy)
+    results = [("y", y, y_fft, y64)]
+    results += [(f"d{n}", g, grads_fft[n], grads64[n]) for n, g in grads.items()]
+    found = []
+    for name, value, baseline, wanted in results:
+        assert (value.shape, value.dtype) == (wanted.shape, baseline.dtype), name
+        if wanted.numel() == 0:
+            continue
+        if not wanted.any():
+            found.append(Verdict(name, value.double().abs().max().item(), 0.0, 0.0, 0.0))
+            continue
+        crest = (wanted.abs().max() / wanted.square().mean().sqrt()).item()
+        # A skip's gradient is a direct sum in float32; through an activation it has v's error, of random signs.
+        linear_skip = name == "dskip" and case.activation is None
+        if not on_tensor_cores or linear_skip:
+            ulps = 8 * EPS[value.dtype]
+            l2, peak = 3 * rel_l2(baseline, wanted) + ulps, 3 * max_over_rms(baseline, wanted)
+            allowed = l2, peak + ulps * crest
+        else:
+            stated = STATED[mode] * {"y": 1 + (case.activation is not None), "dskip": 4}.get(
+                name, 2
+            )
+            l2 = stated + ROUNDING.get(value.dtype, 0)
+            allowed = l2, 8 * stated + crest * EPS.get(value.dtype, 0)
+        found.append(Verdict(name, rel_l2(value, wanted), max_over_rms(value, wanted), *allowed))
+    return found

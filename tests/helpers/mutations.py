@@ -1,0 +1,93 @@
+"""A pytest plugin that breaks the operator in one way, named by SEQCONV_MUTATION. The suite must turn red."""
+
+import os
+
+import torch
+
+from seqconv.backends import cpu
+
+forward, backward = cpu.forward, cpu.backward
+
+
+def zeros(y, u, *rest):
+    y.zero_()
+
+
+def shifted_tap(y, u, k, *rest):
+    forward(y, u, k.roll(1, -1), *rest)
+
+
+def dropped_skip(y, u, k, k_rev, skip, *rest):
+    forward(y, u, k, k_rev, None, *rest)
+
+
+def swapped_gates(y, u, k, k_rev, skip, pre_gate, post_gate, activation):
+    if pre_gate is not None and post_gate is not None and pre_gate.shape == post_gate.shape:
+        pre_gate, post_gate = post_gate, pre_gate
+    forward(y, u, k, k_rev, skip, pre_gate, post_gate, activation)
+
+
+def leaked_future(y, u, *rest):
+    forward(y, u, *rest)
+    if y.shape == u.shape:
+        y[..., :-1] += 1e-2 * u[..., 1:]
+
+
+def one_wrong_element(y, *rest):
+    forward(y, *rest)
+    if y.numel() > 1000:
+        y.view(-1)[y.numel() // 2] += y.abs().mean() if y.is_contiguous() else 0
+
+
+def swapped_heads(y, u, k, *rest):
+    forward(y, u, k.flip(-3) if k.dim() > 2 else k, *rest)
+
+
+def dropped_activation(*args):
+    forward(*args[:-1], "none")
+
+
+def zero_gradients(grads, *rest):
+    for grad in grads:
+        if grad is not None:
+            grad.zero_()
+
+
+def _one_gradient(index, change):
+    def mutant(grads, *rest):
+        backward(grads, *rest)
+        if grads[index] is not None and grads[index].numel():
+            change(grads[index])
+
+    return mutant
+
+
+def last_sample_only(grads, dy, u, *rest):
+    """dk as if the batch had not been summed over."""
+    backward(grads, dy, u, *rest)
+    if grads[1] is not None and len(u) > 1 and grads[1].dim() < 4:
+        only = [None, torch.empty_like(grads[1]), None, None, None, None]
+        gates = [t if t is None else t[-1:] for t in rest[3:5]]
+        backward(only, dy[-1:], u[-1:], *rest[:3], *gates, rest[5])
+        grads[1].copy_(only[1])
+
+
+FORWARD = {f.__name__: f for f in (zeros, shifted_tap, dropped_skip, swapped_gates, leaked_future)}
+FORWARD |= {f.__name__: f for f in (one_wrong_element, swapped_heads, dropped_activation)}
+BACKWARD = {f.__name__: f for f in (zero_gradients, last_sample_only)}
+BACKWARD |= {
+    "shifted_dk": _one_gradient(1, lambda g: g.copy_(g.roll(1, -1))),
+    "shifted_dk_rev": _one_gradient(2, lambda g: g.copy_(g.roll(-1, -1))),
+    "negative_du": _one_gradient(0, lambda g: g.neg_()),
+    "scaled_dskip": _one_gradient(3, lambda g: g.mul_(1.01)),
+    "swapped_dgates": _one_gradient(4, lambda g: g.copy_(g.flip(-1))),
+    "scaled_dpost": _one_gradient(5, lambda g: g.mul_(0.5)),
+}
+
+name = os.environ.get("SEQCONV_MUTATION")
+if name in FORWARD:
+    cpu.forward = FORWARD[name]
+elif name in BACKWARD:
+    cpu.backward = BACKWARD[name]
+elif name:
+    raise ValueError(f"SEQCONV_MUTATION={name} is unknown")

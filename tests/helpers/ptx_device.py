@@ -1,0 +1,193 @@
+"""A device whose kernels are NVRTC's PTX, run on the host by tests/ptx, behind the interface of a device.
+
+The emulator (emulated.py) runs the kernels' source; this runs what the compiler made of it, inline assembly and all.
+Neither takes anything from the other.
+"""
+
+import ctypes
+import functools
+import gc
+import hashlib
+import os
+import subprocess
+import tempfile
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from seqconv.backends.cuda import compiler, kernels
+from seqconv.backends.cuda.plan import H100, Limits
+from seqconv.backends.cuda.tables import Tables
+
+HERE = Path(__file__).parent / "ptx"
+FLAGS = [
+    *("-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-ftree-loop-vectorize", "-fvect-cost-model=unlimited", "-Wall", "-Wextra"),
+]
+RACES = {"shared": 1, "global": 2, "both": 3, "none": 0}
+ROUNDINGS = {"exact": 0, "in order": 1, "pessimistic": 2}
+
+
+def kept(name: str, state, make: Callable[[Path], None]) -> Path:
+    """A file of the user's temporary folder, made once for each state of what it depends on."""
+    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"seqconv-ptx-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    target = folder / f"{key}-{name}"
+    if not target.exists():
+        part = target.with_name(f"{os.getpid()}-{target.name}")
+        make(part)
+        part.replace(target)
+    return target
+
+
+def ptx_of(source: str, arch: str, options: tuple[str, ...] = ()) -> str:
+    """What NVRTC makes of a source, with the options of every kernel."""
+    state = (source, arch, options, compiler.OPTIONS, compiler.version())
+
+    def make(path: Path) -> None:
+        path.write_text(compiler.compile_source(source, arch, "ptx", options=options))
+
+    return kept(f"{arch}.ptx", state, make).read_text()
+
+
+class Launch(ctypes.Structure):
+    """Launch of tests/ptx/state.h."""
+
+    _fields_ = [
+        (name, ctypes.c_uint) for name in "grid threads shared order races mma copies".split()
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    compiler = os.environ.get("CXX", "g++")
+    sources = [path.read_bytes() for path in sorted(HERE.glob("*.[hc]*"))]
+
+    def make(path: Path) -> None:
+        command = [compiler, *FLAGS, "-shared", "-fPIC", str(HERE / "machine.cpp"), "-o", str(path)]
+        subprocess.run(command, check=True)
+
+    loaded = ctypes.CDLL(str(kept("machine.so", (compiler, FLAGS, sources), make)))
+    loaded.ptx_load.restype = ctypes.c_void_p
+    for name in ("ptx_error", "ptx_launch", "ptx_counts"):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    return loaded
+
+
+class Program:
+    """One kernel's PTX, read. `launch` raises RuntimeError with kernel, block, thread, PTX line and what went wrong."""
+
+    def __init__(self, ptx: str):
+        self.handle = ctypes.c_void_p(library().ptx_load(ptx.encode()))
+        self._check(library().ptx_error(self.handle))
+        self.parameters_size = library().ptx_parameters_size(self.handle)
+
+    @staticmethod
+    def _check(error: bytes | None) -> None:
+        if error:
+            raise RuntimeError(error.decode())
+
+    def launch(self, options: Launch, address: int, ranges: list[tuple[int, int]] = ()) -> None:
+        """ranges: address and size of the global memory that may be touched; none: all that is mapped."""
+        flat = (ctypes.c_uint64 * (2 * len(ranges)))(*[x for pair in ranges for x in pair])
+        given = (ctypes.byref(options), ctypes.c_void_p(address), flat, len(ranges))
+        self._check(library().ptx_launch(self.handle, *given))
+
+    def counts(self) -> list[tuple[int, int, int, str]]:
+        """Of every instruction: how many warps and lanes ran it, its line and its text."""
+        rows = library().ptx_counts(self.handle, 0).decode().splitlines()
+        split = [row.split(" ", 3) for row in rows]
+        return [(int(warps), int(lanes), int(line), text) for warps, lanes, line, text in split]
+
+
+# What lives already is looked through once only: the collector leaves it alone from here on.
+_EARLY = [weakref.ref(x) for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+gc.freeze()
+
+
+def living_memory() -> list[tuple[int, int]]:
+    """Address and size of the memory of every living tensor of the CPU, in order and apart."""
+    found: dict[int, int] = {}
+    for x in [*gc.get_objects(), *(reference() for reference in _EARLY)]:
+        kind = type(x)
+        if not issubclass(kind, torch.Tensor) or kind is FakeTensor or x.device.type != "cpu":
+            continue
+        try:
+            storage = x.untyped_storage()
+            address, size = storage.data_ptr(), storage.nbytes()
+        except RuntimeError:  # a tensor without memory, of a compiler or a transform
+            continue
+        if size:
+            found[address] = max(size, found.get(address, 0))
+    apart: list[tuple[int, int]] = []
+    for begin, size in sorted(found.items()):
+        if apart and begin < sum(apart[-1]):
+            apart[-1] = (apart[-1][0], max(sum(apart[-1]), begin + size) - apart[-1][0])
+        else:
+            apart.append((begin, size))
+    return apart
+
+
+_PROGRAMS: dict[str, Program] = {}
+
+
+def program_of(ptx: str) -> Program:
+    found = _PROGRAMS.get(ptx)
+    if found is None:
+        found = _PROGRAMS[ptx] = Program(ptx)
+    return found
+
+
+def arch_of(limits: Limits) -> str:
+    """The architecture of the smallest capability that has such limits."""
+    if not limits.tensor_cores:
+        return "sm_75"
+    return "sm_80" if limits.shared == 166912 else "sm_90"
+
+
+@dataclass
+class PtxDevice:
+    """A device for the CUDA backend. order: as for the emulator, which lanes and warps go first; races, rounding (of
+    matrix products): see above. change: makes another source of a kernel's; alter: other PTX of its PTX."""
+
+    limits: Limits = H100
+    order: int = 0
+    races: str = "both"
+    rounding: str = "exact"
+    arch: str | None = None
+    options: tuple[str, ...] = ()
+    change: Callable[[str, str], str] | None = None
+    alter: Callable[[str, str], str] | None = None
+    launches: list = field(default_factory=list)
+    table = Tables(lambda words: words, lambda: False)
+
+    def program(self, kernel: str) -> Program:
+        source = kernels.source(kernel)
+        source = self.change(kernel, source) if self.change else source
+        ptx = ptx_of(source, self.arch or arch_of(self.limits), self.options)
+        return program_of(self.alter(kernel, ptx) if self.alter else ptx)
+
+    def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments) -> None:
+        assert 0 < threads <= kernels.KERNELS[kernel][1] and 0 < grid < 1 << 31
+        assert shared <= self.limits.shared
+        self.launches.append((kernel, grid, threads, shared))
+        program = self.program(kernel)
+        address, count = arguments.buffer_info()
+        assert program.parameters_size == count * arguments.itemsize
+        flags = (RACES[self.races], ROUNDINGS[self.rounding], 0)
+        options = Launch(grid, threads, shared, min(self.order, 2), *flags)
+        program.launch(options, address, living_memory())
+
+
+class PtxLibrary:
+    """The kernels as compiled, where tests ask for devices that run them."""
+
+    name = "ptx"
+
+    def device(self, limits: Limits = H100, order: int = 0) -> PtxDevice:
+        return PtxDevice(limits, order)

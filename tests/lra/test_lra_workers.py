@@ -1,0 +1,120 @@
+"""Processes that make data: their results in order, their errors, and that none is left behind."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.lra import data
+from bench.lra.data import DataError
+from bench.lra.data.workers import in_order
+
+ROOT = Path(__file__).parents[2]
+
+
+def late(i: int) -> int:
+    """The first tasks take longest, so that the answers come in another order."""
+    time.sleep(0.05 * (4 - i % 4))
+    return i
+
+
+def fails(i: int) -> bytes:
+    if i == 3:
+        raise ZeroDivisionError("three")
+    if i == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return bytes(1 << 20)  # more than a pipe holds
+
+
+def test_results_come_in_order_and_errors_come_through():
+    assert list(in_order(late, [(i,) for i in range(11)], 3)) == list(range(11))
+    assert list(in_order(late, [], 2)) == []
+    endless = in_order(late, ((i,) for i in itertools.count()), 2)
+    assert list(itertools.islice(endless, 5)) == list(range(5))
+    endless.close()
+    with pytest.raises(ZeroDivisionError, match="three"):
+        list(in_order(fails, [(i,) for i in range(5)], 2))
+    with pytest.raises(DataError, match="a process that makes data was ended"):
+        list(in_order(fails, [(i,) for i in range(4, 9)], 2))
+    assert not multiprocessing.active_children()
+
+
+def of_session(session: int) -> list[int]:
+    """Processes of a session that are not zombies."""
+    found = []
+    for path in Path("/proc").iterdir():
+        try:
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if path.name.isdigit() and int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(path.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["pathfinder32-easy", "listops-gen"])
+@pytest.mark.parametrize("way", ["Ctrl-C", "Ctrl-C twice", "alone", "SIGTERM", "SIGKILL", "early"])
+def test_no_process_is_left_however_making_ends(tmp_path, task, way):
+    command = [sys.executable, "-m", "bench.lra", "data", "make", task, "--root", str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    # A shell's background jobs ignore SIGINT, and so would their children.
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    pipes |= {"start_new_session": True, "preexec_fn": heeds}
+    process = subprocess.Popen([*command, "--workers", "3"], cwd=ROOT, **pipes)
+    deadline = time.monotonic() + 60
+    while (
+        len(of_session(process.pid)) < 5 and time.monotonic() < deadline
+    ):  # and the resource tracker
+        time.sleep(0.01)
+    if way != "early":  # while they still import, or at work
+        time.sleep(3)
+    if way.startswith("Ctrl-C") or way == "early":
+        os.killpg(process.pid, signal.SIGINT)
+        if way == "Ctrl-C twice":
+            time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGINT)
+    else:
+        names = {"alone": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
+        process.send_signal(names[way])
+    output = process.communicate(timeout=30)[0].decode()  # the workers hold the pipe, too
+    if way in ("Ctrl-C", "alone", "early"):
+        assert process.returncode == 130 and "Traceback" not in output, output
+        assert "python -m bench.lra data: stopped" in output
+    deadline = time.monotonic() + 10
+    while of_session(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not of_session(process.pid)
+
+
+def test_what_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "generated").write_text("no folder")
+    with pytest.raises(DataError, match=r"listops-short cannot be written: .*the same command"):
+        data.make("listops-short", tmp_path, n=60, workers=1, progress=False)
+    with pytest.raises(DataError, match="workers must be at least 1, got 0"):
+        data.make("listops-short", tmp_path, n=60, workers=0)
+    with pytest.raises(DataError, match="seed must be >= 0, got -1"):
+        data.make("pathfinder32-easy", tmp_path, n=60, seed=-1)
+
+
+@pytest.mark.slow
+def test_a_killed_parent_takes_its_workers_along_in_the_midst_of_a_task():
+    code = "import time; from bench.lra.data.workers import in_order\n"
+    code += "for _ in in_order(time.sleep, [(0,), (600,), (600,)], 2): print(flush=True)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE
+    )
+    process.stdout.readline()
+    assert len(of_session(process.pid)) >= 3
+    process.kill()
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while of_session(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not of_session(process.pid)
