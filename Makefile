@@ -91,7 +91,7 @@ bench-table: .venv/ready  ## the tables, fftconv.md and picture of docs/benchmar
 	$(BIN)/python -m bench.fftconv --table
 
 lra-table: .venv/ready  ## the table of training runs in docs/long_range_arena.md, from bench/results
-	$(BIN)/python -m bench.lra report bench/results/lra.jsonl --out bench/results/lra.md --readme README.md
+	$(BIN)/python -m bench.lra report bench/results/lra.jsonl --out bench/results/lra.md --readme docs/long_range_arena.md
 
 clean:
 	rm -rf .venv build dist *.egg-info seqconv/*.so runs
