@@ -219,8 +219,9 @@ class Operator:
     def _refuse_transforms(self, tensors) -> None:
         if transformed(tensors):
             raise RuntimeError(
-                f"seqconv::{self.name}: torch.func transforms and forward-mode differentiation work through "
-                "seqconv.fftconv and the layers in eager mode only, not inside torch.compile and not on the raw operator"
+                f"seqconv::{self.name}: torch.func transforms and forward-mode differentiation work "
+                "through seqconv.fftconv and the layers in eager mode only, not inside torch.compile and not on the "
+                "raw operator"
             )
 
     def _record_forward(self, *args):
