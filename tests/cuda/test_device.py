@@ -7,7 +7,6 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
-import test_fftconv
 import torch
 from accuracy import rel_l2
 from cases import Case, double
@@ -26,7 +25,7 @@ from device_cases import (
 )
 from emulated import as_backend, forget_recipes
 from judge import ROUNDING, STATED
-from test_fftconv import CASES
+from operator_cases import CASES, PROPERTIES
 
 from seqconv import fftconv, reference
 from seqconv.backends.cuda import convolution, kernels
@@ -364,28 +363,6 @@ def test_rows_do_not_meet(machine):
         assert y[3, 1].isnan().any()
         y[3, 1] = clean[3, 1]
         assert torch.equal(y, clean)
-
-
-# What test_fftconv asks of the operator besides accuracy, for tensors of any device.
-PROPERTIES = {
-    f"{function.__name__}-{argument}": (function, (argument,) if argument else ())
-    for function, values in (
-        (
-            test_fftconv.test_gradient_of_one_argument_alone,
-            ["u", "k", "k_rev", "skip", "post_gate"],
-        ),
-        (test_fftconv.test_gradients_without_gates_or_kernel_gradient, [None]),
-        (test_fftconv.test_unknown_taps_do_not_matter, [None]),
-        (test_fftconv.test_the_future_moves_the_past_by_roundoff_only, [1.0, 1e6]),
-        (test_fftconv.test_extremes_stay_finite, [None]),
-        (test_fftconv.test_strides, ["every other", "transposed", "negated"]),
-        (test_fftconv.test_expanded_inputs_and_gradients, [None]),
-        (test_fftconv.test_blh_output_is_contiguous, [None]),
-        (test_fftconv.test_only_inputs_are_saved, [None]),
-        (test_fftconv.test_inputs_are_not_written, [None]),
-    )
-    for argument in values
-}
 
 
 @pytest.mark.parametrize("name", PROPERTIES)
