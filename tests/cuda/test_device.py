@@ -13,6 +13,9 @@ from cases import Case, double
 from device_cases import (
     A100,
     FEW,
+    LENGTHS,
+    LONG,
+    OPTIONS,
     ORDERS,
     SMALL,
     TURING,
@@ -39,17 +42,6 @@ def test_the_operators_cases(machine, case):
     check(device, case)
     if case.length and case.batch and case.channels:
         assert device.launches
-
-
-LENGTHS = (1, 2, 15, 16, 17, 31, 33, 127, 255, 256, 257, 513, 1000, 2049, 5000, 14113)
-OPTIONS = (
-    {"skip": "h"},
-    {"taps_rev": -1, "skip": "h", "pre_gate": True},
-    {"mode": "circular", "post_gate": True},
-    {"skip": "h", "activation": "gelu", "post_gate": True, "pre_gate": True},
-    {"layout": "blh", "activation": "silu", "taps_rev": -1},
-    {"heads": 2, "skip": "ch", "activation": "silu"},
-)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -249,26 +241,6 @@ def test_scratch_of_long_gradients_is_bounded():
         each = problem.sets * plans[1].n * (4 + 12 * plans[1].parts + 8)
         assert slices[0][1] == max(1, (1 << 28) // each) < 768
         assert list(convolution._slices(problem, plans[:1])) == [(0, 768)]
-
-
-LONG = [
-    Case(
-        2,
-        2,
-        20000,
-        20000,
-        taps_rev=19999,
-        skip="h",
-        activation="gelu",
-        pre_gate=True,
-        post_gate=True,
-    ),
-    Case(2, 2, 9000, 9000, heads=2, skip="ch", activation="gelu"),
-    Case(2, 2, 9000, 9000, heads=2, per_sample=True, skip="ch"),
-    Case(2, 2, 9001, 9001, mode="circular", skip="h", layout="blh"),
-    Case(3, 2, 12288, 12288, skip="h", dtype=torch.bfloat16, post_gate=True),
-    Case(1, 1, 65537, 65537, dtype=torch.float16),
-]
 
 
 @pytest.mark.parametrize("case", LONG, ids=str)

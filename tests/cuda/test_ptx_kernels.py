@@ -6,9 +6,9 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
-import test_cuda_butterfly
-import test_cuda_ssm
+import ssm_cases
 import torch
+from butterfly_cases import check_learned_matrices
 from cases import Case
 from device_cases import A100, FEW, SMALL, TURING, check, one_plane, planned, run
 from judge import sums
@@ -112,12 +112,12 @@ def test_kernels(case, limits, mode):
 
 @pytest.mark.parametrize("order", [0, 2])
 def test_sums_of_exponentials(order):
-    a, w = test_cuda_ssm.problem(2, 3, 17)
+    a, w = ssm_cases.problem(2, 3, 17)
     device = ptx_device.PtxDevice(FEW, order)
-    test_cuda_ssm.check(device, a, w, torch.randn(2, 3, 5000))
+    ssm_cases.check(device, a, w, torch.randn(2, 3, 5000))
     few = {name for name, *_ in device.launches}
     device = ptx_device.PtxDevice(H100, order)
-    test_cuda_ssm.check(device, *test_cuda_ssm.problem(1, 1, 5), torch.randn(1, 1, 300))
+    ssm_cases.check(device, *ssm_cases.problem(1, 1, 5), torch.randn(1, 1, 300))
     few |= {name for name, *_ in device.launches}
     assert few == {name for name in kernels.KERNELS if name.startswith("ssm")}
 
@@ -125,7 +125,7 @@ def test_sums_of_exponentials(order):
 @pytest.mark.parametrize("radices", [(16, 16, 8), (16, 2)], ids=str)
 def test_learned_butterfly(radices):
     device = ptx_device.PtxDevice(FEW)
-    test_cuda_butterfly.test_learned_matrices_and_their_gradients(device, radices, torch.bfloat16)
+    check_learned_matrices(device, radices, torch.bfloat16)
     assert {name for name, *_ in device.launches} == {"butterfly", "butterfly_backward"}
 
 
@@ -150,5 +150,5 @@ def test_other_architectures(arch):
     for case in EVERYWHERE:
         check(ptx_device.PtxDevice(replace(OTHERS[arch], processors=1), arch=arch), case)
     device = ptx_device.PtxDevice(FEW, arch=arch)
-    test_cuda_ssm.check(device, *test_cuda_ssm.problem(2, 3, 17), torch.randn(2, 3, 3000))
-    test_cuda_butterfly.test_learned_matrices_and_their_gradients(device, (16, 8), torch.float32)
+    ssm_cases.check(device, *ssm_cases.problem(2, 3, 17), torch.randn(2, 3, 3000))
+    check_learned_matrices(device, (16, 8), torch.float32)
