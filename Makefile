@@ -68,6 +68,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -86,7 +86,7 @@ def test_sdist_is_complete(sdist):
         "pyproject.toml",
         "README.md",
         "LICENSE",
-        "seqconv/functional.py",
+        "seqconv/ops/fftconv.py",
         "tests/helpers/cases.py",
     } <= names
 
@@ -96,7 +96,12 @@ def test_wheel_is_abi3_and_carries_the_sources(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
-    assert {"seqconv/_C.abi3.so", "seqconv/csrc/cpu/fft.h", "seqconv/csrc/module.cpp"} <= names
+    assert {
+        "seqconv/py.typed",
+        "seqconv/_C.abi3.so",
+        "seqconv/csrc/cpu/fft.h",
+        "seqconv/csrc/module.cpp",
+    } <= names
     assert {"seqconv/backends/cuda/plan.py", "seqconv/csrc/device/tensor.cuh"} <= names
     assert not any(n.startswith(("tests", "bench")) for n in names)
     required = re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata, re.M)
