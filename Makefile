@@ -9,7 +9,7 @@ SAMPLE := $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
 ARCH ?= sm_90
 ARCHS := sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 
-.PHONY: demo test sanitize neon gpu device-compile device-compilers device-ptx build lint format bench bench-ssm bench-layers bench-table lra-table gallery clean
+.PHONY: demo test sanitize neon gpu device-compile device-compilers device-ptx build lint size format bench bench-ssm bench-layers bench-table lra-table gallery clean
 
 demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--resume
 	$(BIN)/python -m bench.lra fit mnist5k --optim.epochs 6 --compare 15 --overwrite $(ARGS)
@@ -69,6 +69,13 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+size:  ## how many lines every floor has
+	@git ls-files '*.py' '*.h' '*.cpp' '*.cu' '*.cuh' '*.md' | xargs wc -l | awk '$$2 != "total" { \
+	  part = $$2 ~ /reference\.py$$/ ? "reference" : $$2 ~ /\.md$$/ ? "docs" : "the rest"; \
+	  if (part == "the rest" && match($$2, /^(seqconv\/(backends|ops|layers)|csrc\/(cpu|device)|seqconv|csrc|bench|tests)\//)) \
+	    part = substr($$2, 1, RLENGTH - 1); lines[part] += $$1 } \
+	  END { for (part in lines) printf "%7d %s\n", lines[part], part }' | sort -k2
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
