@@ -21,24 +21,32 @@ def pytest_sessionstart(session):
         pytest.exit(f"the tests would only test torch.fft: {explanation.fallback}", returncode=3)
 
 
-# Of the tests that run on any machine, the share that also runs the compiled PTX; SEQCONV_PTX=all asks for every one.
+# Of the tests that run on any machine, the share that also runs the compiled PTX. SEQCONV_PTX=all asks for every one.
 PTX_SHARE = 4
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the markers
 def pytest_collection_modifyitems(config, items):
-    """Chooses by name, so that a test is chosen in every run or in none."""
+    """Chooses which tests run on the PTX machine, and which of those are quick: one problem of every test.
+
+    Chosen by name, so that a test is in every run or in none. The rest of the share is marked slow.
+    """
     if os.environ.get("SEQCONV_PTX") == "all":
         return
-    spared = [
-        item
-        for item in items
-        if getattr(item, "callspec", None)
-        and item.callspec.params.get("machine") == "ptx"
-        and zlib.crc32(item.name.encode()) % PTX_SHARE
-    ]
+    spared, met = set(), set()
+    for item in items:
+        if not hasattr(item, "callspec") or item.callspec.params.get("machine") != "ptx":
+            continue
+        function = item.nodeid.split("[")[0]
+        if zlib.crc32(item.name.encode()) % PTX_SHARE:
+            spared.add(item)
+        elif function in met:
+            item.add_marker(pytest.mark.slow)
+        else:
+            met.add(function)
     if spared:
-        config.hook.pytest_deselected(items=spared)
-        items[:] = [item for item in items if item not in set(spared)]
+        config.hook.pytest_deselected(items=list(spared))
+        items[:] = [item for item in items if item not in spared]
 
 
 @pytest.fixture(scope="session")

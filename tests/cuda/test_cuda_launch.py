@@ -377,6 +377,7 @@ print("launched", len(device._kernels), "kernels")
 """
 
 
+@pytest.mark.slow
 def test_real_bindings_and_machine_code(library, tmp_path):
     """NVRTC's code through the real cuda.bindings into the tests' own driver library, launched in the emulator."""
     if compiler.compiler_reason():

@@ -75,10 +75,14 @@ def some(things, count: int) -> list:
 
 # The installed NVRTC is proved by all cases, another one by some at each commit.
 CASES = some(cases(), 4) if os.environ.get("SEQCONV_NVRTC") else cases()
-ids = [
-    f"{case}-{mode}" + f"-{limits.shared}" * (limits.shared < 1 << 17)
-    for case, limits, mode in CASES
-]
+
+
+def marked(case: Case, limits, mode: str):
+    """Slow are float16's cases beside bfloat16's, rows of which one takes seconds, and all but one known length."""
+    known = case.length in kernels.FIXED
+    slow = case.length > 10000 or (case.length > 1024 if known else case.dtype == torch.float16)
+    name = f"{case}-{mode}" + f"-{limits.shared}" * (limits.shared < 1 << 17)
+    return pytest.param(case, limits, mode, id=name, marks=[pytest.mark.slow] * slow)
 
 
 class Recording(ptx_device.PtxDevice):
@@ -99,7 +103,7 @@ def test_the_cases_launch_every_kernel():
     assert found == set(kernels.KERNELS) - others
 
 
-@pytest.mark.parametrize("case, limits, mode", CASES, ids=ids)
+@pytest.mark.parametrize("case, limits, mode", [marked(*c) for c in CASES])
 def test_kernels(case, limits, mode):
     """Within what is stated, in another order of threads, too; on tensor cores however sums are rounded."""
     with sums(mode), patch.object(convolution, "make_plan", planned):
@@ -145,6 +149,7 @@ EVERYWHERE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", some(OTHERS, 1))
 def test_other_architectures(arch):
     for case in EVERYWHERE:
