@@ -4,7 +4,6 @@ import importlib
 
 import pytest
 
-pytestmark = pytest.mark.slow
 EXAMPLES = {"transformer_encoder": 0.1, "checkpointing": 0.8, "bert": 0.75, "gpt2": 0.6}
 
 
