@@ -1,10 +1,21 @@
-"""The CPU backend, broken in one way each: what takes the place of its `forward` or of its `backward`."""
+"""Mistakes in the CPU backend, one at a time: the operator's tests must catch each of them."""
 
 import torch
 
 from seqconv.backends import cpu
+from seqconv.ops.inputs import Inputs
 
-forward, backward = cpu.forward, cpu.backward
+_forward, _backward = cpu.fftconv, cpu.fftconv_gradients
+
+
+def forward(y, *args):
+    *inputs, activation = args
+    _forward(y, Inputs(*inputs), activation)
+
+
+def backward(grads, dy, *args):
+    *inputs, activation = args
+    _backward(Inputs(*grads), dy, Inputs(*inputs), activation)
 
 
 def zeros(y, u, *rest):
@@ -81,3 +92,12 @@ BACKWARD |= {
     "swapped_dgates": _one_gradient(4, lambda g: g.copy_(g.flip(-1))),
     "scaled_dpost": _one_gradient(5, lambda g: g.mul_(0.5)),
 }
+
+
+def planted(name: str):
+    """Which function of the CPU backend a mistake takes the place of, and what it puts there."""
+    if name in FORWARD:
+        return "fftconv", lambda y, inputs, activation: FORWARD[name](y, *inputs, activation)
+    return "fftconv_gradients", lambda grads, dy, inputs, activation: BACKWARD[name](
+        grads, dy, *inputs, activation
+    )

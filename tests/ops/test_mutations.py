@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mutations import BACKWARD, FORWARD
+from mutations import BACKWARD, FORWARD, planted
 from operator_cases import CASES, check_accuracy
 
 from seqconv.backends import cpu
@@ -25,6 +25,5 @@ def test_the_cases_pass_without_a_mutation():
 
 @pytest.mark.parametrize("name", [*FORWARD, *BACKWARD])
 def test_mutation_is_caught(name, monkeypatch):
-    target, mutant = ("forward", FORWARD) if name in FORWARD else ("backward", BACKWARD)
-    monkeypatch.setattr(cpu, target, mutant[name])
+    monkeypatch.setattr(cpu, *planted(name))
     assert first_failure() is not None
