@@ -63,6 +63,12 @@ def _unwatched(tensors) -> bool:
     return not (_modes() or _profiled() or _tracing())
 
 
+def _recording():
+    """A context in which torch records gradients also inside an operator, below its Autograd kernel."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    return torch._C._SetExcludeDispatchKeyGuard(key, False)
+
+
 def _as_node(t: Tensor | None) -> Tensor | None:
     """t as a node of its own: one tensor may be passed as two arguments, whose gradients differ."""
     if t is None or not t.requires_grad:
@@ -242,19 +248,20 @@ class Operator:
 
     def _plain_gradients(self, backend, dy, inputs, *options):
         *options, wanted = options
-        with torch.enable_grad():
+        with torch.enable_grad(), _recording():
             pairs = zip(inputs, wanted, strict=True)
             own = [t if t is None else t.detach().requires_grad_(want) for t, want in pairs]
             asked = [t for t, want in zip(own, wanted, strict=True) if want]
             y = self.plain(self.name_inputs(own), *options)
             found = iter(torch.autograd.grad(y, asked, dy, materialize_grads=True))
-        return [next(found) if want else None for want in wanted]
+        whole = {"memory_format": torch.contiguous_format}
+        return [next(found).clone(**whole) if want else None for want in wanted]
 
 
 def _empty_like(inputs, *options) -> list[Tensor | None]:
     *_, wanted = options
-    pairs = zip(inputs, wanted, strict=True)
-    return [None if t is None or not want else torch.empty_like(t) for t, want in pairs]
+    pairs, whole = zip(inputs, wanted, strict=True), {"memory_format": torch.contiguous_format}
+    return [None if t is None or not want else torch.empty_like(t, **whole) for t, want in pairs]
 
 
 class _Differentiable(Function):
