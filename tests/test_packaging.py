@@ -96,7 +96,7 @@ def test_wheel_is_abi3_and_carries_the_sources(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
-    assert {"seqconv/_C.abi3.so", "seqconv/csrc/cpu/fft.h", "seqconv/csrc/module.cpp"} <= names
+    assert {"seqconv/_C.abi3.so", "seqconv/csrc/cpu/transform.h", "seqconv/csrc/module.cpp"} <= names
     assert {"seqconv/_cuda/plan.py", "seqconv/csrc/device/tensor.cuh"} <= names
     assert not any(n.startswith(("tests", "bench")) for n in names)
     required = re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata, re.M)

@@ -1,4 +1,4 @@
-// The gradient of a unit. Part of conv.h.
+// The gradient of a unit. Part of fftconv_unit.h.
 
 // *sum += sum_t a[t] b[t]; short runs in T, then double, in an order that depends on the length
 // only.

@@ -1,4 +1,4 @@
-// Short kernels as the sums they are, without transforms. Part of conv.h.
+// Short kernels as the sums they are, without transforms. Part of fftconv_unit.h.
 
 constexpr int64_t kDirectChunk = 256;
 

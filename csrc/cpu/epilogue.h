@@ -1,4 +1,4 @@
-// What follows the convolution and its gradient, kChunk values at a time. Part of conv.h.
+// What follows the convolution and its gradient, kChunk values at a time. Part of fftconv_unit.h.
 
 // y = post_gate * activation(v)
 template <class T>

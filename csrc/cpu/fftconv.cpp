@@ -9,7 +9,7 @@
 #include <cstring>
 #include <memory>
 
-#include "kernel.h"
+#include "isa.h"
 #include "parallel.h"
 #include "plan.h"
 

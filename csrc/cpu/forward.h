@@ -1,4 +1,4 @@
-// The convolution of a unit. Part of conv.h.
+// The convolution of a unit. Part of fftconv_unit.h.
 
 // v of channel g and head c of sample b, to sink; `spectrum` is that of the input, if known.
 template <class T>

@@ -10,7 +10,7 @@
 #include <memory>
 
 #include "fftconv.h"
-#include "kernel.h"
+#include "isa.h"
 
 namespace seqconv {
 

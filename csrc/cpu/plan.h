@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "kernel.h"
+#include "isa.h"
 
 namespace seqconv {
 

@@ -1,4 +1,4 @@
-// Vectors of complex numbers, and the butterflies of a transform on them. Part of fft.h.
+// Vectors of complex numbers, and the butterflies of a transform on them. Part of transform.h.
 
 template <class T, int Q = kQuads<T>>
 struct Complex {

@@ -1,6 +1,6 @@
 // Rows of tensors as the transform reads and writes them: any dtype, any stride, products with
 // gates, zeros outside. Where memory already holds what is wanted nothing is copied. Included
-// inside an instruction set's namespace, after simd.h.
+// inside an instruction set's namespace, after vectors.h.
 
 // One row: time t at base + t * stride elements.
 struct Series {

@@ -1,5 +1,5 @@
 // A unit's memory: scratch, panels of channels-last tensors, spectra of the kernels, sums; and its
-// rows' way into a transform and back. Part of conv.h.
+// rows' way into a transform and back. Part of fftconv_unit.h.
 
 // Bump allocator over the caller's scratch; with base null it only counts.
 struct Scratch {

@@ -1,6 +1,6 @@
 // The right-angle transform (see plan.h) of one row: passes of butterflies. A spectrum is left in
 // the order in which the nodes split, and the inverse takes it in that order: nothing is ever
-// reordered. Included inside an instruction set's namespace, after simd.h.
+// reordered. Included inside an instruction set's namespace, after vectors.h.
 
 #include "radix.h"
 

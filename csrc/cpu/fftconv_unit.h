@@ -1,5 +1,5 @@
 // One unit of work of the convolution and of its gradient: some samples of a channel, or of a few
-// neighbouring ones. Included inside an instruction set's namespace, after fft.h and rows.h.
+// neighbouring ones. Included inside an instruction set's namespace, after transform.h and rows.h.
 //
 // With x = pre_gate * u, spectra X, and K the spectrum of k[t] - i k_rev[n - t], on n >= length
 // points (design of plan.h):

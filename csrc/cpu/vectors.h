@@ -1,8 +1,8 @@
 // Vectors, their shuffles, conversions between dtypes, and the activations. Included inside an
-// instruction set's namespace (see kernel_*.cpp), which defines SEQCONV_VECTOR_BYTES.
+// instruction set's namespace (see isa_*.cpp), which defines SEQCONV_VECTOR_BYTES.
 //
 // GCC and Clang vector extensions: + - * / and ?: work lane by lane and compile to whatever the
-// target has. No include here: kernel_*.cpp includes all it needs before switching the target.
+// target has. No include here: isa_*.cpp includes all it needs before switching the target.
 
 #define SEQCONV_INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)

@@ -1,5 +1,5 @@
 // Sums of exponentials as matrix products. Included inside an instruction set's namespace, after
-// simd.h; see ssm.h for the problem.
+// vectors.h; see ssm.h for the problem.
 //
 // With l = columns q + r an output row q is a product of rows: k[q,r] = sum_m left[q,m] right[m,r],
 // where m counts real and imaginary parts, right[m,r] holds exp(a r) and left[q,m] holds w exp(a

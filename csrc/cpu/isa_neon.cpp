@@ -2,22 +2,22 @@
 #if defined(__aarch64__)
 #include <math.h>
 
-#include "kernel.h"
+#include "isa.h"
 
 #define SEQCONV_VECTOR_BYTES 16
 namespace seqconv {
 namespace neon {
-#include "simd.h"
+#include "vectors.h"
 //
-#include "fft.h"
+#include "transform.h"
 //
 #include "rows.h"
 //
-#include "conv.h"
+#include "fftconv_unit.h"
 //
-#include "modes.h"
+#include "ssm_unit.h"
 //
-#include "passes.h"
+#include "butterfly_pass.h"
 }  // namespace neon
 
 const IsaKernels kNeon = {"neon",

@@ -4,7 +4,7 @@
 #include <immintrin.h>
 #include <math.h>
 
-#include "kernel.h"
+#include "isa.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -17,17 +17,17 @@
 #define SEQCONV_VECTOR_BYTES 32
 namespace seqconv {
 namespace avx2 {
-#include "simd.h"
+#include "vectors.h"
 //
-#include "fft.h"
+#include "transform.h"
 //
 #include "rows.h"
 //
-#include "conv.h"
+#include "fftconv_unit.h"
 //
-#include "modes.h"
+#include "ssm_unit.h"
 //
-#include "passes.h"
+#include "butterfly_pass.h"
 }  // namespace avx2
 }  // namespace seqconv
 

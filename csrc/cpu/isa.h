@@ -1,6 +1,6 @@
 // What an instruction set's translation unit provides, and what it is given.
 //
-// kernel_*.cpp are compiled for instruction sets that the machine may not have. They must not
+// isa_*.cpp are compiled for instruction sets that the machine may not have. They must not
 // instantiate anything from the standard library: the linker could pick such a copy for everybody.
 #pragma once
 #include <cstddef>
@@ -45,8 +45,8 @@ struct Transform {
 };
 
 // Threads that walk through the same unit together, sharing its scratch. They meet where work is
-// spread (see fft.h): whoever arrives takes the next piece, and all wait until the last is done. It
-// works with any number of them, one after another even.
+// spread (see transform.h): whoever arrives takes the next piece, and all wait until the last is
+// done. It works with any number of them, one after another even.
 struct Board {
   alignas(64) int64_t next = 0;  // tickets handed out, pieces done: of the whole unit, so that they
   alignas(64) int64_t done = 0;  // need no reset

@@ -1,5 +1,5 @@
 // The passes of the learned butterfly on the rows of a unit. Included inside an instruction set's
-// namespace, after conv.h; butterfly.h has the formula.
+// namespace, after fftconv_unit.h; butterfly.h has the formula.
 //
 // A row is two planes, real and imaginary parts. Vectors run over m, but in the first pass, where m
 // is 0 only, over the 16 values of p.

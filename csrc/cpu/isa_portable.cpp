@@ -1,22 +1,22 @@
 // Whatever the compiler's default target has; SSE2 on x86-64.
 #include <math.h>
 
-#include "kernel.h"
+#include "isa.h"
 
 #define SEQCONV_VECTOR_BYTES 16
 namespace seqconv {
 namespace portable {
-#include "simd.h"
+#include "vectors.h"
 //
-#include "fft.h"
+#include "transform.h"
 //
 #include "rows.h"
 //
-#include "conv.h"
+#include "fftconv_unit.h"
 //
-#include "modes.h"
+#include "ssm_unit.h"
 //
-#include "passes.h"
+#include "butterfly_pass.h"
 }  // namespace portable
 
 const IsaKernels kPortable = {"portable",
