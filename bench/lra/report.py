@@ -7,7 +7,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.lra import files, recipes
+from bench import files
+from bench.facts import plural
+from bench.files import markdown
+from bench.lra import recipes
 
 MARGIN = 0.02  # a test accuracy within this of the commonest class's share is a failure: nothing was learnt
 
@@ -75,11 +78,6 @@ def label(run: dict) -> str:
     return run["task"] + (" (generated data)" if run["generated"] else "")
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def accuracies(runs: list[dict]) -> list[float]:
     return [100 * r["test_accuracy"] for r in runs if r["status"] == "done"]
 
@@ -98,7 +96,7 @@ def cell(runs: list[dict], seeds: int | None = None) -> str:
     ended = [r for r in runs if r["status"] != "unfinished"]
     going = [r for r in runs if r["status"] == "unfinished"]
     done, count = accuracies(ended), sum(map(failed, ended))
-    notes = [f"{len(runs)} seed{'s' * (len(runs) > 1)}"] if seeds not in (None, len(runs)) else []
+    notes = [plural(len(runs), "seed")] if seeds not in (None, len(runs)) else []
     notes += [f"{count} of {len(ended)} failed"] if count else []
     if going:
         tested = [100 * r["val_accuracy"] for r in going if r.get("val_accuracy") is not None]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import seqconv
-from bench.micro.records import versions
+from bench.facts import versions
 from bench.on_gpu.steps import RIGHT, WRONG
 from seqconv.backends import cpu
 from seqconv.backends.cuda import kernels

@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from bench.micro.records import append, read
+from bench.files import append, read
 
 ROWS, TEXT = "results.jsonl", "log.txt"
 

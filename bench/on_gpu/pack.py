@@ -5,7 +5,7 @@ from pathlib import Path
 
 import einops
 
-from bench.micro.records import ROOT
+from bench.facts import ROOT
 from bench.on_gpu.ceilings import MMA
 from seqconv import prebuild
 from seqconv.backends import cpu

@@ -10,9 +10,9 @@ import sys
 
 import torch
 
+from bench.facts import ROOT
 from bench.micro.contenders import Case, make
-from bench.micro.gate import call
-from bench.micro.records import ROOT
+from bench.micro.measure import call
 from bench.on_gpu.steps import ABSENT, RIGHT, WRONG
 from bench.on_gpu.targets import BATCH, CHANNELS, predicted
 from seqconv import fftconv

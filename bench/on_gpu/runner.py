@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.micro.records import ROOT, commit
+from bench.facts import ROOT, commit, now
 from bench.on_gpu.log import Console, Log, rows_of
 from bench.on_gpu.steps import ABSENT, ALL_SECONDS, PARTLY, PARTS, RIGHT, WRONG, Step
 
@@ -156,8 +156,7 @@ def _run(console, part, folder, only, everything, again, dry, seconds) -> int:
         return 2
     state = sources()
     log = Log(folder, "run")
-    when = time.strftime("%Y-%m-%d %H:%M")
-    log.row("run", part=part, dry=bool(dry), when=when, commit=commit(), sources=state)
+    log.row("run", part=part, dry=bool(dry), when=now(), commit=commit(), sources=state)
     newest = {r["step"]: r["status"] for r in earlier if r["kind"] == "step"}
     passed = {name for name, status in newest.items() if status == "passed"}
     before = {r["sources"] for r in earlier if r["kind"] == "run"} - {state}

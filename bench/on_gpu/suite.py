@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from bench.micro.records import ROOT
+from bench.facts import ROOT
 from bench.on_gpu.limits import SPOILT, TELLING, TIME_IS_UP
 from bench.on_gpu.steps import PARTLY, RIGHT, WRONG
 

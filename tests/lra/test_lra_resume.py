@@ -16,7 +16,7 @@ from lra_run import TINY, checkpoint, finish, rows, start
 from rich.console import Console
 
 from bench.lra import journal, train
-from bench.lra.__main__ import parse_fit
+from bench.lra.arguments import parse_fit
 
 OPTIONS = ("--layer", "long_conv", "--optim.epochs", "7", "--max_minutes", "1.5", "--seed", "3")
 OPTIONS += ("--kernel.lam", "0.5", "--model.norm", "batch", "--device", "cpu", "--wandb", "w")
@@ -96,7 +96,7 @@ def test_a_record_that_cannot_be_read_is_named(run, capsys, content):
 
 def test_nothing_is_shown_of_a_loss_that_nobody_has_seen(monkeypatch):
     text = io.StringIO()
-    monkeypatch.setattr(journal, "console", Console(file=text, force_terminal=True, width=99))
+    monkeypatch.setattr(journal, "plain", Console(file=text, force_terminal=True, width=99))
     run = journal.Journal(None, SimpleNamespace(steps=72), None, None, Path("."), 12)
     run.on_fit_start(SimpleNamespace(is_global_zero=True), None)
     run.progress.refresh()

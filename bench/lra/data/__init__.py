@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import files
 from bench.lra import recipes
 from bench.lra.data import formats, listops, origin, packaged, pathfinder
 from bench.lra.data.cache import (
@@ -30,7 +31,7 @@ from bench.lra.data.cache import (
 )
 from bench.lra.data.official import OFFICIAL, Located
 
-__all__ = ["TASKS", "DataError", "Info", "Split", "check", "known", "make", "open_task"]
+__all__ = ["TASKS", "DataError", "Info", "Split", "known", "make", "open_task"]
 
 
 @dataclass(frozen=True)
@@ -224,28 +225,15 @@ def make(
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _record(folder, wanted | {"n": n, "whole": False})
+        record = folder / "generated.json"
+        files.write_json(record, wanted | {"n": n, "whole": False}, indent=1)
         with bar(name, progress) as advance:
             if isinstance(settings, listops.Settings):
                 listops.write(folder / "listops-1000", settings, n, seed, workers, advance)
             else:
                 pathfinder.contact_sheet(settings, seed).save(folder / "contact.png")
                 pathfinder.write(folder, settings, n, seed, workers, advance)
-        _record(folder, wanted | {"n": n, "whole": True})
+        files.write_json(record, wanted | {"n": n, "whole": True}, indent=1)
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error}; the same command goes on") from None
     return folder
-
-
-def _record(folder: Path, facts: dict) -> None:
-    temporary = folder / "generated.tmp"
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(temporary, folder / "generated.json")
-
-
-def check(name: str, root: Path, *, progress: bool = True, seconds: float = 60) -> bool:
-    """Prints what a task's data looks like and whether it is as released; False if something is suspicious, or if
-    a small CNN cannot tell of released images."""
-    from bench.lra.data import checks
-
-    return checks.check(name, Path(root), progress=progress, seconds=seconds)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.lra import files
+from bench import files
 
 VERSION = 1
 _HOST = platform.node().replace(".", "-") or "host"  # several machines may share a folder

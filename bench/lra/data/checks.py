@@ -15,7 +15,11 @@ LEAK = 0.01  # of the test samples: some reviews of IMDB are in both of its spli
 CONVOLVED = ("pathfinder", "pathfinder64", "pathx", "path256")
 
 
-def check(name: str, root: Path, *, progress: bool, seconds: float) -> bool:
+def check(name: str, root: Path, *, progress: bool = True, seconds: float = 60) -> bool:
+    """Prints what a task's data looks like and whether it is as released.
+
+    Returns False if something is suspicious, or if a small CNN learns nothing of released images.
+    """
     info, splits = open_task(name, root, progress=progress)
     print(f"{info.title}: {info.classes} classes, chance {info.chance:.1%}, ", end="")
     print(f"majority {info.majority:.1%} of the test split, up to {info.l_max} steps")
