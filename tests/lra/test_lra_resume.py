@@ -67,10 +67,13 @@ def test_every_option_comes_from_the_run(run, capsys, monkeypatch):
         (("--optim.lrr", "1"), "did you mean --optim.lr"),
     ],
 )
-def test_what_makes_another_run_is_refused(run, capsys, options, message):
+@pytest.mark.parametrize("command", ["fit", "sweep"])  # a sweep's mistakes are none of fit's
+def test_what_makes_another_run_is_refused(run, capsys, command, options, message):
     with pytest.raises(SystemExit) as error:
-        parse_fit(["--out", str(run), "--resume", *options])
-    assert error.value.code == 2 and message in capsys.readouterr().err
+        parse_fit(["--out", str(run), "--resume", *options], command)
+    text = capsys.readouterr().err
+    assert error.value.code == 2 and message in text
+    assert text.startswith(f"python -m bench.lra {command}: ")
 
 
 def test_what_is_harmless_is_taken_with_a_word(run, capsys):

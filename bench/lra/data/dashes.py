@@ -1,4 +1,4 @@
-"""Pathfinder's dashes: drawn once for each direction with anti-aliasing, pasted afterwards; the space each takes."""
+"""Pathfinder's dashes. Each is drawn once for each direction, with anti-aliasing, and has a space that it takes."""
 
 import math
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-AA = 2  # dashes are drawn this many times finer
-TOUCHING = 459  # 1.8 x 255: masks that sum to as much overlap
+AA = 2  # how many times finer dashes are drawn
+TOUCHING = 459  # 1.8 x 255: masks overlap if they sum to as much
 FOLDERS = {6: "curv_baseline", 9: "curv_contour_length_9", 14: "curv_contour_length_14"}
 
 
@@ -19,7 +19,9 @@ class Settings:
     padding: int
     paddle: int  # length of a dash
     thickness: float
-    margins: tuple[int, ...]  # free pixels at each side of a dash; one is drawn for each image
+    margins: tuple[
+        int, ...
+    ]  # free pixels at each side of a dash, one of which is drawn for each image
     seed_distance: int
     radius: float  # of the discs
     continuity: float  # larger: straighter
@@ -38,7 +40,7 @@ def _disc(radius: float) -> np.ndarray:
 
 
 def _dilate(image: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    """Maximum over a neighbourhood; `shape` is odd-sized and centred."""
+    """Returns the maximum over a neighbourhood. `shape` is odd-sized and centred."""
     r = len(shape) // 2
     padded = np.pad(image, r)
     h, w = image.shape
@@ -46,7 +48,7 @@ def _dilate(image: np.ndarray, shape: np.ndarray) -> np.ndarray:
 
 
 def downsample(fine: np.ndarray) -> np.ndarray:
-    """A fine drawing (0, 1) as the patch (0..255) whose brightest pixel is 255."""
+    """Reduces a fine drawing (0, 1) to a patch (0..255) whose brightest pixel is 255."""
     image = Image.fromarray(fine.astype(np.uint8) * 255)
     small = np.asarray(image.resize((len(fine) // AA,) * 2, Image.Resampling.LANCZOS), float)
     small *= 255 / small.max()
@@ -54,9 +56,9 @@ def downsample(fine: np.ndarray) -> np.ndarray:
 
 
 class Dash:
-    """What one dash puts on a window: brightness, the space that it wants, and that dilated by the margin.
+    """What one dash puts on a window: its brightness, the space that it takes, and that space dilated by the margin.
 
-    The patches are cut to the box of what is not 0, which begins `corner` away from the dash's head.
+    The patches are cut to the box of what is not 0. The box begins `corner` away from the dash's head.
     """
 
     def __init__(self, image: np.ndarray, mask: np.ndarray, wide: np.ndarray):
@@ -66,7 +68,7 @@ class Dash:
         self.shape = int(y1 - y0) + 1, int(x1 - x0) + 1
         self.image, self.space = image[box], np.stack((mask[box], wide[box]))
         self.footprint = mask[box] > 0
-        # what is taken may be at most this for the dash to fit
+        # The dash fits where the taken space is at most this.
         self.limit = np.minimum(TOUCHING - 1 - mask[box].astype(int), 255).astype(np.uint8)
 
     def at(self, head: tuple[int, int]) -> tuple[slice, slice]:
@@ -75,14 +77,14 @@ class Dash:
 
 
 class Pen:
-    """Everything that depends on settings and margin only, drawn when first wanted."""
+    """Everything that depends on settings and margin only. It is drawn at its first use."""
 
     def __init__(self, settings: Settings, margin: int):
         self.settings, self.margin, s = settings, margin, settings
         self.dashes: dict[float, Dash] = {}
         self.turns: dict[float, list] = {}
         self.seeds: dict[int, np.ndarray] = {}
-        # as far as a patch, or the circle of the next heads, reaches beyond the window
+        # Patches, and the circle of the next heads, reach as far beyond the window.
         self.rim = 2 * s.paddle + 4 * margin + math.ceil(s.thickness) + 2
         radius = s.paddle + margin
         steps = math.ceil(2 * math.pi * radius)
@@ -93,14 +95,14 @@ class Pen:
         self.blank = self._space(s.padding)
 
     def _space(self, border: int) -> np.ndarray:
-        """(2, height, width): what is taken, and that dilated, in a window that holds nothing but a border."""
+        """Returns (2, height, width): the taken space and that dilated, in a window that holds only a border."""
         full, edge = self.settings.size + 2 * self.rim, self.rim + border
         taken = np.full((full, full), 255, np.uint8)
         taken[edge:-edge, edge:-edge] = 0
         return np.stack((taken, _dilate(taken, _disc(self.margin))))
 
     def dash(self, angle: float) -> Dash:
-        """The dash whose head points in this direction."""
+        """Returns the dash whose head points in this direction."""
         key = round(angle % (2 * math.pi), 9)
         if key not in self.dashes:
             n = AA * (2 * self.rim + 1)
@@ -112,7 +114,7 @@ class Pen:
                 ImageDraw.Draw(canvas).line([(middle, middle), (x, y)], fill=1, width=width)
                 return np.asarray(canvas)
 
-            # The mask reaches into the gap behind the dash: no other snake may slip through it.
+            # The mask reaches into the gap behind the dash, so that no other snake slips through.
             long = line(self.settings.paddle + self.margin)
             mask = downsample(_dilate(long, _disc(self.margin * AA)))
             wide = _dilate(mask, _disc(self.margin))
@@ -120,7 +122,7 @@ class Pen:
         return self.dashes[key]
 
     def turn(self, angle: float) -> list[tuple[int, int, float, float]]:
-        """Where the next head may be after a dash in this direction: (y, x, direction, weight)."""
+        """Returns where the next head may be after a dash in this direction: (y, x, direction, weight) each."""
         key = round(angle, 9)
         if key not in self.turns:
             turned = np.abs((self.directions - angle + math.pi) % (2 * math.pi) - math.pi)
@@ -130,7 +132,7 @@ class Pen:
         return self.turns[key]
 
     def first_heads(self, degrees: int) -> np.ndarray:
-        """Where the first seed may end: far enough from the window's edge for the second one and its own mask."""
+        """Returns where the first seed may end: far enough from the edge for the second seed and for its own mask."""
         if degrees not in self.seeds:
             s = self.settings
             empty = self._space(max(s.padding, s.seed_distance))
@@ -138,7 +140,7 @@ class Pen:
         return self.seeds[degrees]
 
     def free(self, taken: np.ndarray, dash: Dash) -> np.ndarray:
-        """(n, 2) pixels at which the dash's head could be without touching anything taken."""
+        """Returns (n, 2) pixels at which the dash's head touches nothing that is taken."""
         size = self.settings.size
         y0, x0 = self.rim + dash.corner[0], self.rim + dash.corner[1]
         blocked = np.zeros((size, size), bool)

@@ -1,4 +1,4 @@
-"""Pathfinder's curves: two targets that grow dash by dash beside each other, and distractors, none touching another."""
+"""Pathfinder's curves: two targets that grow dash by dash beside each other, and distractors. None touches another."""
 
 import bisect
 import math
@@ -19,9 +19,10 @@ def _pick(points: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
 
 
 class Snake:
-    """Grows in the space `mine`, which holds all masks but that of its own newest dash: the next one comes near it.
+    """A curve that grows in the space `mine`.
 
-    `other` is the same for a snake that grows beside it. Pixels count from the corner of the rim.
+    `mine` holds all masks but that of the snake's own newest dash, since the next dash comes near it. `other` is the
+    same for a snake that grows beside it. Pixels count from the corner of the rim.
     """
 
     def __init__(self, pen: Pen, mine: np.ndarray, other: np.ndarray | None = None):
@@ -45,7 +46,7 @@ class Snake:
         self.dashes.append((dash, tail, head))
 
     def finish(self) -> None:
-        """Gives the newest dash its space too."""
+        """Takes the space of the newest dash as well."""
         dash, _, head = self.dashes[-1]
         _block(self.mine, dash, head)
 
@@ -73,9 +74,9 @@ class Snake:
 
 
 def _touch(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two polylines of integer points, (n, 2) and (m, 2), share a point."""
+    """Decides whether two polylines of integer points, (n, 2) and (m, 2), share a point."""
 
-    def side(p, q, r):  # of the line p q on which r lies
+    def side(p, q, r):  # on which side of the line p q does r lie?
         return np.sign((q - p)[..., 0] * (r - p)[..., 1] - (q - p)[..., 1] * (r - p)[..., 0])
 
     p, q, r, s = a[:-1, None], a[1:, None], b[None, :-1], b[None, 1:]
@@ -118,16 +119,16 @@ def grow_targets(pen: Pen, rng: np.random.Generator) -> list[Snake]:
 
 
 def _place(pen: Pen, taken: np.ndarray, dash: Dash, rng: np.random.Generator):
-    """A head for the dash, uniform among the free ones; None if there is none."""
+    """Draws a head for the dash, uniformly among the free ones. None if there is none."""
     for y, x in (rng.integers(pen.settings.size, size=(40, 2)) + pen.rim).tolist():
         if not taken[dash.at((y, x))][dash.footprint].any():
             return y, x
-    heads = pen.free(taken, dash)  # few or none: look at all
+    heads = pen.free(taken, dash)  # there are few or none, so all are examined
     return _pick(heads, rng) if len(heads) else None
 
 
 def grow_distractors(pen: Pen, space: np.ndarray, rng: np.random.Generator) -> list[Snake]:
-    """Short snakes where there is room for them beside what `space` holds."""
+    """Grows short snakes where there is room for them beside what `space` holds."""
     s, placed = pen.settings, []
     for _ in range(s.distractors):
         if (space[0] == 0).sum() < 0.01 * s.size**2:
