@@ -89,10 +89,7 @@ class Training(lightning.LightningModule):
         groups = seqconv.param_groups(self.model, self.optim.lr, self.optim.weight_decay)
         optimizer = torch.optim.AdamW(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.plan.factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # ---- random numbers and running means continue where they were, in every process ----
 

@@ -244,10 +244,7 @@ def _pyfftw(case: Case, device: str) -> Callable | None:
     length, n, threads = case.length, 2 * case.length, torch.get_num_threads()
     real, half = case.dtype, "complex128" if case.dtype == "float64" else "complex64"
     rows = (case.batch * case.channels, n)
-    x, x_f = (
-        pyfftw.empty_aligned(rows, real),
-        pyfftw.empty_aligned((rows[0], length + 1), half),
-    )
+    x, x_f = (pyfftw.empty_aligned(rows, real), pyfftw.empty_aligned((rows[0], length + 1), half))
     h, h_f = (
         pyfftw.empty_aligned((case.channels, n), real),
         pyfftw.empty_aligned((case.channels, length + 1), half),

@@ -51,7 +51,7 @@ def verdicts_table(lines: list[Requirement]) -> str:
 
 
 def ratio_of(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a / b
+    return None if a is None or not b else a / b
 
 
 class Find:

@@ -1,4 +1,4 @@
-"""What travels to a machine with a GPU: kernels compiled ahead for its architecture, and what it may lack."""
+"""Gathers what travels to a machine with a GPU: kernels compiled ahead for its architecture, and what it may lack."""
 
 import shutil
 from pathlib import Path

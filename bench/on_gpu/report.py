@@ -21,8 +21,12 @@ DURATION = "gpu__time_duration.sum"
 TRAFFIC = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 
 
+def name_of(row: dict) -> str:
+    return f"{Case.of(row)}{'' if row['skip'] else ' without skip'}"
+
+
 def last(rows: list[dict]) -> list[dict]:
-    """Of every case's rows the newest: what was repaired has been measured again."""
+    """Returns the newest row of every case. What was repaired has been measured again."""
     newest = {}
     for row in rows:
         case = tuple(row[f] for f in asdict(Case()))
@@ -36,14 +40,13 @@ def requirements(rows: list[dict]) -> list[Requirement]:
     lines = [all_right(mine, " of seqconv")]
 
     def beside(row, contenders, **other) -> list[float]:
-        """Medians of others on the same case, but for what `other` says."""
+        """Returns medians of contenders on the same case, apart from what `other` says."""
         same = asdict(Case()) | {f: row[f] for f in asdict(Case())} | other
         found = [r for r in rows if r["contender"] in contenders and r["median"]]
         return [r["median"] for r in found if all(r[f] == v for f, v in same.items())]
 
     for row in [r for r in mine if r["gate"] and r["median"]]:
-        case = Case.of(row)
-        name = f"{case}{'' if row['skip'] else ' without skip'}"
+        name = name_of(row)
         if row["target"] and row["floor_copy"] and row["batch"] == BATCH:
             times = row["median"] / row["floor_copy"]
             lines += verdict(f"over a copy of its bytes, {name}", times, row["target"], False)
@@ -59,39 +62,24 @@ def requirements(rows: list[dict]) -> list[Requirement]:
 
 
 def measured_table(rows: list[dict]) -> str:
-    header = [
-        "case",
-        "contender",
-        "ms",
-        "a copy's",
-        "times",
-        "wanted",
-        "predicted bound",
-        f"over {BASELINE}",
-        "clock",
-    ]
+    header = ["case", "contender", "ms", "a copy's", "times", "wanted", "predicted bound"]
+    header += [f"over {BASELINE}", "clock"]
+
+    def ms(value: float | None) -> str:
+        return f"{value * 1e3:.4g}" if value else ""
+
+    def two(value: float | None) -> str:
+        return f"{value:.2f}" if value else ""
+
     lines = []
     for row in rows:
-        case = Case.of(row)
-        name = f"{case}{'' if row['skip'] else ' without skip'}"
-        if row["median"] is None:
-            lines.append(
-                [name, row["contender"], "right, not timed" if row["gate"] else "WRONG", *[""] * 6]
-            )
+        cells, middle, floor = [name_of(row), row["contender"]], row["median"], row["floor_copy"]
+        if middle is None:
+            lines.append([*cells, "right, not timed" if row["gate"] else "WRONG", *[""] * 6])
             continue
-        ms = lambda value: f"{value * 1e3:.4g}" if value else ""  # noqa: E731
-        floor, target = row["floor_copy"], row.get("target")
-        over = f"{row['ratio']:.2f}" if row.get("ratio") else ""
-        times = f"{row['median'] / floor:.2f}" if floor else ""
-        cells = [
-            name,
-            row["contender"],
-            ms(row["median"]),
-            ms(floor),
-            times,
-            f"{target:.2f}" if target else "",
-        ]
-        lines.append([*cells, ms(row.get("predicted")), over, row["clock"]])
+        times = two(floor and middle / floor)
+        cells += [ms(middle), ms(floor), times, two(row.get("target")), ms(row.get("predicted"))]
+        lines.append([*cells, two(row.get("ratio")), row["clock"]])
     return markdown(header, lines)
 
 
@@ -158,15 +146,13 @@ def of_call(kernels: list[dict]) -> dict[str, float]:
 
 
 def readme_section(rows: list[dict]) -> str:
-    """Times of the causal convolution in bfloat16 beside a copy, the planner's bound and torch.fft."""
+    """Returns the times of the causal convolution in bfloat16 beside a copy, the planner's bound and torch.fft."""
     run, facts = newest(rows, "run"), newest(rows, "facts")
     timed = last([r for r in rows if r["kind"] == "time"])
     header = ["bfloat16, 64 samples", *[length_name(n) for n in LENGTHS]]
     values = {
         "ms": lambda r: r["median"] * 1e3,
-        "times a copy of its bytes": lambda r: (
-            r["median"] / r["floor_copy"] if r["floor_copy"] else None
-        ),
+        "times a copy of its bytes": lambda r: ratio_of(r["median"], r["floor_copy"]),
         "times the planner's bound": lambda r: r["median"] / r["predicted"],
         "times torch.fft's speed": lambda r: r.get("ratio"),
     }
@@ -176,13 +162,7 @@ def readme_section(rows: list[dict]) -> str:
         ("forward and backward", {"op": "forward+backward", "mode": "causal"}),
         ("gated, forward", {"op": "forward", "mode": "gated"}),
     ):
-        wanted = {
-            **wanted,
-            "contender": "seqconv",
-            "dtype": "bfloat16",
-            "batch": BATCH,
-            "skip": True,
-        }
+        wanted |= {"contender": "seqconv", "dtype": "bfloat16", "batch": BATCH, "skip": True}
         mine = [r for r in timed if r["median"] and all(r[f] == v for f, v in wanted.items())]
         for name, value in values.items():
             cells = []
@@ -210,9 +190,8 @@ def report(folder: Path, readme: Path | None) -> int:
     rows = rows_of(folder)
     run = newest(rows, "run")
     timed = last([row for row in rows if row["kind"] == "time"])
-    print(
-        f"{'DRY RUN: no number below is of a GPU. ' if run['dry'] else ''}{run['when']}, commit {run['commit']}\n"
-    )
+    dry = "DRY RUN: no number below is of a GPU. " if run["dry"] else ""
+    print(f"{dry}{run['when']}, commit {run['commit']}\n")
     status = {row["step"]: row["status"] for row in rows if row["kind"] == "step"}
     print(", ".join(f"{name} {value}" for name, value in status.items()), end="\n\n")
     print(measured_table(timed), end="\n\n")
