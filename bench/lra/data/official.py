@@ -7,7 +7,7 @@ from shlex import quote
 
 from bench.lra.data import formats, origin
 from bench.lra.data.cache import DataError, Gone, Source
-from bench.lra.data.dashes import FOLDERS
+from bench.lra.data.snakes import FOLDERS
 
 _LISTOPS = ("basic_train.tsv", "basic_val.tsv", "basic_test.tsv")
 _AAN = tuple(f"new_aan_pairs.{s}.tsv" for s in ("train", "eval", "test"))

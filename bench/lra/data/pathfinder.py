@@ -29,8 +29,15 @@ from PIL import Image, ImageChops, ImageDraw
 
 from bench import files
 from bench.lra.data.cache import DataError, remove_abandoned, scratch
-from bench.lra.data.dashes import AA, FOLDERS, Settings, downsample, pen
-from bench.lra.data.snakes import grow_distractors, grow_targets
+from bench.lra.data.snakes import (
+    AA,
+    FOLDERS,
+    Settings,
+    downsample,
+    grow_distractors,
+    grow_targets,
+    pen,
+)
 from bench.lra.data.workers import in_order
 
 __all__ = ["EASY", "FOLDERS", "SIZES", "Settings", "contact_sheet", "draw", "write"]
