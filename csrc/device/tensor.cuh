@@ -102,7 +102,7 @@ template <class Number>
 SEQCONV_DEVICE auto twiddles_of(const u32* words, const Warp& w) {
   return every_tile<Number>([=] { return load_factors<Number>(words, w); });
 }
-// Of the kernel's spectrum, kept in the order of a result's elements: 256 words of fp16 pairs or
+// Of the taps' spectrum, kept in the order of a result's elements: 256 words of fp16 pairs or
 // 512 of float32.
 SEQCONV_DEVICE Factors<u32> load_spectrum(const u32* tile, int lane, u32) {
   const uint4 re = ((const uint4*)tile)[2 * lane], im = ((const uint4*)tile)[2 * lane + 1];
@@ -370,7 +370,7 @@ SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass,
 template <class Number>
 SEQCONV_DEVICE void tensor_forward_passes(const Transform& t, const HalfPlane& plane,
                                           const Warp& w) {
-  const int outer = (int)t.count - 2;
+  const int outer = (int)t.passes - 2;
   if (outer == 0) return;
   outer_forward<Number, true>(plane, outer_pass(t, 0), w);
   sync_block();
@@ -390,7 +390,7 @@ SEQCONV_DEVICE Result<Number> inner_forward(const Transform& t, const HalfPlane&
   u32 re[4], im[4];
   load_transposed(im, plane.im + from);
   Result<Number> x;
-  if (t.count == 2) {
+  if (t.passes == 2) {
     const u32 x_im[2][2] = {{im[0], im[1]}, {im[2], im[3]}};
     x = product_of_real<Number>(load_matrix((const u32*)t.tables + kInnerWords, w.lane), x_im);
   } else {
@@ -479,13 +479,13 @@ SEQCONV_DEVICE void emit(const Pair (&v)[2][2], const Warp& w, const Line& first
 }
 
 // Everything from the innermost 256 points on: `spectra(tile, f, twiddles)` gives the product with
-// the kernel; the sink takes 4 results from time t on. What a loop needs is made for it alone, the
-// sink at the end: kept any longer, it would cost the others registers.
+// the taps' spectrum; the sink takes 4 results from time t on. What a loop needs is made for it
+// alone, the sink at the end: kept any longer, it would cost the others registers.
 template <class Number, class Spectra, class MakeSink>
 SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, const Warp& all,
                                    Spectra spectra, MakeSink make_sink) {
   const Warp w = for_part(all);
-  const int outer = (int)t.count - 2, tiles = (int)t.n / 256;
+  const int outer = (int)t.passes - 2, tiles = (int)t.n / 256;
   const u32* table = (const u32*)t.tables;
   {
     const Matrix f = load_matrix(table, w.lane);

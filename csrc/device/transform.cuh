@@ -10,7 +10,16 @@
 //
 // The inverse is the mirror image, unscaled: the kernel's spectrum carries the factor 1/n.
 #pragma once
-#include "problem.cuh"
+#include "radix.cuh"
+
+// Of n points, the product of the radices.
+struct Transform {
+  i64 n, passes;
+  i64 radices;        // one byte each, the first in the lowest
+  const c32* tables;  // the constants of the passes, made by seqconv/backends/cuda/tables.py: here
+                      // 16 factors for the first inputs, then one table of twiddles for each pass
+                      // but the last; for tensor.cuh in an order of its own
+};
 
 // A row's place in shared memory, one element wider every 16, so that columns of 16 neighbours meet
 // no bank twice.

@@ -35,7 +35,7 @@ def cache(tmp_path, monkeypatch):
 def test_what_was_compiled_is_kept_by_all_that_it_depends_on(cache, monkeypatch):
     first = compiler.compile_kernel("spectrum", "sm_90")
     assert compiler.compile_kernel("spectrum", "sm_90") == first and len(cache.compiled) == 1
-    assert compiler.compile_kernel("kernel_scales", "sm_90") != first
+    assert compiler.compile_kernel("taps_divisors", "sm_90") != first
     assert compiler.compile_kernel("spectrum", "sm_80") != first
     monkeypatch.setattr(compiler, "version", lambda: "13.5.38")
     assert compiler.compile_kernel("spectrum", "sm_90") != first
@@ -118,7 +118,7 @@ def test_what_another_user_keeps_stays(cache, monkeypatch, recwarn):
     compiler.compile_kernel("spectrum", "sm_90")
     monkeypatch.setattr(compiler, "CACHE_BYTES", 0)
     monkeypatch.setattr(Path, "unlink", refuse)
-    compiler.compile_kernel("kernel_scales", "sm_90")
+    compiler.compile_kernel("taps_divisors", "sm_90")
     assert not recwarn.list and len(list(cache.folder.iterdir())) == 2
 
 

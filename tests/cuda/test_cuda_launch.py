@@ -12,7 +12,7 @@ import pytest
 import torch
 from accuracy import rel_l2
 from cases import Case, double
-from emulated import HERE, Emulator, as_backend, build
+from emulated import HERE, Emulator, arguments_size, as_backend, build
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqconv
@@ -118,7 +118,7 @@ class Driver:
         self.running = True
         if self.status:
             return (self.status,)
-        size = self.emulator.library.arguments_size()
+        size = arguments_size(self.emulator.library, name)
         address = ctypes.c_void_p.from_address(parameters).value
         copied = array("q", ctypes.string_at(address, size))
         self.emulator.launch(name, gx, bx, shared, copied)
@@ -239,8 +239,8 @@ def test_first_call_inside_a_graph_capture_says_so(device):
 
 
 def test_scratch_of_long_rows_is_bounded(device, monkeypatch):
-    """Channels are taken in turn where the passes between would need more than WORK_BYTES."""
-    monkeypatch.setattr(convolution, "WORK_BYTES", 1 << 20)
+    """Channels are taken in turn where the passes between would need more than SCRATCH_BYTES."""
+    monkeypatch.setattr(convolution, "SCRATCH_BYTES", 1 << 20)
     device.limits = device.limits.__class__(shared=20000, shared_total=20000, tensor_cores=False)
     case = Case(2, 5, 9000, 9000, heads=2, skip="ch", activation="silu", post_gate=True)
     tensors = case.tensors()
@@ -278,17 +278,17 @@ def fresh(monkeypatch):
 
 
 def test_why_there_is_no_kernel(monkeypatch, fresh):
-    cuda = torch.device("cuda", 0)
-    assert "float64" in cuda.reason(cuda, torch.float64, 5)
+    first = torch.device("cuda", 0)
+    assert "float64" in cuda.reason(first, torch.float64, 5)
     monkeypatch.setattr(driver, "packages_reason", lambda: "No module: pip install cuda-python")
-    assert "pip install cuda-python" in cuda.reason(cuda, torch.float32, 5)
+    assert "pip install cuda-python" in cuda.reason(first, torch.float32, 5)
 
 
 def test_rows_without_a_plan_take_the_fallback(device, monkeypatch, fresh):
     monkeypatch.setattr(driver, "device", lambda index: device)
-    cuda, most = torch.device("cuda", 0), longest(device.limits)
-    assert most > 1 << 26 and cuda.reason(cuda, torch.float32, most) is None
-    assert str(most) in cuda.reason(cuda, torch.float32, most + 1)
+    first, most = torch.device("cuda", 0), longest(device.limits)
+    assert most > 1 << 26 and cuda.reason(first, torch.float32, most) is None
+    assert str(most) in cuda.reason(first, torch.float32, most + 1)
 
 
 def test_failures_are_tried_again_but_not_for_ever(monkeypatch, fresh):

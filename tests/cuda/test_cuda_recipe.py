@@ -13,7 +13,7 @@ from emulated import Emulator, as_backend, build, forget_recipes
 
 from seqconv import fftconv
 from seqconv.backends.cuda import convolution
-from seqconv.backends.cuda.arguments import _PLACES
+from seqconv.backends.cuda.arguments import CONVOLUTION
 from seqconv.backends.cuda.plan import H100
 from seqconv.backends.cuda.tables import CaptureError, Tables
 from seqconv.backends.cuda.tables import build as build_table
@@ -73,7 +73,7 @@ def test_channels_in_turn(library, layout, monkeypatch):
     limits = replace(SMALL, tensor_cores=False)
     whole = results(Emulator(library, limits), case, 0)
     forget_recipes()
-    monkeypatch.setattr(convolution, "WORK_BYTES", 1 << 21)
+    monkeypatch.setattr(convolution, "SCRATCH_BYTES", 1 << 21)
     device = Emulator(library, limits)
     assert same(whole, results(device, case, 0)) and same(whole, results(device, case, 0))
     known = convolution._backward.cache_info()
@@ -199,7 +199,8 @@ class Slow:
         time.sleep(1e-4)
         u, y = self.mine.addresses
         if kernel.startswith("forward"):
-            self.wrong += [arguments[_PLACES["u"]] != u or arguments[_PLACES["y"]] != y]
+            places = CONVOLUTION.places
+            self.wrong += [arguments[places["u"]] != u or arguments[places["y"]] != y]
 
 
 def test_threads_that_run_one_recipe():

@@ -19,8 +19,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def added_up(device, partial: torch.Tensor, dskip: torch.Tensor) -> torch.Tensor:
     parts, heads, channels, threads = partial.shape
-    fields = {"parts": parts, "heads": heads, "channels": channels, "row_threads": threads}
-    told = arguments(**fields, partial_skip=partial, dskip=dskip)
+    sizes = {"parts": parts, "heads": heads, "channels": channels, "threads": threads}
+    told = arguments("skip_gradient", **sizes, dskip_parts=partial, dskip=dskip)
     device.launch("skip_gradient", heads * channels, SKIP_THREADS, 8 * SKIP_THREADS, told)
     return dskip
 
@@ -91,7 +91,7 @@ def test_every_plan(machine, plan, monkeypatch):
             (7, torch.float32, 1),
             (1, torch.bfloat16, 1 << 28),
         ):
-            monkeypatch.setattr(convolution, "WORK_BYTES", most)
+            monkeypatch.setattr(convolution, "SCRATCH_BYTES", most)
             forget_recipes()
             memory = torch.full((*leaf.shape[:-1], 3, 2 * leaf.shape[-1]), 7.0, dtype=dtype)
             dskip = memory[..., 1, ::2]

@@ -9,7 +9,6 @@ from device_cases import FEW, ORDERS, results
 from emulated import as_backend
 
 from seqconv import fftconv
-from seqconv.backends.cuda.arguments import arguments
 
 
 def test_every_barrier_is_needed(emulator):
@@ -62,7 +61,3 @@ def test_tensor_core_instructions_match_the_formula(emulator, mode):
         tiles, passes = length // 256, 2 + outer
         expected = tiles * (2 * 4 + (2 * passes - 2) * 8)
         assert emulator.library.tensor_products() - before == expected
-
-
-def test_arguments_match_the_kernels(emulator):
-    assert emulator.library.arguments_size() == 8 * len(arguments())

@@ -16,21 +16,13 @@ from seqconv.ops import operators
 
 HERE = Path(__file__).parent / "device"
 FLAGS = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-ENTRY = """
-extern "C" const char* emulate_{name}(const void* arguments, unsigned grid, unsigned threads, size_t shared,
-                                      unsigned order, const char* without) {{
-  return guarded([&] {{
-    const Args& a = *(const Args*)arguments;
-    emulator::launch(grid, threads, {{order, shared, without}}, [&] {{ {body}(a, emulator::block().shared.data); }});
-  }});
-}}
-"""
 
 
 def build(*extra: str) -> ctypes.CDLL:
     """The kernels as a shared library, built once for each state of the sources."""
     text = (HERE / "host.cpp").read_text() + "".join(
-        ENTRY.format(name=name, body=body) for name, (body, _, _) in kernels.KERNELS.items()
+        f"ENTRY({name}, {kernel.arguments}, {kernel.body})\n"
+        for name, kernel in kernels.KERNELS.items()
     )
     asked = os.environ.get("SEQCONV_EMULATOR_FLAGS", "").split()  # sanitizers
     flags = [*FLAGS, *(["-mf16c"] if os.uname().machine == "x86_64" else []), *asked, *extra]
@@ -48,9 +40,15 @@ def build(*extra: str) -> ctypes.CDLL:
             os.replace(made, target)
     library = ctypes.CDLL(str(target))
     library.emulator_visited.restype = ctypes.c_char_p
-    library.arguments_size.restype = ctypes.c_size_t
     library.tensor_products.restype = ctypes.c_long
     return library
+
+
+def arguments_size(library: ctypes.CDLL, kernel: str) -> int:
+    """The bytes of the structure that the kernel takes."""
+    size = getattr(library, f"arguments_of_{kernel}")
+    size.restype = ctypes.c_size_t
+    return size()
 
 
 @dataclass
@@ -65,13 +63,15 @@ class Emulator:
     table = Tables(lambda words: words, lambda: False)
 
     def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments) -> None:
-        assert 0 < threads <= kernels.KERNELS[kernel][1] and 0 < grid < 1 << 31
+        assert 0 < threads <= kernels.KERNELS[kernel].threads and 0 < grid < 1 << 31
         assert shared <= self.limits.shared
         self.launches.append((kernel, grid, threads, shared))
         run = getattr(self.library, f"emulate_{kernel}")
         run.restype = ctypes.c_char_p
         without = self.without.encode()
-        address = ctypes.c_void_p(arguments.buffer_info()[0])
+        address, count = arguments.buffer_info()
+        assert count * arguments.itemsize == arguments_size(self.library, kernel)
+        address = ctypes.c_void_p(address)
         error = run(address, grid, threads, ctypes.c_size_t(shared), self.order, without)
         if error:
             raise RuntimeError(f"{kernel}: {error.decode()}")

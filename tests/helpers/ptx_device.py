@@ -173,7 +173,7 @@ class PtxDevice:
         return program_of(self.alter(kernel, ptx) if self.alter else ptx)
 
     def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments) -> None:
-        assert 0 < threads <= kernels.KERNELS[kernel][1] and 0 < grid < 1 << 31
+        assert 0 < threads <= kernels.KERNELS[kernel].threads and 0 < grid < 1 << 31
         assert shared <= self.limits.shared
         self.launches.append((kernel, grid, threads, shared))
         program = self.program(kernel)

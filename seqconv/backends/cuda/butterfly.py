@@ -4,10 +4,13 @@ As csrc/device/butterfly.cuh has it: n up to what a block holds of float32 numbe
 passes of 16 points and at most one of fewer.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from seqconv.backends.cuda.arguments import arguments
+from seqconv.backends.cuda.arguments import transform as transform_words
 from seqconv.backends.cuda.plan import RADICES, radix_bytes
 from seqconv.backends.cuda.tables import build
 from seqconv.backends.pack import materialise
@@ -19,7 +22,8 @@ def _fields(
     device, x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...], groups: int
 ) -> dict:
     batch, channels, length = x.shape
-    n = torch.Size(radices).numel()
+    n = math.prod(radices)
+    table = device.table(build, n, radices, len(radices), False)
     heads = factors[radices[0]].shape[0]
     # every radix has its place; those that do not occur are not read
     parts = [
@@ -33,13 +37,10 @@ def _fields(
         "channels": channels,
         "length": length,
         "groups": groups,
-        "n": n,
-        "count": len(radices),
-        "radices": sum(r << (8 * i) for i, r in enumerate(radices)),
-        "tables": device.table(build, n, radices, len(radices), False),
+        "head_channels": channels // heads,
+        "transform": transform_words(n, radices, table),
         "matrices": torch.cat(parts, 1).contiguous(),
-        "matrix_channels": channels // heads,
-        "u": x,
+        "x": x,
     }
 
 
@@ -50,16 +51,18 @@ def _groups(batch: int, most: int) -> int:
 
 def _launch(device, kernel: str, fields: dict) -> None:
     grid = fields["channels"] * fields["groups"]
-    device.launch(kernel, grid, THREADS, radix_bytes(fields["n"]), arguments(**fields))
+    shared = radix_bytes(fields["transform"][0])
+    device.launch(kernel, grid, THREADS, shared, arguments(kernel, **fields))
 
 
 def transform(device, x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...]) -> Tensor:
     """reference.butterfly."""
     x = materialise(x)
     fields = _fields(device, x, factors, radices, _groups(x.shape[0], 64))
-    out = torch.empty(*x.shape[:2], fields["n"], 2, dtype=torch.float32, device=x.device)
-    _launch(device, "butterfly", fields | {"work": out})
-    return out
+    shape = (*x.shape[:2], math.prod(radices), 2)
+    spectrum = torch.empty(shape, dtype=torch.float32, device=x.device)
+    _launch(device, "butterfly", fields | {"spectrum": spectrum})
+    return spectrum
 
 
 def gradients(
@@ -71,9 +74,10 @@ def gradients(
     fields = _fields(device, x, factors, radices, _groups(batch, 8))
     blocks = channels * fields["groups"]
     dx = torch.empty_like(x)
-    sums = torch.zeros(blocks, fields["matrices"].shape[1], device=x.device)
-    inputs = torch.empty(blocks, len(radices), fields["n"], 2, dtype=torch.float32, device=x.device)
-    more = {"work": dz, "du": dx, "partial": inputs, "partial_matrices": sums}
+    numbers = {"dtype": torch.float32, "device": x.device}
+    sums = torch.zeros(blocks, fields["matrices"].shape[1], **numbers)
+    inputs = torch.empty(blocks, len(radices), math.prod(radices), 2, **numbers)
+    more = {"dspectrum": dz, "dx": dx, "pass_inputs": inputs, "dmatrices_parts": sums}
     _launch(device, "butterfly_backward", fields | more)
     heads = fields["matrices"].shape[0]
     # (group, channel) blocks to the channels of each head

@@ -183,7 +183,7 @@ def device(index: int) -> Device:
 
     with torch.cuda.device(index):
         made = Device(index, driver)
-        made.kernel("kernel_scales")  # the smallest: does anything compile, load and stay?
+        made.kernel("taps_divisors")  # the smallest: does anything compile, load and stay?
     return made
 
 

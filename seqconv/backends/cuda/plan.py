@@ -73,7 +73,7 @@ class Problem:
         return self.batch if self.per_sample else 1
 
     @property
-    def kernel_rows(self) -> int:
+    def taps_rows(self) -> int:
         return self.sets * self.heads * self.channels
 
 
@@ -318,20 +318,20 @@ def _one_pass(problem, limits, engine, n, step, lead, row_threads, planes, backw
         return None  # the spectra's order has tiles of 256
     columns = _columns(limits, outer, n // outer)
     (taps_threads,) = _teams(n // outer, "radix")
-    taps_slots = _slots(limits, taps_threads, radix_bytes(n // outer), problem.kernel_rows * outer)
+    taps_slots = _slots(limits, taps_threads, radix_bytes(n // outer), problem.taps_rows * outer)
 
     launches = (3 if backward else 2) + bool(outer_radices) * (3 if backward else 2)
-    spectrum = (4 if engine == "tensor" and problem.fast else 8) * n * problem.kernel_rows
+    spectrum = (4 if engine == "tensor" and problem.fast else 8) * n * problem.taps_rows
     moved = _signal_bytes(problem, backward) * (n / step if windows > 1 else 1)
-    moved += 2 * spectrum + (16 * n * problem.kernel_rows * groups * slots if backward else 0)
+    moved += 2 * spectrum + (16 * n * problem.taps_rows * groups * slots if backward else 0)
     if outer_radices:  # the pieces, there and back
-        moved += (32 if backward else 16) * n * problem.kernel_rows
+        moved += (32 if backward else 16) * n * problem.taps_rows
     if backward and planes == 1:  # spectra of x; most of them stay in the cache
         moved += (8 if problem.fast else 16) * n * windows * problem.batch * problem.channels
     transforms = (1 + problem.heads) / 2 + (problem.heads / 2 if backward else 0)
     work = transforms * _instructions(problem, engine, n, radices, row_threads)
     work *= problem.batch * problem.channels * windows
-    work += problem.kernel_rows * _instructions(problem, "radix", n, radices) / 2
+    work += problem.taps_rows * _instructions(problem, "radix", n, radices) / 2
     blocks = problem.sets * problem.channels * groups
     fit = min(limits.shared_total // (slots * row_bytes), FULL * 32 // (row_threads * slots))
     warps = max(1, min(fit, blocks / limits.processors)) * row_threads * slots / 32
@@ -380,13 +380,13 @@ def _three_passes(problem, limits, planes, backward) -> list[Plan]:
         (row_threads,) = _teams(lower, "radix")
         slots = _slots(limits, row_threads, planes * radix_bytes(lower), min(rows, MAX_PARTS))
         groups = _groups(inner, limits, rows, slots, backward)
-        taps_slots = _slots(limits, row_threads, radix_bytes(lower), inner.kernel_rows)
+        taps_slots = _slots(limits, row_threads, radix_bytes(lower), inner.taps_rows)
         signals = problem.batch * problem.channels * (1 + problem.heads + backward)
-        moved = _signal_bytes(problem, backward) + 16 * n * signals + 48 * n * problem.kernel_rows
-        moved += 16 * n * problem.kernel_rows * groups * slots if backward else 0
+        moved = _signal_bytes(problem, backward) + 16 * n * signals + 48 * n * problem.taps_rows
+        moved += 16 * n * problem.taps_rows * groups * slots if backward else 0
         work = outer * _instructions(problem, "radix", lower, radices)
         work += n * (RADIX_ENDS + RADIX_PASS * (len(outer_radices) - 1)) / 32
-        work *= (signals + problem.kernel_rows) / 2
+        work *= (signals + problem.taps_rows) / 2
         found.append(
             Plan(
                 engine="radix",
@@ -435,5 +435,5 @@ def torch_fft_seconds(problem: Problem, limits: Limits = H100, backward: bool = 
     """
     samples = problem.batch * problem.channels * problem.length
     launches = 13 if problem.taps_rev else 10
-    traffic = 84 * samples * (1 + problem.heads) / 2 + 48 * problem.kernel_rows * problem.length
+    traffic = 84 * samples * (1 + problem.heads) / 2 + 48 * problem.taps_rows * problem.length
     return (3 if backward else 1) * (traffic / limits.bandwidth + launches * LAUNCH)

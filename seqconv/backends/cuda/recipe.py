@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqconv.backends.cuda.arguments import address, fill
+from seqconv.backends.cuda.arguments import address, structure_of
 
 ALIGNMENT = 512  # bytes: what torch's own allocations have on a device
 SCRATCH = 0  # its number among a call's memories; then come the tensors, then the tables
@@ -101,11 +101,11 @@ class Recipe:
         number = 1 + self._tensors + len(self.tables)
         return self.tables.setdefault(made_by, Address(number))
 
-    def launch(self, kernel: str, launch: tuple[int, int, int], values: list, fields: dict) -> None:
-        """(grid, threads, bytes of shared memory), and the arguments: `values` with the fields written to them."""
-        values = fill(fields, values.copy())
-        places = [(i, *v) for i, v in enumerate(values) if isinstance(v, Address)]
-        numbers = array("q", [0 if isinstance(v, Address) else v for v in values])
+    def launch(self, kernel: str, launch: tuple[int, int, int], fields: dict) -> None:
+        """Adds a launch. launch: grid, threads, bytes of shared memory; fields: of the kernel's arguments."""
+        words = structure_of(kernel).words(fields)
+        places = [(i, *word) for i, word in enumerate(words) if isinstance(word, Address)]
+        numbers = array("q", [0 if isinstance(word, Address) else word for word in words])
         self.launches.append(Launch(kernel, *launch, numbers, tuple(places)))
 
     def run(self, device, scratch: int, tensors: list[int]) -> None:

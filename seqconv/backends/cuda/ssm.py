@@ -20,7 +20,7 @@ BLOCKS = 16  # that a multiprocessor is given, where the length suffices: severa
 
 
 def _launch(device, kernel: str, grid: int, shared: int, fields: dict) -> None:
-    device.launch(kernel, grid, THREADS, shared, arguments(**fields))
+    device.launch(kernel, grid, THREADS, shared, arguments(kernel, **fields))
 
 
 def _prepare(device, a: Tensor, heads: int, length: int) -> dict:
@@ -48,7 +48,7 @@ def forward(device, k: Tensor, a: Tensor, w: Tensor) -> None:
     heads, channels, length = k.shape
     if not k.numel():
         return
-    fields = _prepare(device, a, heads, length) | {"k": k, "work": w.float()}
+    fields = _prepare(device, a, heads, length) | {"k": k, "rounded_weights": w.float()}
     _launch(device, "ssm_forward", channels * fields["groups"], FORWARD_SHARED, fields)
 
 

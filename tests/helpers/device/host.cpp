@@ -1,5 +1,4 @@
-// The doors of the emulator library: one for each kernel is appended where it
-// is built (tests/emulated.py).
+// The doors of the emulator's library. tests/helpers/emulated.py appends an ENTRY for each kernel.
 #include "emulator.h"
 
 #include "butterfly.cuh"
@@ -22,7 +21,6 @@ extern "C" const char* emulator_visited() {
   for (const std::string& site : emulator::visited) last += site + "\n";
   return last.c_str();
 }
-extern "C" size_t arguments_size() { return sizeof(Args); }
 extern "C" long tensor_products() { return emulator::products; }
 // What the detectors must find, on purpose: a name for each, run by one block
 // of two warps.
@@ -43,3 +41,15 @@ extern "C" const char* emulate_fault(int which) {
     });
   });
 }
+
+// The door of one kernel: its name, the structure of its arguments, and what its body calls.
+#define ENTRY(name, Arguments, ...)                                                             \
+  extern "C" size_t arguments_of_##name() { return sizeof(Arguments); }                         \
+  extern "C" const char* emulate_##name(const void* arguments, unsigned grid, unsigned threads, \
+                                        size_t shared, unsigned order, const char* without) {   \
+    return guarded([&] {                                                                        \
+      const Arguments& a = *(const Arguments*)arguments;                                        \
+      emulator::launch(grid, threads, {order, shared, without},                                 \
+                       [&] { __VA_ARGS__(a, emulator::block().shared.data); });                 \
+    });                                                                                         \
+  }
