@@ -7,6 +7,12 @@ from seqconv.backends.cuda.plan import MAX_PASSES, Plan, Problem
 from seqconv.backends.cuda.tables import SCALES, build, build_tensor
 from seqconv.backends.pack import ACTIVATIONS
 
+ORDERS = {
+    "": 0,
+    "_accurate": 1,
+    "_fast": 2,
+}  # how spectra are kept: enum Order of csrc/device/fftconv.cuh
+
 
 class Base(NamedTuple):
     """What all launches of one kind have in common."""
@@ -47,7 +53,7 @@ class Layout:
             "outer": plan.outer,
             "lower": plan.lower,
             "columns": plan.columns,
-            "order": {"": 0, "_accurate": 1, "_fast": 2}[self.mode],
+            "order": ORDERS[self.mode],
             "spectrum_scale": spectrum_scale,
             "gradient_scale": gradient_scale,
         }
