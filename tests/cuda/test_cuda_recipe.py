@@ -15,6 +15,7 @@ from seqconv import fftconv
 from seqconv.backends.cuda import convolution
 from seqconv.backends.cuda.arguments import CONVOLUTION
 from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.recipe import Recipe
 from seqconv.backends.cuda.tables import CaptureError, Tables
 from seqconv.backends.cuda.tables import build as build_table
 
@@ -266,8 +267,9 @@ def test_recipes_are_bounded():
         assert 64 <= kept.cache_info().maxsize <= 4096
 
 
-def test_scratch_is_used_again(library):
+def test_scratch_is_used_again(library, monkeypatch):
     """A gradient behind an activation makes the taps' spectra twice, one after the other, in the same memory."""
+    monkeypatch.setattr(convolution, "Recipe", Recipe)  # without bands
     case = Case(2, 3, 300, 300, activation="gelu")
     results(Emulator(library), case, 0)
     sizes = []
@@ -304,9 +306,10 @@ class Nothing(Slow):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_a_call_costs(dtype):
+def test_what_a_call_costs(dtype, monkeypatch):
     """In entered functions, which no load of the machine changes. Planning and packing for every call took 98 and
     258 of them; 42 of the latter are torch's own for a Function that does nothing."""
+    monkeypatch.setattr(convolution, "Recipe", Recipe)  # without bands
     leaves = [t.requires_grad_() for t in inputs(u=HALF["u"].to(dtype)).values()]
     dy = torch.ones(2, 3, 300, dtype=dtype)
     with as_backend(Nothing()):

@@ -1,14 +1,17 @@
 """The emulator of tests/device: what it must notice, and what it counts."""
 
 import ctypes
+import math
 
 import pytest
 import torch
 from cases import Case
 from device_cases import FEW, ORDERS, results
-from emulated import as_backend
+from emulated import Emulator, as_backend
+from guarded import BAND, Overrun
 
 from seqconv import fftconv
+from seqconv.backends.cuda.arguments import CONVOLUTION
 
 
 def test_every_barrier_is_needed(emulator):
@@ -61,3 +64,23 @@ def test_tensor_core_instructions_match_the_formula(emulator, mode):
         tiles, passes = length // 256, 2 + outer
         expected = tiles * (2 * 4 + (2 * passes - 2) * 8)
         assert emulator.library.tensor_products() - before == expected
+
+
+@pytest.mark.parametrize("step", [-BAND // 4, -1, 2, 1 + BAND // 4], ids=str)
+def test_a_step_beside_a_piece_of_scratch_memory(emulator, step):
+    """Two divisors of two rows of taps, and what lies a few elements before or behind them."""
+    seen = []
+
+    class Beside(Emulator):
+        def launch(self, kernel, grid, threads, shared, arguments):
+            super().launch(kernel, grid, threads, shared, arguments)
+            if kernel == "spectrum":
+                divisors = arguments[CONVOLUTION.places["divisors"]]
+                at = ctypes.c_float.from_address(divisors + 4 * step)
+                seen.append(at.value)
+                at.value = 1.0
+
+    case = Case(2, 2, 1024, 1024, dtype=torch.bfloat16)
+    with as_backend(Beside(emulator.library)), pytest.raises(Overrun, match="spectrum wrote"):
+        case.run(fftconv, case.tensors())
+    assert len(seen) == 1 and math.isnan(seen[0])

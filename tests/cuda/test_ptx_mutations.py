@@ -10,11 +10,12 @@ import torch
 from accuracy import rel_l2
 from cases import Case, double, oracle
 from device_cases import FEW
-from emulated import as_backend
+from emulated import as_backend, forget_recipes
 from judge import ROUNDING, STATED
 
 from seqconv import fftconv
-from seqconv.backends.cuda import kernels
+from seqconv.backends.cuda import convolution, kernels
+from seqconv.backends.cuda.recipe import Recipe
 
 ptx_device = pytest.importorskip("ptx_device")
 if ptx_device.compiler.compiler_reason():
@@ -145,6 +146,26 @@ def test_barriers_are_needed(kernel):
             for case, order in tries
         )
     assert count >= 6 and spared <= 2
+
+
+SUM = "*mine = begins ? dskip : *mine + dskip;"
+BESIDE = {  # a piece of scratch memory, by one element: what the gradient's kernel does besides, with the same result
+    "written behind": (SUM, f"{SUM} a.divisors[1] = 0.f;"),
+    "written before": (SUM, f"{SUM} a.dskip_parts[-1] = 0.f;"),
+    "read behind": (SUM, f"{SUM} if (a.divisors[1] == 1e30f) *mine = 0.f;"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_step_beside_a_piece_of_scratch_memory(name, monkeypatch):
+    """In one allocation without bands between its pieces nobody notices it; with them it is a fault."""
+    before, after = BESIDE[name]
+    assert kernels.headers().count(before) >= 1
+    change = only(lambda source: source.replace(before, after))
+    assert "outside of global memory" in outcome(change=change)
+    monkeypatch.setattr(convolution, "Recipe", Recipe)
+    forget_recipes()
+    assert outcome(change=change, races="shared") == "right"
 
 
 @pytest.mark.parametrize("short", ["shared", "table"])

@@ -133,6 +133,19 @@ def living_memory() -> list[tuple[int, int]]:
     return apart
 
 
+def without(ranges: list[tuple[int, int]], holes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What the holes leave of the ranges; both are addresses and sizes in order and apart."""
+    left = []
+    for begin, size in ranges:
+        end = begin + size
+        for hole, hole_size in holes:
+            if begin < hole + hole_size and hole < end:
+                left.append((begin, hole - begin))
+                begin = hole + hole_size
+        left.append((begin, end - begin))
+    return [(begin, size) for begin, size in left if size > 0]
+
+
 _PROGRAMS: dict[str, Program] = {}
 
 
@@ -164,6 +177,7 @@ class PtxDevice:
     change: Callable[[str, str], str] | None = None
     alter: Callable[[str, str], str] | None = None
     launches: list = field(default_factory=list)
+    forbidden: list[tuple[int, int]] = ()  # address and size of memory that no launch may touch
     table = Tables(lambda words: words, lambda: False)
 
     def program(self, kernel: str) -> Program:
@@ -181,7 +195,7 @@ class PtxDevice:
         assert program.parameters_size == count * arguments.itemsize
         flags = (RACES[self.races], ROUNDINGS[self.rounding], 0)
         options = Launch(grid, threads, shared, min(self.order, 2), *flags)
-        program.launch(options, address, living_memory())
+        program.launch(options, address, without(living_memory(), self.forbidden))
 
 
 class PtxLibrary:
