@@ -1,6 +1,6 @@
 """The planner's model against measurements: which of its constants were wrong, and by what factor."""
 
-from seqconv.backends.cuda.plan import LAUNCH
+from seqconv.backends.cuda.cost import LAUNCH
 
 ISSUED = "sm__inst_issued.avg.pct_of_peak_sustained_active"
 EXECUTED = "smsp__inst_executed.sum"

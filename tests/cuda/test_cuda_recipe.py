@@ -14,7 +14,7 @@ from emulated import Emulator, as_backend, build, forget_recipes
 from seqconv import fftconv
 from seqconv.backends.cuda import convolution
 from seqconv.backends.cuda.arguments import CONVOLUTION
-from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.problem import H100
 from seqconv.backends.cuda.recipe import Recipe
 from seqconv.backends.cuda.tables import CaptureError, Tables
 from seqconv.backends.cuda.tables import build as build_table

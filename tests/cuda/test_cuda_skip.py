@@ -12,7 +12,7 @@ from seqconv import reference
 from seqconv.backends.cuda import convolution
 from seqconv.backends.cuda.arguments import arguments
 from seqconv.backends.cuda.convolution import SKIP_THREADS
-from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.problem import H100
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -11,7 +11,7 @@ from test_cuda_launch import Device, Driver
 from seqconv import reference, ssm_kernel
 from seqconv.backends import cuda
 from seqconv.backends.cuda import driver, kernels, ssm
-from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.problem import H100
 from seqconv.ops import modes
 
 FEW = replace(H100, processors=1)  # several tiles for every block

@@ -30,7 +30,8 @@ from test_fftconv import CASES
 
 from seqconv import fftconv, reference
 from seqconv.backends.cuda import convolution, kernels
-from seqconv.backends.cuda.plan import H100, Limits, Problem, make_plan
+from seqconv.backends.cuda.plan import make_plan
+from seqconv.backends.cuda.problem import H100, Limits, Problem
 from seqconv.backends.cuda.recipe import Recipe
 
 

@@ -14,7 +14,7 @@ from device_cases import A100, FEW, SMALL, TURING, check, one_plane, planned, ru
 from judge import sums
 
 from seqconv.backends.cuda import convolution, kernels
-from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.problem import H100
 
 ptx_device = pytest.importorskip("ptx_device")
 if ptx_device.compiler.compiler_reason():

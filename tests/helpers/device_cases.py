@@ -10,7 +10,9 @@ from judge import judge
 
 from seqconv import fftconv
 from seqconv.backends.cuda import convolution
-from seqconv.backends.cuda.plan import H100, Limits, make_plan, tensor_bytes
+from seqconv.backends.cuda.lengths import tensor_bytes
+from seqconv.backends.cuda.plan import make_plan
+from seqconv.backends.cuda.problem import H100, Limits
 
 A100 = Limits(shared=166912, shared_total=167936, processors=108, clock=1.41e9, bandwidth=1.55e12)
 TURING = Limits(65536, 65536, 40, 1.59e9, 3.2e11, tensor_cores=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from seqconv.backends.cuda import convolution, kernels
-from seqconv.backends.cuda.plan import H100, Limits
+from seqconv.backends.cuda.problem import H100, Limits
 from seqconv.backends.cuda.tables import Tables
 from seqconv.ops import operators
 
@@ -27,7 +27,7 @@ def build(*extra: str) -> ctypes.CDLL:
     asked = os.environ.get("SEQCONV_EMULATOR_FLAGS", "").split()  # sanitizers
     flags = [*FLAGS, *(["-mf16c"] if os.uname().machine == "x86_64" else []), *asked, *extra]
     compiler = os.environ.get("CXX", "g++")
-    headers = [*sorted(kernels.folder().iterdir()), HERE / "emulator.h"]
+    headers = [*sorted(kernels.folder().glob("*.cuh")), *sorted(HERE.glob("*.h"))]
     state = (text, flags, compiler, [path.read_bytes() for path in headers])
     key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"seqconv-emulator-{os.getuid()}-{key}.so"

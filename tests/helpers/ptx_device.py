@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from seqconv.backends.cuda import compiler, kernels
-from seqconv.backends.cuda.plan import H100, Limits
+from seqconv.backends.cuda.problem import H100, Limits
 from seqconv.backends.cuda.tables import Tables
 
 HERE = Path(__file__).parent / "ptx"

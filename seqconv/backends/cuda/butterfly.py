@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqconv.backends.cuda.arguments import arguments
 from seqconv.backends.cuda.arguments import transform as transform_words
-from seqconv.backends.cuda.plan import RADICES, radix_bytes
+from seqconv.backends.cuda.lengths import RADICES, radix_bytes
 from seqconv.backends.cuda.tables import build
 from seqconv.backends.pack import materialise
 

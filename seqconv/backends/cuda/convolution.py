@@ -17,7 +17,8 @@ from torch import Tensor
 from seqconv.backends.cuda import kernels
 from seqconv.backends.cuda.arguments import transform
 from seqconv.backends.cuda.layout import Base, Layout
-from seqconv.backends.cuda.plan import Limits, Plan, Problem, make_plan
+from seqconv.backends.cuda.plan import Plan, make_plan
+from seqconv.backends.cuda.problem import Limits, Problem
 from seqconv.backends.cuda.recipe import Operand, Recipe, geometries, operands
 from seqconv.backends.pack import ABSENT, materialise, reach, zero_unreached
 

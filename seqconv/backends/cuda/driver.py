@@ -22,7 +22,7 @@ from seqconv.backends.cuda.compiler import (
     prebuilt_folders,
     remedy,
 )
-from seqconv.backends.cuda.plan import Limits
+from seqconv.backends.cuda.problem import Limits
 from seqconv.backends.cuda.tables import FIRST_CALL, CaptureError, Tables
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 _HERE = Path(__file__).parent
 _IO = {"f32": "float", "bf16": "bf16", "f16": "fp16"}
 # Lengths whose transforms on tensor cores have kernels of their own, with sums in fp16 (convolution.py): known
-# when they are compiled, a sixth to a quarter fewer instructions. The radices are seqconv.backends.cuda.plan.factor's.
+# when they are compiled, a sixth to a quarter fewer instructions. The radices are those of lengths.factor.
 FIXED = {
     1024: (4, 16, 16),
     2048: (8, 16, 16),

@@ -3,7 +3,9 @@
 import math
 from typing import NamedTuple
 
-from seqconv.backends.cuda.plan import MAX_PASSES, Plan, Problem
+from seqconv.backends.cuda.lengths import MAX_PASSES
+from seqconv.backends.cuda.plan import Plan
+from seqconv.backends.cuda.problem import Problem
 from seqconv.backends.cuda.tables import SCALES, build, build_tensor
 from seqconv.backends.pack import ACTIVATIONS
 

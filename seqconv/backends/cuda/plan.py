@@ -1,80 +1,38 @@
 """How a convolution is laid out on a device: a pure function of the problem and the device's limits.
 
-Sizes and threads follow csrc/device. The times are a model (bytes over bandwidth, warp instructions over issue slots),
-for choosing between plans and for `explain`; they are not measurements but lower bounds: the model takes every issue
-slot as used, and leaves out what gates read and do, the skip's sum and the cache's traffic with the taps' gradient.
+Sizes and threads follow csrc/device. Of the plans that fit, the one with the smallest time by cost.py is taken.
 """
 
 import functools
 import math
 from dataclasses import dataclass, replace
 
-from seqconv.backends.cuda.kernels import FIXED
+from seqconv.backends.cuda.cost import (
+    FULL,
+    RADIX_ENDS,
+    RADIX_PASS,
+    instructions,
+    seconds_of,
+    signal_bytes,
+)
+from seqconv.backends.cuda.lengths import (
+    INNER,
+    LAST,
+    factor,
+    outer_length,
+    radix_bytes,
+    sizes,
+    split,
+    tensor_bytes,
+)
+from seqconv.backends.cuda.problem import H100, Limits, Problem
 
-RADICES = (2, 3, 4, 5, 8, 16)  # butterflies that exist
-LAST = 16  # the last radix of every transform
-INNER = 256  # points that the tensor cores keep in registers
 MAX_THREADS = 512  # of a block: more would leave too few registers for 16 complex points
-MAX_PASSES = 8  # the kernels take the radices as the bytes of one number
-WIDE = 8  # numbers that the kernels read and write at once where a window's ends allow it
-MAX_PARTS = 8  # partial sums of a kernel's gradient; more only where channels are too few to fill the device
-# Relative L2 error of the tensor cores' fp16 operands, sums in fp16 (True, fast) or in float32, beside
-# the rounding of the result itself; the tests hold it.
+PIECE = 8  # numbers that the kernels read and write at once where a window's ends allow it
+MAX_PARTS = 8  # partial sums of the taps' gradient; there are more only where channels are too few to fill the device
+# The relative L2 error of the tensor cores' fp16 operands, where sums are fp16 (True, fast) or float32. The rounding of
+# the result itself comes on top. The tests hold both to it.
 OPERAND_ERROR = {True: 1.5e-3, False: 8e-4}
-LAUNCH = 3e-6  # seconds
-# Instructions counted in sm_90's machine code, on the path of plain rows. Float32, for a point: the first
-# and the last pass, the middle one there and back, reading and writing; then every other pass.
-RADIX_ENDS, RADIX_PASS = 100, 49
-# Tensor cores, for a tile of 256 points: reading and the inner 256 points, the first outer pass with
-# writing, every other outer pass; and for every warp of a row, for each outer pass: addresses, matrices and
-# twiddles. In kernels for any length and in those that know theirs. Sums in float32 cost more.
-TENSOR_ANY, TENSOR_KNOWN, TENSOR_ACCURATE = (243, 266, 312, 500), (228, 205, 203, 260), 1.35
-# Writing a tile where there is no outer pass; and what every warp of a row does besides.
-TENSOR_WRITE, TENSOR_ROW = 150, 150
-BUSY, FULL = 8, 16  # warps that keep a multiprocessor busy; as many as there are registers for
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a plan has to know of a device."""
-
-    shared: int = 232448  # bytes that one block may ask for
-    shared_total: int = 233472  # bytes of one multiprocessor
-    processors: int = 132
-    clock: float = 1.755e9  # Hz
-    bandwidth: float = 3.35e12  # bytes per second
-    tensor_cores: bool = True  # for fp16 with m16n8k16: compute capability 8.0 and later
-
-    @property
-    def issue(self) -> float:
-        """Warp instructions per second, of all multiprocessors."""
-        return self.processors * 4 * self.clock
-
-
-H100 = Limits()
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One call: rows are (batch, channels); element is u's size in bytes."""
-
-    batch: int
-    heads: int
-    channels: int
-    length: int
-    taps: int
-    taps_rev: int
-    per_sample: bool
-    element: int
-    fast: bool = True  # 16-bit tensors: products may be summed in fp16
-
-    @property
-    def sets(self) -> int:
-        return self.batch if self.per_sample else 1
-
-    @property
-    def taps_rows(self) -> int:
-        return self.sets * self.heads * self.channels
 
 
 @dataclass(frozen=True)
@@ -83,7 +41,7 @@ class Plan:
 
     engine "radix" computes in float32, "tensor" on tensor cores with fp16 operands. n = outer *
     lower: with outer > 1 the radix engine takes three passes over global memory, and the tensor
-    engine computes its kernels' spectra and their gradients so. A row is cut into `windows` of `step`
+    engine computes the taps' spectra and their gradients so. A row is cut into `windows` of `step`
     outputs each.
     """
 
@@ -160,44 +118,6 @@ class Plan:
         return f"{text}; predicted lower bound {self.seconds * 1e6:.0f} us"
 
 
-def radix_bytes(n: int) -> int:
-    """A row of complex float32 in shared memory, one element wider every 16."""
-    return 8 * (n + n // 16 + 1)
-
-
-def tensor_bytes(n: int) -> int:
-    """A row of complex fp16 in shared memory, 16 bytes wider every 256 and every 4096."""
-    return 4 * n + 16 * (n // 256 + n // 4096)
-
-
-def _split(m: int) -> tuple[int, ...] | None:
-    """m as a product of radices, few and ascending but for the 16s at the end; None if there is none."""
-    odd = []
-    for radix in (5, 3):
-        while m % radix == 0:
-            m, odd = m // radix, [radix, *odd]
-    if m < 1 or m & (m - 1):
-        return None
-    twos = m.bit_length() - 1
-    small = [2 ** (twos % 4)] if twos % 4 else []
-    return (*sorted(small + odd), *[16] * (twos // 4))
-
-
-@functools.lru_cache(4096)
-def factor(n: int) -> tuple[int, ...] | None:
-    """The passes of a transform of n points, 16 last; None if there are none. At least two passes."""
-    found = _split(n // LAST) if n % LAST == 0 and n >= 2 * LAST else None
-    return None if found is None else (*found, LAST)
-
-
-@functools.lru_cache(64)
-def sizes(limit: int) -> tuple[int, ...]:
-    """Every transform length up to limit, ascending."""
-    powers = lambda base: [base**i for i in range(limit.bit_length()) if base**i <= limit]  # noqa: E731
-    found = {LAST * a * b * c for a in powers(2) for b in powers(3) for c in powers(5)}
-    return tuple(sorted(n for n in found if 2 * LAST <= n <= limit))
-
-
 @functools.lru_cache(64)
 def _largest(limits: Limits, engine: str, planes: int) -> int:
     """Points of the longest row that a block holds `planes` times."""
@@ -238,39 +158,13 @@ def _groups(problem: Problem, limits: Limits, rows: int, slots: int, backward: b
     return -(-rows // -(-rows // groups))  # none without rows
 
 
-def _instructions(
-    problem, engine: str, n: int, radices: tuple[int, ...], threads: int = 0
-) -> float:
-    """Warp instructions of one transform there and back."""
-    if engine == "radix":
-        return n * (RADIX_ENDS + RADIX_PASS * (len(radices) - 2)) / 32
-    outer = len(radices) - 2
-    known = problem.fast and n in FIXED
-    inner, first, other, setup = TENSOR_KNOWN if known else TENSOR_ANY
-    tile = inner + (first + other * (outer - 1) if outer else TENSOR_WRITE)
-    tiles = n / INNER * tile * (1 if problem.fast else TENSOR_ACCURATE)
-    return tiles + threads / 32 * (TENSOR_ROW + setup * outer)
-
-
-def _seconds(
-    limits: Limits, moved: float, work: float, blocks: int, warps: float, launches: int
-) -> float:
-    """The slower of memory and instructions, plus a little of the other, since they overlap in part only.
-
-    `blocks` of them, and `warps` that a multiprocessor at work has at a time.
-    """
-    busy = min(1.0, blocks / limits.processors)
-    io, issue = moved / limits.bandwidth / busy, work / limits.issue / busy / min(1.0, warps / BUSY)
-    return max(io, issue) + 0.1 * min(io, issue) + launches * LAUNCH
-
-
 @functools.lru_cache(4096)
 def make_plan(problem: Problem, limits: Limits = H100, backward: bool = False) -> Plan:
     """The plan of the smallest predicted time. Every problem of 1 to `longest(limits)` steps has one."""
     past, future = max(problem.taps, 1) - 1, problem.taps_rev
     if backward:  # of the gradient, which is convolved with the kernel turned round
         past, future = future, past
-    lead = -(-past // WIDE) * WIDE
+    lead = -(-past // PIECE) * PIECE
     found = []
     usual = 1 + backward + (problem.heads > 1)
     engines = [("radix", usual)]
@@ -285,7 +179,7 @@ def make_plan(problem: Problem, limits: Limits = H100, backward: bool = False) -
         whole = [n for n in all_sizes if n >= problem.length][:3]
         windows = [(n, n, 0) for n in whole]
         for n in all_sizes:
-            step = (n - lead - future) // WIDE * WIDE
+            step = (n - lead - future) // PIECE * PIECE
             if max(2 * (past + future), INNER) <= n < problem.length:
                 windows.append((n, step, lead))
         for window in windows:
@@ -294,12 +188,6 @@ def make_plan(problem: Problem, limits: Limits = H100, backward: bool = False) -
         if engine == "radix" and (not whole or problem.length >= 4096):
             found += _three_passes(problem, limits, planes, backward)
     return min((p for p in found if p is not None), key=lambda p: p.seconds)
-
-
-def _signal_bytes(problem: Problem, backward: bool) -> float:
-    """u and y, or u, dy and du."""
-    each = 1 + problem.heads + (1 if backward else 0)
-    return each * problem.element * problem.length * problem.batch * problem.channels
 
 
 def _one_pass(problem, limits, engine, n, step, lead, row_threads, planes, backward) -> Plan | None:
@@ -322,16 +210,16 @@ def _one_pass(problem, limits, engine, n, step, lead, row_threads, planes, backw
 
     launches = (3 if backward else 2) + bool(outer_radices) * (3 if backward else 2)
     spectrum = (4 if engine == "tensor" and problem.fast else 8) * n * problem.taps_rows
-    moved = _signal_bytes(problem, backward) * (n / step if windows > 1 else 1)
+    moved = signal_bytes(problem, backward) * (n / step if windows > 1 else 1)
     moved += 2 * spectrum + (16 * n * problem.taps_rows * groups * slots if backward else 0)
     if outer_radices:  # the pieces, there and back
         moved += (32 if backward else 16) * n * problem.taps_rows
     if backward and planes == 1:  # spectra of x; most of them stay in the cache
         moved += (8 if problem.fast else 16) * n * windows * problem.batch * problem.channels
     transforms = (1 + problem.heads) / 2 + (problem.heads / 2 if backward else 0)
-    work = transforms * _instructions(problem, engine, n, radices, row_threads)
+    work = transforms * instructions(problem, engine, n, radices, row_threads)
     work *= problem.batch * problem.channels * windows
-    work += problem.taps_rows * _instructions(problem, "radix", n, radices) / 2
+    work += problem.taps_rows * instructions(problem, "radix", n, radices) / 2
     blocks = problem.sets * problem.channels * groups
     fit = min(limits.shared_total // (slots * row_bytes), FULL * 32 // (row_threads * slots))
     warps = max(1, min(fit, blocks / limits.processors)) * row_threads * slots / 32
@@ -352,7 +240,7 @@ def _one_pass(problem, limits, engine, n, step, lead, row_threads, planes, backw
         taps_slots=taps_slots,
         moved=moved,
         work=work,
-        seconds=_seconds(limits, moved, work, blocks, warps, launches),
+        seconds=seconds_of(limits, moved, work, blocks, warps, launches),
     )
 
 
@@ -371,8 +259,8 @@ def _three_passes(problem, limits, planes, backward) -> list[Plan]:
     rows = 1 if problem.per_sample else problem.batch
     largest = _largest(limits, "radix", planes)
     for lower in (2**i for i in range(8, largest.bit_length())):
-        outer = _outer(-(-problem.length // lower))
-        n, outer_radices, radices = outer * lower, _split(outer), factor(lower)
+        outer = outer_length(-(-problem.length // lower))
+        n, outer_radices, radices = outer * lower, split(outer), factor(lower)
         columns = _columns(limits, outer, lower)
         if radix_bytes(outer * columns) > limits.shared:
             continue
@@ -382,9 +270,9 @@ def _three_passes(problem, limits, planes, backward) -> list[Plan]:
         groups = _groups(inner, limits, rows, slots, backward)
         taps_slots = _slots(limits, row_threads, radix_bytes(lower), inner.taps_rows)
         signals = problem.batch * problem.channels * (1 + problem.heads + backward)
-        moved = _signal_bytes(problem, backward) + 16 * n * signals + 48 * n * problem.taps_rows
+        moved = signal_bytes(problem, backward) + 16 * n * signals + 48 * n * problem.taps_rows
         moved += 16 * n * problem.taps_rows * groups * slots if backward else 0
-        work = outer * _instructions(problem, "radix", lower, radices)
+        work = outer * instructions(problem, "radix", lower, radices)
         work += n * (RADIX_ENDS + RADIX_PASS * (len(outer_radices) - 1)) / 32
         work *= (signals + problem.taps_rows) / 2
         found.append(
@@ -405,19 +293,12 @@ def _three_passes(problem, limits, planes, backward) -> list[Plan]:
                 taps_slots=taps_slots,
                 moved=moved,
                 work=work,
-                seconds=_seconds(
+                seconds=seconds_of(
                     limits, moved, work, limits.processors, FULL, 8 if backward else 5
                 ),
             )
         )
     return found
-
-
-@functools.lru_cache(1024)
-def _outer(least: int) -> int:
-    """The smallest outer length from `least` on that the radices give."""
-    fits = lambda m: len(_split(m) or range(99)) <= MAX_PASSES  # noqa: E731
-    return next(m for m in range(max(least, 2), 2 * least + 3) if fits(m))
 
 
 @functools.lru_cache(64)
@@ -426,14 +307,3 @@ def longest(limits: Limits) -> int:
     power = lambda n: 1 << (n.bit_length() - 1)  # noqa: E731
     outer = power(limits.shared // 9)  # one column at a time
     return outer * power(_largest(limits, "radix", 3))
-
-
-def torch_fft_seconds(problem: Problem, limits: Limits = H100, backward: bool = False) -> float:
-    """The torch.fft formulation by the same model: float32, about 84 bytes of traffic for every input
-    sample (padding, rfft, product, irfft, crop), three times that in backward, and ten launches,
-    three more to put the taps of the future in place.
-    """
-    samples = problem.batch * problem.channels * problem.length
-    launches = 13 if problem.taps_rev else 10
-    traffic = 84 * samples * (1 + problem.heads) / 2 + 48 * problem.taps_rows * problem.length
-    return (3 if backward else 1) * (traffic / limits.bandwidth + launches * LAUNCH)
