@@ -1,7 +1,9 @@
 import pytest
+from emulated import Emulator
 from guarded import GuardedRecipe
+from recorded import Device, Driver
 
-from seqconv.backends.cuda import convolution
+from seqconv.backends.cuda import convolution, driver
 
 
 @pytest.fixture(autouse=True)
@@ -9,3 +11,27 @@ def guarded_scratch(request, monkeypatch):
     """Scratch memory on the host is watched; a GPU's memory cannot be looked at from here."""
     if request.path.parent.name != "gpu":
         monkeypatch.setattr(convolution, "Recipe", GuardedRecipe)
+
+
+@pytest.fixture(scope="session")
+def library(emulator):
+    return emulator.library
+
+
+@pytest.fixture
+def device(library, monkeypatch):
+    """The package's own device on a driver that records."""
+    fake = Driver(Emulator(library))
+    # The code need not be right here, only its name inside: test_cuda_compile compiles all of it.
+    monkeypatch.setattr(driver, "find_prebuilt", lambda name, *_: b"\x7fELF " + name.encode())
+    return Device(0, fake)
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """What is known of devices is forgotten before the test and after it."""
+    known = driver.device
+    monkeypatch.setattr(driver, "_failures", {})
+    known.cache_clear()
+    yield
+    known.cache_clear()

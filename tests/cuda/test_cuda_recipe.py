@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case
-from emulated import Emulator, as_backend, build, forget_recipes
+from emulated import Emulator, as_backend, forget_recipes
 
 from seqconv import fftconv
 from seqconv.backends.cuda import convolution
@@ -26,11 +26,6 @@ CASES = [
     Case(2, 4, 300, 300, heads=2, skip="h", per_sample=True, dtype=torch.bfloat16),
     Case(3, 2, 1024, 1024, skip="h", dtype=torch.float16, mode="circular"),
 ]
-
-
-@pytest.fixture(scope="module")
-def library():
-    return build()
 
 
 def results(device, case: Case, seed: int) -> list:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import rel_l2
-from test_cuda_launch import Device, Driver
+from recorded import Device, Driver
 
 from seqconv import reference, ssm_kernel
 from seqconv.backends import cuda

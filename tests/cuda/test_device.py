@@ -253,18 +253,9 @@ def test_scratch_of_long_gradients_is_bounded():
         assert list(convolution._slices(problem, plans[:1])) == [(0, 768)]
 
 
+GATES = {"pre_gate": True, "post_gate": True}
 LONG = [
-    Case(
-        2,
-        2,
-        20000,
-        20000,
-        taps_rev=19999,
-        skip="h",
-        activation="gelu",
-        pre_gate=True,
-        post_gate=True,
-    ),
+    Case(2, 2, 20000, 20000, taps_rev=19999, skip="h", activation="gelu", **GATES),
     Case(2, 2, 9000, 9000, heads=2, skip="ch", activation="gelu"),
     Case(2, 2, 9000, 9000, heads=2, per_sample=True, skip="ch"),
     Case(2, 2, 9001, 9001, mode="circular", skip="h", layout="blh"),

@@ -1,0 +1,92 @@
+"""Why a call takes the kernels or does not, on a recording driver."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import seqconv
+from seqconv.backends import cuda
+from seqconv.backends.cuda import driver, tables
+from seqconv.backends.cuda.plan import longest
+
+
+def test_why_there_is_no_kernel(monkeypatch, fresh):
+    first = torch.device("cuda", 0)
+    assert "float64" in cuda.reason(first, torch.float64, 5)
+    monkeypatch.setattr(driver, "packages_reason", lambda: "No module: pip install cuda-python")
+    assert "pip install cuda-python" in cuda.reason(first, torch.float32, 5)
+
+
+def test_rows_without_a_plan_take_the_fallback(device, monkeypatch, fresh):
+    monkeypatch.setattr(driver, "device", lambda index: device)
+    first, most = torch.device("cuda", 0), longest(device.limits)
+    assert most > 1 << 26 and cuda.reason(first, torch.float32, most) is None
+    assert str(most) in cuda.reason(first, torch.float32, most + 1)
+
+
+def test_failures_are_tried_again_but_not_for_ever(device, monkeypatch, fresh):
+    """A device that failed once, out of memory perhaps, is not given up; a capture is an error, not a fallback."""
+    calls = []
+
+    def failing(index):
+        calls.append(index)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(driver, "device", failing)
+    assert [driver.reason(0) for _ in range(5)] == ["no memory"] * 5 and len(calls) == 3
+
+    def captured(index):
+        raise tables.CaptureError(tables.FIRST_CALL)
+
+    monkeypatch.setattr(driver, "device", captured)
+    with pytest.raises(RuntimeError, match="once before the capture"):
+        driver.reason(1)
+    monkeypatch.setattr(driver, "device", lambda index: device)
+    assert driver.reason(1) is None
+
+
+@pytest.mark.parametrize(
+    "version, wanted", [(13000, ""), (12040, "cuda-python<13"), (11080, "update")]
+)
+def test_a_driver_older_than_the_compiler(monkeypatch, fresh, version, wanted):
+    """Machine code of a later CUDA does not load: what is said names the way out."""
+    bindings = pytest.importorskip("cuda.bindings.driver")
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setattr(bindings, "cuDriverGetVersion", lambda: (0, version))
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", lambda: (0, 13, 5))
+
+    def failing(index):
+        raise RuntimeError("seqconv: CUDA driver: 218")
+
+    monkeypatch.setattr(driver, "device", failing)
+    reason = driver.reason(0)
+    assert reason.startswith("seqconv: CUDA driver: 218") and wanted in reason
+    assert ("nvrtc-cu12" in reason) == (version == 12040)
+    assert ("update" in reason) == (version < 13000)
+
+
+def test_explain_shows_the_plan(device, monkeypatch):
+    monkeypatch.setattr(driver, "device", lambda index: device)
+    monkeypatch.setattr(cuda, "_index", lambda device: 0)
+    u = torch.randn(8, 4, 5000, dtype=torch.bfloat16)
+    plan, arch = cuda.explain(u, torch.randn(4, 5000), None)
+    text = str(
+        seqconv.Explanation(
+            "cuda", "right-angle fft", plan.n, 1, arch, plan.threads, None, str(plan)
+        )
+    )
+    assert "tensor cores" in text and "5120" in text and "sm_90" in text
+    assert "predicted lower bound" in text
+
+
+def test_explain_tells_a_cuda_tensor_what_it_takes(device, monkeypatch):
+    with FakeTensorMode():  # a CUDA tensor without a device
+        u, k = torch.empty(2, 3, 500, device="cuda:0"), torch.empty(3, 500, device="cuda:0")
+        monkeypatch.setattr(driver, "reason", lambda index: "pip install cuda-python")
+        found = seqconv.explain(u, k)
+        assert found.backend == "reference" and "cuda-python" in found.fallback
+        monkeypatch.setattr(driver, "reason", lambda index: None)
+        monkeypatch.setattr(driver, "device", lambda index: device)
+        assert "float64" in seqconv.explain(u.double(), k.double()).fallback
+        found = seqconv.explain(u, k)
+        assert (found.backend, found.fallback) == ("cuda", None) and "512 points" in found.plan
