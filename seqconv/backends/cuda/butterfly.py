@@ -1,7 +1,7 @@
-"""The learned butterfly on a device: the transform of reference.butterfly, and its gradients, in float32.
+"""The learned butterfly on a device: the transform of reference.butterfly and its gradients, in float32.
 
-As csrc/device/butterfly.cuh has it: n up to what a block holds of float32 numbers, a power of two of
-passes of 16 points and at most one of fewer.
+The kernels are those of csrc/device/butterfly.cuh. n is a power of two. Its passes have 16 points each, except for at
+most one that has fewer. A block must hold n complex numbers.
 """
 
 import math
@@ -15,7 +15,7 @@ from seqconv.backends.cuda.lengths import RADICES, radix_bytes
 from seqconv.backends.cuda.tables import build
 from seqconv.backends.pack import materialise
 
-THREADS = 256  # one for every element of the largest matrix
+THREADS = 256  # there is one for every element of the largest matrix
 
 
 def _fields(
@@ -25,7 +25,7 @@ def _fields(
     n = math.prod(radices)
     table = device.table(build, n, radices, len(radices), False)
     heads = factors[radices[0]].shape[0]
-    # every radix has its place; those that do not occur are not read
+    # Every radix has its place; the matrices of those that do not occur are not read.
     parts = [
         factors[r].float().reshape(heads, -1)
         if r in factors
@@ -45,7 +45,7 @@ def _fields(
 
 
 def _groups(batch: int, most: int) -> int:
-    """Equal shares of the batch, none empty."""
+    """The number of equal shares of the batch, at most `most` and none of them empty."""
     return -(-batch // -(-batch // most))
 
 
@@ -56,7 +56,7 @@ def _launch(device, kernel: str, fields: dict) -> None:
 
 
 def transform(device, x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...]) -> Tensor:
-    """reference.butterfly."""
+    """The transform of every row of x, as reference.butterfly defines it."""
     x = materialise(x)
     fields = _fields(device, x, factors, radices, _groups(x.shape[0], 64))
     shape = (*x.shape[:2], math.prod(radices), 2)
@@ -68,7 +68,7 @@ def transform(device, x: Tensor, factors: dict[int, Tensor], radices: tuple[int,
 def gradients(
     device, dz: Tensor, x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...]
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Of x, and of the factors: one sum for every share of the batch, at most 8, added in order."""
+    """The gradients of x and of the factors. The latter are sums over at most 8 shares of the batch, added in order."""
     x, dz = materialise(x), dz.contiguous()
     batch, channels, _ = x.shape
     fields = _fields(device, x, factors, radices, _groups(batch, 8))
@@ -80,7 +80,7 @@ def gradients(
     more = {"dspectrum": dz, "dx": dx, "pass_inputs": inputs, "dmatrices_parts": sums}
     _launch(device, "butterfly_backward", fields | more)
     heads = fields["matrices"].shape[0]
-    # (group, channel) blocks to the channels of each head
+    # The blocks are (group, channel); their channels are those of each head.
     sums = sums.reshape(fields["groups"], heads, channels // heads, -1).sum((0, 2))
     parts = sums.split([2 * r * r for r in RADICES], 1)
     return dx, {

@@ -1,11 +1,11 @@
-"""The operator on a device as a sequence of kernel launches: plans, scratch memory and packed arguments.
+"""The convolution on a device as a sequence of kernel launches: plans, scratch memory and packed arguments.
 
-Calls that differ in addresses only, which is nearly all of a model's, share a recipe (recipe.py); `_forward`
-and `_backward` make it, from everything that plans and arguments depend on.
+Calls that differ in addresses only share a recipe (recipe.py), and nearly all calls of a model do. `_forward` and
+`_backward` make it from everything that plans and arguments depend on.
 
-A device is anything with `limits`, `launch(kernel, grid, threads, shared, arguments)` that runs a kernel of
-csrc/device (see kernels.py) on the tensors' memory, and `table(function, *arguments)` that keeps a table
-(tables.py) there: the CUDA driver, or the tests' emulator.
+A device has `limits`, `launch(kernel, grid, threads, shared, arguments)`, which runs a kernel of csrc/device (see
+kernels.py) on the tensors' memory, and `table(function, *arguments)`, which keeps a table (tables.py) there. The CUDA
+driver is one, and the tests' emulator is another.
 """
 
 import functools
@@ -23,19 +23,19 @@ from seqconv.backends.cuda.recipe import Operand, Recipe, geometries, operands
 from seqconv.backends.pack import ABSENT, materialise, reach, zero_unreached
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-COMPLEX = 4  # dtype code of rows between the passes of a long transform
-SCRATCH_BYTES = 1 << 28  # of scratch for long rows, more only where one channel needs it
-SKIP_THREADS = 256  # that add up the skip's gradient of one channel
+COMPLEX = 4  # the dtype code of long rows between their passes
+SCRATCH_BYTES = 1 << 28  # of a call with long rows; it takes more only where one channel needs more
+SKIP_THREADS = 256  # they add up the skip's gradient of one channel
 
 
 def _rows(long_rows: Operand, outer: int) -> tuple:
-    """Long rows between their passes (batch, heads, channels, n), as `outer` shorter rows for each channel."""
+    """Long rows between their passes, (batch, heads, channels, n), as `outer` shorter rows for each channel."""
     batch, head, channel = (stride // 2 for stride in long_rows.stride()[:3])
     return (long_rows.data_ptr(), COMPLEX, batch, head, channel // outer, 1)
 
 
 def _fast(dtype: torch.dtype) -> bool:
-    """Whether products may be summed in fp16, as torch's own switches have it."""
+    """Whether torch's own switches allow that products are summed in fp16."""
     if dtype == torch.bfloat16:
         return bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
     if dtype == torch.float16:
@@ -48,7 +48,7 @@ def describe(u: Tensor, k: Tensor, k_rev: Tensor | None) -> Problem:
 
 
 def _describe(u, k, k_rev, fast: bool) -> Problem:
-    """Of tensors or of operands."""
+    """Describes a call by its tensors or by operands that stand for them."""
     batch, channels, length = u.shape
     heads = 1 if k.dim() == 2 else k.shape[-3]
     taps, taps_rev = reach(length, k, k_rev)
@@ -57,7 +57,7 @@ def _describe(u, k, k_rev, fast: bool) -> Problem:
 
 
 class _Call:
-    """The launches of one call, written to its recipe."""
+    """Writes the launches of one call to its recipe."""
 
     def __init__(self, recipe: Recipe, problem: Problem, plan: Plan, u: Operand, activation: str):
         self.recipe, self.problem = recipe, problem
@@ -70,7 +70,7 @@ class _Call:
         self.recipe.launch(kernel, launch, base.fields | {"transform": told} | fields)
 
     def of_taps(self, kernel: str, base: Base, pieces: int, **fields) -> None:
-        """A kernel with one slot for each of the `pieces` of every row of taps."""
+        """Launches a kernel with one slot for each of the `pieces` of every row of taps."""
         slots, threads, shared = self.layout.taps_launch
         grid = -(-self.problem.taps_rows * pieces // slots)
         self.run(kernel, (grid, threads, shared), base, fields)
@@ -79,23 +79,23 @@ class _Call:
         self.run(kernel, self.layout.rows_launch, self.layout.rows, fields)
 
     def of_columns(self, kernel: str, rows: int, **fields) -> None:
-        """A pass over the columns of long rows."""
+        """Launches a pass over the columns of long rows."""
         at = self.layout
         launch = (rows * at.tiles, at.column_threads, at.columns_shared)
         self.run(kernel, launch, at.columns, fields)
 
     def long_rows(self, batch: int, heads: int) -> Operand:
-        """Scratch memory for long rows between their passes."""
+        """Takes scratch memory for long rows between their passes."""
         return self.empty(batch, heads, self.problem.channels, 2 * self.layout.n)
 
     def kernel(self, name: str) -> str:
-        """The one made for this length, or else the one for any."""
+        """The name of the kernel for this length, or else of the one for any length."""
         found = f"{self.layout.prefix}{name}_{self.suffix}{self.layout.mode}"
         fixed = f"{found}_{self.layout.n}"
         return fixed if fixed in kernels.KERNELS else found
 
     def spectrum(self, k: Tensor, k_rev, skip) -> dict:
-        """The fields that hold it: (row of taps, n) complex in the order that the passes leave, and its divisors."""
+        """Makes the taps' spectrum, complex (row of taps, n) in the order that the passes leave. Returns its fields."""
         at, p = self.layout, self.problem
         given = {"k": k, "k_rev": k_rev, "skip": skip}
         out = {"spectrum": self.empty(p.taps_rows, at.words)}
@@ -113,7 +113,7 @@ class _Call:
         return out
 
     def convolve(self, spectrum: dict, u, pre_gate, **sink) -> None:
-        """sink: y and post_gate, or dy, post_gate, dv and dpost_gate, as the kernels' Output takes them."""
+        """Convolves. The sink holds y and post_gate, or dy, post_gate, dv and dpost_gate, for the kernels' Output."""
         if not self.layout.long:
             self.of_rows(self.kernel("forward"), **spectrum, u=u, pre_gate=pre_gate, **sink)
             return
@@ -127,13 +127,13 @@ class _Call:
         self.of_columns(f"long_output_{self.suffix}", batch * heads * channels, long_rows=v, **sink)
 
     def dskip_parts(self, parts: int, threads: int) -> Operand:
-        """One number for every thread that sums up the skip's gradient: it belongs to one head and one channel."""
+        """One number for every thread that sums up the skip's gradient; a thread serves one head and one channel."""
         return self.empty(parts, self.problem.heads, self.problem.channels, threads)
 
     def skip_gradient(self, dskip_parts: Operand, dskip: Operand) -> None:
-        """The sum of the parts."""
+        """Adds up the parts."""
         parts, heads, channels, threads = dskip_parts.shape
-        if dskip.dim() == 1:  # of all heads, too
+        if dskip.dim() == 1:  # one skip serves all heads, whose sums are parts as well
             parts, heads = parts * heads, 1
         launch = (heads * channels, SKIP_THREADS, 8 * SKIP_THREADS)
         told = {"parts": parts, "heads": heads, "channels": channels, "threads": threads}
@@ -142,7 +142,7 @@ class _Call:
         )
 
     def gradients(self, spectrum: dict, source: dict, du, dpre_gate, dk, dk_rev, dskip) -> None:
-        """Gradients from u, pre_gate, dy, post_gate and dv in `source`."""
+        """Computes the gradients that are not None from u, pre_gate, dy, post_gate and dv in `source`."""
         at, p = self.layout, self.problem
         with_dk, with_dx = (
             dk is not None or dk_rev is not None,
@@ -184,7 +184,10 @@ class _Call:
 
 
 def _channels_at_once(problem: Problem, plans: list[Plan]) -> int:
-    """Channels of a call, planned forward and perhaps backward, whose scratch memory stays within SCRATCH_BYTES."""
+    """How many channels a call takes at a time for its scratch memory to stay within SCRATCH_BYTES.
+
+    plans: forward, and perhaps backward.
+    """
     count = problem.channels
     for plan in plans:
         if plan.long:
@@ -193,7 +196,7 @@ def _channels_at_once(problem: Problem, plans: list[Plan]) -> int:
             count = max(1, min(count, SCRATCH_BYTES // each))
     for plan in plans[1:]:
         if plan.engine == "tensor" and plan.outer > 1:
-            # Spectra of the taps, sums of their gradients, x put aside, and the rows that the sums come back in.
+            # These are the taps' spectra, the sums of their gradients, x's spectra, and the rows of the sums' inverse.
             words = plan.n * (1 if problem.fast else 2)
             each = 4 * words + plan.parts * (8 * plan.n + 4 * words * plan.aside) + 8 * plan.n
             count = max(1, min(count, SCRATCH_BYTES // (each * problem.sets * problem.heads)))
@@ -207,11 +210,11 @@ def _slices(problem: Problem, plans: list[Plan]):
 
 
 class _Prepared:
-    """The recipes of a call for all of its channels, some at a time."""
+    """The recipes of a call for all of its channels, of which each recipe takes some."""
 
     def __init__(self, tensors, axes, problem: Problem, plans: list[Plan], write):
-        """axes: where each tensor has its channels. write(recipe, problem, *tensors) makes the launches for
-        some channels."""
+        """axes says where each tensor has its channels. write(recipe, problem, *tensors) makes the launches for
+        some of them."""
 
         @functools.cache
         def made(count: int):
@@ -222,7 +225,7 @@ class _Prepared:
 
         self.parts = [(start, made(count)) for start, count in _slices(problem, plans)]
         self.floats = max(recipe.bytes for _, recipe in self.parts) // 4
-        # Bytes from one channel to the next.
+        # These are bytes from one channel to the next.
         self.steps = [
             0 if t is None else t.strides[axis] * t.element_size()
             for t, axis in zip(tensors, axes, strict=True)
@@ -241,13 +244,20 @@ class _Prepared:
             recipe.run(device, scratch.data_ptr(), shifted)
 
 
-_AXES = (-2, -2, -2, -1, -2, -2)  # of the channels of u, k, k_rev, skip, pre_gate, post_gate
-_KEPT = 512  # kinds of calls that are known at a time
+_AXES = (
+    -2,
+    -2,
+    -2,
+    -1,
+    -2,
+    -2,
+)  # u, k, k_rev, skip, pre_gate and post_gate have their channels there
+_KEPT = 512  # so many kinds of calls are known at a time
 
 
 @functools.lru_cache(_KEPT)
 def _forward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
-    """Of y, u, k, k_rev, skip, pre_gate, post_gate."""
+    """Prepares a call of y, u, k, k_rev, skip, pre_gate, post_gate."""
     made = operands(known)
     problem = _describe(*made[1:4], fast)
     plan = make_plan(problem, limits)
@@ -261,10 +271,10 @@ def _forward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
 
 @functools.lru_cache(_KEPT)
 def _backward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
-    """Of dy, u, k, k_rev, skip, pre_gate, post_gate, and the gradients of the latter six."""
+    """Prepares a call of dy, u, k, k_rev, skip, pre_gate, post_gate, and the gradients of the latter six."""
     made = operands(known)
     problem = _describe(*made[1:4], fast)
-    # The pre-activation, where it is needed, comes from a forward pass of its own; then everything is linear.
+    # Where the pre-activation is needed, a forward pass of its own computes it. Everything behind it is linear.
     plans = [make_plan(problem, limits, backward=backward) for backward in (False, True)]
 
     def write(recipe, problem, *tensors):

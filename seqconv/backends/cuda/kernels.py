@@ -1,6 +1,6 @@
-"""The kernels' source: one string for any compiler, and every instantiation that a plan can ask for.
+"""The kernels' source, which is one string for any compiler, and every instantiation that a plan can ask for.
 
-Imports nothing but the standard library: setup.py loads this file alone.
+This file imports nothing but the standard library, since setup.py loads it alone.
 """
 
 import functools
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 _HERE = Path(__file__).parent
 _IO = {"f32": "float", "bf16": "bf16", "f16": "fp16"}
-# Lengths whose transforms on tensor cores have kernels of their own, with sums in fp16 (convolution.py): known
-# when they are compiled, a sixth to a quarter fewer instructions. The radices are those of lengths.factor.
+# For these lengths the transform on tensor cores with sums in fp16 has kernels of its own. They know their length when
+# they are compiled, and take a sixth to a quarter fewer instructions. The radices are those of lengths.factor.
 FIXED = {
     1024: (4, 16, 16),
     2048: (8, 16, 16),
@@ -21,12 +21,12 @@ FIXED = {
     16384: (4, 16, 16, 16),
     32768: (8, 16, 16, 16),
 }
-_ROWS = 512  # threads of the largest block: seqconv.backends.cuda.plan.MAX_THREADS
+_ROWS = 512  # threads of the largest block, as seqconv.backends.cuda.plan.MAX_THREADS says
 
 
 class Kernel(NamedTuple):
-    """A CUDA function: what its body calls, the structure of csrc/device that it is told its arguments in, the
-    threads of its largest block, and the blocks at least that a multiprocessor should hold."""
+    """A CUDA function: what its body calls, the structure of csrc/device that holds its arguments, the threads of its
+    largest block, and how many blocks a multiprocessor should hold at least."""
 
     body: str
     arguments: str
@@ -68,12 +68,12 @@ for _n, _radices in FIXED.items():
             _body = f"tensor_{_name}<{_IO[_suffix]}, u32, {_fixed}>"
             KERNELS[f"tensor_{_name}_{_suffix}_fast_{_n}"] = Kernel(_body, _CONVOLUTION, _ROWS)
 
-# Whole sources of kernels that are no part of the package, by name: what bench/on_gpu measures a device with.
+# Whole sources, by name, of kernels that are no part of the package: bench/on_gpu measures a device with them.
 GUESTS: dict[str, str] = {}
 
 
 def folder() -> Path:
-    """csrc/device: beside the package in a checkout, inside it in an installation."""
+    """csrc/device, which lies beside the package in a checkout and inside it in an installation."""
     package = _HERE.parents[1]
     for candidate in (package / "csrc" / "device", package.parent / "csrc" / "device"):
         if candidate.is_dir():
@@ -83,7 +83,7 @@ def folder() -> Path:
 
 @functools.cache
 def headers() -> str:
-    """The headers in the order of their includes, as one text: NVRTC's cache knows no include paths."""
+    """The headers as one text, in the order of their includes. So compilers need no include paths."""
     seen: list[str] = []
 
     def read(name: str) -> str:
@@ -108,12 +108,12 @@ def source(name: str) -> str:
 
 
 def names(arch: str) -> list[str]:
-    """What runs on sm_XY: the tensor cores' instructions came with 8.0."""
+    """The names of the kernels that run on sm_XY. The tensor cores' instructions came with 8.0."""
     older = int(arch.removeprefix("sm_")) < 80
     return [name for name in KERNELS if not (older and name.startswith("tensor"))]
 
 
 def cubin_name(name: str, arch: str) -> str:
-    """A prebuilt kernel's file: it fits one state of the source only."""
+    """The name of a prebuilt kernel's file, which fits one state of the source only."""
     digest = hashlib.sha256(source(name).encode()).hexdigest()[:16]
     return f"{name}-{arch}-{digest}.cubin"

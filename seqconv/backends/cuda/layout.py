@@ -1,4 +1,4 @@
-"""What all launches of one plan are told, apart from tensors: arguments, threads and tables of each kind of kernel."""
+"""What all launches of one plan are told apart from tensors: arguments, threads and tables for each kind of kernel."""
 
 import math
 from typing import NamedTuple
@@ -26,8 +26,8 @@ class Base(NamedTuple):
 
 
 class Layout:
-    """What all calls of one plan share: for each kind of kernel its arguments apart from tensors, the
-    constants it needs, and its threads."""
+    """What all calls of one plan share. For each kind of kernel these are its arguments apart from tensors, the
+    constants that it needs, and its threads."""
 
     def __init__(self, problem: Problem, plan: Plan, activation: str):
         self.n, self.outer, self.lower, self.long = plan.n, plan.outer, plan.lower, plan.long
@@ -47,7 +47,7 @@ class Layout:
             "activation": ACTIVATIONS[activation],
             "windows": plan.windows,
             "step": plan.step,
-            "lead": plan.lead,  # into the past: of x in forward, of dv in backward
+            "lead": plan.lead,  # it reaches into the past of x in forward, and of dv in backward
             "row_threads": plan.row_threads,
             "slots": plan.slots,
             "groups": plan.groups,
@@ -62,7 +62,7 @@ class Layout:
         of_taps = {"row_threads": plan.taps_threads, "slots": plan.taps_slots}
         passes, outer = len(plan.radices), len(plan.outer_radices)
         if outer:
-            # The passes over the columns, and the rows between them as convolutions of complex numbers.
+            # The passes over the columns come first, then the rows between them as convolutions of complex numbers.
             last = (plan.n, plan.outer_radices, outer, True)
             self.columns = self._radix(fields, *last)
             self.column_taps = self._radix(fields | of_taps, *last)
@@ -93,7 +93,7 @@ class Layout:
 
     @staticmethod
     def _scales(plan: Plan) -> tuple[float, float]:
-        """What undoes the scale of the transforms: of the taps' spectra, and of the inverse of their gradients."""
+        """What undoes the scale of the transforms, for the taps' spectra and for the inverse of their gradients."""
         if plan.engine == "radix":
             return 1 / plan.lower, 1 / plan.lower  # the outer passes carry the rest
         there, back = (math.prod(SCALES[r][i] for r in plan.radices) for i in (0, 1))

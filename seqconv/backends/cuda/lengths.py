@@ -1,25 +1,25 @@
-"""The lengths that transforms can have: their radices, and the shared memory that a row of them takes."""
+"""The lengths that transforms can have, their radices, and the shared memory that a row takes."""
 
 import functools
 
-RADICES = (2, 3, 4, 5, 8, 16)  # butterflies that exist
+RADICES = (2, 3, 4, 5, 8, 16)  # the kernels have butterflies of these
 LAST = 16  # the last radix of every transform
-INNER = 256  # points that the tensor cores keep in registers
+INNER = 256  # the tensor cores keep so many points in registers
 MAX_PASSES = 8  # the kernels take the radices as the bytes of one number
 
 
 def radix_bytes(n: int) -> int:
-    """A row of complex float32 in shared memory, one element wider every 16."""
+    """The bytes of a row of complex float32 in shared memory, which is one element wider every 16."""
     return 8 * (n + n // 16 + 1)
 
 
 def tensor_bytes(n: int) -> int:
-    """A row of complex fp16 in shared memory, 16 bytes wider every 256 and every 4096."""
+    """The bytes of a row of complex fp16 in shared memory, which is 16 bytes wider every 256 and every 4096."""
     return 4 * n + 16 * (n // 256 + n // 4096)
 
 
 def split(m: int) -> tuple[int, ...] | None:
-    """m as a product of radices, few and ascending but for the 16s at the end; None if there is none."""
+    """m as a product of few radices, which ascend up to the 16s at the end. None if there is no such product."""
     odd = []
     for radix in (5, 3):
         while m % radix == 0:
@@ -33,14 +33,14 @@ def split(m: int) -> tuple[int, ...] | None:
 
 @functools.lru_cache(4096)
 def factor(n: int) -> tuple[int, ...] | None:
-    """The passes of a transform of n points, 16 last; None if there are none. At least two passes."""
+    """The radices of a transform of n points: at least two, and 16 is the last. None if there are none."""
     found = split(n // LAST) if n % LAST == 0 and n >= 2 * LAST else None
     return None if found is None else (*found, LAST)
 
 
 @functools.lru_cache(64)
 def sizes(limit: int) -> tuple[int, ...]:
-    """Every transform length up to limit, ascending."""
+    """All transform lengths up to limit, in ascending order."""
     powers = lambda base: [base**i for i in range(limit.bit_length()) if base**i <= limit]  # noqa: E731
     found = {LAST * a * b * c for a in powers(2) for b in powers(3) for c in powers(5)}
     return tuple(sorted(n for n in found if 2 * LAST <= n <= limit))

@@ -27,8 +27,8 @@ from seqconv.backends.cuda.lengths import (
 )
 from seqconv.backends.cuda.problem import H100, Limits, Problem
 
-MAX_THREADS = 512  # of a block: more would leave too few registers for 16 complex points
-PIECE = 8  # numbers that the kernels read and write at once where a window's ends allow it
+MAX_THREADS = 512  # of a block; more would leave too few registers for 16 complex points
+PIECE = 8  # the kernels read and write so many numbers at once where a window's ends allow it
 MAX_PARTS = 8  # partial sums of the taps' gradient; there are more only where channels are too few to fill the device
 # The relative L2 error of the tensor cores' fp16 operands, where sums are fp16 (True, fast) or float32. The rounding of
 # the result itself comes on top. The tests hold both to it.
@@ -39,29 +39,28 @@ OPERAND_ERROR = {True: 1.5e-3, False: 8e-4}
 class Plan:
     """A transform of n points for every window of a row, and its place on the device.
 
-    engine "radix" computes in float32, "tensor" on tensor cores with fp16 operands. n = outer *
-    lower: with outer > 1 the radix engine takes three passes over global memory, and the tensor
-    engine computes the taps' spectra and their gradients so. A row is cut into `windows` of `step`
-    outputs each.
+    The engine "radix" computes in float32, and "tensor" on tensor cores with fp16 operands. n is outer * lower. Where
+    outer > 1, the radix engine takes three passes over global memory, and the tensor engine takes them for the
+    spectra of the taps and for their gradients. A row is cut into `windows` of `step` outputs each.
     """
 
     engine: str
     n: int
     outer_radices: tuple[int, ...]
     lower_radices: tuple[int, ...]
-    columns: int  # of one block of the passes over `outer` points
+    columns: int  # which one block of the passes over `outer` points takes
     windows: int
     step: int
-    lead: int  # of a window's points that lie before its first output
+    lead: int  # points of a window that lie before its first output
     planes: int  # rows of n points in shared memory for each slot
     row_threads: int
     slots: int
     groups: int  # blocks that share a channel
-    taps_threads: int  # the same for the kernels that transform taps
-    taps_slots: int
-    moved: float  # bytes that the model counts, through the device's memory
-    work: float  # and warp instructions
-    seconds: float  # a lower bound, predicted from both
+    taps_threads: int  # row_threads of the kernels that transform taps
+    taps_slots: int  # and their slots
+    moved: float  # bytes through the device's memory, as the model counts them
+    work: float  # warp instructions, as the model counts them
+    seconds: float  # the lower bound that the model predicts from both
 
     @property
     def radices(self) -> tuple[int, ...]:
@@ -81,7 +80,7 @@ class Plan:
 
     @property
     def aside(self) -> bool:
-        """Whether, in backward, x's spectrum waits in global memory while dv has the only plane."""
+        """Whether x's spectrum waits in global memory in backward, while dv has the only plane."""
         return self.engine == "tensor" and self.planes == 1
 
     @property
@@ -94,7 +93,7 @@ class Plan:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory of the kernels that convolve."""
+        """The bytes of shared memory that the kernels take which convolve."""
         if self.engine == "tensor":
             return self.slots * (self.planes * tensor_bytes(self.n) + self.row_threads // 8)
         return self.slots * self.planes * radix_bytes(self.lower)
@@ -120,10 +119,12 @@ class Plan:
 
 @functools.lru_cache(64)
 def _largest(limits: Limits, engine: str, planes: int) -> int:
-    """Points of the longest row that a block holds `planes` times."""
+    """The points of the longest row that a block holds `planes` times."""
     room = radix_bytes if engine == "radix" else tensor_bytes
     unit = LAST if engine == "radix" else INNER
-    spare = 0 if engine == "radix" else 64  # for the largest elements, one number a warp
+    spare = (
+        0 if engine == "radix" else 64
+    )  # each warp keeps the largest element that it has seen there
     n = limits.shared // planes // 4 // unit * unit
     while n and room(n) * planes + spare > limits.shared:
         n -= unit
@@ -131,7 +132,7 @@ def _largest(limits: Limits, engine: str, planes: int) -> int:
 
 
 def _teams(n: int, engine: str) -> tuple[int, ...]:
-    """Threads that may share a row of n points. Few warps with many tiles each have less to set up."""
+    """The numbers of threads that may share a row of n points. Few warps with many tiles each have less to set up."""
     if engine == "radix":
         return (min(MAX_THREADS, n // LAST),)
     tiles, most = n // INNER, MAX_THREADS // 32
@@ -140,13 +141,13 @@ def _teams(n: int, engine: str) -> tuple[int, ...]:
 
 
 def _slots(limits: Limits, row_threads: int, row_bytes: int, rows: int) -> int:
-    """Rows that a block takes at a time: 256 threads, a quarter of a multiprocessor's memory."""
+    """The rows that a block takes at a time: those of 256 threads and a quarter of a multiprocessor's memory."""
     room = min(limits.shared_total // 4, limits.shared) // row_bytes
     return max(1, min(rows, 256 // row_threads, room))
 
 
 def _groups(problem: Problem, limits: Limits, rows: int, slots: int, backward: bool) -> int:
-    """Blocks for each channel: enough to fill the device, few where each has sums of its own to write."""
+    """The blocks for each channel: enough to fill the device, and few where each has sums of its own to write."""
     steps = -(-rows // slots)
     across = max(1, problem.sets * problem.channels)
     groups = min(steps, -(-4 * limits.processors // across))
@@ -155,14 +156,14 @@ def _groups(problem: Problem, limits: Limits, rows: int, slots: int, backward: b
         groups = min(groups, max(1, most // slots))
     else:
         groups = max(groups, -(-steps // 8))
-    return -(-rows // -(-rows // groups))  # none without rows
+    return -(-rows // -(-rows // groups))  # no block is without rows
 
 
 @functools.lru_cache(4096)
 def make_plan(problem: Problem, limits: Limits = H100, backward: bool = False) -> Plan:
-    """The plan of the smallest predicted time. Every problem of 1 to `longest(limits)` steps has one."""
+    """The plan with the smallest predicted time. Every problem of 1 to `longest(limits)` steps has one."""
     past, future = max(problem.taps, 1) - 1, problem.taps_rev
-    if backward:  # of the gradient, which is convolved with the kernel turned round
+    if backward:  # the gradient is convolved with the taps turned round
         past, future = future, past
     lead = -(-past // PIECE) * PIECE
     found = []
@@ -175,7 +176,7 @@ def make_plan(problem: Problem, limits: Limits = H100, backward: bool = False) -
     for engine, planes in engines:
         unit = LAST if engine == "radix" else INNER
         all_sizes = [n for n in sizes(_largest(limits, engine, planes)) if n % unit == 0]
-        # One window of the whole row, or windows whose transforms see the taps' reach around them.
+        # A plan has one window of the whole row, or windows whose transforms see the taps' reach around them.
         whole = [n for n in all_sizes if n >= problem.length][:3]
         windows = [(n, n, 0) for n in whole]
         for n in all_sizes:
@@ -197,13 +198,13 @@ def _one_pass(problem, limits, engine, n, step, lead, row_threads, planes, backw
     row_bytes = planes * (radix_bytes(n) if engine == "radix" else tensor_bytes(n))
     slots = _slots(limits, row_threads, row_bytes, min(rows, MAX_PARTS) if backward else rows)
     groups = _groups(problem, limits, rows, slots, backward)
-    # The taps' transforms are float32 in either case, and in pieces where that does not fit.
+    # The taps' transforms are float32 with either engine, and are made in pieces where a whole one does not fit.
     outer_radices: tuple[int, ...] = ()
     while radix_bytes(n // math.prod(outer_radices)) > limits.shared:
         outer_radices = radices[: len(outer_radices) + 1]
     outer = math.prod(outer_radices)
     if outer > 1 and n // outer < INNER:
-        return None  # the spectra's order has tiles of 256
+        return None  # spectra are kept in tiles of 256
     columns = _columns(limits, outer, n // outer)
     (taps_threads,) = _teams(n // outer, "radix")
     taps_slots = _slots(limits, taps_threads, radix_bytes(n // outer), problem.taps_rows * outer)
@@ -212,9 +213,9 @@ def _one_pass(problem, limits, engine, n, step, lead, row_threads, planes, backw
     spectrum = (4 if engine == "tensor" and problem.fast else 8) * n * problem.taps_rows
     moved = signal_bytes(problem, backward) * (n / step if windows > 1 else 1)
     moved += 2 * spectrum + (16 * n * problem.taps_rows * groups * slots if backward else 0)
-    if outer_radices:  # the pieces, there and back
+    if outer_radices:  # the pieces go there and back
         moved += (32 if backward else 16) * n * problem.taps_rows
-    if backward and planes == 1:  # spectra of x; most of them stay in the cache
+    if backward and planes == 1:  # these are spectra of x, most of which stay in the cache
         moved += (8 if problem.fast else 16) * n * windows * problem.batch * problem.channels
     transforms = (1 + problem.heads) / 2 + (problem.heads / 2 if backward else 0)
     work = transforms * instructions(problem, engine, n, radices, row_threads)
@@ -245,7 +246,7 @@ def _one_pass(problem, limits, engine, n, step, lead, row_threads, planes, backw
 
 
 def _columns(limits: Limits, outer: int, lower: int) -> int:
-    """Neighbours that a block of an outer pass takes: full sectors of memory where they fit."""
+    """The neighbours that a block of an outer pass takes, which fill sectors of memory where they fit."""
     columns = 128
     while columns > 16 and radix_bytes(outer * columns) > limits.shared // 4:
         columns //= 2
@@ -303,7 +304,7 @@ def _three_passes(problem, limits, planes, backward) -> list[Plan]:
 
 @functools.lru_cache(64)
 def longest(limits: Limits) -> int:
-    """Steps of a row that every kind of call can take: gradients with several heads need most memory."""
+    """The longest row that every kind of call can take. Gradients with several heads need the most memory."""
     power = lambda n: 1 << (n.bit_length() - 1)  # noqa: E731
-    outer = power(limits.shared // 9)  # one column at a time
+    outer = power(limits.shared // 9)  # a block takes one column at a time
     return outer * power(_largest(limits, "radix", 3))

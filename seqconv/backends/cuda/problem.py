@@ -8,15 +8,15 @@ class Limits:
     """What a plan has to know of a device."""
 
     shared: int = 232448  # bytes that one block may ask for
-    shared_total: int = 233472  # bytes of one multiprocessor
+    shared_total: int = 233472  # bytes that one multiprocessor has
     processors: int = 132
     clock: float = 1.755e9  # Hz
     bandwidth: float = 3.35e12  # bytes per second
-    tensor_cores: bool = True  # for fp16 with m16n8k16: compute capability 8.0 and later
+    tensor_cores: bool = True  # they take fp16 with m16n8k16 since compute capability 8.0
 
     @property
     def issue(self) -> float:
-        """Warp instructions per second, of all multiprocessors."""
+        """The warp instructions per second of all multiprocessors."""
         return self.processors * 4 * self.clock
 
 
@@ -25,7 +25,7 @@ H100 = Limits()
 
 @dataclass(frozen=True)
 class Problem:
-    """One call: rows are (batch, channels); element is u's size in bytes."""
+    """The sizes of one call, whose rows are (batch, channels). element is the bytes of one of u's numbers."""
 
     batch: int
     heads: int
@@ -35,7 +35,7 @@ class Problem:
     taps_rev: int
     per_sample: bool
     element: int
-    fast: bool = True  # 16-bit tensors: products may be summed in fp16
+    fast: bool = True  # products of 16-bit tensors may be summed in fp16
 
     @property
     def sets(self) -> int:
