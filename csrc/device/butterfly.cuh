@@ -19,8 +19,8 @@ struct ButterflyArgs {
   Tensor x, dx;
 };
 
-// Where the matrix of a radix begins among those of a head: 2, 3, 4, 5, 8 and 16 points, row by
-// row.
+// Where the matrix of a radix begins among those of a head, which has them for 2, 3, 4, 5, 8 and 16
+// points, row by row.
 constexpr int kMatrices = 4 + 9 + 16 + 25 + 64 + 256;
 SEQCONV_DEVICE int matrix_offset(int radix) {
   return radix == 2   ? 0
@@ -59,7 +59,7 @@ SEQCONV_DEVICE int position_of(const Transform& t, int f) {
   return at;
 }
 
-// A pass with its matrix: forwards the matrix, then the twiddles; the adjoint's matrix alone.
+// A pass with its matrix. Forwards the twiddles follow; the adjoint is the matrix alone.
 template <bool kAdjoint>
 SEQCONV_DEVICE void matrix_pass(const Transform& t, Plane plane, int radix, const c32* m,
                                 const c32* twiddles, int block, Team team) {
@@ -86,7 +86,7 @@ struct ButterflyRow {
   int h, first, last;  // rows of the batch
   const c32* matrices;
 };
-// One block for `groups` shares of the batch of every channel.
+// Every channel has `groups` blocks, which share the batch.
 SEQCONV_DEVICE ButterflyRow butterfly_row(const ButterflyArgs& a, unsigned char* shared) {
   const int channels = (int)a.channels, h = blockIdx.x % channels, group = blockIdx.x / channels;
   const int share = ((int)a.batch + (int)a.groups - 1) / (int)a.groups, end = (group + 1) * share;
@@ -98,8 +98,7 @@ SEQCONV_DEVICE ButterflyRow butterfly_row(const ButterflyArgs& a, unsigned char*
           a.matrices + h / (int)a.head_channels * kMatrices};
 }
 
-// The row to its spectrum, in the plane; what every pass begins with is kept in `inputs`, unless
-// that is null.
+// Transforms a row in the plane. `inputs` keeps what every pass begins with, unless it is null.
 SEQCONV_DEVICE void butterfly_passes(const ButterflyArgs& a, const ButterflyRow& r, int b,
                                      c32* inputs) {
   const Transform& t = a.transform;
@@ -138,7 +137,7 @@ SEQCONV_DEVICE void butterfly(const ButterflyArgs& a, unsigned char* shared) {
   }
 }
 
-// From the spectrum's gradient: the row's, and that of the matrices, summed over the
+// Computes from the spectrum's gradient the row's, and that of the matrices, summed over the
 // block's rows. A thread sums one element of the 16-point matrix and one of the smaller matrix, of
 // which a power of two has at most one.
 SEQCONV_DEVICE void butterfly_backward(const ButterflyArgs& a, unsigned char* shared) {

@@ -1,8 +1,7 @@
-// The kernels: spectra of the taps, convolution, its gradients, and the passes around rows too long
-// for shared memory. Their grid: `groups` blocks of threads for every (sample with taps of its own,
-// channel).
-// A block goes through its rows, `slots` at a time, each with `row_threads` threads and its own
-// planes.
+// The kernels that make the taps' spectra, convolve, compute the gradients, and take the passes of
+// rows that are too long for shared memory. The grid has `groups` blocks for every channel, and
+// where samples have taps of their own, for every channel of every sample. A block goes through its
+// rows, `slots` at a time. Each slot has `row_threads` threads and planes of its own.
 #pragma once
 #include "skip.cuh"
 
@@ -36,7 +35,7 @@ SEQCONV_DEVICE Place place(const ConvolutionArgs& a, const Work& w, int first) {
 SEQCONV_DEVICE int taps_row(const ConvolutionArgs& a, const Work& w, int head) {
   return (w.set * (int)a.heads + head) * (int)a.channels + w.channel;
 }
-// Of the sums over rows: every slot of a group has its own.
+// The row of sums over rows that a slot writes; every slot of a group has one.
 SEQCONV_DEVICE int sums_row(const ConvolutionArgs& a, const Work& w, int head) {
   const int part = w.group * (int)a.slots + w.slot,
             rows = (int)((a.per_sample ? a.batch : 1) * a.heads * a.channels);
@@ -50,7 +49,7 @@ SEQCONV_DEVICE void forward_passes(const Transform& t, Plane plane, Source sourc
   sync_block();
   middle_passes<false>(t, plane, (int)t.n, (int)t.passes - 1, AllColumns(), team);
 }
-// The sink is made at the end: kept through the passes, it would cost them registers.
+// The sink is made at the end, since it would cost the passes registers.
 template <class MakeSink>
 SEQCONV_DEVICE void inverse_passes(const Transform& t, Plane plane, MakeSink make_sink, Team team) {
   sync_block();
@@ -62,10 +61,10 @@ SEQCONV_DEVICE void inverse_passes(const Transform& t, Plane plane, MakeSink mak
   sync_block();
 }
 
-// Where the spectrum's element at position `at` of the plane is kept. kColumns: neighbours for
-// neighbouring threads of the float32 kernels. kTiles: in the order of the tensor cores' results
-// (tile.cuh), 256 to a tile, and the taps' spectrum divided by a power of two. kHalfTiles: the
-// same as fp16 pairs, real parts then imaginary ones for every lane.
+// Where the spectrum's element at position `at` of the plane is kept. In kColumns neighbouring
+// threads of the float32 kernels have neighbours. kTiles is the order of the tensor cores' results
+// (tile.cuh), 256 to a tile, and there the taps' spectrum is divided by a power of two. kHalfTiles
+// is the same as fp16 pairs, where every lane has real parts, then imaginary ones.
 enum Order { kColumns = 0, kTiles = 1, kHalfTiles = 2 };
 SEQCONV_DEVICE int spectrum_index(int f, int at, i64 order) {
   if (order == kColumns) return f;
@@ -159,7 +158,7 @@ SEQCONV_DEVICE void spectrum(const ConvolutionArgs& a, unsigned char* shared) {
       r.team);
 }
 
-// The sum over the parts, in order, back to the taps.
+// Adds up the parts in their order and transforms the sum back to the taps.
 SEQCONV_DEVICE void taps_gradients(const ConvolutionArgs& a, unsigned char* shared) {
   const TapsRow r = taps_row(a);
   const Transform& t = a.transform;
@@ -218,8 +217,8 @@ SEQCONV_DEVICE void forward(const ConvolutionArgs& a, unsigned char* shared) {
   }
 }
 
-// From x and dv: gradients of u and pre_gate, and of the taps as partial sums of spectra, one for
-// every slot of a group.
+// Computes from x and dv the gradients of u and pre_gate, and those of the taps as sums of spectra,
+// of which every slot of a group has one.
 template <class T>
 SEQCONV_DEVICE void backward(const ConvolutionArgs& a, unsigned char* shared) {
   const Work w = work(a);
@@ -231,7 +230,7 @@ SEQCONV_DEVICE void backward(const ConvolutionArgs& a, unsigned char* shared) {
   const Plane g{(c32*)shared + w.slot * size}, x{g.data + (with_dk ? stride : 0)};
   const Plane sum{a.heads > 1 ? x.data + stride : g.data};
   for (int first = w.first; first < w.last; first += (int)a.slots) {
-    // made where they are needed: kept, they would cost the butterflies their registers
+    // These are made where they are needed, since they would cost the butterflies registers.
     const auto whole = [&] { return place(a, w, keep_here(first)); };
     const auto outputs = [&] { return inside(a, whole()); };
     const bool begins = first == w.first;

@@ -1,7 +1,8 @@
-// A row of 16-bit numbers in shared memory, and what a warp needs to work on it with the tensor
-// cores: its place, matrices and factors out of the table, and the row's first way in.
+// A row of complex fp16 numbers in shared memory, the matrices and factors of the table that a warp
+// works on it with, and how the row gets there.
 //
-// Number is what products accumulate in: u32 (fp16 pairs: fast) or Pair (float32: accurate).
+// Products are summed in Number: u32, pairs of fp16 numbers, is fast, and Pair, float32, is
+// accurate.
 #pragma once
 #include "fftconv.cuh"
 #include "tile.cuh"
@@ -19,7 +20,7 @@ SEQCONV_DEVICE int half_at_tile(int tile) { return kTileHalves * tile + (tile >>
 SEQCONV_DEVICE int half_at(int i) {
   return half_at_tile(i >> 8) + ((((i & 255) >> 3) ^ ((i >> 6) & 1)) * 8) + (i & 7);
 }
-// 16 neighbours from a multiple of 16 on: two pieces of 8, the second first every other 64.
+// 16 neighbours from a multiple of 16 on. They are two pieces of 8, which swap every other 64.
 struct HalfRow {
   int base, flip;
   // The group-th 16, counted from a tile that is at `base` (16 tiles further on, 8 are to be
@@ -30,9 +31,9 @@ struct HalfRow {
 };
 SEQCONV_DEVICE int half_plane_size(int n) { return half_at_tile(n >> 8); }
 
-// Words of the table: the 16-point matrix, the conjugate one with its rows in_time, the twiddles of
-// 256 points, and their transpose with its rows in_time; then for each outer pass its matrix and
-// the inverse's, and the two sets of twiddle factors.
+// The words of the table. They hold the 16-point matrix, the conjugate one with its rows in_time,
+// the twiddles of 256 points, and their transpose with its rows in_time. Each outer pass follows
+// with its matrix, the inverse's, and two sets of twiddle factors.
 enum { kMatrixWords = 256, kInnerWords = 2 * kMatrixWords + 2 * 512, kColumnWords = 512 };
 
 // The column of a group of 16 that the inverse keeps at place i, so that the last result of a lane,
@@ -49,8 +50,8 @@ SEQCONV_DEVICE Warp warp_of(Team team) {
   return warp_of(team.rank >> 5, team.size >> 5, team.rank & 31);
 }
 
-// The same, for one part of the kernel: what follows from the lane is computed there, and needs no
-// registers through the others.
+// The same warp for one part of the kernel. What follows from the lane is computed in that part,
+// and takes no registers in the others.
 SEQCONV_DEVICE Warp for_part(const Warp& w) {
   return warp_of(w.index, w.count, keep_here(w.lane) & 31);  // below 32 to the compiler, too
 }
@@ -59,7 +60,7 @@ SEQCONV_DEVICE Matrix load_matrix(const u32* words, int lane) {
   const uint4 re = ((const uint4*)words)[lane], im = ((const uint4*)words)[32 + lane];
   return {{re.x, re.y, re.z, re.w}, {im.x, im.y, im.z, im.w}};
 }
-// Of a 16 x 16 table of complex numbers in row order.
+// The factors in a 16 x 16 table of complex numbers in row order.
 template <class Number>
 SEQCONV_DEVICE Factors<Number> load_factors(const u32* words, const Warp& w) {
   Factors<Number> f;
@@ -72,8 +73,8 @@ SEQCONV_DEVICE Factors<Number> load_factors(const u32* words, const Warp& w) {
     }
   return f;
 }
-// What every tile needs: kept in registers, or, where sums are float32 and twice as large, loaded
-// again each time.
+// What every tile needs. It is kept in registers; where sums are float32 and take twice as many, it
+// is loaded again each time.
 template <class Number, class Load>
 struct EveryTile {
   Load load;
@@ -93,8 +94,8 @@ template <class Number>
 SEQCONV_DEVICE auto twiddles_of(const u32* words, const Warp& w) {
   return every_tile<Number>([=] { return load_factors<Number>(words, w); });
 }
-// Of the taps' spectrum, kept in the order of a result's elements: 256 words of fp16 pairs or
-// 512 of float32.
+// A tile of the taps' spectrum, which is kept in the order of a result's elements, as 256 words of
+// fp16 pairs or 512 of float32.
 SEQCONV_DEVICE Factors<u32> load_spectrum(const u32* tile, int lane, u32) {
   const uint4 re = ((const uint4*)tile)[2 * lane], im = ((const uint4*)tile)[2 * lane + 1];
   return {{{re.x, re.y}, {re.z, re.w}}, {{im.x, im.y}, {im.z, im.w}}};
@@ -109,8 +110,8 @@ SEQCONV_DEVICE Factors<Pair> load_spectrum(const u32* tile, int lane, Pair) {
   return f;
 }
 
-// The largest size over the team's threads; all threads of the block come here, and meet where a
-// team is more than a warp.
+// The largest size over the team's threads. All threads of the block must come here, and they meet
+// where a team is more than a warp.
 SEQCONV_DEVICE float team_max(float x, float* shared, Team team) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) {
@@ -127,7 +128,8 @@ SEQCONV_DEVICE float team_max(float x, float* shared, Team team) {
   }
   return all;
 }
-// op(t, 8 numbers) for every piece of a row; plain rows by a loop of their own, half as long.
+// Calls op(t, 8 numbers) for every piece of a row. Plain rows have a loop of their own, which has
+// half the instructions.
 template <class T, class Op>
 SEQCONV_DEVICE void each_piece(const Gated<T>& source, int n, Team team, Op op) {
   float v[8];
@@ -143,8 +145,8 @@ SEQCONV_DEVICE void each_piece(const Gated<T>& source, int n, Team team, Op op) 
     op(t, v);
   }
 }
-// The row, scaled, into plane.im as it lies; returns the exponent that undoes the scaling. It is
-// read twice, the second time out of the cache: kept in registers, it would push out other things.
+// Writes the row, scaled, to plane.im, and returns the exponent that undoes the scale. The row is
+// read twice, the second time from the cache, since registers do not suffice to keep it.
 template <class T>
 SEQCONV_DEVICE int stage(const HalfPlane& plane, int n, const Gated<T>& source, float* shared,
                          Team team) {

@@ -1,16 +1,16 @@
-// Tensors of any dtype and stride as kernels are told of them, and numbers in global memory, one or
-// several at a time.
+// Tensors of any dtype and stride as the arguments of kernels, and access to global memory by one
+// number or by several.
 //
-// The arguments of an operator's kernels are one structure whose fields all have 8 bytes or are
-// structures of such fields, so that a launcher packs them as a list of 64-bit words. The list of
-// each structure stands in seqconv/backends/cuda/arguments.py too.
+// The arguments of an operator's kernels are one structure. Each field has 8 bytes or is a
+// structure of such fields, so that a launcher can pack them as 64-bit words. The lists in
+// seqconv/backends/cuda/arguments.py must have the same fields.
 #pragma once
 #include "radix.cuh"
 
 enum Dtype { kFloat32 = 0, kBfloat16 = 2, kFloat16 = 3, kComplex = 4 };
 
 struct Tensor {
-  void* data;  // null: absent
+  void* data;  // null where there is no such tensor
   i64 dtype;
   i64 batch, head, channel, time;  // strides in elements
 
@@ -38,7 +38,7 @@ SEQCONV_DEVICE const void* row_of(const Tensor& t, i64 b, i64 c, i64 h) {
   return (const char*)t.data + (b * t.batch + c * t.head + h * t.channel) * element_size(t.dtype);
 }
 
-// Neighbours in one access, where they are neighbours in memory and lie well.
+// Neighbours that one access reads or writes, where they are neighbours in aligned memory.
 template <class T>
 struct alignas(16) Eight {
   T at[8];
@@ -52,7 +52,8 @@ SEQCONV_DEVICE bool aligned(const T* p, i64 step, int bytes) {
   return p == nullptr || (step == 1 && ((i64)p & (bytes - 1)) == 0);
 }
 
-// 8 numbers of 16 bits, two to a word: chosen whole, where Eight would be chosen number by number.
+// 8 numbers of 16 bits, two to a word. The compiler selects them as a whole; it would select the
+// numbers of an Eight one by one.
 template <class T>
 SEQCONV_DEVICE uint4 eight_words(const T* p, bool is_there) {
   uint4 x{0, 0, 0, 0};

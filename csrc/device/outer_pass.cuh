@@ -3,8 +3,8 @@
 #pragma once
 #include "half_plane.cuh"
 
-// An outer pass: `blocks` blocks of radix points at a distance of `span` times 256; a tile is 16
-// rows, (16 / radix) groups of 16 columns.
+// An outer pass over `blocks` blocks of radix points at a distance of `span` times 256. A tile is
+// 16 rows, which are (16 / radix) groups of 16 columns.
 struct OuterPass {
   const u32* words;
   int radix, span, blocks, groups, tiles;  // tiles of one block
@@ -32,8 +32,8 @@ SEQCONV_DEVICE OuterPass outer_pass(const Transform& t, int d) {
   const bool full = 16 % radix == 0 && span * 16 % groups == 0;
   return {words, radix, span, blocks, groups, (span * 16 + groups - 1) / groups, full};
 }
-// A row of a tile: result p (or input i) of a group of columns, a group that no tile has where
-// there is no such row.
+// A row of a tile, which is result p (or input i) of a group of columns. Where there is no such
+// row, its group is one that no tile has.
 struct TileRow {
   int p, group;
 };
@@ -47,7 +47,7 @@ struct Line {
   bool real;
 };
 // One of the pass's tiles: the first 256 points of its block, its first group of 16 columns, and
-// how many there are.
+// the number of groups.
 struct Tile {
   int first, columns, span;
   bool full;
@@ -137,8 +137,8 @@ SEQCONV_DEVICE void outer_forward(const HalfPlane& plane, const OuterPass& pass,
   }
 }
 
-// The mirror image; store(at, matrix, columns) takes the last product: to the plane, or as real
-// numbers out of it.
+// The mirror image. store(at, matrix, columns) takes the last product and writes it to the plane,
+// or as real numbers out of it.
 template <class Number, class Store>
 SEQCONV_DEVICE void outer_inverse(const HalfPlane& plane, const OuterPass& pass, const Warp& all,
                                   Store store) {

@@ -8,19 +8,19 @@ enum Activation { kNone = 0, kGelu = 1, kSilu = 2, kRelu = 3 };
 
 struct ConvolutionArgs {
   i64 batch, heads, channels, length;
-  i64 taps, taps_rev;       // of k and of k_rev that meet an output at all
-  i64 per_sample;           // whether every sample has taps of its own
-  i64 activation;           // of enum Activation
-  i64 windows, step, lead;  // of a row: their number, and of each its outputs and how many of its
-                            // points lie before its first output
-  i64 row_threads, slots;   // threads of one row; rows that a block handles at a time
-  i64 groups;               // blocks that share the rows of one channel
-  i64 parts;                // of dk_parts: every slot of every group has one
-  i64 outer, lower;         // long rows: points of the outer transform, and points below it
-  i64 columns;              // long rows: columns of a block
-  i64 order;                // of enum Order: how spectra are kept
-  double spectrum_scale;    // of the taps' spectra
-  double gradient_scale;    // of the spectra that the taps' gradients are made from
+  i64 taps, taps_rev;      // of k and of k_rev that meet an output at all
+  i64 per_sample;          // whether every sample has taps of its own
+  i64 activation;          // of enum Activation
+  i64 windows;             // of a row
+  i64 step, lead;          // of a window: its outputs, and its points that lie before the first one
+  i64 row_threads, slots;  // threads of one row, and rows that a block handles at a time
+  i64 groups;              // blocks that share the rows of one channel
+  i64 parts;               // of dk_parts; every slot of every group has one
+  i64 outer, lower;        // long rows: points of the outer transform, and points below it
+  i64 columns;             // long rows: columns of a block
+  i64 order;               // in which spectra are kept, of enum Order
+  double spectrum_scale;   // by which the taps' spectra are multiplied
+  double gradient_scale;   // by which the spectra of the taps' gradients are multiplied
   Transform transform;
   c32* spectrum;       // of the taps: (row of taps, n)
   float* divisors;     // (row of taps): powers of two that spectra in tiles were divided by
@@ -29,8 +29,9 @@ struct ConvolutionArgs {
   u32* x_spectra;      // tensor cores: (part, row of taps, n), where x's spectra wait for dv's
   c32* long_rows;      // long rows between their passes: (sample, head, channel, n)
   float* dv;           // (batch, heads, channels, length), where it is not simply post_gate * dy
-  Tensor u, k, k_rev, skip, pre_gate, post_gate, y;  // k, k_rev, skip and their gradients have any
-  Tensor dy, du, dk, dk_rev, dskip, dpre_gate, dpost_gate;  // dtype, the others the kernel's
+  // k, k_rev, skip and their gradients have any dtype, and the others have the kernel's.
+  Tensor u, k, k_rev, skip, pre_gate, post_gate, y;
+  Tensor dy, du, dk, dk_rev, dskip, dpre_gate, dpost_gate;
 };
 
 SEQCONV_DEVICE float activate(float v, i64 activation) {
@@ -54,8 +55,9 @@ SEQCONV_DEVICE float slope(float v, i64 activation) {
 // Where a block's row lies: window `window` of sample b, channel h.
 struct Place {
   int b, h;
-  int shift;       // time of local position 0
-  int begin, end;  // local positions whose time lies inside the row; none in a slot without one
+  int shift;  // time of local position 0
+  int begin,
+      end;  // the local positions whose time lies inside the row; a slot without a row has none
 };
 
 SEQCONV_DEVICE Place place(const ConvolutionArgs& a, int b, int h, int window, bool real) {
@@ -155,8 +157,8 @@ SEQCONV_DEVICE Gated<T> gradient(const ConvolutionArgs& a, const Place& p, i64 h
   return g;
 }
 
-// Takes v: y = post_gate * activation(v), or, where there is a dy, dv into `dv` and post_gate's
-// gradient.
+// Takes v. Without a dy it writes y = post_gate * activation(v); with one it writes the gradients
+// dv and dpost_gate.
 template <class T>
 struct Output {
   T *y, *dpost;
@@ -218,7 +220,7 @@ struct Sinks<c32> {
   }
 };
 
-// Takes dx: u's gradient and pre_gate's.
+// Takes dx, and writes the gradients of u and pre_gate.
 template <class T>
 struct InputGradient {
   T *du, *dpre;
@@ -292,7 +294,8 @@ SEQCONV_DEVICE Taps taps(const ConvolutionArgs& a, i64 row) {
           skip, (int)a.taps, (int)a.taps_rev,      (int)a.transform.n};
 }
 
-// Takes the sum of dv times the conjugate of x: gradients of the taps, or complex rows.
+// Takes the sum of dv times the conjugate of x, and writes the gradients of the taps or a complex
+// row.
 struct TapsGradient {
   Tensor dk, dk_rev;
   void *data, *data_rev;

@@ -16,10 +16,10 @@
 #include "memory.cuh"
 
 constexpr int kRowLength = 64, kTileRows = 32, kTile = kTileRows * kRowLength;
-constexpr int kModes = 32;    // whose tables are in shared memory at a time
+constexpr int kModes = 32;    // shared memory holds the tables of so many at a time
 constexpr int kWarpRows = 8;  // rows of a tile that a warp computes: 4 warps
 
-// Complex numbers in float64 are pairs.
+// The arguments. Complex numbers in float64 are pairs.
 struct SsmArgs {
   i64 heads, channels, length;
   i64 groups;  // blocks that share the tiles of one channel
@@ -71,7 +71,7 @@ struct ExponentialsRow {
   int h, first, last;  // tiles
   const c32* powers;   // of the channel's first mode
 };
-// One block for `groups` shares of the tiles of every channel.
+// Every channel has `groups` blocks, which share its tiles.
 SEQCONV_DEVICE ExponentialsRow exponentials_row(const SsmArgs& a) {
   const int h = blockIdx.x % (int)a.channels, group = blockIdx.x / (int)a.channels;
   const int tiles = (int)((a.length + kTile - 1) / kTile);

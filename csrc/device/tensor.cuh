@@ -9,7 +9,6 @@
 // the largest input is below 1/2, hence every value below sqrt(n). The innermost 256 points never
 // leave registers between the first of their products and the last. Twiddles of an outer pass are
 // the product of two factors, one for the column in its group of 16, one for the group.
-//
 #pragma once
 #include "outer_pass.cuh"
 
@@ -27,8 +26,7 @@ SEQCONV_DEVICE void tensor_forward_passes(const Transform& t, const HalfPlane& p
   }
 }
 
-// The 256 points of a tile of the plane to their spectrum. Alone (n = 256), they are the real row
-// itself.
+// Transforms the 256 points of a tile of the plane. Where n is 256, they are the real row itself.
 template <class Number, class Twiddles>
 SEQCONV_DEVICE Result<Number> inner_forward(const Transform& t, const HalfPlane& plane, int tile,
                                             const Matrix& f, const Twiddles& twiddles,
@@ -50,8 +48,8 @@ SEQCONV_DEVICE Result<Number> inner_forward(const Transform& t, const HalfPlane&
   const Matrix rows = to_operand(x);
   return product<Number>(rows, transposed(f));
 }
-// A tile's spectrum in global memory: 16 bytes of every lane beside the other lanes', and only the
-// lane that wrote them reads them back.
+// A piece of a tile's spectrum in global memory. 16 bytes of every lane lie beside the other
+// lanes', and only the lane that wrote them reads them.
 template <class Number>
 struct alignas(16) Piece {
   Number at[16 / sizeof(Number)];
@@ -85,7 +83,7 @@ SEQCONV_DEVICE Result<Number> load_result(const u32* tile, int lane) {
   }
   return x;
 }
-// The spectra of all tiles, which frees the plane.
+// Writes the spectra of all tiles to global memory, which frees the plane.
 template <class Number>
 SEQCONV_DEVICE void put_aside(const Transform& t, const HalfPlane& plane, u32* to, const Warp& w) {
   const u32* table = (const u32*)t.tables;
@@ -96,7 +94,7 @@ SEQCONV_DEVICE void put_aside(const Transform& t, const HalfPlane& plane, u32* t
                  inner_forward<Number>(t, plane, tile, f, twiddles, w), w.lane);
   sync_warp();  // a team of more warps meets before it writes to the plane again: team_max
 }
-// And back, as the right operand of the last product.
+// The inverse, as the right operand of the last product.
 template <class Number, class Twiddles>
 SEQCONV_DEVICE Columns inner_inverse(const Result<Number>& spectrum, const Matrix& f,
                                      const Twiddles& twiddles) {
@@ -125,9 +123,9 @@ SEQCONV_DEVICE void emit(const Pair (&v)[2][2], const Warp& w, const Line& first
   }
 }
 
-// Everything from the innermost 256 points on: `spectra(tile, f, twiddles)` gives the product with
-// the taps' spectrum; the sink takes 4 results from time t on. What a loop needs is made for it
-// alone, the sink at the end: kept any longer, it would cost the others registers.
+// Everything from the innermost 256 points on. `spectra(tile, f, twiddles)` gives the product with
+// the taps' spectrum, and the sink takes 4 results from time t on. Each loop makes what it needs,
+// and the sink is made at the end, since they would cost the other loops registers.
 template <class Number, class Spectra, class MakeSink>
 SEQCONV_DEVICE void tensor_inverse(const Transform& t, const HalfPlane& plane, const Warp& all,
                                    Spectra spectra, MakeSink make_sink) {

@@ -1,5 +1,5 @@
-// The convolution and its gradients on tensor cores: the passes of tensor.cuh between reading and
-// writing, with the grid and the work of fftconv.cuh's kernels.
+// The convolution and its gradients on tensor cores, by the passes of tensor.cuh. The grid and the
+// work of a block are those of the kernels in fftconv.cuh.
 #pragma once
 #include "tensor.cuh"
 
@@ -14,7 +14,7 @@ struct FixedTransform {
   }
 };
 
-// A slot's planes; after all of them the room of team_max.
+// A slot's planes, and its room for team_max, which lies behind all planes.
 struct TensorShared {
   HalfPlane x, g;  // g is x where one is enough
   float* largest;
@@ -28,7 +28,7 @@ SEQCONV_DEVICE TensorShared tensor_shared(const ConvolutionArgs& a, const Transf
           largest + w.slot * (w.team.size / 32)};
 }
 
-// A row of results that is written, and what it is multiplied by, or null.
+// A row that results are written to, and the row that they are multiplied by, or null.
 template <class T>
 struct Product {
   T* to;
@@ -62,7 +62,7 @@ struct Fours {
   const T* gate;  // times this, or null
   i64 activation;
 
-  // Where there is nothing but the convolution itself: half the instructions.
+  // The row of a call that does nothing but convolve, which takes half the instructions, or null.
   SEQCONV_DEVICE T* plain_row() const {
     const bool alone = kProducts == 1 || products[kProducts - 1].to == nullptr;
     const bool plain = products[0].by == nullptr && dv == nullptr && activation == kNone;
@@ -91,7 +91,7 @@ struct Fours {
   }
 };
 
-// Takes 4 results. A plain row needs its address alone, which stays in a register; everything else
+// Takes 4 results. A plain row needs its address alone, which stays in a register. Everything else
 // is made anew for each tile.
 template <class T, class MakeFours, class MakeSink>
 struct Results {
@@ -178,9 +178,9 @@ SEQCONV_DEVICE void tensor_forward(const ConvolutionArgs& a, unsigned char* shar
   }
 }
 
-// One head: several would need a third plane for the sum of their gradients. Where there is
-// `x_spectra`, one plane does for x and then for dv: x's spectrum waits there, in room of the
-// slot's own that it uses for every row.
+// There is one head only, since several would need a third plane for the sum of their gradients.
+// With `x_spectra` one plane serves x and then dv. x's spectrum waits there, where each slot has
+// room for one row.
 template <class T, class Number, class Known = AnyTransform>
 SEQCONV_DEVICE void tensor_backward(const ConvolutionArgs& a, unsigned char* shared) {
   const Work work_ = work(a);
