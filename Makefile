@@ -87,11 +87,11 @@ bench-layers: .venv/ready  ## every layer beside itself on torch.fft, and the RE
 gallery: .venv/ready  ## pictures of every layer's kernels before and after training
 	$(BIN)/python -m bench.gallery $(ARGS)
 
-bench-table: .venv/ready  ## the README's table, fftconv.md and picture, from bench/results
+bench-table: .venv/ready  ## the tables, fftconv.md and picture of docs/benchmarks.md, from bench/results
 	$(BIN)/python -m bench.fftconv --table
 
-lra-table: .venv/ready  ## the README's table of training runs, from bench/results
-	$(BIN)/python -m bench.lra report bench/results/lra.jsonl --out bench/results/lra.md --readme README.md
+lra-table: .venv/ready  ## the table of training runs in docs/long_range_arena.md, from bench/results
+	$(BIN)/python -m bench.lra report bench/results/lra.jsonl --out bench/results/lra.md --readme docs/long_range_arena.md
 
 clean:
 	rm -rf .venv build dist *.egg-info seqconv/*.so runs

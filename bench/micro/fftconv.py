@@ -2,7 +2,7 @@
 
 python -m bench.fftconv            a sample, under 4 minutes
 python -m bench.fftconv --full     every requirement, under an hour; goes on where it was stopped
-python -m bench.fftconv --table    the README's table and picture, and fftconv.md, from the results on disk
+python -m bench.fftconv --table    docs/benchmarks.md's table, the picture and fftconv.md, from the results on disk
 
 Every number is the median of interleaved rounds in one process; nothing is timed whose result
 differs from float64's. Ratios are medians of the rounds' own ratios to the torch.fft formulation.
@@ -376,7 +376,9 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--time-budget", type=float, help="seconds in all; stops after")
     parser.add_argument("--json", type=Path, help="file to append a line per measurement to")
     parser.add_argument("--plot", type=Path, help="picture to draw")
-    parser.add_argument("--table", action="store_true", help="rewrite the README from --json")
+    parser.add_argument(
+        "--table", action="store_true", help="rewrite docs/benchmarks.md from --json"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -392,7 +394,7 @@ def main() -> None:
         if not rows:
             raise SystemExit("no results: run make bench first")
         rows = report.same_run(rows)
-        report.replace_between(report.ROOT / "README.md", "bench", readme_table(rows))
+        report.replace_between(report.ROOT / "docs/benchmarks.md", "bench", readme_table(rows))
         (report.RESULTS / "fftconv.md").write_text(page(rows))
         report.plot(rows, args.plot or report.RESULTS / "fftconv.png")
         return None

@@ -12,7 +12,6 @@ the stricter comparison (see bench.fftconv); memory is the peak of one step beyo
 import argparse
 import copy
 import time
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +25,7 @@ from bench.micro.contenders import BASELINE
 from bench.micro.report import console
 from bench.micro.timing import Clock, interleaved, peak_bytes, quartiles, ratios, worst_errors
 from bench.micro.worker import Worker, refuse_fallback, serve
-from seqconv import S4D, ButterflyConv, Hyena, LongConv, SGConv
-from seqconv.ops import operators
+from seqconv import S4D, ButterflyConv, Hyena, LongConv, SGConv, use_backend
 
 LAYERS = {  # name -> the layer for a d_model and a length
     "S4D": lambda d, n: S4D(d),
@@ -41,22 +39,12 @@ LAYERS = {  # name -> the layer for a d_model and a length
 }
 
 
-@contextmanager
-def torch_fft():
-    """The package's operators take their reference meanwhile."""
-    before, operators.forced_reference = operators.forced_reference, True
-    try:
-        yield
-    finally:
-        operators.forced_reference = before
-
-
-WAYS = {"seqconv": nullcontext, BASELINE: torch_fft}
+WAYS = {"seqconv": "auto", BASELINE: "reference"}  # the backend
 
 
 def step(way: str, layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     """The output, and the gradients of the input and of every parameter."""
-    with WAYS[way]():
+    with use_backend(WAYS[way]):
         y = layer(x)
         return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
 

@@ -213,7 +213,7 @@ def readme_table(rows: list[dict]) -> str:
         [
             report.markdown(header, lines),
             f"{first['device']} ({first['isa']} kernels), torch {used['torch']}, commit {first['commit']}; "
-            f"{met} of the harness's {len(lines_met)} requirements [are met there](bench/results/fftconv.md).",
+            f"{met} of the harness's {len(lines_met)} requirements [are met there](../bench/results/fftconv.md).",
         ]
     )
 

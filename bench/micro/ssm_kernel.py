@@ -28,8 +28,8 @@ from bench.micro.requirements import BOTH, verdict
 from bench.micro.timing import Clock, flops_per_second, interleaved, quartiles, ratios, worst_errors
 from bench.micro.worker import ALLOCATORS, Worker, refuse_fallback, serve
 from seqconv import S4DKernel
-from seqconv.backends import cpu
-from seqconv.ops import modes
+from seqconv.backends import cpu, keops
+from seqconv.ops import ssm
 from seqconv.ops.ssm import discretize, multiply, ssm_kernel
 
 INTO, FUSED, WHOLE, BMM, BMM_WHOLE, EINSUM, KEOPS = CONTENDERS = (
@@ -75,7 +75,7 @@ def functions(channels: int, length: int) -> dict:
     out = torch.empty(1, channels, length)
 
     def preallocated(a, w, length):
-        cpu.ssm_forward(out, a, w)
+        cpu.ssm(out, ssm.Modes(a, w))
         return out
 
     def whole(log_dt, A, B, C, length, backend):
@@ -83,10 +83,10 @@ def functions(channels: int, length: int) -> dict:
 
     return {
         INTO: preallocated,
-        FUSED: partial(modes.mode_sum, single=True),
-        BMM: partial(modes.mode_sum, single=True, backend="torch"),
+        FUSED: partial(ssm.mode_sum, single=True),
+        BMM: partial(ssm.mode_sum, single=True, backend="torch"),
         EINSUM: definition,
-        KEOPS: partial(modes.keops, dtype=torch.float32),
+        KEOPS: partial(keops.mode_sum, dtype=torch.float32),
         **{name: partial(whole, backend=b) for name, b in FROM_PARAMETERS.items()},
     }
 

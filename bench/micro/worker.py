@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from bench.micro import report
-from seqconv.ops import operators
+from seqconv import explain
 
 THRESHOLD = str(8 << 30)
 ALLOCATORS = {
@@ -70,6 +70,6 @@ def serve(prepare: Callable[[dict], Callable[[dict], Iterable[dict]]]) -> None:
 
 def refuse_fallback() -> None:
     """Exits where seqconv would be measured without its kernels."""
-    reason = operators.fallback_reason(torch.device("cpu"))
+    reason = explain(torch.zeros(1, 1, 64), torch.zeros(1, 64)).fallback
     if reason:
         raise SystemExit(f"seqconv would take its fallback: {reason}")

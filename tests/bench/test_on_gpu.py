@@ -257,7 +257,7 @@ def test_what_is_carried(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "o" / "packages" / "einops" / "__init__.py").is_file()
     text = capsys.readouterr().out
     assert "seqconv/_C.abi3.so" in text and "bench.on_gpu prove --out" in text
-    monkeypatch.setattr(pack._cpu, "missing", "is not built")
+    monkeypatch.setattr(pack.cpu, "missing", "is not built")
     assert pack.pack("sm_90", tmp_path / "o") == 1
 
 

@@ -12,10 +12,10 @@ from cases import Case, double
 from emulated import HERE, Emulator, as_backend
 from recorded import Device, Driver
 
-from seqconv import fftconv, reference
-from seqconv.backends import cuda
-from seqconv.backends.cuda import compiler, convolution, driver, kernels
-from seqconv.ops import operators
+from seqconv import backends, fftconv, reference
+from seqconv.backends.cuda import compiler, convolution, driver, gpu, kernels
+from seqconv.ops.fftconv import operator
+from seqconv.ops.inputs import Inputs
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_compile_and_functorch_take_the_same_kernels(device):
         y = torch.compile(fftconv, backend="eager", fullgraph=True)(u, k)
         mapped = torch.vmap(fftconv, in_dims=(0, None))(u[:, None], k)[:, 0]
         torch.library.opcheck(
-            operators.fwd, (u, k, None, None, None, None, "none", False),
+            operator.fwd, (u, k, None, None, None, None, "none", False),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
     expected = reference.fftconv_fft(u, k)
@@ -164,24 +164,27 @@ def test_the_road_of_a_cuda_tensor(library, monkeypatch, fresh):
     made = driver.Device(0, Driver(Emulator(library)))
     monkeypatch.setattr(driver, "device", lambda index: [made][index])
     u, k, y = torch.randn(2, 3, 300), torch.randn(3, 300), torch.empty(2, 3, 300)
-    cuda.forward(y, u, k, None, None, None, None, "none")
+    inputs = Inputs(u, k, *[None] * 4)
+    gpu.fftconv(y, inputs, "none")
     assert rel_l2(y, reference.fftconv_fft(u.double(), k.double())) < 1e-6
     du = torch.empty_like(u)
-    cuda.backward((du, *[None] * 5), torch.ones_like(y), u, k, None, None, None, None, "none")
+    wanted = Inputs(du, *[None] * 5)
+    gpu.fftconv_gradients(wanted, torch.ones_like(y), inputs, "none")
     leaf = u.double().requires_grad_()
     (expected,) = torch.autograd.grad(reference.fftconv_fft(leaf, k.double()).sum(), leaf)
     assert rel_l2(du, expected) < 1e-6
     assert set(asked) == {0}  # streams: the device is the current one already
     asked.clear()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(cuda, "_index", lambda device: 0)
-    cuda.forward(y, u, k, None, None, None, None, "none")
-    cuda.backward((du, *[None] * 5), torch.ones_like(y), u, k, None, None, None, None, "none")
+    monkeypatch.setattr(backends.cuda, "_index", lambda device: 0)
+    gpu.fftconv(y, inputs, "none")
+    gpu.fftconv_gradients(wanted, torch.ones_like(y), inputs, "none")
     assert asked[0] == 0 and asked.count("left") == 2 and set(asked) == {0, "left"}
     assert {launch[4] for launch in made.driver.launches} == {77}
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="once before the capture"):
-        cuda.forward(torch.empty(2, 3, 999), torch.randn(2, 3, 999), k, *[None] * 4, "none")
+        longer = Inputs(torch.randn(2, 3, 999), k, *[None] * 4)
+        gpu.fftconv(torch.empty(2, 3, 999), longer, "none")
 
 
 def test_devices_of_two_kinds(library, monkeypatch):

@@ -2,26 +2,41 @@
 
 import pytest
 import torch
+from emulated import as_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqconv
-from seqconv.backends import cuda
-from seqconv.backends.cuda import driver, tables
+from seqconv.backends.cuda import driver, gpu, tables
 from seqconv.backends.cuda.plan import longest
+from seqconv.backends.protocol import Request
+from seqconv.ops.inputs import Inputs
+
+
+class Row:
+    """What the choice of a backend asks a tensor."""
+
+    is_cpu, is_cuda = False, True
+    device = torch.device("cuda", 0)
+
+    def __init__(self, length: int, dtype=torch.float32):
+        self.shape, self.dtype = (1, 1, length), dtype
+
+
+def why_not(row: Row) -> str | None:
+    return gpu.why_not(Request("fftconv", Inputs(row, *[None] * 5), ("none", False)))
 
 
 def test_why_there_is_no_kernel(monkeypatch, fresh):
-    first = torch.device("cuda", 0)
-    assert "float64" in cuda.reason(first, torch.float64, 5)
+    assert "float64" in why_not(Row(5, torch.float64))
     monkeypatch.setattr(driver, "packages_reason", lambda: "No module: pip install cuda-python")
-    assert "pip install cuda-python" in cuda.reason(first, torch.float32, 5)
+    assert "pip install cuda-python" in why_not(Row(5))
 
 
 def test_rows_without_a_plan_take_the_fallback(device, monkeypatch, fresh):
     monkeypatch.setattr(driver, "device", lambda index: device)
-    first, most = torch.device("cuda", 0), longest(device.limits)
-    assert most > 1 << 26 and cuda.reason(first, torch.float32, most) is None
-    assert str(most) in cuda.reason(first, torch.float32, most + 1)
+    most = longest(device.limits)
+    assert most > 1 << 26 and why_not(Row(most)) is None
+    assert str(most) in why_not(Row(most + 1))
 
 
 def test_failures_are_tried_again_but_not_for_ever(device, monkeypatch, fresh):
@@ -65,16 +80,9 @@ def test_a_driver_older_than_the_compiler(monkeypatch, fresh, version, wanted):
     assert ("update" in reason) == (version < 13000)
 
 
-def test_explain_shows_the_plan(device, monkeypatch):
-    monkeypatch.setattr(driver, "device", lambda index: device)
-    monkeypatch.setattr(cuda, "_index", lambda device: 0)
-    u = torch.randn(8, 4, 5000, dtype=torch.bfloat16)
-    plan, arch = cuda.explain(u, torch.randn(4, 5000), None)
-    text = str(
-        seqconv.Explanation(
-            "cuda", "right-angle fft", plan.n, 1, arch, plan.threads, None, str(plan)
-        )
-    )
+def test_explain_shows_the_plan(device):
+    with as_backend(device):
+        text = str(seqconv.explain(torch.randn(8, 4, 5000).bfloat16(), torch.randn(4, 5000)))
     assert "tensor cores" in text and "5120" in text and "sm_90" in text
     assert "predicted lower bound" in text
 

@@ -6,13 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import rel_l2
+from emulated import as_backend
 from recorded import Device, Driver
 
 from seqconv import reference, ssm_kernel
-from seqconv.backends import cuda
 from seqconv.backends.cuda import driver, kernels, ssm
 from seqconv.backends.cuda.problem import H100
-from seqconv.ops import modes
 
 FEW = replace(H100, processors=1)  # several tiles for every block
 
@@ -221,17 +220,14 @@ def test_memory_does_not_grow_with_modes_times_length(machine, monkeypatch):
         sizes.clear()
 
 
-def test_the_operator_on_cudas_road(machine, monkeypatch):
+def test_the_operator_on_cudas_road(machine):
     """ssm_kernel from its parameters to their gradients, with the emulator in the driver's place."""
     device = machine.device()
-    monkeypatch.setattr(driver, "device", lambda index: device)
-    monkeypatch.setattr(cuda, "_index", lambda _: 0)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(modes, "_fused", lambda *_: cuda)
     inputs = [torch.randn(3) - 3, torch.randn(3, 4, 2), torch.randn(2, 3, 4, 2)]
     inputs[1][..., 0] = -inputs[1][..., 0].abs()
     inputs = [t.requires_grad_() for t in inputs]
-    ours = ssm_kernel(*inputs, 300)
+    with as_backend(device):
+        ours = ssm_kernel(*inputs, 300)
     dk = torch.randn_like(ours)
     found = [ours, *torch.autograd.grad(ours, inputs, dk)]
     names = [launch[0] for launch in device.launches]

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from seqconv.backends.cuda import convolution, kernels
+from seqconv import use_backend
+from seqconv.backends.cuda import Cuda, convolution, kernels
 from seqconv.backends.cuda.problem import H100, Limits
 from seqconv.backends.cuda.tables import Tables
-from seqconv.ops import operators
 
 HERE = Path(__file__).parent / "device"
 FLAGS = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -59,6 +59,7 @@ class Emulator:
     limits: Limits = H100
     order: int = 0
     without: str = ""
+    arch: str = "sm_90"
     launches: list = field(default_factory=list)
     table = Tables(lambda words: words, lambda: False)
 
@@ -100,23 +101,24 @@ def device() -> Emulator:
     return Emulator(build())
 
 
+class OnDevice(Cuda):
+    """The CUDA backend for CPU tensors: its own Python, and a device that runs its kernels on the host."""
+
+    def __init__(self, device):
+        self.emulated = device
+
+    def device(self, place):
+        return self.emulated
+
+    def missing(self, place) -> None:
+        return None
+
+    def on(self, place, function, *arguments) -> None:
+        function(self.emulated, *arguments)
+
+
 @contextmanager
 def as_backend(device):
-    """fftconv of CPU tensors through the CUDA backend's Python and a device that runs its kernels on the host."""
-
-    class Backend:
-        missing = ""
-
-        @staticmethod
-        def forward(y, *inputs):
-            convolution.forward(device, y, *inputs)
-
-        @staticmethod
-        def backward(grads, dy, *inputs):
-            convolution.backward(device, grads, dy, *inputs)
-
-    usual, operators.cpu = operators.cpu, Backend
-    try:
+    """Every operator of CPU tensors on the device."""
+    with use_backend(OnDevice(device)):
         yield device
-    finally:
-        operators.cpu = usual

@@ -5,8 +5,19 @@ import os
 import torch
 
 from seqconv.backends import cpu
+from seqconv.ops.inputs import Inputs
 
-forward, backward = cpu.forward, cpu.backward
+_forward, _backward = cpu.fftconv, cpu.fftconv_gradients
+
+
+def forward(y, *args):
+    *inputs, activation = args
+    _forward(y, Inputs(*inputs), activation)
+
+
+def backward(grads, dy, *args):
+    *inputs, activation = args
+    _backward(Inputs(*grads), dy, Inputs(*inputs), activation)
 
 
 def zeros(y, u, *rest):
@@ -86,8 +97,10 @@ BACKWARD |= {
 
 name = os.environ.get("SEQCONV_MUTATION")
 if name in FORWARD:
-    cpu.forward = FORWARD[name]
+    cpu.fftconv = lambda y, inputs, activation: FORWARD[name](y, *inputs, activation)
 elif name in BACKWARD:
-    cpu.backward = BACKWARD[name]
+    cpu.fftconv_gradients = lambda grads, dy, inputs, activation: BACKWARD[name](
+        grads, dy, *inputs, activation
+    )
 elif name:
     raise ValueError(f"SEQCONV_MUTATION={name} is unknown")
