@@ -1,7 +1,7 @@
 import pytest
 from emulated import Emulator
+from fake_driver import Device, Driver
 from guarded import GuardedRecipe
-from recorded import Device, Driver
 
 from seqconv.backends.cuda import convolution, driver
 

@@ -38,7 +38,7 @@ def structures_in(text: str) -> dict[str, list[tuple[str, str]]]:
 
 
 def listed(structures: dict[str, Structure]) -> dict[str, list[tuple[str, str]]]:
-    """The same as Python has it."""
+    """The same table as Python has it."""
     found = {name: fields_of(declarations) for name, declarations in PARTS.items()}
     return found | {
         name: [(field.type, key) for key, field in one.fields.items()]
@@ -51,7 +51,7 @@ def test_the_headers_have_the_fields_that_python_lists():
 
 
 def test_the_compiler_puts_the_fields_where_python_does(tmp_path):
-    """By offsetof, through the header that stands for CUDA on the host."""
+    """offsetof says so, in a program that includes the header which stands for CUDA on the host."""
     lines, expected = [], []
     for name, one in STRUCTURES.items():
         lines.append(f'std::printf("{name} %zu\\n", sizeof({name}));')
@@ -122,7 +122,7 @@ def numbers(pattern: str) -> dict[str, int]:
 
 
 def test_codes_and_sizes():
-    """Numbers that both sides know: of dtypes, activations, orders of spectra, tiles of the sums of exponentials."""
+    """Both sides know the same codes of dtypes, activations and orders of spectra, and the same sizes of tiles."""
     known = {str(dtype).removeprefix("torch."): code for dtype, code in DTYPES.items()}
     known = known | {"complex": convolution.COMPLEX}
     of_dtypes = numbers(r"enum Dtype \{(.*?)\}")

@@ -1,4 +1,4 @@
-"""The CUDA kernels through the real compilers, which need no GPU: NVRTC for several architectures, nvcc where it is."""
+"""The real compilers compile the CUDA kernels without a GPU: NVRTC for several architectures, nvcc if installed."""
 
 import io
 import os
@@ -52,7 +52,7 @@ BEFORE_13_5 = {
 
 
 def allowed(name: str, arch: str) -> tuple[int, int]:
-    """The most registers a thread, the largest spill."""
+    """The most registers that a thread may take, and the largest spill."""
     _, _, threads, blocks = kernels.KERNELS[name]
     release = tuple(map(int, compiler.version().split(".")[:2]))
     if release < (13, 5) and (arch, name) in BEFORE_13_5:
@@ -62,7 +62,7 @@ def allowed(name: str, arch: str) -> tuple[int, int]:
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Every kernel for sm_90 by the installed NVRTC; of the rest a sample that SEQCONV_COMPILE moves, or "all".
+    """Every kernel for sm_90, and of other architectures a sample that SEQCONV_COMPILE moves, or "all".
 
     With another NVRTC (SEQCONV_NVRTC) everything is sampled. `make device-compilers` compiles all by each of them.
     """
@@ -104,7 +104,7 @@ def ptx(name: str) -> str:
 
 @pytest.mark.parametrize("mode", ["fast", "accurate"])
 def test_matrix_instructions(mode):
-    """As many tensor core instructions as products in the source: the loops are over tiles, and nothing is repeated."""
+    """There are as many tensor core instructions as products in the source: loops go over tiles, and repeat no code."""
     there = 4 + 8 + (4 + 8) + 8  # outer passes of a real row and of a complex one, the inner two
     back = 8 + (4 + 8) + 8 + 4  # the inner two, outer passes, the real end of those
     # x's inner two, with a plane for x and without one
@@ -115,7 +115,7 @@ def test_matrix_instructions(mode):
 
 @pytest.mark.parametrize("n, passes", [(4096, 1), (32768, 2)])
 def test_matrix_instructions_of_a_known_length(n, passes):
-    """Only those of its passes: the conditions on the transform were decided when it was compiled."""
+    """It has those of its passes only, since the conditions on the transform are decided when it is compiled."""
     each = 4 + 8 * (passes - 1) + 2 * 8
     text = ptx(f"tensor_forward_bf16_fast_{n}")
     assert text.count("mma.sync.aligned.m16n8k16") == 2 * each
@@ -148,7 +148,7 @@ def test_compiles_with_nvcc(name, tmp_path):
 
 
 def test_prebuild_into_a_folder_is_found(tmp_path, monkeypatch, capsys):
-    """What prebuild writes is what the loader finds, also for a later minor version, and only for this source."""
+    """The loader finds what prebuild writes, also for a later minor version, but not for another source."""
     asked = ["--arch", "sm_80", "--out", str(tmp_path), "--kernels", "^taps_divisors$"]
     assert prebuild.main(asked) == 0
     assert "1 kernels" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The road from tensors to the CUDA driver, on a recording driver that runs each launch in the emulator."""
+"""Calls from tensors down to the CUDA driver, where a recording driver runs each launch in the emulator."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import torch
 from accuracy import rel_l2
 from cases import Case, double
 from emulated import HERE, Emulator, as_backend
-from recorded import Device, Driver
+from fake_driver import Device, Driver
 
 from seqconv import backends, fftconv, reference
 from seqconv.backends.cuda import compiler, convolution, driver, gpu, kernels
@@ -43,7 +43,7 @@ def test_results_through_the_driver(device, case):
 
 
 def test_any_strides(device):
-    """Slices, transposes, expanded batches, negative views: read as they lie, by their strides."""
+    """Slices, transposes, expanded batches and negative views are read in place by their strides."""
     k = torch.randn(3, 2 * 200)[:, ::2]
     for u in (
         torch.randn(2, 3, 400)[..., ::2],
@@ -88,7 +88,7 @@ def test_a_failing_launch_raises(device):
 
 
 def test_a_thread_that_has_not_used_the_device_yet(device):
-    """The gradient in a thread of its own, whose first use of the driver it is."""
+    """The gradient is computed in a thread of its own, which has not used the driver before."""
     u, k = torch.randn(2, 2, 300, requires_grad=True), torch.randn(2, 300)
     with as_backend(device):
         y = fftconv(u, k)
@@ -121,7 +121,7 @@ def test_scratch_of_long_rows_is_bounded(device, monkeypatch):
 
 
 def test_compile_and_functorch_take_the_same_kernels(device):
-    """The operator is the same object on every device: what wraps it needs no CUDA code."""
+    """The operator is the same object on every device, so that what wraps it needs no CUDA code."""
     u, k = torch.randn(2, 3, 64), torch.randn(3, 64)
     with as_backend(device):
         y = torch.compile(fftconv, backend="eager", fullgraph=True)(u, k)
@@ -136,7 +136,7 @@ def test_compile_and_functorch_take_the_same_kernels(device):
 
 
 def test_the_road_of_a_cuda_tensor(library, monkeypatch, fresh):
-    """Through the package's own questions to torch: which device, which stream, is it capturing."""
+    """The package itself asks torch for the device and the stream, and whether it is capturing."""
     asked = []
 
     class Current:
@@ -188,7 +188,7 @@ def test_the_road_of_a_cuda_tensor(library, monkeypatch, fresh):
 
 
 def test_devices_of_two_kinds(library, monkeypatch):
-    """Each asks for machine code of its own architecture."""
+    """Each device asks for the machine code of its own architecture."""
     asked = []
 
     def found(name, major, minor):
@@ -240,7 +240,7 @@ print("launched", len(device._kernels), "kernels")
 
 
 def test_real_bindings_and_machine_code(library, tmp_path):
-    """NVRTC's code through the real cuda.bindings into the tests' own driver library, launched in the emulator."""
+    """The real cuda.bindings load NVRTC's code into the tests' driver library, which launches it in the emulator."""
     if compiler.compiler_reason():
         pytest.skip(compiler.compiler_reason())
     source = HERE / "libcuda.cpp"

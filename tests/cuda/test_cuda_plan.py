@@ -1,4 +1,4 @@
-"""The planner: a pure function, so thousands of problems on several devices."""
+"""The planner is a pure function. So it is tested with thousands of problems on several devices."""
 
 import math
 import random
@@ -135,7 +135,7 @@ def test_one_pass_up_to_32768_points():
 
 
 def test_warps_of_a_row():
-    """Few, which share out what every warp has to set up, where rows keep the device busy; else more."""
+    """Few warps share what each has to set up where rows keep the device busy. Otherwise there are more."""
     for length, most in ((256, 1), (1024, 1), (2048, 2), (4096, 4), (8192, 8), (32768, 16)):
         many = make_plan(Problem(64, 1, 768, length, length, 0, False, 2))
         assert many.row_threads == 32 * most and many.threads >= 256

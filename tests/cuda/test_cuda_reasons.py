@@ -13,7 +13,7 @@ from seqconv.ops.inputs import Inputs
 
 
 class Row:
-    """What the choice of a backend asks a tensor."""
+    """A tensor as far as the choice of a backend asks it."""
 
     is_cpu, is_cuda = False, True
     device = torch.device("cuda", 0)
@@ -40,7 +40,7 @@ def test_rows_without_a_plan_take_the_fallback(device, monkeypatch, fresh):
 
 
 def test_failures_are_tried_again_but_not_for_ever(device, monkeypatch, fresh):
-    """A device that failed once, out of memory perhaps, is not given up; a capture is an error, not a fallback."""
+    """A device that failed once, perhaps for lack of memory, is tried again. A capture is an error and no fallback."""
     calls = []
 
     def failing(index):
@@ -64,7 +64,7 @@ def test_failures_are_tried_again_but_not_for_ever(device, monkeypatch, fresh):
     "version, wanted", [(13000, ""), (12040, "cuda-python<13"), (11080, "update")]
 )
 def test_a_driver_older_than_the_compiler(monkeypatch, fresh, version, wanted):
-    """Machine code of a later CUDA does not load: what is said names the way out."""
+    """Machine code of a later CUDA does not load. The reason says what to do."""
     bindings = pytest.importorskip("cuda.bindings.driver")
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
     monkeypatch.setattr(bindings, "cuDriverGetVersion", lambda: (0, version))

@@ -1,4 +1,4 @@
-"""Calls that differ in addresses only share their launches; nothing else does."""
+"""Calls that differ in addresses only share their launches, and others do not."""
 
 import sys
 import threading
@@ -45,7 +45,7 @@ def same(some, others) -> bool:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_second_call_prepares_nothing(library, case, monkeypatch):
-    """And gives, for other numbers at other addresses, the bits of a first one."""
+    """It gives for other numbers at other addresses the same bits as a first call."""
     device = Emulator(library)
     first = results(device, case, 1)
     launched = list(device.launches)
@@ -64,7 +64,7 @@ def test_a_second_call_prepares_nothing(library, case, monkeypatch):
 
 @pytest.mark.parametrize("layout", ["bhl", "blh"])
 def test_channels_in_turn(library, layout, monkeypatch):
-    """Long rows, some channels at a time: one recipe for all parts of one size, at addresses further on."""
+    """Long rows take some channels at a time. One recipe serves all parts of one size, at addresses further on."""
     case = Case(2, 5, 9000, 9000, skip="h", activation="silu", post_gate=True, layout=layout)
     limits = replace(SMALL, tensor_cores=False)
     whole = results(Emulator(library, limits), case, 0)
@@ -171,7 +171,7 @@ def test_other_gradients_are_prepared_anew(library, wanted):
 
 
 def test_lazy_tensors_behind_a_recipe(library):
-    """Negated and all-zero tensors that have no memory of their own yet, where others have gone before."""
+    """Negated and all-zero tensors may have no memory of their own yet when a recipe is there already."""
     negated = torch.imag(torch.randn(2, 3, 300, dtype=torch.complex64).conj())
     zeros = torch._efficientzerotensor((2, 3, 300))
     assert negated.is_neg() and zeros.data_ptr() == 0
@@ -219,7 +219,7 @@ def test_threads_that_run_one_recipe():
 
 
 class Capturing(Emulator):
-    """Its tables are its own, and it may be capturing."""
+    """A device with tables of its own, which may be capturing."""
 
     capturing = False
 
@@ -229,7 +229,7 @@ class Capturing(Emulator):
 
 
 def test_captures_keep_the_tables_of_a_recipe(library):
-    """A recipe holds no table: what is in a graph is kept, what was dropped meanwhile is an error before any launch."""
+    """A recipe holds no tables. Those of a graph are kept, and one that was dropped is an error before any launch."""
     device = Capturing(library)
     with as_backend(device):
         device.capturing = True
@@ -277,7 +277,7 @@ def test_scratch_is_used_again(library, monkeypatch):
 
 
 def calls(function) -> int:
-    """Python functions that it enters, of three times the fewest."""
+    """How many Python functions it enters, which is the fewest of three times."""
     found = []
 
     def profile(frame, event, argument):

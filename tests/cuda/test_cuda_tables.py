@@ -7,7 +7,7 @@ from seqconv.backends.cuda import tables
 
 
 def test_tables_lie_outside_of_torchs_pools(device):
-    """The driver's own memory, tried twice, freed when nothing uses it any more and the device has come to rest."""
+    """They lie in the driver's own memory. It is tried twice, and freed when nothing uses it and no work is left."""
     memory = device.driver.memory
     device.driver.full = 1
     table = device.table(tables.build, 512, (2, 16, 16), 2, True)
@@ -27,7 +27,7 @@ def test_tables_lie_outside_of_torchs_pools(device):
 
 
 def test_tables_in_a_graph_are_kept(device):
-    """A captured graph knows addresses only: its tables outlive any number of others."""
+    """A captured graph knows addresses only, so that its tables outlive any number of others."""
     device.table(torch.zeros, 5)
     device.capturing = True
     kept = int(device.table(torch.zeros, 5))

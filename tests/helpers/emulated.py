@@ -1,4 +1,4 @@
-"""Builds csrc/device for the host and runs its kernels in the emulator, behind the interface of a device."""
+"""Builds csrc/device for the host, and runs its kernels in the emulator, which has the interface of a device."""
 
 import ctypes
 import hashlib
@@ -19,7 +19,7 @@ FLAGS = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-
 
 
 def build(*extra: str) -> ctypes.CDLL:
-    """The kernels as a shared library, built once for each state of the sources."""
+    """The kernels as a shared library, which is built once for each state of the sources."""
     text = (HERE / "host.cpp").read_text() + "".join(
         f"ENTRY({name}, {kernel.arguments}, {kernel.body})\n"
         for name, kernel in kernels.KERNELS.items()
@@ -53,7 +53,7 @@ def arguments_size(library: ctypes.CDLL, kernel: str) -> int:
 
 @dataclass
 class Emulator:
-    """A device whose kernels run on the host; order and without as in emulator.h."""
+    """A device whose kernels run on the host. order and without are those of Options in device/block.h."""
 
     library: ctypes.CDLL
     limits: Limits = H100
@@ -79,7 +79,7 @@ class Emulator:
 
 
 class EmulatorLibrary:
-    """The kernels as source, where tests ask for devices that run them."""
+    """Makes devices that run the kernels' source, where tests ask for a machine."""
 
     name = "emulator"
 
@@ -91,13 +91,13 @@ class EmulatorLibrary:
 
 
 def forget_recipes() -> None:
-    """For a test that changes what they are made by: the planner, the list of kernels, the bound on scratch."""
+    """Forgets all recipes, for tests that change what makes them, such as the planner or the list of kernels."""
     convolution._forward.cache_clear()
     convolution._backward.cache_clear()
 
 
 def device() -> Emulator:
-    """An H100's stand-in: what `python -m bench.on_gpu --dry` runs on."""
+    """What stands for an H100 where `python -m bench.on_gpu --dry` runs."""
     return Emulator(build())
 
 

@@ -1,8 +1,8 @@
-"""Recipes whose scratch memory shows every step beside its pieces.
+"""Recipes whose scratch memory shows every access beside its pieces.
 
 The scratch memory of a call is one allocation, in which a kernel that leaves its piece would meet the next one
-unnoticed. Here a band lies before, between and behind the pieces. At every launch all that belongs to no living piece
-is filled with NaN and must be unchanged behind it; the PTX machine refuses to read or write it.
+unnoticed. Here a band lies before, between and behind the pieces. At every launch all memory that belongs to no living
+piece is filled with NaN, and must be unchanged afterwards. The PTX machine refuses to read or write it.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ class Overrun(AssertionError):
 
 
 class GuardedRecipe(Recipe):
-    """As any recipe, but with bands, and watched by a device that stands before the one that it runs on."""
+    """A recipe with bands, whose launches go through a device that watches them."""
 
     def __init__(self, tensors: int):
         super().__init__(tensors)
@@ -51,14 +51,14 @@ class GuardedRecipe(Recipe):
         super().run(_Watched(device, dead), scratch, tensors)
 
     def _outside(self, scratch: int, living: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Address and size of everything in the scratch memory that lies between the living pieces."""
+        """The address and size of everything in the scratch memory that belongs to no living piece."""
         begins, ends = zip(*sorted(living), strict=True) if living else ((), ())
         gaps = zip((0, *ends), (*begins, self.bytes), strict=True)
         return [(scratch + begin, end - begin) for begin, end in gaps if begin < end]
 
 
 class _Watched:
-    """A device with what no launch may touch, launch by launch."""
+    """Hands launches on to a device, and knows for each of them what it must not touch."""
 
     def __init__(self, device, dead: list[list[tuple[int, int]]]):
         self.device, self.table, self.dead = device, device.table, iter(dead)

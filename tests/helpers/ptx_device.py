@@ -1,7 +1,7 @@
-"""A device whose kernels are NVRTC's PTX, run on the host by tests/ptx, behind the interface of a device.
+"""A device whose kernels are NVRTC's PTX, which the machine in tests/helpers/ptx runs on the host.
 
-The emulator (emulated.py) runs the kernels' source; this runs what the compiler made of it, inline assembly and all.
-Neither takes anything from the other.
+The emulator (emulated.py) runs the source of the kernels. This runs what the compiler made of it, with the inline
+assembly. The two share no code.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ ROUNDINGS = {"exact": 0, "in order": 1, "pessimistic": 2}
 
 
 def kept(name: str, state, make: Callable[[Path], None]) -> Path:
-    """A file of the user's temporary folder, made once for each state of what it depends on."""
+    """A file in the user's temporary folder, which is made once for each state of what it depends on."""
     key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"seqconv-ptx-{os.getuid()}"
     folder.mkdir(exist_ok=True)
@@ -56,7 +56,7 @@ def ptx_of(source: str, arch: str, options: tuple[str, ...] = ()) -> str:
 
 
 class Launch(ctypes.Structure):
-    """Launch of tests/ptx/state.h."""
+    """Launch of tests/helpers/ptx/state.h."""
 
     _fields_ = [
         (name, ctypes.c_uint) for name in "grid threads shared order races mma copies".split()
@@ -80,7 +80,7 @@ def library() -> ctypes.CDLL:
 
 
 class Program:
-    """One kernel's PTX, read. `launch` raises RuntimeError with kernel, block, thread, PTX line and what went wrong."""
+    """The PTX of one kernel. `launch` raises RuntimeError with kernel, block, thread, line of the PTX and the fault."""
 
     def __init__(self, ptx: str):
         self.handle = ctypes.c_void_p(library().ptx_load(ptx.encode()))
@@ -93,25 +93,25 @@ class Program:
             raise RuntimeError(error.decode())
 
     def launch(self, options: Launch, address: int, ranges: list[tuple[int, int]] = ()) -> None:
-        """ranges: address and size of the global memory that may be touched; none: all that is mapped."""
+        """ranges are addresses and sizes of the global memory that may be touched. Without any, all memory may be."""
         flat = (ctypes.c_uint64 * (2 * len(ranges)))(*[x for pair in ranges for x in pair])
         given = (ctypes.byref(options), ctypes.c_void_p(address), flat, len(ranges))
         self._check(library().ptx_launch(self.handle, *given))
 
     def counts(self) -> list[tuple[int, int, int, str]]:
-        """Of every instruction: how many warps and lanes ran it, its line and its text."""
+        """For every instruction, how many warps and lanes ran it, its line and its text."""
         rows = library().ptx_counts(self.handle, 0).decode().splitlines()
         split = [row.split(" ", 3) for row in rows]
         return [(int(warps), int(lanes), int(line), text) for warps, lanes, line, text in split]
 
 
-# What lives already is looked through once only: the collector leaves it alone from here on.
+# The objects that live by now are looked through once. The collector leaves them alone from here on.
 _EARLY = [weakref.ref(x) for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
 gc.freeze()
 
 
 def living_memory() -> list[tuple[int, int]]:
-    """Address and size of the memory of every living tensor of the CPU, in order and apart."""
+    """The address and size of the memory of every living tensor of the CPU, in order and without overlaps."""
     found: dict[int, int] = {}
     for x in [*gc.get_objects(), *(reference() for reference in _EARLY)]:
         kind = type(x)
@@ -120,7 +120,7 @@ def living_memory() -> list[tuple[int, int]]:
         try:
             storage = x.untyped_storage()
             address, size = storage.data_ptr(), storage.nbytes()
-        except RuntimeError:  # a tensor without memory, of a compiler or a transform
+        except RuntimeError:  # a tensor of a compiler or a transform has no memory
             continue
         if size:
             found[address] = max(size, found.get(address, 0))
@@ -134,7 +134,7 @@ def living_memory() -> list[tuple[int, int]]:
 
 
 def without(ranges: list[tuple[int, int]], holes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What the holes leave of the ranges; both are addresses and sizes in order and apart."""
+    """What the holes leave of the ranges. Both are addresses and sizes, in order and without overlaps."""
     left = []
     for begin, size in ranges:
         end = begin + size
@@ -157,7 +157,7 @@ def program_of(ptx: str) -> Program:
 
 
 def arch_of(limits: Limits) -> str:
-    """The architecture of the smallest capability that has such limits."""
+    """The architecture of the smallest compute capability that has such limits."""
     if not limits.tensor_cores:
         return "sm_75"
     return "sm_80" if limits.shared == 166912 else "sm_90"
@@ -165,8 +165,11 @@ def arch_of(limits: Limits) -> str:
 
 @dataclass
 class PtxDevice:
-    """A device for the CUDA backend. order: as for the emulator, which lanes and warps go first; races, rounding (of
-    matrix products): see above. change: makes another source of a kernel's; alter: other PTX of its PTX."""
+    """A device for the CUDA backend.
+
+    order says which lanes and warps go first, as it does for the emulator. races and rounding, that of matrix
+    products, are keys of RACES and ROUNDINGS. change makes another source of a kernel's, and alter other PTX.
+    """
 
     limits: Limits = H100
     order: int = 0
@@ -199,7 +202,7 @@ class PtxDevice:
 
 
 class PtxLibrary:
-    """The kernels as compiled, where tests ask for devices that run them."""
+    """Makes devices that run the compiled kernels, where tests ask for a machine."""
 
     name = "ptx"
 

@@ -39,12 +39,12 @@ struct Warp {
   const void* site = nullptr;
   void* slot[32] = {};
 };
-// Who touched a word of shared memory last, and how many barriers ago.
+// Who touched a word of shared memory last, and how many barriers had come by then.
 struct Word {
   int writer = -1, reader = -1;
   unsigned write_block = 0, write_warp = 0, read_block = 0, read_warp = 0;
 };
-// Exactly the asked bytes, so that AddressSanitizer sees every step outside.
+// It has exactly the bytes that were asked for, so that AddressSanitizer sees every step outside.
 struct Shared {
   unsigned char* data = nullptr;
   size_t size = 0;
@@ -88,8 +88,7 @@ inline void yield() {
   while (true) yield();
 }
 
-// All living lanes of the warp meet at one site; the last to come runs op for
-// everybody.
+// All living lanes of the warp meet at one site. The last to come runs op for all of them.
 template <class Op>
 void meet(void* mine, const void* site, Op&& op) {
   Warp& w = warp();
@@ -166,8 +165,8 @@ inline void entry() {
   while (true) yield();
 }
 
-// order 0: threads in order, 1: reversed, others: seeds of a shuffle of warps
-// and of the lanes in them.
+// Order 0 runs threads as they are numbered and 1 in reverse. Others are seeds, by which warps and
+// the lanes in them are shuffled.
 struct Options {
   unsigned order = 0;
   size_t shared = 0;

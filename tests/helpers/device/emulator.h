@@ -22,23 +22,20 @@ struct alignas(16) uint4 {
 #define blockDim (emulator::block().size)
 #define gridDim (emulator::block().grid)
 
-// Barriers are known by their place in the source, so that a mutation can leave
-// one out.
-inline void sync_block(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  const std::string site =
-      std::string(std::strrchr(file, '/') ? std::strrchr(file, '/') + 1 : file) + ":" +
-      std::to_string(line);
+// Whether a mutation leaves this barrier out. Barriers are known by their place in the source.
+inline bool left_out(const char* file, int line) {
+  const char* slash = std::strrchr(file, '/');
+  const std::string site = std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
   emulator::visited.insert(site);
-  if (site != emulator::block().without) emulator::sync_all();
+  return site == emulator::block().without;
+}
+inline void sync_block(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (!left_out(file, line)) emulator::sync_all();
 }
 inline void sync_warp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   static const char here = 0;
-  const std::string site =
-      std::string(std::strrchr(file, '/') ? std::strrchr(file, '/') + 1 : file) + ":" +
-      std::to_string(line);
-  emulator::visited.insert(site);
-  if (site != emulator::block().without)
-    emulator::meet(nullptr, &here, [](void**) { ++emulator::warp().syncs; });
+  if (left_out(file, line)) return;
+  emulator::meet(nullptr, &here, [](void**) { ++emulator::warp().syncs; });
 }
 inline void keep_order() {}
 inline int keep_here(int x) { return x; }

@@ -22,8 +22,7 @@ extern "C" const char* emulator_visited() {
   return last.c_str();
 }
 extern "C" long tensor_products() { return emulator::products; }
-// What the detectors must find, on purpose: a name for each, run by one block
-// of two warps.
+// Faults that the emulator must find, which one block of two warps commits on purpose.
 extern "C" const char* emulate_fault(int which) {
   return guarded([&] {
     emulator::launch(1, 64, {0, 1024, ""}, [&] {

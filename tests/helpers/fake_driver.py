@@ -98,9 +98,9 @@ class Driver:
 
     def cuLaunchKernel(self, f, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
         name = self.names[f]
-        assert self.thread.context == 5  # of this thread: else 201, invalid context
+        assert self.thread.context == 5  # a thread without one would get 201, invalid context
         assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0) and shared <= self.limits[name]
-        assert not self.copying  # a table, which other streams read too
+        assert not self.copying  # other streams read a table too, so that its copy must have ended
         self.launches.append((name, gx, bx, shared, stream))
         self.running = True
         if self.status:
@@ -113,7 +113,7 @@ class Driver:
 
 
 class Device(driver.Device):
-    """On tensors of the CPU: what torch would say of a CUDA stream is given."""
+    """The package's device for tensors of the CPU. It is told what torch would say of a CUDA stream."""
 
     stream, capturing = 77, False
 
