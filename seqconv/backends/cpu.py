@@ -70,6 +70,7 @@ if (
     )
 
 name = "cpu"
+always = frozenset() if missing else frozenset(("fftconv", "ssm"))
 
 
 def compiler() -> str:
@@ -213,7 +214,7 @@ def butterfly_gradients(grads, dz: Tensor, inputs, radices: tuple[int, ...]) -> 
 
 
 def _ssm(function_of: Tensor, inputs, *rest) -> None:
-    a, w = (t.contiguous() for t in inputs)
+    a, w = inputs.a.contiguous(), inputs.w.contiguous()
     heads, channels, modes, _ = w.shape
     asked = torch.get_num_threads() if threaded else 1
     single = function_of.dtype == torch.float32

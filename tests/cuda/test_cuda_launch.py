@@ -239,6 +239,7 @@ print("launched", len(device._kernels), "kernels")
 """
 
 
+@pytest.mark.slow
 def test_real_bindings_and_machine_code(library, tmp_path):
     """The real cuda.bindings load NVRTC's code into the tests' driver library, which launches it in the emulator."""
     if compiler.compiler_reason():

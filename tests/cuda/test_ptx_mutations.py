@@ -128,7 +128,7 @@ def test_mistakes_in_the_ptx(name):
     assert outcome(alter=only(change)) != "right"
 
 
-@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("kernel", [FORWARD, pytest.param(BACKWARD, marks=pytest.mark.slow)])
 def test_barriers_are_needed(kernel):
     """Each barrier that runs is left out in turn, which gives a race, something unwritten or a wrong result.
 

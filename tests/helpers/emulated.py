@@ -1,13 +1,14 @@
 """Builds csrc/device for the host, and runs its kernels in the emulator, which has the interface of a device."""
 
 import ctypes
-import hashlib
 import os
 import subprocess
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from kept import kept
 
 from seqconv import use_backend
 from seqconv.backends.cuda import Cuda, convolution, kernels
@@ -29,16 +30,15 @@ def build(*extra: str) -> ctypes.CDLL:
     compiler = os.environ.get("CXX", "g++")
     headers = [*sorted(kernels.folder().glob("*.cuh")), *sorted(HERE.glob("*.h"))]
     state = (text, flags, compiler, [path.read_bytes() for path in headers])
-    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-    target = Path(tempfile.gettempdir()) / f"seqconv-emulator-{os.getuid()}-{key}.so"
-    if not target.exists():
+
+    def make(path: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            unit, made = Path(folder) / "host.cpp", Path(folder) / "host.so"
+            unit = Path(folder) / "host.cpp"
             unit.write_text(text)
             includes = [f"-I{HERE}", f"-I{kernels.folder()}", "-shared", "-fPIC"]
-            subprocess.run([compiler, *flags, *includes, str(unit), "-o", str(made)], check=True)
-            os.replace(made, target)
-    library = ctypes.CDLL(str(target))
+            subprocess.run([compiler, *flags, *includes, str(unit), "-o", str(path)], check=True)
+
+    library = ctypes.CDLL(str(kept("emulator.so", state, make)))
     library.emulator_visited.restype = ctypes.c_char_p
     library.tensor_products.restype = ctypes.c_long
     return library

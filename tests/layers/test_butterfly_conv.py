@@ -359,7 +359,6 @@ def test_param_groups():
         assert found[id(parameter)] == wanted, name
 
 
-@pytest.mark.slow
 def test_learns_a_delayed_copy():
     """Two layers, in seconds: y[t] = x[t - 20], which no pointwise map can do."""
     delay, length = 20, 64
@@ -392,7 +391,10 @@ def problem(passes: tuple[int, ...], *, length: int, heads: int = 2, batch: int 
     return x, torch.randn(heads, count, 2, **options), list(passes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+SLOW = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SLOW], ids=str)
 def test_opcheck(dtype):
     x, matrices, passes = problem((16, 2), length=20)
     x = x.to(dtype).requires_grad_()
