@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import seqconv
-from bench import gallery
-from bench.lra import evaluate, options
+from bench.gallery import __main__ as gallery
+from bench.lra import options
 from bench.lra.model import SequenceClassifier
 from bench.micro import layers, ssm_kernel, timing
 from bench.micro.worker import Worker
@@ -174,7 +174,7 @@ def test_a_wrong_layer_gets_no_time(monkeypatch, fault):
 
 def test_what_a_library_prints_does_not_spoil_the_rows(tmp_path, monkeypatch):
     (tmp_path / "noisy.py").write_text(
-        "import os\nfrom bench.worker import serve\n"
+        "import os\nfrom bench.micro.worker import serve\n"
         "def answer(job):\n    print('noise')\n    os.system('echo noise')\n    yield job\n"
         "serve(lambda settings: answer)\n"
     )
@@ -235,7 +235,7 @@ def test_every_layer_has_its_picture(family, tmp_path, monkeypatch):
     opened = (None, SimpleNamespace(l_max=64), {"test": Noise()}, *models)
     (tmp_path / "result.json").write_text('{"test_accuracy": 0.5}')
     monkeypatch.setattr(gallery, "trained", lambda *_: tmp_path)
-    monkeypatch.setattr(evaluate, "reopen", lambda _: opened)
+    monkeypatch.setattr(gallery, "reopen", lambda _: opened)
     picture = gallery.draw_family(
         family, SimpleNamespace(digits=3, epochs=1, runs=None, out=tmp_path)
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from emulated import build
 
-from bench.micro.records import ROOT
+from bench.facts import ROOT
 from bench.on_gpu import (
     ceilings,
     limits,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from lra_run import ROOT
 
-from bench.lra import pictures
-from bench.lra.__main__ import parse_fit
+from bench import pictures
+from bench.lra.arguments import parse_fit
 from bench.lra.recipes import BARS, recipe
 from bench.lra.report import details, keep, load, report, summary
 

@@ -99,7 +99,7 @@ def test_wheel_is_abi3_and_carries_the_sources(wheel):
     assert {
         "seqconv/py.typed",
         "seqconv/_C.abi3.so",
-        "seqconv/csrc/cpu/fft.h",
+        "seqconv/csrc/cpu/transform.h",
         "seqconv/csrc/module.cpp",
     } <= names
     assert {"seqconv/backends/cuda/plan.py", "seqconv/csrc/device/tensor.cuh"} <= names

@@ -1,6 +1,8 @@
-"""Pictures of training runs, kernels and times."""
+"""Every picture: training curves, kernels, and times against length. matplotlib is imported here only."""
 
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import BinaryIO
 
 import matplotlib
@@ -10,11 +12,41 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from bench.micro import report
+from bench import files
+from bench.facts import length_name, plural
+
+# ---- training runs ----
+
+
+def plot_curves(rows: list[dict], info, published: float | None, title: str, path: Path) -> None:
+    """Loss and accuracy against steps, with the levels of chance, of the commonest class and of the paper."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axis, what in ((left, "loss"), (right, "accuracy")):
+        for name, label in ((what, "training"), (f"val_{what}", "validation")):
+            points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
+            marker = "o-" if name.startswith("val") else "-"
+            axis.plot(
+                *zip(*points, strict=True), marker, label=label, markersize=3
+            ) if points else None
+        axis.set(xlabel="steps", ylabel=what)
+        axis.grid(alpha=0.3)
+    left.set(ylabel="cross-entropy")
+    right.axhline(info.chance, color="black", linestyle=":", linewidth=1, label="chance")
+    right.axhline(info.majority, color="tab:gray", linestyle="--", linewidth=1, label="majority")
+    if published is not None:
+        right.axhline(published / 100, color="tab:green", linewidth=1, label="published")
+    right.set(ylim=(0, 1))
+    right.legend(fontsize="small", frameon=False)
+    figure.suptitle(title + (" (generated data)" if info.generated else ""))
+    files.atomically(path, lambda file: figure.savefig(file, dpi=120))
+    plt.close(figure)
+
+
+# ---- kernels ----
 
 
 def stack(axis, k: Tensor, size: Tensor) -> None:
-    """Kernels (channels, length), each divided by its size, one above the other."""
+    """Draws kernels (channels, length) one above the other, each divided by its size."""
     for channel in range(len(k)):
         axis.plot(0.5 * k[channel] / size[channel] - channel, linewidth=0.8)
         axis.axhline(-channel, color="black", linewidth=0.3)
@@ -26,8 +58,10 @@ def stack(axis, k: Tensor, size: Tensor) -> None:
 def plot_kernels(
     before: list[Tensor], after: list[Tensor], name: str, file: BinaryIO, shown: int = 5
 ) -> None:
-    """The first channels' kernels of every layer, one above the other, at initialisation and after
-    training; each channel on its own scale, the same in both columns."""
+    """The first channels' kernels of every layer, one above the other, at initialisation and after training.
+
+    Each channel has a scale of its own, which is the same in both columns.
+    """
     figure, axes = plt.subplots(
         len(after), 2, figsize=(11, 3.2 * len(after)), layout="constrained", squeeze=False
     )
@@ -61,7 +95,7 @@ def plot_family(
     count = len(next(iter(first.values())))
     picked = torch.linspace(0, count - 1, min(shown, count)).round().long()
     size = torch.stack([k[picked].abs().amax(1) for k in first.values()]).amax(0).clamp_min(1e-12)
-    styles = {  # the thin line in front: the two may coincide
+    styles = {  # the thin line is in front, since the two may coincide
         "initialised": {"color": "tab:orange", "linewidth": 0.8, "zorder": 3},
         "trained": {"color": "tab:blue", "linewidth": 1.6},
     }
@@ -93,14 +127,14 @@ def plot_family(
 
 
 def band(axis, x: Tensor, values: Tensor, label: str, **style) -> None:
-    """The median over the channels, and between the quartiles a shade."""
+    """Draws the median over the channels, and a shade between the quartiles."""
     low, middle, high = values.double().quantile(torch.tensor([0.25, 0.5, 0.75]).double(), 0)
     axis.plot(x, middle, label=label, **style)
     axis.fill_between(x, low, high, alpha=0.2, linewidth=0, color=style["color"])
 
 
 def plot_limit(columns: list[dict], dt: float, u: Tensor, dt_u: float, path: Path) -> None:
-    """Kernels above, responses to u below, of S4-LegS and of S4D-LegS with half of B, by state size."""
+    """S4-LegS and S4D-LegS with half of B, a column for each state size: kernels above, responses to u below."""
     figure, axes = plt.subplots(
         2, len(columns), figsize=(10, 6), layout="constrained", squeeze=False, sharey="row"
     )
@@ -126,7 +160,7 @@ def plot_limit(columns: list[dict], dt: float, u: Tensor, dt_u: float, path: Pat
 
 
 def save_small(figure, path: Path) -> None:
-    """As a picture of 128 colours, a third of the size and hardly another to the eye."""
+    """Saves a picture of 128 colours. It takes a third of the space and hardly looks different."""
     from PIL import Image
 
     figure.savefig(path, dpi=100)
@@ -134,8 +168,88 @@ def save_small(figure, path: Path) -> None:
     Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
 
 
+# ---- times against length ----
+
+
+def length_axis(axis, lengths: list[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [length_name(n) for n in lengths], minor=False)
+    axis.set_xlabel("sequence length")
+    axis.grid(alpha=0.3)
+
+
+def plot_fftconv(rows: list[dict], path: Path) -> None:
+    """Time per element with its floors, and speed-up over torch.fft, against length.
+
+    It shows the causal convolution in float32 of 8 samples on one thread with the tuned allocator, or what was
+    measured nearest to that.
+    """
+
+    def curve(value, **wanted):
+        wanted = {"mode": "causal", "dtype": "float32", "layout": "bhl", "taps": 0} | wanted
+        points: dict[int, list[float]] = {}
+        for row in rows:
+            if row["tag"] not in ("speed", "sample"):
+                continue
+            if all(row.get(key) == x for key, x in wanted.items()) and row["median"]:
+                points.setdefault(row["length"], []).append(value(row))
+        lengths = sorted(points)
+        return lengths, [median(points[n]) for n in lengths]
+
+    def per_element(row, value="median"):
+        return row[value] * 1e9 / (row["batch"] * row["channels"] * row["length"])
+
+    ours = [row for row in rows if row["contender"] == "seqconv" and row["median"]]
+    preferred = {"batch": 8, "threads": 1, "allocator": "tuned"}
+    keys = ("mode", "dtype", "layout", "taps")
+    usual = [r for r in ours if tuple(r.get(k) for k in keys) == ("causal", "float32", "bhl", 0)]
+    if not usual:
+        raise ValueError("nothing to draw: no causal float32 convolution was measured")
+    first = max(usual, key=lambda row: sum(row.get(k) == v for k, v in preferred.items()))
+    base = {key: first.get(key) for key in preferred}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), layout="constrained")
+    colors = plt.get_cmap("tab10").colors
+    forward = base | {"op": "forward"}
+    others = [n for n in dict.fromkeys(r["contender"] for r in rows) if n != "seqconv"]
+    lengths, _ = curve(per_element, contender="seqconv", **forward)
+    for i, name in enumerate(["seqconv", *others]):
+        x, y = curve(per_element, contender=name, **forward)
+        strong = name in ("seqconv", "torch.fft")
+        if x:
+            style = {"linewidth": 2.4, "marker": "o"} if strong else {"linewidth": 1, "marker": "."}
+            left.plot(x, y, color=colors[i % 10], label=name, alpha=1 if strong else 0.75, **style)
+    for key, name, line in (
+        ("floor_copy", "floor: the bytes, copied", ":"),
+        ("floor_flops", "floor: the flops, at a matrix product's rate", "--"),
+    ):
+        x, y = curve(partial(per_element, value=key), contender="seqconv", **forward)
+        left.plot(x, y, line, color="black", linewidth=1, label=name)
+    left.set(ylabel="ns per element", title="Causal convolution, forward", ylim=(0.2, None))
+    left.set_yscale("log")
+    styles = {"forward": ("tab:blue", "o"), "forward+backward": ("tab:red", "s")}
+    for op, (color, marker) in styles.items():
+        for allocator, line in (("tuned", "-"), ("default", "--")):
+            wanted = base | {"allocator": allocator, "op": op, "contender": "seqconv"}
+            x, y = curve(lambda r: r["ratio"], **wanted)
+            if x:
+                label = f"{op}, {allocator} allocator"
+                right.plot(x, y, line, color=color, marker=marker, label=label)
+    right.axhline(1, color="black", linewidth=1)
+    right.set(ylabel="times faster than torch.fft", title="Speed-up of seqconv", ylim=(0, None))
+    legend = {"fontsize": 8, "frameon": False, "ncols": 2, "loc": "upper center"}
+    for axis in (left, right):
+        axis.legend(**legend, bbox_to_anchor=(0.5, -0.14))
+        length_axis(axis, lengths)
+    figure.suptitle(
+        f"{first['device']} ({first['isa']}), float32, {base['batch']} samples, {base['threads']} thread(s)",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def plot_ssm_kernel(rows: list[dict], path: Path) -> None:
-    """Time per element with its floor, and how many times seqconv's others take, against length."""
+    """Time per element with its floor, and the time of others over that of seqconv, against length."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     names = list(dict.fromkeys(row["contender"] for row in rows))
     styles = {"forward": "-", "forward+backward": "--"}
@@ -161,13 +275,13 @@ def plot_ssm_kernel(rows: list[dict], path: Path) -> None:
     right.set(yscale="log", ylabel="times seqconv's time", title="Speed-up of seqconv")
     right.axhline(1, color="black", linewidth=0.8)
     for axis in (left, right):
-        report.length_axis(axis, sorted({row["length"] for row in rows}))
+        length_axis(axis, sorted({row["length"] for row in rows}))
         axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     handles = left.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     first = rows[0]
     shape = f"{first['channels']} channels, {first['modes']} modes, float32"
-    threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
-    figure.suptitle(f"{first['device']} ({first['isa']}), {shape}, {threads}", fontsize=10)
+    shape += f", {plural(first['threads'], 'thread')}"
+    figure.suptitle(f"{first['device']} ({first['isa']}), {shape}", fontsize=10)
     figure.savefig(path, dpi=100)
     plt.close(figure)
