@@ -5,7 +5,8 @@ import sys as _sys
 from seqconv import convert as convert
 from seqconv import nn as nn
 from seqconv._version import __version__
-from seqconv.backends.explanation import Explanation
+from seqconv.backends import use_backend
+from seqconv.backends.protocol import Explanation
 from seqconv.layers.butterfly_conv import ButterflyConv
 from seqconv.layers.hyena import Hyena, HyenaFilter
 from seqconv.layers.long_conv import LongConv, LongConvKernel
@@ -32,6 +33,7 @@ __all__ = [
     "fftconv",
     "param_groups",
     "ssm_kernel",
+    "use_backend",
 ]
 
 # Pickled models and earlier programs name these modules by the places they had.

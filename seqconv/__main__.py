@@ -13,12 +13,12 @@ import torch
 import seqconv
 from seqconv import reference
 from seqconv.backends import cpu, cuda
-from seqconv.ops import operators
 
 
 def check(device: str) -> str | None:
     """Runs the operators and their gradients on the device; what is wrong, or None."""
-    reason = operators.fallback_reason(torch.device(device))
+    u = torch.zeros(1, 1, 64, device=device)
+    reason = seqconv.explain(u, u[0]).fallback
     if reason is not None:
         return reason
     generator = torch.Generator().manual_seed(0)

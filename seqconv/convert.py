@@ -1,14 +1,18 @@
 """Checkpoints of the reference implementations, and nn.Conv1d's weights, as layers and taps of this package."""
 
+from typing import TypeVar, cast
+
 import torch
 from torch import Tensor
 
 from seqconv.layers.base import ConvLayer
 from seqconv.layers.conv1d import conv1d_taps as conv1d_taps
-from seqconv.layers.long_conv import LongConv
+from seqconv.layers.long_conv import LongConv, LongConvKernel
 from seqconv.layers.s4d import S4D
 from seqconv.layers.sgconv import SGConv
 from seqconv.ops.checks import check_shape
+
+Layer = TypeVar("Layer", bound=ConvLayer)
 
 
 class _Checkpoint:
@@ -66,7 +70,7 @@ class _Checkpoint:
             raise ValueError(f"{self.function}: {name} must hold {wanted}, got {kernels}")
         return kernels == 2 * heads
 
-    def fill(self, layer: ConvLayer, values: dict[str, Tensor]) -> ConvLayer:
+    def fill(self, layer: Layer, values: dict[str, Tensor]) -> Layer:
         if self.rest:
             keys = ", ".join(repr(self.prefix + name) for name in self.rest)
             raise ValueError(f"{self.function}: unknown keys in state_dict: {keys}")
@@ -210,7 +214,7 @@ def load_longconv(
     size = {"l_max": kernel.shape[-1], "bidirectional": two_sided}
     # The initial taps, which are replaced, need not survive the squash.
     layer = LongConv(**shape, **size, lam=0.0, **options)
-    layer.kernel.lam = lam
+    cast(LongConvKernel, layer.kernel).lam = lam
     return checkpoint.fill(layer, values | {"kernel.kernel": kernel})
 
 

@@ -11,7 +11,6 @@ the stricter comparison (see bench.fftconv). Memory is the peak of one step beyo
 
 import argparse
 import copy
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +24,7 @@ from bench.micro.contenders import BASELINE
 from bench.micro.timing import Clock, interleaved, peak_bytes, summary, within, worst_errors
 from bench.micro.worker import Worker, machine, refuse_fallback, serve
 from bench.terminal import console, table
-from seqconv import S4D, ButterflyConv, Hyena, LongConv, SGConv
-from seqconv.ops import operators
+from seqconv import S4D, ButterflyConv, Hyena, LongConv, SGConv, use_backend
 
 LAYERS = {  # name -> the layer for a d_model and a length
     "S4D": lambda d, n: S4D(d),
@@ -40,22 +38,12 @@ LAYERS = {  # name -> the layer for a d_model and a length
 }
 
 
-@contextmanager
-def torch_fft():
-    """Makes the package's operators take their reference meanwhile."""
-    before, operators.forced_reference = operators.forced_reference, True
-    try:
-        yield
-    finally:
-        operators.forced_reference = before
-
-
-WAYS = {"seqconv": nullcontext, BASELINE: torch_fft}
+WAYS = {"seqconv": "auto", BASELINE: "reference"}  # the backend
 
 
 def step(way: str, layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     """Returns the output and the gradients of the input and of every parameter."""
-    with WAYS[way]():
+    with use_backend(WAYS[way]):
         y = layer(x)
         return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
 

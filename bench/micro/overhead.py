@@ -10,27 +10,26 @@ but does nothing.
 
 import argparse
 import time
-from contextlib import contextmanager
 from statistics import median
 
 import torch
 
 from bench.files import markdown
 from bench.micro.timing import interleaved
-from seqconv import fftconv
-from seqconv.backends.cuda import convolution
+from seqconv import fftconv, use_backend
+from seqconv.backends.cuda import Cuda
 from seqconv.backends.cuda.plan import H100
 from seqconv.backends.cuda.tables import Tables
-from seqconv.ops import operators
-from seqconv.ops.fftconv import _validate
+from seqconv.ops.fftconv import _check
+from seqconv.ops.inputs import Inputs
 
 CALLS = 20  # in a row, as a model with as many layers makes them
 
 
-class Bare:
-    """A device that launches nothing."""
+class Bare(Cuda):
+    """The CUDA backend for CPU tensors, on a device that launches nothing."""
 
-    limits, missing = H100, ""
+    limits = H100
 
     def __init__(self):
         self.launched = 0
@@ -39,20 +38,14 @@ class Bare:
     def launch(self, kernel, grid, threads, shared, arguments) -> None:
         self.launched += 1
 
-    def forward(self, y, *inputs) -> None:
-        convolution.forward(self, y, *inputs)
+    def device(self, place) -> "Bare":
+        return self
 
-    def backward(self, grads, dy, *inputs) -> None:
-        convolution.backward(self, grads, dy, *inputs)
+    def missing(self, place) -> None:
+        return None
 
-
-@contextmanager
-def in_place_of_the_cpu(device):
-    usual, operators.cpu = operators.cpu, device
-    try:
-        yield
-    finally:
-        operators.cpu = usual
+    def on(self, place, function, *arguments) -> None:
+        function(self, *arguments)
 
 
 class Nothing(torch.autograd.Function):
@@ -73,20 +66,19 @@ def functions(device: Bare, dtype: torch.dtype) -> dict:
     u, k, skip = torch.randn(2, 4, 256).to(dtype), torch.randn(4, 256), torch.randn(4)
     leaves = [t.clone().requires_grad_() for t in (u, k, skip)]
     y, dy = torch.empty_like(u), torch.randn(2, 4, 256).to(dtype)
-    inputs = (u, k, None, skip, None, None)
+    inputs = Inputs(u, k, None, skip, None, None)
     du, dk, dskip = (torch.empty_like(t) for t in (u, k, skip))
-    grads = (du, dk, None, dskip, None, None)
-    validated = (None, None, None, None, "causal", "bhl")
+    grads = Inputs(du, dk, None, dskip, None, None)
     return {
         "forward": lambda: fftconv(u, k, skip),
-        "of it: checks": lambda: _validate(u, k, skip, *validated),
-        "of it: backend": lambda: device.forward(y, *inputs, "none"),
+        "of it: checks": lambda: _check(inputs, None, "causal", "bhl"),
+        "of it: backend": lambda: device.fftconv(y, inputs, "none"),
         "forward, recorded": lambda: fftconv(*leaves),
         "torch's own, forward": lambda: Nothing.apply(*leaves),
         "forward+backward": lambda: torch.autograd.grad(fftconv(*leaves), leaves, dy),
-        "of it: backend of backward": lambda: device.backward(grads, dy, *inputs, "none"),
-        "of that: without the skip's": lambda: device.backward(
-            (du, dk, None, None, None, None), dy, *inputs, "none"
+        "of it: backend of backward": lambda: device.fftconv_gradients(grads, dy, inputs, "none"),
+        "of that: without the skip's": lambda: device.fftconv_gradients(
+            grads._replace(skip=None), dy, inputs, "none"
         ),
         "torch's own, forward+backward": lambda: torch.autograd.grad(
             Nothing.apply(*leaves), leaves, dy
@@ -113,7 +105,7 @@ def measure(dtype: torch.dtype, budget: float) -> dict[str, list[float]]:
     """Returns the seconds of one call, in every round, for each function."""
     device = Bare()
     made = {name: repeated(function) for name, function in functions(device, dtype).items()}
-    with in_place_of_the_cpu(device):
+    with use_backend(device):
         found = interleaved(made, budget, own_seconds)
     assert device.launched, "the calls took another road"
     return {name: [t / CALLS for t in times] for name, times in found.items()}

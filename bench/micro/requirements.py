@@ -175,7 +175,7 @@ def readme_table(rows: list[dict]) -> str:
     text = (
         f"{where}, commit {first['commit']}; {sum(met)} of the harness's {len(met)} requirements "
     )
-    text += "[are met there](bench/results/fftconv.md)."
+    text += "[are met there](../bench/results/fftconv.md)."
     return "\n\n".join([markdown(["", *map(length_name, POWERS)], lines), text])
 
 

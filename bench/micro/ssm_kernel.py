@@ -36,8 +36,8 @@ from bench.micro.timing import (
 from bench.micro.worker import ALLOCATORS, Worker, machine, refuse_fallback, serve
 from bench.terminal import console, show_requirements, table
 from seqconv import S4DKernel
-from seqconv.backends import cpu
-from seqconv.ops import modes
+from seqconv.backends import cpu, keops
+from seqconv.ops import ssm
 from seqconv.ops.ssm import discretize, multiply, ssm_kernel
 
 INTO, FUSED, WHOLE, BMM, BMM_WHOLE, EINSUM, KEOPS = CONTENDERS = (
@@ -84,7 +84,7 @@ def functions(channels: int, length: int) -> dict:
     out = torch.empty(1, channels, length)
 
     def preallocated(a, w, length):
-        cpu.ssm_forward(out, a, w)
+        cpu.ssm(out, ssm.Modes(a, w))
         return out
 
     def whole(log_dt, A, B, C, length, backend):
@@ -92,10 +92,10 @@ def functions(channels: int, length: int) -> dict:
 
     return {
         INTO: preallocated,
-        FUSED: partial(modes.mode_sum, single=True),
-        BMM: partial(modes.mode_sum, single=True, backend="torch"),
+        FUSED: partial(ssm.mode_sum, single=True),
+        BMM: partial(ssm.mode_sum, single=True, backend="torch"),
         EINSUM: definition,
-        KEOPS: partial(modes.keops, dtype=torch.float32),
+        KEOPS: partial(keops.mode_sum, dtype=torch.float32),
         **{name: partial(whole, backend=b) for name, b in FROM_PARAMETERS.items()},
     }
 

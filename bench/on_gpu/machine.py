@@ -11,6 +11,7 @@ from importlib import import_module
 import torch
 
 from bench.micro.timing import Clock
+from seqconv import use_backend
 from seqconv.backends.cuda import driver
 from seqconv.backends.cuda.plan import Limits
 
@@ -194,10 +195,7 @@ class Dry(Machine):
         module, function = made.split(":")
         self.emulator = getattr(import_module(module), function)()
         self.limits = self.emulator.limits
-        self.backend = emulated.as_backend(
-            self.emulator
-        )  # kept, since it would end at once otherwise
-        self.backend.__enter__()
+        use_backend(emulated.OnDevice(self.emulator))
 
     def reason(self) -> str | None:
         return None

@@ -1,1 +1,102 @@
-"""Who computes."""
+"""The backends and the only place that chooses one of them.
+
+A call goes to the kernels of its device where these can carry it out, and to torch.fft otherwise.
+"""
+
+import os
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+
+from seqconv.backends import cpu, fallback
+from seqconv.backends.cuda import gpu
+from seqconv.backends.protocol import Backend, Explanation, Request
+
+_BY_NAME: dict[str, Backend | None] = {"auto": None, "reference": fallback}
+
+
+def _named(who: str, name) -> Backend | None:
+    if isinstance(name, str):
+        if name not in _BY_NAME:
+            wanted = " or ".join(map(repr, _BY_NAME))
+            raise ValueError(f"{who} must be {wanted}, got {name!r}")
+        return _BY_NAME[name]
+    if not callable(getattr(name, "why_not", None)):
+        raise TypeError(f"{who} must be a name or a backend, got {type(name).__name__}")
+    return name
+
+
+# What the process is asked to use, None for each device's own; and what one thread has to use at the moment.
+_variable = os.environ.get("SEQCONV_BACKEND") or "auto"
+_asked = _named("SEQCONV_BACKEND", _variable)
+_asked_by = f"SEQCONV_BACKEND={_variable}"
+_recorded = threading.local()
+
+
+class use_backend:
+    """Makes every operator of this process use one backend; as a context manager, until the block ends.
+
+    "reference" is torch.fft, slower with the same answers: for comparing, and for finding out where
+    a difference comes from. "auto" is the usual choice: the kernels of each tensor's device.
+    The environment variable SEQCONV_BACKEND=reference makes that choice when the package is imported.
+
+    The choice holds in all threads of the process. It is made when the forward pass runs: the
+    backward pass of a call uses what its forward pass has used, in whatever thread and at whatever
+    time it runs. Code that torch.compile has made asks each time that it runs.
+
+        seqconv.use_backend("reference")            # from here on
+        with seqconv.use_backend("reference"):      # in this block
+            y = layer(x)
+
+    Raises:
+        ValueError: backend is another name. TypeError: it is no name and no backend.
+    """
+
+    def __init__(self, backend: "str | Backend"):
+        global _asked, _asked_by
+        chosen = _named("use_backend: backend", backend)
+        self._before = _asked, _asked_by
+        _asked, _asked_by = chosen, f"use_backend({getattr(chosen, 'name', 'auto')!r})"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception) -> None:
+        global _asked, _asked_by
+        _asked, _asked_by = self._before
+
+
+@contextmanager
+def recorded(backend: Backend | None):
+    """In this thread calls use the backend, whatever the process is asked to use."""
+    before = getattr(_recorded, "backend", None)
+    _recorded.backend = backend
+    try:
+        yield
+    finally:
+        _recorded.backend = before
+
+
+def choose(operator: str, inputs, options: tuple) -> Backend:
+    """The backend that carries out a call."""
+    backend = getattr(_recorded, "backend", None) or _asked
+    if backend is None:
+        first = inputs[0]  # device.type takes five times as long as these
+        backend = cpu if first.is_cpu else gpu if first.is_cuda else fallback
+    if operator in backend.always or backend.why_not(Request(operator, inputs, options)) is None:
+        return backend
+    return fallback
+
+
+def explain(request: Request) -> Explanation:
+    """Which backend carries out a call, how, and why not a faster one. Computes nothing."""
+    backend = choose(*request)
+    if backend is not fallback:
+        return backend.explain(request)
+    kind = request.inputs[0].device.type
+    own = _asked or {"cpu": cpu, "cuda": gpu}.get(kind)
+    if own is None:
+        reason = f"there is no fused kernel for device type {kind!r}"
+    else:
+        reason = own.why_not(request) or f"{_asked_by} asks for it"
+    return replace(fallback.explain(request), fallback=reason)

@@ -10,17 +10,22 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from seqconv.backends.pack import (
+    ABSENT,
     ACTIVATIONS,
     KERNEL,
     SIGNAL,
     SKIP,
+    laid_out,
     materialise,
     pack,
     reach,
+    reached,
     zero_unreached,
 )
+from seqconv.backends.protocol import Explanation, Request
 
 try:
     from seqconv import _C
@@ -64,6 +69,9 @@ if (
         f"SEQCONV_CPU_ISA={os.environ['SEQCONV_CPU_ISA']} does not run on this processor or is unknown"
     )
 
+name = "cpu"
+always = frozenset() if missing else frozenset(("fftconv", "ssm"))
+
 
 def compiler() -> str:
     return _C.compiler()
@@ -87,56 +95,79 @@ def threads() -> int:
     return torch.get_num_threads() if threaded and not _C.forked() else 1
 
 
-def _problem(u, k, k_rev, skip, pre_gate, post_gate, activation):
-    batch, channels, length = u.shape
-    flags = (k.dim() == 4) + 2 * (skip is not None and skip.dim() == 2)
-    return (
-        batch,
-        1 if k.dim() == 2 else k.shape[-3],
-        channels,
-        length,
-        *reach(length, k, k_rev),
-        flags,
-        u.dtype == torch.float64,
-        ACTIVATIONS[activation],
-        torch.get_num_threads() if threaded else 1,  # a forked child takes one
-        *pack(u, SIGNAL),
-        *pack(k, KERNEL),
-        *pack(k_rev, KERNEL),
-        *pack(skip, SKIP),
-        *pack(pre_gate, SIGNAL),
-        *pack(post_gate, SIGNAL),
-    )
+def why_not(request: Request) -> str | None:
+    if missing or request.operator != "butterfly":
+        return missing or None
+    radices = tuple(request.options[0])
+    return None if holds_butterfly(radices) else f"there are no CPU kernels for passes of {radices}"
 
 
-def forward(y, u, k, k_rev, skip, pre_gate, post_gate, activation) -> None:
-    """Writes y; see seqconv.ops.operators for the shapes."""
-    if y.numel() == 0:
-        return
-    tensors = [materialise(t) for t in (u, k, k_rev, skip, pre_gate, post_gate)]
-    _C.forward(*_problem(*tensors, activation), *pack(y, SIGNAL))
+def explain(request: Request) -> Explanation:
+    if request.operator != "fftconv":
+        return Explanation("cpu", "matrix product", None, 1, isa(), threads(), None)
+    u, k, k_rev, *_ = request.inputs
+    length = u.shape[-1]
+    size, blocks = method(max(length, 1), *reach(length, k, k_rev), u.dtype == torch.float64)
+    algorithm = "direct sum" if size == 0 else "right-angle fft"
+    return Explanation("cpu", algorithm, size or None, blocks, isa(), threads(), None)
 
 
-def backward(grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activation) -> None:
-    """Writes the gradients that are not None, in the order of the inputs."""
-    du, dk, dk_rev, dskip, dpre_gate, dpost_gate = grads
-    if dy.numel() == 0:
-        for grad in grads:
-            if grad is not None:
-                grad.zero_()
-        return
-    zero_unreached(dk, dk_rev, u.shape[-1])
-    dy, *tensors = [materialise(t) for t in (dy, u, k, k_rev, skip, pre_gate, post_gate)]
-    _C.backward(
-        *_problem(*tensors, activation),
-        *pack(dy, SIGNAL),
-        *pack(du, SIGNAL),
-        *pack(dk, KERNEL),
-        *pack(dk_rev, KERNEL),
-        *pack(dskip, SKIP),
-        *pack(dpre_gate, SIGNAL),
-        *pack(dpost_gate, SIGNAL),
-    )
+# ---- fftconv ----
+
+_INPUTS = (SIGNAL, KERNEL, KERNEL, SKIP, SIGNAL, SIGNAL)  # u, k, k_rev, skip, pre_gate, post_gate
+_TENSORS = (*_INPUTS, SIGNAL, *_INPUTS)  # and y or dy, and the gradients
+_THREADS = 9  # its place among the arguments
+
+
+@lru_cache(4096)
+def _arguments(activation: str, *known) -> tuple[list[int], list[int]]:
+    """Of _C.forward or _C.backward without addresses and threads, and the places of the addresses. `known`
+    has everything of each tensor but where it lies."""
+    (dtype, (batch, channels, length), _), (_, k, _), k_rev, skip, *_ = known
+    flags = (len(k) == 4) + 2 * (skip is not None and len(skip[1]) == 2)
+    taps = reached(length, k[-1], 0 if k_rev is None else k_rev[1][-1])
+    numbers = [batch, 1 if len(k) == 2 else k[-3], channels, length, *taps]
+    numbers += [flags, dtype == torch.float64, ACTIVATIONS[activation], 0]
+    places = []
+    for one, table in zip(known, _TENSORS, strict=False):
+        if one is not None:
+            places.append(len(numbers))
+        numbers += ABSENT if one is None else (0, *laid_out(one[0], one[2], table))
+    return numbers, places
+
+
+def _call(function, tensors: tuple, activation: str) -> None:
+    """One loop over the tensors: around a short row Python's work takes longer than the kernel."""
+    known, addresses, alive = [], [], []
+    for t in tensors:
+        if t is None:
+            known.append(None)
+            continue
+        address = t.data_ptr()
+        if address == 0 or t.is_neg():
+            t = materialise(t)
+            alive.append(t)
+            address = t.data_ptr()
+        known.append((t.dtype, t.shape, t.stride()))
+        addresses.append(address)
+    numbers, places = _arguments(activation, *known)
+    numbers = numbers.copy()
+    numbers[_THREADS] = torch.get_num_threads() if threaded else 1  # a forked child takes one
+    for place, address in zip(places, addresses, strict=True):
+        numbers[place] = address
+    function(*numbers)
+
+
+def fftconv(y: Tensor, inputs, activation: str) -> None:
+    _call(_C.forward, (*inputs, y), activation)
+
+
+def fftconv_gradients(grads, dy: Tensor, inputs, activation: str) -> None:
+    zero_unreached(grads.k, grads.k_rev, dy.shape[-1])
+    _call(_C.backward, (*inputs, dy, *grads), activation)
+
+
+# ---- the learned butterfly ----
 
 
 def holds_butterfly(radices: tuple[int, ...]) -> bool:
@@ -146,7 +177,7 @@ def holds_butterfly(radices: tuple[int, ...]) -> bool:
 
 
 @lru_cache(16)
-def _twiddles(radices: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _twiddles(radices: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Of every pass but the last exp(-2 pi i p j / (r s)), real parts (s, r), then imaginary ones."""
     s, parts = math.prod(radices), []
     for radix in radices[:-1]:
@@ -157,37 +188,44 @@ def _twiddles(radices: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.cat(parts or [torch.zeros(2 * s)]).to(dtype)  # of a single pass none is read
 
 
-def _butterfly(x, matrices, radices, *rest) -> None:
+def _butterfly(x: Tensor, matrices: Tensor, radices, *rest) -> None:
     asked = torch.get_num_threads() if threaded else 1
     sizes = (*x.shape, matrices.shape[0], math.prod(radices), x.dtype == torch.float64, asked)
     twiddles = _twiddles(radices, matrices.dtype)  # alive until the call is over
     _C.butterfly(*sizes, *pack(x, SIGNAL), matrices.data_ptr(), twiddles.data_ptr(), *rest)
 
 
-def butterfly_forward(z, x, matrices, radices) -> None:
-    """Writes z, contiguous; matrices contiguous, in z's dtype; see seqconv.ops.butterfly for the shapes."""
-    _butterfly(x, matrices, radices, z.data_ptr())
+def butterfly(z: Tensor, inputs, radices: tuple[int, ...]) -> None:
+    matrices = inputs.matrices.to(z.dtype).contiguous()
+    _butterfly(materialise(inputs.x), matrices, radices, z.data_ptr())
 
 
-def butterfly_backward(dx, dmatrices, dz, x, matrices, radices) -> None:
-    """Writes dx and dmatrices; all but x and dx contiguous and in dz's dtype."""
-    _butterfly(x, matrices, radices, dz.data_ptr(), *pack(dx, SIGNAL), dmatrices.data_ptr())
+def butterfly_gradients(grads, dz: Tensor, inputs, radices: tuple[int, ...]) -> None:
+    x, matrices = materialise(inputs.x), inputs.matrices
+    dx, dmatrices = grads
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dz, factors = (t.to(wide).contiguous() for t in (dz, matrices))
+    sums = torch.empty_like(factors)
+    _butterfly(x, factors, radices, dz.data_ptr(), *pack(dx, SIGNAL), sums.data_ptr())
+    dmatrices.copy_(sums)
 
 
-def _ssm_problem(k, a, w):
+# ---- sums of exponentials ----
+
+
+def _ssm(function_of: Tensor, inputs, *rest) -> None:
+    a, w = inputs.a.contiguous(), inputs.w.contiguous()
     heads, channels, modes, _ = w.shape
     asked = torch.get_num_threads() if threaded else 1
-    sizes = (heads, channels, modes, k.shape[-1], k.dtype == torch.float32, asked)
-    return (*sizes, a.data_ptr(), w.data_ptr())
+    single = function_of.dtype == torch.float32
+    sizes = (heads, channels, modes, function_of.shape[-1], single, asked)
+    _C.ssm(*sizes, a.data_ptr(), w.data_ptr(), function_of.data_ptr(), *rest)
 
 
-def ssm_forward(k, a, w) -> None:
-    """Writes k, contiguous; see seqconv.ops.modes for the shapes."""
-    _C.ssm(*_ssm_problem(k, a, w), k.data_ptr())
+def ssm(k: Tensor, inputs) -> None:
+    _ssm(k, inputs)
 
 
-def ssm_backward(da, dw, dk, a, w) -> None:
-    """Writes da and dw, contiguous; dk may have any strides."""
+def ssm_gradients(grads, dk: Tensor, inputs) -> None:
     dk = materialise(dk)
-    addresses = (da.data_ptr(), dw.data_ptr())
-    _C.ssm(*_ssm_problem(dk, a, w), dk.data_ptr(), *dk.stride(), *addresses)
+    _ssm(dk, inputs, *dk.stride(), *[grad.data_ptr() for grad in grads])

@@ -13,13 +13,15 @@ KERNEL = {2: (None, None, 0, 1), 3: (None, 0, 1, 2), 4: (0, 1, 2, 3)}
 SKIP = {1: (None, None, 0, None), 2: (None, 0, 1, None)}
 
 
+def laid_out(dtype: torch.dtype, stride: tuple[int, ...], table: dict) -> tuple[int, ...]:
+    """Number of the dtype, and the strides of (batch, head, channel, time)."""
+    axes = table[len(stride)]
+    return (DTYPES[dtype], *[0 if axis is None else stride[axis] for axis in axes])
+
+
 def pack(t: Tensor | None, table: dict) -> tuple[int, ...]:
     """Address, dtype, and the strides of (batch, head, channel, time); zeros for an absent tensor."""
-    if t is None:
-        return ABSENT
-    stride = t.stride()
-    axes = table[t.dim()]
-    return (t.data_ptr(), DTYPES[t.dtype], *[0 if axis is None else stride[axis] for axis in axes])
+    return ABSENT if t is None else (t.data_ptr(), *laid_out(t.dtype, t.stride(), table))
 
 
 def materialise(t: Tensor | None) -> Tensor | None:
@@ -31,9 +33,13 @@ def materialise(t: Tensor | None) -> Tensor | None:
     return t.clone() if t.data_ptr() == 0 and t.numel() else t
 
 
-def reach(length: int, k: Tensor, k_rev: Tensor | None) -> tuple[int, int]:
+def reach(length: int, k, k_rev) -> tuple[int, int]:
     """How many taps of k and k_rev meet an output at all."""
-    return min(k.shape[-1], length), 0 if k_rev is None else min(k_rev.shape[-1], length - 1)
+    return reached(length, k.shape[-1], 0 if k_rev is None else k_rev.shape[-1])
+
+
+def reached(length: int, taps: int, taps_rev: int) -> tuple[int, int]:
+    return min(taps, length), min(taps_rev, max(length - 1, 0))
 
 
 def zero_unreached(dk: Tensor | None, dk_rev: Tensor | None, length: int) -> None:

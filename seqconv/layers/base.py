@@ -20,7 +20,7 @@ from seqconv.ops.checks import (
     check_tensor,
 )
 from seqconv.ops.fftconv import ACTIVATIONS, fftconv
-from seqconv.ops.transforms import transformed
+from seqconv.ops.register import transformed
 
 
 def passes_options_to(source, *but: str):

@@ -7,13 +7,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqconv import reference
+from seqconv.backends.fallback import radix_sizes
 from seqconv.layers.base import ConvLayer, passes_options_to, sized
 from seqconv.layers.long_conv import LongConvKernel
 from seqconv.layers.module import KernelGenerator, fill, kernel_dtype
 from seqconv.ops import butterfly
 from seqconv.ops.checks import check_choice, check_flag, check_positive, check_rate
 from seqconv.ops.fftconv import ACTIVATIONS
-from seqconv.ops.opaque import opaque
+from seqconv.ops.register import Operator
 
 
 def radices(n: int) -> tuple[int, ...]:
@@ -92,7 +93,7 @@ class Butterfly(KernelGenerator):
         self.radices = radices(n)
         self.additive, self.activation = additive, activation
         self.dropout = nn.Dropout(dropout)
-        self.matrices = _Matrices(butterfly.sizes(self.radices), heads, additive)
+        self.matrices = _Matrices(radix_sizes(self.radices), heads, additive)
         self.override("matrices", lr=lr, weight_decay=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,8 +218,9 @@ def _product(u_f: Tensor, k_f: Tensor, length: int) -> Tensor:
     return (torch.fft.ifft(y_f) if y_f.shape[0] else y_f).real[..., :length]
 
 
-_product_op = opaque(
+_product_op = Operator(
     "butterfly_product",
+    list,
     "SymInt length",
     lambda tensors, length: _product(*tensors, length).contiguous(),
 )

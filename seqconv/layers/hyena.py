@@ -20,7 +20,7 @@ from seqconv.layers.base import (
 from seqconv.layers.module import Described, KernelGenerator, kernel_dtype
 from seqconv.ops.checks import check_length, check_positive, check_rate, check_sampling
 from seqconv.ops.fftconv import fftconv
-from seqconv.ops.opaque import opaque
+from seqconv.ops.register import Operator
 
 
 class HyenaFilter(KernelGenerator):
@@ -121,8 +121,8 @@ def _filter_of(tensors, *sizes) -> Tensor:
     return _filter(frequency, [lambda h, w=w, b=b: F.linear(h, w, b) for w, b in pairs], *sizes)
 
 
-_filter_op = opaque(
-    "hyena_filter", "int l_max, int emb_dim, int d_model, SymInt length", _filter_of
+_filter_op = Operator(
+    "hyena_filter", list, "int l_max, int emb_dim, int d_model, SymInt length", _filter_of
 )
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from seqconv.layers.base import check_input, sized
 from seqconv.ops.checks import check_length, check_shape, check_tensor
 from seqconv.ops.fftconv import fftconv
-from seqconv.ops.modes import mode_sum, moments, transformed
-from seqconv.ops.ssm import discretize, multiply
+from seqconv.ops.register import transformed
+from seqconv.ops.ssm import discretize, mode_sum, moments, multiply
 from seqconv.reference import activate
 
 

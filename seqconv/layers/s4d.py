@@ -20,9 +20,8 @@ from seqconv.ops.checks import (
     check_rate,
     check_sampling,
 )
-from seqconv.ops.modes import mode_sum
-from seqconv.ops.opaque import opaque
-from seqconv.ops.ssm import BACKENDS, DISCRETIZATIONS, ssm_kernel, weighted_modes
+from seqconv.ops.register import Operator
+from seqconv.ops.ssm import BACKENDS, DISCRETIZATIONS, mode_sum, ssm_kernel, weighted_modes
 
 
 class S4DKernel(KernelGenerator):
@@ -195,13 +194,16 @@ def _system(tensors, names, copies, dt_sinh, bandlimit, rate) -> tuple[Tensor, .
 
 
 def _modes(tensors, names, *options) -> Tensor:
-    """a and w of seqconv.ops.modes in one tensor, (1 + heads, d_model, modes, 2)."""
+    """a and w of seqconv.ops.ssm.Modes in one tensor, (1 + heads, d_model, modes, 2)."""
     a, w = weighted_modes(*_system(tensors, names, *options), names[0])
     return torch.cat([a.unsqueeze(0), w])
 
 
-_modes_op = opaque(
-    "s4d_modes", "str[] names, int copies, bool dt_sinh, float? bandlimit, float rate", _modes
+_modes_op = Operator(
+    "s4d_modes",
+    list,
+    "str[] names, int copies, bool dt_sinh, float? bandlimit, float rate",
+    _modes,
 )
 
 

@@ -17,7 +17,7 @@ from seqconv.ops.checks import (
     check_rate,
     check_sampling,
 )
-from seqconv.ops.opaque import opaque
+from seqconv.ops.register import Operator
 
 
 class SGConvKernel(KernelGenerator):
@@ -212,8 +212,11 @@ def _sample(pieces, rate, lag, count, decay, upsample, combine, law, init_scale)
     return k
 
 
-_taps_op = opaque(
-    "sgconv_taps", "str[] options, int init_scale, bool two_sided, float rate, int count", _taps
+_taps_op = Operator(
+    "sgconv_taps",
+    list,
+    "str[] options, int init_scale, bool two_sided, float rate, int count",
+    _taps,
 )
 
 

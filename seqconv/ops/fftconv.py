@@ -4,17 +4,83 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv import reference
-from seqconv.backends import cpu, cuda
-from seqconv.backends.explanation import Explanation
-from seqconv.ops import operators, transforms
+from seqconv import backends
+from seqconv.backends.protocol import Explanation, Request
 from seqconv.ops.checks import FLOATS, check_choice, check_shape, check_tensor
+from seqconv.ops.inputs import IS_SIGNAL, Inputs
+from seqconv.ops.register import Operator
+from seqconv.ops.transforms import composed, raw_bwd_vmap, raw_fwd_vmap
 
 ACTIVATIONS = (None, "gelu", "silu", "relu")
 MODES = ("causal", "circular")
 LAYOUTS = ("bhl", "blh")
 NARROW = tuple(d for d in FLOATS if d != torch.float64)
 NARROW_WHY = " (no wider than float32 unless u is float64)"
+
+
+def _empty(like: Tensor, shape, channels_last: bool) -> Tensor:
+    """(batch, ..., channels, length); channels_last puts the channels innermost in memory."""
+    if not channels_last:
+        return like.new_empty(shape)
+    strides, step = [1], 1
+    for size in (*shape[-2:0:-1], shape[-1]):  # of channels, any heads, length; then batch
+        step = step * max(size, 1)
+        strides.append(step)
+    channels_and_heads, length, batch = strides[:-2], strides[-2], strides[-1]
+    return like.new_empty_strided(shape, (batch, *reversed(channels_and_heads), length))
+
+
+def _empty_output(inputs: Inputs, channels_last: bool) -> Tensor:
+    u, k = inputs[:2]
+    if k.dim() > 2:
+        batch, channels, length = u.shape
+        return _empty(u, (batch, k.shape[-3], channels, length), channels_last)
+    if channels_last:
+        return _empty(u, u.shape, True)
+    # in half of new_empty's time
+    return torch.empty_like(u, memory_format=torch.contiguous_format)
+
+
+def _empty_gradients(inputs: Inputs, channels_last: bool, wanted) -> Inputs:
+    """One tensor per input; None where none is wanted."""
+    grads = []
+    for like, want, signal in zip(inputs, wanted, IS_SIGNAL, strict=True):
+        if like is None or not want:
+            grads.append(None)
+        elif channels_last and signal:
+            grads.append(_empty(like, like.shape, True))
+        else:
+            grads.append(torch.empty_like(like, memory_format=torch.contiguous_format))
+    return Inputs(*grads)
+
+
+def _forward(backend, inputs: Inputs, activation: str, channels_last: bool) -> Tensor:
+    y = _empty_output(inputs, channels_last)
+    if y.numel():
+        backend.fftconv(y, inputs, activation)
+    return y
+
+
+def _gradients(backend, dy, inputs: Inputs, activation, channels_last, wanted) -> Inputs:
+    grads = _empty_gradients(inputs, channels_last, wanted)
+    if dy.numel():
+        backend.fftconv_gradients(grads, dy, inputs, activation)
+        return grads
+    return Inputs(*[grad if grad is None else grad.zero_() for grad in grads])
+
+
+operator = Operator(
+    "fftconv",
+    Inputs,
+    "str activation, bool channels_last",
+    composed,
+    forward=_forward,
+    gradients=_gradients,
+    empty=lambda inputs, activation, channels_last: _empty_output(inputs, channels_last),
+    empty_gradients=lambda inputs, activation, *rest: _empty_gradients(inputs, *rest),
+    vmap=raw_fwd_vmap,
+    gradients_vmap=raw_bwd_vmap,
+)
 
 
 def fftconv(
@@ -76,40 +142,94 @@ def fftconv(
     Cost: O(batch channels length log length). Source: arXiv 2302.06646, section 3; modulo x^n - i,
     which needs no zero padding. Twins: seqconv.reference.fftconv, seqconv.reference.fftconv_fft.
     """
-    tensors = _validate(u, k, skip, k_rev, pre_gate, post_gate, activation, mode, layout)
-    y = transforms.apply(*tensors, activation or "none", layout == "blh")
+    inputs = Inputs(u, k, k_rev, skip, pre_gate, post_gate)
+    _check(inputs, activation, mode, layout)
+    if mode != "causal" or layout != "bhl" or pre_gate is not None or post_gate is not None:
+        inputs = _prepare(inputs, mode, layout)
+    y = operator(inputs, activation or "none", layout == "blh")
     return y.movedim(-1, 1) if layout == "blh" else y
 
 
-def _validate(u, k, skip, k_rev, pre_gate, post_gate, activation, mode, layout):
-    """Checks everything, then rewrites blh as a view and circular as two-sided."""
+_passed: set[tuple] = set()  # what has passed the checks, for calls that differ in values only
+_KEPT = 4096
+
+
+def _check(inputs: Inputs, *options) -> None:
+    """`_validate`, once for all calls with the same dtypes, shapes, devices and options."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        _validate(*inputs, *options)
+        return
+    try:
+        found = list(options)
+        for t in inputs:
+            found.append(None if t is None else (t.dtype, t.shape, t.device, t.layout))
+        known = tuple(found)
+        if known in _passed:
+            return
+    except (AttributeError, TypeError, RuntimeError):  # no tensors, symbols for sizes, nested ones
+        known = None
+    same = _validate(*inputs, *options)
+    if same and known is not None:
+        if len(_passed) >= _KEPT:
+            _passed.clear()
+        _passed.add(known)
+
+
+def _prepare(inputs: Inputs, mode: str, layout: str) -> Inputs:
+    """What the operator takes: blh as a view, gates in u's dtype, and a circular kernel as a two-sided one."""
+    u, k, k_rev, skip, pre_gate, post_gate = inputs
+    signals = [u, pre_gate, post_gate]
+    for i, t in enumerate(signals):
+        if t is not None:
+            t = t if t.dtype == u.dtype else t.to(u.dtype)  # allowed under autocast
+            signals[i] = t.movedim(1, -1) if layout == "blh" else t
+    u, pre_gate, post_gate = signals
+    if mode == "circular":
+        # Tap j of a circular kernel is also lag j - length. In float32, so that its gradient is
+        # rounded once.
+        k = k.to(torch.promote_types(k.dtype, torch.float32))
+        k = F.pad(k, (0, u.shape[-1] - k.shape[-1]))
+        k_rev = k[..., 1:].flip(-1)
+    return Inputs(u, k, k_rev, skip, pre_gate, post_gate)
+
+
+def _validate(u, k, k_rev, skip, pre_gate, post_gate, activation, mode, layout) -> bool:
+    """Whether the answer holds for all tensors alike: the dtypes that gates may have depend on autocast."""
     check_tensor("fftconv", "u", u)
     check_choice("fftconv", "activation", activation, ACTIVATIONS)
     check_choice("fftconv", "mode", mode, MODES)
     check_choice("fftconv", "layout", layout, LAYOUTS)
     axes = [("batch", None), ("channels", None), ("length", None)]
     check_shape("fftconv", "u", u, tuple(axes if layout == "bhl" else (axes[0], axes[2], axes[1])))
-    if layout == "blh":
-        u = u.movedim(1, -1)
     batch, channels, length = u.shape
+    if layout == "blh":
+        length, channels = channels, length
 
     kernel_dtypes, why = (FLOATS, "") if u.dtype == torch.float64 else (NARROW, NARROW_WHY)
     check_tensor("fftconv", "k", k, dtypes=kernel_dtypes, device=u.device, why=why)
-    c, taps, heads = ("channels", channels), ("K", None), ("heads", None)
-    per_sample = (("batch", batch), heads, c, taps)
-    given = lambda: f" for u as (batch, channels, length)={tuple(u.shape)} in layout {layout!r}"  # noqa: E731
-    check_shape("fftconv", "k", k, (c, taps), (heads, c, taps), per_sample, why=given)
-    has_heads = k.dim() > 2
-    heads = ("heads", k.shape[-3] if has_heads else None)
+    b, c, taps, t = ("batch", batch), ("channels", channels), ("K", None), ("length", length)
+    patterns = ((c, taps), (("heads", None), c, taps), (b, ("heads", None), c, taps))
+    shape = f" for u as (batch, channels, length)={(batch, channels, length)} in layout {layout!r}"
+    check_shape("fftconv", "k", k, *patterns, why=lambda: shape)
+    heads = (("heads", k.shape[-3]),) if k.dim() > 2 else ()
     if skip is not None:
         check_tensor("fftconv", "skip", skip, dtypes=kernel_dtypes, device=u.device)
-        check_shape("fftconv", "skip", skip, *([(c,), (heads, c)] if has_heads else [(c,)]))
+        check_shape("fftconv", "skip", skip, *([(c,), (*heads, c)] if heads else [(c,)]))
     if k_rev is not None:
         check_tensor("fftconv", "k_rev", k_rev, dtypes=kernel_dtypes, device=u.device)
-        leading = [("batch", batch), heads, c][-(k.dim() - 1) :]
+        leading = [b, *heads, c][-(k.dim() - 1) :]
         check_shape("fftconv", "k_rev", k_rev, (*leading, ("K_rev", None)))
-    pre_gate = _validate_gate("pre_gate", pre_gate, u, (), layout)
-    post_gate = _validate_gate("post_gate", post_gate, u, (heads,) if has_heads else (), layout)
+    same = True
+    for name, gate, several in (("pre_gate", pre_gate, ()), ("post_gate", post_gate, heads)):
+        if gate is None:
+            continue
+        check_tensor("fftconv", name, gate, device=u.device)
+        if gate.dtype != u.dtype:
+            same = False
+            if not torch.is_autocast_enabled(u.device.type):
+                check_tensor("fftconv", name, gate, dtypes=(u.dtype,))
+        pattern = (b, *several, c, t) if layout == "bhl" else (b, t, *several, c)
+        check_shape("fftconv", name, gate, pattern)
 
     if mode == "circular":
         if k_rev is not None:
@@ -118,24 +238,7 @@ def _validate(u, k, skip, k_rev, pre_gate, post_gate, activation, mode, layout):
             raise ValueError(
                 f"fftconv: k must have K <= length={length} in circular mode, got K={k.shape[-1]}"
             )
-        # Tap j of a circular kernel is also lag j - length. In float32, so that its gradient is
-        # rounded once.
-        k = F.pad(k.to(torch.promote_types(k.dtype, torch.float32)), (0, length - k.shape[-1]))
-        k_rev = k[..., 1:].flip(-1)
-    return u, k, k_rev, skip, pre_gate, post_gate
-
-
-def _validate_gate(name, gate, u, heads, layout):
-    if gate is None:
-        return None
-    check_tensor("fftconv", name, gate, device=u.device)
-    if gate.dtype != u.dtype:
-        if not torch.is_autocast_enabled(u.device.type):
-            check_tensor("fftconv", name, gate, dtypes=(u.dtype,))
-        gate = gate.to(u.dtype)
-    b, c, t = ("batch", u.shape[0]), ("channels", u.shape[1]), ("length", u.shape[2])
-    check_shape("fftconv", name, gate, (b, *heads, c, t) if layout == "bhl" else (b, t, *heads, c))
-    return gate.movedim(1, -1) if layout == "blh" else gate
+    return same
 
 
 def explain(
@@ -159,19 +262,7 @@ def explain(
         >>> explain(torch.zeros(1, 4, 1000), torch.zeros(4, 1000)).fallback is None
         True
     """
-    u, k, k_rev, *_ = _validate(u, k, skip, k_rev, pre_gate, post_gate, activation, mode, layout)
-    reason = operators.fallback_reason(u.device, u.dtype, u.shape[-1])
-    length = u.shape[-1]
-    taps = min(k.shape[-1], length)
-    taps_rev = 0 if k_rev is None else min(k_rev.shape[-1], max(length - 1, 0))
-    if reason is not None:
-        n = reference.fft_size(length, taps, taps_rev)
-        return Explanation("reference", "torch.fft", n, 1, None, torch.get_num_threads(), reason)
-    if u.device.type == "cuda" and u.numel():
-        plan, arch = cuda.explain(u, k, k_rev)
-        return Explanation(
-            "cuda", "right-angle fft", plan.n, plan.windows, arch, plan.threads, None, str(plan)
-        )
-    size, blocks = cpu.method(max(length, 1), taps, taps_rev, u.dtype == torch.float64)
-    algorithm = "direct sum" if size == 0 else "right-angle fft"
-    return Explanation("cpu", algorithm, size or None, blocks, cpu.isa(), cpu.threads(), None)
+    inputs = Inputs(u, k, k_rev, skip, pre_gate, post_gate)
+    _check(inputs, activation, mode, layout)
+    options = activation or "none", layout == "blh"
+    return backends.explain(Request("fftconv", _prepare(inputs, mode, layout), options))

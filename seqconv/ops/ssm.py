@@ -1,15 +1,95 @@
-"""The convolution kernel of a diagonal state space model, from its parameters (arXiv 2206.11893)."""
+"""The convolution kernel of a diagonal state space model, from its parameters (arXiv 2206.11893).
+
+The operator beneath it is a sum of exponentials, k[c,h,l] = sum_n Re(w[c,h,n] exp(a[h,n] l)). With
+S_p[c,h,n] = sum_l l^p dk[c,h,l] exp(a[h,n] l) its gradients are dw = conj(S_0) and da = conj(sum_c w
+S_1). No tensor is complex and none is (channels, modes, length).
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from seqconv.backends.explanation import Explanation
+from seqconv import backends
+from seqconv.backends import fallback, keops
+from seqconv.backends.protocol import Explanation, Request
 from seqconv.ops.checks import check_choice, check_length, check_shape, check_tensor
-from seqconv.ops.modes import how, mode_sum
+from seqconv.ops.register import Operator, transformed
 
 DISCRETIZATIONS = ("zoh", "bilinear", "dss", "dss_softmax")
 BACKENDS = ("auto", "torch", "keops")
 _REGULARISER = 1e-7  # of DSS's reciprocal
+
+
+class Modes(NamedTuple):
+    """a (channels, modes, 2) and w (heads, channels, modes, 2), float64, real and imaginary part last."""
+
+    a: Tensor
+    w: Tensor
+
+
+def _dtype(single: bool) -> torch.dtype:
+    return torch.float32 if single else torch.float64
+
+
+def _empty(inputs: Modes, length: int, single: bool, fused: bool) -> Tensor:
+    return inputs.w.new_empty(*inputs.w.shape[:2], length, dtype=_dtype(single))
+
+
+def _empty_gradients(inputs: Modes, *options) -> Modes:
+    return Modes(*[torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs])
+
+
+def _forward(backend, inputs: Modes, length: int, single: bool, fused: bool) -> Tensor:
+    k = _empty(inputs, length, single, fused)
+    if not inputs.w.numel():
+        return k.zero_()
+    if length:
+        (backend if fused else fallback).ssm(k, inputs)
+    return k
+
+
+def _gradients(backend, dk, inputs: Modes, length, single, fused, wanted) -> Modes:
+    grads = _empty_gradients(inputs)
+    if dk.numel() and inputs.w.numel():
+        (backend if fused else fallback).ssm_gradients(grads, dk, inputs)
+        return grads
+    return Modes(*[grad.zero_() for grad in grads])
+
+
+def _plain(inputs: Modes, length: int, single: bool, fused: bool) -> Tensor:
+    return fallback.mode_sum(*inputs, length, _dtype(single))
+
+
+operator = Operator(
+    "ssm",
+    Modes,
+    "SymInt length, bool single, bool fused",
+    _plain,
+    forward=_forward,
+    gradients=_gradients,
+    empty=_empty,
+    empty_gradients=_empty_gradients,
+)
+
+
+def mode_sum(a: Tensor, w: Tensor, length: int, single: bool, backend: str = "auto") -> Tensor:
+    """k (heads, channels, length), float32 if `single`, else float64."""
+    if backend == "keops" and length and w.numel():
+        return keops.mode_sum(a, w, length).to(_dtype(single))
+    return operator(Modes(a, w), length, single, backend == "auto")
+
+
+def moments(a: Tensor, u: Tensor) -> Tensor:
+    """S_0[b,h,n] = sum_l u[b,h,l] exp(a[h,n] l) for u (batch, channels, length), as (b, h, n, 2)."""
+    none = a.new_zeros(u.shape[0], *a.shape)
+    options = u.shape[-1], u.dtype == torch.float32, True
+    if not torch.compiler.is_compiling() and transformed((a, u)):
+        grads = fallback.mode_sum_gradients(u, a, none)
+    else:
+        grads = operator.raw_gradients(u, Modes(a, none), options, [False, True])
+    return grads[1] * a.new_tensor([1.0, -1.0])
 
 
 def multiply(x: Tensor, y: Tensor) -> Tensor:
@@ -122,6 +202,11 @@ def ssm_kernel(
     _validate(log_dt, A, B, C, discretization, backend)
     check_length("ssm_kernel", length)
     single = C.dtype != torch.float64
+    return kernel_of_system(log_dt, A, B, C, length, single, discretization, backend)
+
+
+def kernel_of_system(log_dt, A, B, C, length, single, discretization, backend) -> Tensor:
+    """`ssm_kernel` of arguments that are known to be right; float32 if `single`, else float64."""
     if discretization != "dss_softmax":
         modes = weighted_modes(log_dt, A, B, C, discretization)
         return mode_sum(*modes, length, single, backend)
@@ -158,7 +243,15 @@ def explain_ssm_kernel(
     """
     _validate(log_dt, A, B, C, discretization, backend)
     check_length("ssm_kernel", length)
-    return how(A.device, C.dtype != torch.float64, backend)
+    if backend == "keops":
+        threads = torch.get_num_threads()
+        return Explanation("keops", "every exponential", None, 1, None, threads, None)
+    options = length, C.dtype != torch.float64, backend == "auto"
+    request = Request("ssm", Modes(A, C), options)
+    explanation = backends.explain(request)
+    if backend == "auto":
+        return explanation
+    return replace(fallback.explain(request), fallback=None)
 
 
 def _validate(log_dt, A, B, C, discretization, backend) -> None:

@@ -1,114 +1,30 @@
-"""The gradient of the operators, and the choice of the road a call takes to them.
+"""The road of functorch and forward mode to fftconv, and its batching rules.
 
-Each single way of attaching a gradient is silently wrong somewhere, so there are four (`apply`
-chooses):
-
-1. torch.compile, export and jit.trace record the raw operators, which have an Autograd kernel of their own (at
-the end);
-2. functorch transforms (grad, vmap, jacrev, jvp, ...) and forward-mode go through `_Linear`, an
-autograd.Function of the
-   new style, around which gates and activation are plain torch;
-3. without gradients the kernel is called directly;
-4. otherwise `_Fused`, an autograd.Function of the old style, which has a fraction of the overhead
-of 2.
-
-Every backward is itself differentiable. The core y = k * u + skip u is linear in u and in (k,
-k_rev, skip), hence its derivatives of every order are again such convolutions: `_Linear` and
-`_LinearBackward` are closed under differentiation.
+The core y = k * u + skip u is linear in u and in (k, k_rev, skip), hence its derivatives of every
+order are again such convolutions: `_Linear` and `_LinearBackward` are closed under differentiation.
+Gates and activation around them are plain torch.
 """
 
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function, forward_ad
 from torch.utils._pytree import tree_map_only
 
-from seqconv.ops import operators
+from seqconv.ops.inputs import CHANNEL_AXIS, IS_SIGNAL, Inputs
+from seqconv.ops.register import transforms_active
 from seqconv.reference import activate
 
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+# By name, because the operator's file stands on this one.
+_fwd = lambda *args: torch.ops.seqconv.fftconv_fwd.default(*args)  # noqa: E731
+_bwd = lambda *args: torch.ops.seqconv.fftconv_bwd.default(*args)  # noqa: E731
 
 
-def apply(u, k, k_rev, skip, pre_gate, post_gate, activation: str, channels_last: bool):
-    args = (u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last)
-    if torch.compiler.is_compiling():
-        if forward_ad._current_level >= 0:
-            raise RuntimeError(
-                "fftconv: forward-mode differentiation does not work inside torch.compile"
-            )
-        return operators.fwd(*args)
-    if torch.jit.is_tracing():
-        return operators.fwd(*args)
-    if _transforms_active() or forward_ad._current_level >= 0:
-        return _composed(*args)
-    if _needs_gradient(args):
-        return _Fused.apply(*args)
-    return operators.forward(*args)
-
-
-def _needs_gradient(args) -> bool:
-    if torch.is_grad_enabled():
-        for t in args:
-            if isinstance(t, torch.Tensor) and t.requires_grad:
-                return True
-    return False
-
-
-class _Fused(Function):
-    @staticmethod
-    def forward(ctx, *args):
-        *tensors, activation, channels_last = args
-        ctx.save_for_backward(*tensors)
-        ctx.options = (activation, channels_last)
-        return operators.forward(*args)
-
-    @staticmethod
-    def backward(ctx, dy):
-        wanted = ctx.needs_input_grad[:6]
-        args = (dy, *ctx.saved_tensors, *ctx.options, wanted)
-        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if not recorded and not transformed(args):
-            return (*operators.gradients(*args), None, None)
-        # With create_graph=True the operator records its own gradient, _FusedBackward; compiled autograd, the operator.
-        grads = operators.bwd(*args)
-        return (*[g if want else None for g, want in zip(grads, wanted, strict=True)], None, None)
-
-
-class _FusedBackward(Function):
-    @staticmethod
-    def forward(ctx, *args):
-        *tensors, activation, channels_last, wanted = args
-        ctx.save_for_backward(*tensors)
-        ctx.options = (activation, channels_last)
-        ctx.wanted = [want and t is not None for want, t in zip(wanted, tensors[1:], strict=True)]
-        with operators.below_autograd():
-            return operators.bwd(*args)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        needed = ctx.needs_input_grad[:7]
-        with torch.enable_grad():
-            own = [as_node(t) for t in ctx.saved_tensors]
-            y = _composed(*own[1:], *ctx.options)
-            inputs = [t for t, want in zip(own[1:], ctx.wanted, strict=True) if want]
-            outputs = torch.autograd.grad(y, inputs, own[0], create_graph=True)
-        grads = [g for g, want in zip(grads, ctx.wanted, strict=True) if want]
-        asked = [t for t, need in zip(own, needed, strict=True) if need]
-        options = {"create_graph": torch.is_grad_enabled(), "allow_unused": True}
-        found = iter(torch.autograd.grad(outputs, asked, grads, **options))
-        return (*[next(found) if need else None for need in needed], None, None, None)
-
-
-def as_node(t):
-    """t as a node of its own: one tensor may be passed as two arguments, whose gradients differ."""
-    if t is None or not t.requires_grad:
-        return t if t is None else t.detach().requires_grad_()
-    return t.view_as(t)
-
-
-def _composed(u, k, k_rev, skip, pre_gate, post_gate, activation, channels_last):
+def composed(inputs: Inputs, activation: str, channels_last: bool) -> Tensor:
     """The operator as torch elementwise operations around its linear core, at least in float32 as in the kernel."""
+    u, k, k_rev, skip, pre_gate, post_gate = inputs
     x, gate = u, post_gate
     if pre_gate is not None or post_gate is not None or activation != "none":
         wide = torch.promote_types(u.dtype, torch.float32)
@@ -126,7 +42,7 @@ def _nestable(rule):
     """
 
     def jvp(ctx, *tangents):
-        if not _transforms_active():
+        if not transforms_active():
             return rule(ctx, *tangents)
         interpreter = retrieve_current_functorch_interpreter()
         level, functorch = interpreter.level(), torch._C._functorch
@@ -149,7 +65,7 @@ class _Linear(Function):
 
     @staticmethod
     def forward(u, k, k_rev, skip, channels_last):
-        return operators.fwd(u, k, k_rev, skip, None, None, "none", channels_last)
+        return _fwd(u, k, k_rev, skip, None, None, "none", channels_last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -173,7 +89,7 @@ class _Linear(Function):
     @staticmethod
     def vmap(info, in_dims, u, k, k_rev, skip, channels_last):
         call = lambda u, k, k_rev, skip: _Linear.apply(u, k, k_rev, skip, channels_last)  # noqa: E731
-        return operators.fwd_vmap(info, in_dims[:4], call, u, k, k_rev, skip)
+        return fwd_vmap(info, in_dims[:4], call, u, k, k_rev, skip)
 
 
 class _LinearBackward(Function):
@@ -181,7 +97,7 @@ class _LinearBackward(Function):
 
     @staticmethod
     def forward(dy, u, k, k_rev, skip, channels_last, wanted):
-        grads = operators.bwd(
+        grads = _bwd(
             dy, u, k, k_rev, skip, None, None, "none", channels_last, (*wanted, False, False)
         )
         return grads[:4]
@@ -227,38 +143,78 @@ class _LinearBackward(Function):
     @staticmethod
     def vmap(info, in_dims, dy, u, k, k_rev, skip, channels_last, wanted):
         call = lambda *t: _LinearBackward.apply(*t, channels_last, wanted)  # noqa: E731
-        return operators.bwd_vmap(info, in_dims[:5], call, wanted, dy, u, k, k_rev, skip)
+        return bwd_vmap(info, in_dims[:5], call, wanted, dy, u, k, k_rev, skip)
 
 
-# Road 1: what the raw operators do when called from outside this file.
+# Batching. Convolutions of different channels never meet, so any mapped axis folds into the
+# channels.
 
 
-def kernel(op, function):
-    def run(*args):
-        if transformed(args):
-            raise RuntimeError(
-                f"{op.name()}: torch.func transforms and forward-mode differentiation work through seqconv.fftconv "
-                "and the layers in eager mode only, not inside torch.compile and not on the raw operator"
-            )
-        if _needs_gradient(args):
-            return function.apply(*args)
-        with operators.below_autograd():
-            return op(*args)
-
-    return run
+def _leading(t: Tensor, dim: int | None, size: int) -> Tensor:
+    return t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
-def transformed(args) -> bool:
-    """Whether a functorch transform or forward-mode differentiation watches the call."""
-    return _transforms_active() or _has_tangent(args)
+def _fold(t: Tensor | None, dim: int | None, size: int, axis: int) -> Tensor | None:
+    """Moves the mapped dimension in front of `axis` (counted from the end) and merges the two."""
+    if t is None:
+        return None
+    t = _leading(t, dim, size)
+    axis += t.dim()
+    return t.movedim(0, axis - 1).flatten(axis - 1, axis)
 
 
-def _has_tangent(args) -> bool:
-    if forward_ad._current_level < 0:
-        return False
-    tensors = [t for t in args if isinstance(t, torch.Tensor)]
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+def _unfold(t: Tensor, size: int, axis: int) -> Tensor:
+    axis += t.dim()
+    return t.unflatten(axis, (size, t.shape[axis] // size)).movedim(axis, 0)
 
 
-operators.library.impl("fftconv_fwd", kernel(operators.fwd, _Fused), "Autograd")
-operators.library.impl("fftconv_bwd", kernel(operators.bwd, _FusedBackward), "Autograd")
+def _fold_all(tensors, in_dims, size):
+    return [
+        _fold(t, d, size, axis) for t, d, axis in zip(tensors, in_dims, CHANNEL_AXIS, strict=False)
+    ]
+
+
+def _map_size(info) -> int:
+    if info.batch_size == 0:
+        raise ValueError("fftconv: vmap over an axis of size 0")
+    return info.batch_size
+
+
+def fwd_vmap(info, in_dims, call, *tensors):
+    """call(u, k, k_rev, skip, pre_gate, post_gate) over one more axis; returns (y, axis) as torch's vmap rules do."""
+    size = _map_size(info)
+    known = list(zip(tensors, in_dims, IS_SIGNAL, strict=False))
+    if tensors[1].dim() == 4 or any(d is not None for _, d, signal in known if not signal):
+        return _unfold(call(*_fold_all(tensors, in_dims, size)), size, -2), 0
+    # Only the signals are mapped: they fold into the batch, and the kernel is transformed once.
+    y = call(
+        *[
+            _leading(t, d, size).flatten(0, 1) if signal and t is not None else t
+            for t, d, signal in known
+        ]
+    )
+    return y.unflatten(0, (size, y.shape[0] // size)), 0
+
+
+def bwd_vmap(info, in_dims, call, wanted, dy, *tensors):
+    """The same for call(dy, u, k, ...), whose outputs are gradients or, where not wanted, empty."""
+    size = _map_size(info)
+    folded = _fold_all(tensors, in_dims[1:], size)
+    grads = call(_fold(dy, in_dims[0], size, -2), *folded)
+    out = [
+        _unfold(g, size, axis) if want else g.new_empty(size, 0)
+        for g, want, axis in zip(grads, wanted, CHANNEL_AXIS, strict=False)
+    ]
+    return tuple(out), (0,) * len(out)
+
+
+def raw_fwd_vmap(info, in_dims, *args):
+    *tensors, activation, channels_last = args
+    return fwd_vmap(info, in_dims[:6], lambda *t: _fwd(*t, activation, channels_last), *tensors)
+
+
+def raw_bwd_vmap(info, in_dims, *args):
+    *tensors, activation, channels_last, wanted = args
+    present = [want and t is not None for want, t in zip(wanted, tensors[1:], strict=True)]
+    call = lambda *t: _bwd(*t, activation, channels_last, wanted)  # noqa: E731
+    return bwd_vmap(info, in_dims[:7], call, present, *tensors)

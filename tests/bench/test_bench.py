@@ -15,6 +15,7 @@ from bench.micro import contenders, measure, overhead, timing
 from bench.micro.contenders import Case
 from bench.micro.requirements import requirements
 from bench.micro.worker import ALLOCATORS
+from seqconv import backends
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--lengths", "256", "1000", "--elements", "16384", "--budget", "0.05"]
@@ -255,7 +256,7 @@ def test_a_missed_requirement_says_what_the_floors_allow():
 def test_what_python_takes_is_measured_by_parts(monkeypatch, capsys):
     """On the road of a GPU's tensors, whose launches do nothing; the CPU's kernels are back afterwards."""
     monkeypatch.setattr(sys, "argv", ["overhead", "--budget", "0", "--dtype", "bfloat16"])
-    usual, threads = overhead.operators.cpu, torch.get_num_threads()
+    usual, threads = backends._asked, torch.get_num_threads()
     try:
         overhead.main()
     finally:
@@ -264,9 +265,9 @@ def test_what_python_takes_is_measured_by_parts(monkeypatch, capsys):
     cells = {line.split(" | ")[0].strip("| "): line.strip("|").split(" | ")[1:] for line in lines}
     assert all(0 < float(least) <= float(middle) for middle, least in cells.values())
     assert float(cells["of it: backend"][1]) < float(cells["forward"][1])
-    assert overhead.operators.cpu is usual
+    assert backends._asked is usual
 
-    monkeypatch.setattr(overhead.Bare, "forward", lambda *_: None)
-    monkeypatch.setattr(overhead.Bare, "backward", lambda *_: None)
+    monkeypatch.setattr(overhead.Bare, "fftconv", lambda *_: None)
+    monkeypatch.setattr(overhead.Bare, "fftconv_gradients", lambda *_: None)
     with pytest.raises(AssertionError, match="another road"):
         overhead.measure(torch.float32, 0)

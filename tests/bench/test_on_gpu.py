@@ -94,7 +94,9 @@ FAULTS = {  # what a device of BROKEN does -> a kind of call that is wrong then
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", ["write nothing", pytest.param("drop the skip", marks=pytest.mark.slow)]
+)
 def test_a_wrong_result_is_red_and_gets_no_time(emulator, tmp_path, fault):
     (tmp_path / "broken.py").write_text(BROKEN.format(fault=FAULTS[fault]))
     out = tmp_path / "out"

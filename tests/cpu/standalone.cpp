@@ -10,6 +10,7 @@
 
 #include "cpu/butterfly.h"
 #include "cpu/fftconv.h"
+#include "cpu/isa.h"
 #include "cpu/ssm.h"
 
 using seqconv::Dtype;

@@ -7,9 +7,11 @@ import torch
 from accuracy import rel_l2
 
 from seqconv import reference
-from seqconv.backends import cpu
+from seqconv.backends import choose, cpu
+from seqconv.backends.fallback import radix_sizes, split
+from seqconv.backends.protocol import Request
 from seqconv.layers.butterfly_conv import Butterfly, fourier, radices
-from seqconv.ops import butterfly
+from seqconv.ops.butterfly import Inputs, operator
 
 SIZES = [(16, 16), (16, 1), (32, 20), (64, 33), (128, 128), (256, 129), (512, 500), (2048, 1025)]
 
@@ -18,20 +20,29 @@ def problem(n: int, length: int, *, batch=2, channels=4, heads=2, dtype=torch.fl
     """x with channels last in memory if `last`; matrices near the Fourier ones, so that z keeps its size."""
     passes = radices(n)
     x = torch.randn(batch, length, channels).mT if last else torch.randn(batch, channels, length)
-    parts = [fourier(s).expand(heads, s, s, 2) for s in butterfly.sizes(passes)]
+    parts = [fourier(s).expand(heads, s, s, 2) for s in radix_sizes(passes)]
     parts = [(p + 0.1 * torch.randn_like(p)).flatten(1, 2) for p in parts]
     wide = torch.promote_types(dtype, torch.float32)
     return x.to(dtype), torch.cat(parts, 1).to(wide), passes
 
 
+def gradients(dz, x, matrices, passes):
+    return operator.bwd(dz, x, matrices, passes, [True, True])
+
+
+def backend_of(passes) -> str:
+    inputs = Inputs(torch.zeros(1, 1, 1), torch.zeros(1, 1, 2))
+    return choose(Request("butterfly", inputs, (passes,))).name
+
+
 def check(x, matrices, passes):
-    z = butterfly.fwd(x, matrices, passes)
+    z = operator.fwd(x, matrices, passes)
     dz = torch.randn_like(z)
-    dx, grads = butterfly.bwd(dz, x, matrices, passes)
-    factors = butterfly.split(matrices.double(), passes)
+    dx, grads = gradients(dz, x, matrices, passes)
+    factors = split(matrices.double(), passes)
     wanted = reference.butterfly(x.double(), factors, passes)
     wanted_dx, wanted_grads = reference.butterfly_backward(dz.double(), x.double(), factors, passes)
-    flat = [wanted_grads[s].flatten(1, 2) for s in butterfly.sizes(passes)]
+    flat = [wanted_grads[s].flatten(1, 2) for s in radix_sizes(passes)]
     assert z.dtype == grads.dtype == matrices.dtype and dx.dtype == x.dtype
     bound = 1e-14 if z.dtype == torch.float64 else 1e-6
     assert rel_l2(z, wanted) < bound and rel_l2(grads, torch.cat(flat, 1)) < bound
@@ -41,7 +52,7 @@ def check(x, matrices, passes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n, length", SIZES)
 def test_the_transform_is_its_definition(isa, n, length, dtype):
-    assert butterfly._kernels_of(torch.zeros(1, 1, 1), radices(n)) == "cpu"
+    assert backend_of(radices(n)) == "cpu"
     check(*problem(n, length, dtype=dtype))
 
 
@@ -68,12 +79,12 @@ def test_lazily_negated_tensors():
     x, matrices, passes = problem(32, 30)
     lazy = torch.complex(x, x).conj().imag
     assert lazy.is_neg()
-    assert torch.equal(butterfly.fwd(lazy, matrices, passes), butterfly.fwd(-x, matrices, passes))
-    z = torch.view_as_complex(butterfly.fwd(x, matrices, passes))
+    assert torch.equal(operator.fwd(lazy, matrices, passes), operator.fwd(-x, matrices, passes))
+    z = torch.view_as_complex(operator.fwd(x, matrices, passes))
     dz = z.conj().imag.unsqueeze(-1).expand(*z.shape, 2)
     assert dz.is_neg()
-    theirs = butterfly.bwd(-z.imag.unsqueeze(-1).expand(*z.shape, 2), x, matrices, passes)
-    ours = butterfly.bwd(dz, x, matrices, passes)
+    theirs = gradients(-z.imag.unsqueeze(-1).expand(*z.shape, 2), x, matrices, passes)
+    ours = gradients(dz, x, matrices, passes)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -83,8 +94,8 @@ def test_threads_do_not_change_a_bit():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            z = butterfly.fwd(x, matrices, passes)
-            results.append([z, *butterfly.bwd(z, x, matrices, passes)])
+            z = operator.fwd(x, matrices, passes)
+            results.append([z, *gradients(z, x, matrices, passes)])
     finally:
         torch.set_num_threads(before)
     for later in results[1:]:
@@ -92,14 +103,12 @@ def test_threads_do_not_change_a_bit():
 
 
 def test_which_calls_take_the_kernels(monkeypatch):
-    x = torch.zeros(1, 1, 8)
     for passes in ((16,), (16, 16), (16, 2), (16, 16, 8)):
-        assert butterfly._kernels_of(x, passes) == "cpu"
+        assert backend_of(passes) == "cpu"
     for passes in ((2,), (8,), (4, 2), (2, 16), (16, 2, 16), (16, 3), (16, 1), (16, 32), (16, 48)):
-        assert butterfly._kernels_of(x, passes) is None
-    assert butterfly._kernels_of(x[:0], (16,)) is None
+        assert backend_of(passes) == "reference"
     monkeypatch.setattr(cpu, "missing", "not compiled")
-    assert butterfly._kernels_of(x, (16,)) is None
+    assert backend_of((16,)) == "reference"
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -130,10 +139,10 @@ def test_contract_of_the_operator():
     x, matrices, passes = problem(32, 30)
     for bad in (matrices[:, 1:], matrices[:0], matrices[0], matrices[..., 0]):
         with pytest.raises(ValueError, match=r"matrices must be \(heads >= 1, 260, 2\)"):
-            butterfly.fwd(x, bad, passes)
+            operator.fwd(x, bad, passes)
     with pytest.raises(TypeError, match="matrices must be one of"):
-        butterfly.fwd(x, matrices.to(torch.complex64), passes)
+        operator.fwd(x, matrices.to(torch.complex64), passes)
     with pytest.raises(ValueError, match="dz must be like the output"):
-        butterfly.bwd(torch.zeros(2, 4, 31, 2), x, matrices, passes)
+        gradients(torch.zeros(2, 4, 31, 2), x, matrices, passes)
     with pytest.raises(TypeError, match="integers wanted"):
         cpu._C.butterfly(1, 2, 3)

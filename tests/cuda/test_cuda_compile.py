@@ -176,6 +176,7 @@ def test_prebuild_refuses_what_it_does_not_know(capsys):
         assert capsys.readouterr().err.startswith("seqconv: ")
 
 
+@pytest.mark.slow
 def test_cache_is_safe_under_concurrent_processes(tmp_path):
     """Several processes that compile the same kernel into one empty cache all get the same code."""
     script = (

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accuracy import rel_l2
 from emulated import Emulator, as_backend, build
-from test_cuda_launch import Device, Driver
+from fake_driver import Device, Driver
 
 from seqconv import __main__, fftconv, prebuild, reference
 from seqconv.backends.cuda import compiler, driver, kernels

@@ -1,140 +1,25 @@
 """The road from tensors to the CUDA driver, on a recording driver that runs each launch in the emulator."""
 
-import ctypes
 import os
 import subprocess
 import sys
 import threading
-from array import array
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accuracy import rel_l2
 from cases import Case, double
 from emulated import HERE, Emulator, as_backend, build
+from fake_driver import Device, Driver
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqconv
-from seqconv import fftconv, reference
-from seqconv.backends import cuda
-from seqconv.backends.cuda import compiler, convolution, driver, kernels, tables
+from seqconv import backends, fftconv, reference
+from seqconv.backends.cuda import compiler, convolution, driver, gpu, kernels, tables
 from seqconv.backends.cuda.plan import longest
-from seqconv.ops import operators
-
-ATTRIBUTES = {
-    "COMPUTE_CAPABILITY_MAJOR": 9,
-    "COMPUTE_CAPABILITY_MINOR": 0,
-    "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": 232448,
-    "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR": 233472,
-    "MULTIPROCESSOR_COUNT": 132,
-    "CLOCK_RATE": 1755000,
-    "MEMORY_CLOCK_RATE": 2619000,
-    "GLOBAL_MEMORY_BUS_WIDTH": 5120,
-}
-
-
-class Driver:
-    """The functions of cuda.bindings.driver that the package calls, with their signatures and statuses."""
-
-    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
-    CUdevice_attribute = SimpleNamespace(**{f"CU_DEVICE_ATTRIBUTE_{n}": n for n in ATTRIBUTES})
-
-    def __init__(self, emulator: Emulator):
-        self.emulator, self.names, self.launches, self.limits, self.status = emulator, {}, [], {}, 0
-        self.attributes, self.thread = dict(ATTRIBUTES), threading.local()
-        self.memory, self.tried, self.full = {}, 0, 0
-        self.copying = self.running = False
-
-    def cuLibraryLoadData(self, code, *options):
-        assert code[:4] == b"\x7fELF" and options == ([], [], 0, [], [], 0)
-        return 0, code
-
-    def cuLibraryGetKernel(self, library, name):
-        assert name in library
-        handle = len(self.names) + 1000
-        self.names[handle] = name.decode()
-        return 0, handle
-
-    def cuDeviceGet(self, index):
-        return 0, f"device {index}"
-
-    def cuDeviceGetAttribute(self, attribute, device):
-        return 0, self.attributes[attribute]
-
-    def cuCtxGetCurrent(self):
-        return 0, getattr(self.thread, "context", 0)
-
-    def cuDevicePrimaryCtxRetain(self, device):
-        return 0, 5
-
-    def cuCtxSetCurrent(self, context):
-        self.thread.context = context
-        return (0,)
-
-    def cuKernelSetAttribute(self, attribute, value, kernel, device):
-        assert (attribute, device) == ("shared", "device 0")
-        self.limits[self.names[kernel]] = value
-        return (0,)
-
-    def CUfunction(self, handle):
-        return handle
-
-    def cuMemAlloc(self, size):
-        assert self.thread.context == 5 and size
-        self.tried += 1
-        if self.tried <= self.full:
-            return 2, None
-        buffer = (ctypes.c_char * size)()
-        self.memory[ctypes.addressof(buffer)] = buffer
-        return 0, ctypes.addressof(buffer)
-
-    def cuMemcpyHtoDAsync(self, to, address, size, stream):
-        assert len(self.memory[to]) == size and stream == 77
-        ctypes.memmove(to, address, size)
-        self.copying = True
-        return (0,)
-
-    def cuStreamSynchronize(self, stream):
-        assert stream == 77
-        self.copying = False
-        return (0,)
-
-    def cuCtxSynchronize(self):
-        self.running = False
-        return (0,)
-
-    def cuMemFree(self, address):
-        assert not self.running
-        self.memory.pop(address)
-        return (0,)
-
-    def cuLaunchKernel(self, f, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
-        name = self.names[f]
-        assert self.thread.context == 5  # of this thread: else 201, invalid context
-        assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0) and shared <= self.limits[name]
-        assert not self.copying  # a table, which other streams read too
-        self.launches.append((name, gx, bx, shared, stream))
-        self.running = True
-        if self.status:
-            return (self.status,)
-        size = self.emulator.library.arguments_size()
-        address = ctypes.c_void_p.from_address(parameters).value
-        copied = array("q", ctypes.string_at(address, size))
-        self.emulator.launch(name, gx, bx, shared, copied)
-        return (0,)
-
-
-class Device(driver.Device):
-    """On tensors of the CPU: what torch would say of a CUDA stream is given."""
-
-    stream, capturing = 77, False
-
-    def _stream(self):
-        return self.stream
-
-    def _capturing(self):
-        return self.capturing
+from seqconv.backends.protocol import Request
+from seqconv.ops.fftconv import operator
+from seqconv.ops.inputs import Inputs
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +144,7 @@ def test_compile_and_functorch_take_the_same_kernels(device):
         y = torch.compile(fftconv, backend="eager", fullgraph=True)(u, k)
         mapped = torch.vmap(fftconv, in_dims=(0, None))(u[:, None], k)[:, 0]
         torch.library.opcheck(
-            operators.fwd, (u, k, None, None, None, None, "none", False),
+            operator.fwd, (u, k, None, None, None, None, "none", False),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
     expected = reference.fftconv_fft(u, k)
@@ -277,18 +162,31 @@ def fresh(monkeypatch):
     known.cache_clear()
 
 
+class Row:
+    """What the choice of a backend asks a tensor."""
+
+    is_cpu, is_cuda = False, True
+    device = torch.device("cuda", 0)
+
+    def __init__(self, length: int, dtype=torch.float32):
+        self.shape, self.dtype = (1, 1, length), dtype
+
+
+def why_not(row: Row) -> str | None:
+    return gpu.why_not(Request("fftconv", Inputs(row, *[None] * 5), ("none", False)))
+
+
 def test_why_there_is_no_kernel(monkeypatch, fresh):
-    cuda = torch.device("cuda", 0)
-    assert "float64" in cuda.reason(cuda, torch.float64, 5)
+    assert "float64" in why_not(Row(5, torch.float64))
     monkeypatch.setattr(driver, "packages_reason", lambda: "No module: pip install cuda-python")
-    assert "pip install cuda-python" in cuda.reason(cuda, torch.float32, 5)
+    assert "pip install cuda-python" in why_not(Row(5))
 
 
 def test_rows_without_a_plan_take_the_fallback(device, monkeypatch, fresh):
     monkeypatch.setattr(driver, "device", lambda index: device)
-    cuda, most = torch.device("cuda", 0), longest(device.limits)
-    assert most > 1 << 26 and cuda.reason(cuda, torch.float32, most) is None
-    assert str(most) in cuda.reason(cuda, torch.float32, most + 1)
+    most = longest(device.limits)
+    assert most > 1 << 26 and why_not(Row(most)) is None
+    assert str(most) in why_not(Row(most + 1))
 
 
 def test_failures_are_tried_again_but_not_for_ever(monkeypatch, fresh):
@@ -365,16 +263,9 @@ def test_tables_in_a_graph_are_kept(device):
     assert len(device.driver.memory) == 65 and int(device.table(torch.zeros, 5)) == kept
 
 
-def test_explain_shows_the_plan(device, monkeypatch):
-    monkeypatch.setattr(driver, "device", lambda index: device)
-    monkeypatch.setattr(cuda, "_index", lambda device: 0)
-    u = torch.randn(8, 4, 5000, dtype=torch.bfloat16)
-    plan, arch = cuda.explain(u, torch.randn(4, 5000), None)
-    text = str(
-        seqconv.Explanation(
-            "cuda", "right-angle fft", plan.n, 1, arch, plan.threads, None, str(plan)
-        )
-    )
+def test_explain_shows_the_plan(device):
+    with as_backend(device):
+        text = str(seqconv.explain(torch.randn(8, 4, 5000).bfloat16(), torch.randn(4, 5000)))
     assert "tensor cores" in text and "5120" in text and "sm_90" in text
     assert "predicted lower bound" in text
 
@@ -408,24 +299,27 @@ def test_the_road_of_a_cuda_tensor(library, monkeypatch, fresh):
     made = driver.Device(0, Driver(Emulator(library)))
     monkeypatch.setattr(driver, "device", lambda index: [made][index])
     u, k, y = torch.randn(2, 3, 300), torch.randn(3, 300), torch.empty(2, 3, 300)
-    cuda.forward(y, u, k, None, None, None, None, "none")
+    inputs = Inputs(u, k, *[None] * 4)
+    gpu.fftconv(y, inputs, "none")
     assert rel_l2(y, reference.fftconv_fft(u.double(), k.double())) < 1e-6
     du = torch.empty_like(u)
-    cuda.backward((du, *[None] * 5), torch.ones_like(y), u, k, None, None, None, None, "none")
+    wanted = Inputs(du, *[None] * 5)
+    gpu.fftconv_gradients(wanted, torch.ones_like(y), inputs, "none")
     leaf = u.double().requires_grad_()
     (expected,) = torch.autograd.grad(reference.fftconv_fft(leaf, k.double()).sum(), leaf)
     assert rel_l2(du, expected) < 1e-6
     assert set(asked) == {0}  # streams: the device is the current one already
     asked.clear()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(cuda, "_index", lambda device: 0)
-    cuda.forward(y, u, k, None, None, None, None, "none")
-    cuda.backward((du, *[None] * 5), torch.ones_like(y), u, k, None, None, None, None, "none")
+    monkeypatch.setattr(backends.cuda, "_index", lambda device: 0)
+    gpu.fftconv(y, inputs, "none")
+    gpu.fftconv_gradients(wanted, torch.ones_like(y), inputs, "none")
     assert asked[0] == 0 and asked.count("left") == 2 and set(asked) == {0, "left"}
     assert {launch[4] for launch in made.driver.launches} == {77}
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="once before the capture"):
-        cuda.forward(torch.empty(2, 3, 999), torch.randn(2, 3, 999), k, *[None] * 4, "none")
+        longer = Inputs(torch.randn(2, 3, 999), k, *[None] * 4)
+        gpu.fftconv(torch.empty(2, 3, 999), longer, "none")
 
 
 def test_devices_of_two_kinds(library, monkeypatch):
@@ -493,6 +387,7 @@ print("launched", len(device._kernels), "kernels")
 """
 
 
+@pytest.mark.slow
 def test_real_bindings_and_machine_code(library, tmp_path):
     """NVRTC's code through the real cuda.bindings into the tests' own driver library, launched in the emulator."""
     if compiler.compiler_reason():

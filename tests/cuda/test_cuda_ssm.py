@@ -1,18 +1,17 @@
 """The kernels of sums of exponentials on the host, against the dense formula in float64."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from accuracy import rel_l2
-from test_cuda_launch import Device, Driver
+from emulated import as_backend
+from fake_driver import Device, Driver
+from ssm_cases import SIZES, check, dense, problem, results
 
 from seqconv import reference, ssm_kernel
-from seqconv.backends import cuda
 from seqconv.backends.cuda import driver, kernels, ssm
 from seqconv.backends.cuda.plan import H100
-from seqconv.ops import modes
 
 FEW = replace(H100, processors=1)  # several tiles for every block
 
@@ -22,60 +21,7 @@ def device(machine):
     return machine.device()
 
 
-def dense(a, w, length):
-    """The definition: (c, h, length) from every term of it, in float64."""
-    t = torch.arange(length, dtype=torch.float64, device=a.device)
-    terms = torch.exp(torch.view_as_complex(a)[..., None] * t)  # (h n l)
-    return (torch.view_as_complex(w)[..., None] * terms).real.sum(-2)
-
-
-def problem(c, h, n, decay=(1e-4, 0.3), turn=3.0):
-    """Modes of any damping, log-uniform between the two, and of any frequency up to `turn`."""
-    low, high = map(math.log, decay)
-    re = -torch.exp(low + (high - low) * torch.rand(h, n, dtype=torch.float64))
-    im = turn * torch.rand(h, n, dtype=torch.float64)
-    return torch.stack([re, im], -1), torch.randn(c, h, n, 2, dtype=torch.float64)
-
-
 PRODUCTS = ("ssm_forward", "ssm_backward")
-
-
-def results(device, a, w, dk):
-    k, da, dw = dk.new_empty(dk.shape), torch.full_like(a, torch.nan), torch.full_like(w, torch.nan)
-    ssm.forward(device, k, a, w)
-    ssm.backward(device, da, dw, dk, a, w)
-    return k, da, dw
-
-
-def expected(a, w, dk):
-    a, w = a.clone().requires_grad_(), w.clone().requires_grad_()
-    k = dense(a, w, dk.shape[-1])
-    return k.detach(), *torch.autograd.grad(k, (a, w), dk.double())
-
-
-def check(device, a, w, dk, bound=5e-7):
-    found, exact = results(device, a, w, dk), expected(a, w, dk)
-    for name, value, oracle in zip(("k", "da", "dw"), found, exact, strict=True):
-        assert torch.isfinite(value).all(), name
-        if oracle.any():  # position 0 alone leaves nothing of da
-            assert rel_l2(value, oracle) < bound, name
-        else:
-            assert not value.any(), name
-    return found
-
-
-SIZES = [
-    (1, 1, 1, 1),
-    (2, 3, 2, 2),
-    (1, 3, 3, 63),
-    (2, 1, 32, 64),
-    (1, 1, 33, 65),
-    (2, 2, 100, 1000),
-    (1, 3, 4, 2047),
-    (2, 1, 5, 2049),
-    (2, 3, 17, 5000),
-    (1, 1, 3001, 130),
-]
 
 
 @pytest.mark.parametrize("c, h, n, length", SIZES)
@@ -221,17 +167,14 @@ def test_memory_does_not_grow_with_modes_times_length(machine, monkeypatch):
         sizes.clear()
 
 
-def test_the_operator_on_cudas_road(machine, monkeypatch):
+def test_the_operator_on_cudas_road(machine):
     """ssm_kernel from its parameters to their gradients, with the emulator in the driver's place."""
     device = machine.device()
-    monkeypatch.setattr(driver, "device", lambda index: device)
-    monkeypatch.setattr(cuda, "_index", lambda _: 0)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(modes, "_fused", lambda *_: cuda)
     inputs = [torch.randn(3) - 3, torch.randn(3, 4, 2), torch.randn(2, 3, 4, 2)]
     inputs[1][..., 0] = -inputs[1][..., 0].abs()
     inputs = [t.requires_grad_() for t in inputs]
-    ours = ssm_kernel(*inputs, 300)
+    with as_backend(device):
+        ours = ssm_kernel(*inputs, 300)
     dk = torch.randn_like(ours)
     found = [ours, *torch.autograd.grad(ours, inputs, dk)]
     names = [launch[0] for launch in device.launches]

@@ -7,13 +7,15 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
-import test_fftconv
 import torch
 from accuracy import rel_l2
 from cases import Case, double
 from device_cases import (
     A100,
     FEW,
+    LENGTHS,
+    LONG,
+    OPTIONS,
     ORDERS,
     SMALL,
     TURING,
@@ -26,7 +28,7 @@ from device_cases import (
 )
 from emulated import as_backend, forget_recipes
 from judge import ROUNDING, STATED
-from test_fftconv import CASES
+from operator_cases import CASES, PROPERTIES
 
 from seqconv import fftconv, reference
 from seqconv.backends.cuda import convolution, kernels
@@ -42,22 +44,15 @@ def test_the_operators_cases(machine, case):
         assert device.launches
 
 
-LENGTHS = (1, 2, 15, 16, 17, 31, 33, 127, 255, 256, 257, 513, 1000, 2049, 5000, 14113)
-OPTIONS = (
-    {"skip": "h"},
-    {"taps_rev": -1, "skip": "h", "pre_gate": True},
-    {"mode": "circular", "post_gate": True},
-    {"skip": "h", "activation": "gelu", "post_gate": True, "pre_gate": True},
-    {"layout": "blh", "activation": "silu", "taps_rev": -1},
-    {"heads": 2, "skip": "ch", "activation": "silu"},
-)
+SUMS = [  # mode and dtype; float32 has one way of adding up
+    *[("fast", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)],
+    *[("accurate", dtype) for dtype in (torch.float16, torch.bfloat16)],
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode, dtype", SUMS, indirect=["mode"], ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_edge_lengths(machine, mode, dtype, length):
-    if dtype == torch.float32 and mode == "accurate":
-        return
     which = (
         LENGTHS.index(length) + [torch.float32, torch.float16, torch.bfloat16].index(dtype)
     ) % 6
@@ -252,26 +247,6 @@ def test_scratch_of_long_gradients_is_bounded():
         assert list(convolution._slices(problem, plans[:1])) == [(0, 768)]
 
 
-LONG = [
-    Case(
-        2,
-        2,
-        20000,
-        20000,
-        taps_rev=19999,
-        skip="h",
-        activation="gelu",
-        pre_gate=True,
-        post_gate=True,
-    ),
-    Case(2, 2, 9000, 9000, heads=2, skip="ch", activation="gelu"),
-    Case(2, 2, 9000, 9000, heads=2, per_sample=True, skip="ch"),
-    Case(2, 2, 9001, 9001, mode="circular", skip="h", layout="blh"),
-    Case(3, 2, 12288, 12288, skip="h", dtype=torch.bfloat16, post_gate=True),
-    Case(1, 1, 65537, 65537, dtype=torch.float16),
-]
-
-
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_three_passes(machine, case):
     device = machine.device(replace(SMALL, tensor_cores=False))
@@ -279,6 +254,10 @@ def test_three_passes(machine, case):
     assert any(kernel.startswith("long") for kernel, *_ in device.launches)
 
 
+# The PTX machine takes half a minute.
+@pytest.mark.parametrize(
+    "machine", ["emulator", pytest.param("ptx", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_row_of_a_million(machine):
     case = Case(1, 1, (1 << 20) - 3, (1 << 20) - 3, skip="h")
     device = machine.device()
@@ -364,28 +343,6 @@ def test_rows_do_not_meet(machine):
         assert y[3, 1].isnan().any()
         y[3, 1] = clean[3, 1]
         assert torch.equal(y, clean)
-
-
-# What test_fftconv asks of the operator besides accuracy, for tensors of any device.
-PROPERTIES = {
-    f"{function.__name__}-{argument}": (function, (argument,) if argument else ())
-    for function, values in (
-        (
-            test_fftconv.test_gradient_of_one_argument_alone,
-            ["u", "k", "k_rev", "skip", "post_gate"],
-        ),
-        (test_fftconv.test_gradients_without_gates_or_kernel_gradient, [None]),
-        (test_fftconv.test_unknown_taps_do_not_matter, [None]),
-        (test_fftconv.test_the_future_moves_the_past_by_roundoff_only, [1.0, 1e6]),
-        (test_fftconv.test_extremes_stay_finite, [None]),
-        (test_fftconv.test_strides, ["every other", "transposed", "negated"]),
-        (test_fftconv.test_expanded_inputs_and_gradients, [None]),
-        (test_fftconv.test_blh_output_is_contiguous, [None]),
-        (test_fftconv.test_only_inputs_are_saved, [None]),
-        (test_fftconv.test_inputs_are_not_written, [None]),
-    )
-    for argument in values
-}
 
 
 @pytest.mark.parametrize("name", PROPERTIES)

@@ -3,10 +3,7 @@ otherwise."""
 
 import pytest
 import torch
-
-pytest.importorskip("ptx_device")
-
-from test_ptx_machine import OWN, WORD, run, stores
+from ptx_text import OWN, WORD, run, stores
 
 COPIES = [0, 1, 2]  # at once, as late as possible, the last first
 FIRST = "setp.ne.u32 %p1, %r1, 0;\n@%p1 bra {label};\n"

@@ -6,9 +6,9 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
-import test_cuda_butterfly
-import test_cuda_ssm
+import ssm_cases
 import torch
+from butterfly_cases import check_learned_matrices
 from cases import Case
 from device_cases import A100, FEW, SMALL, TURING, check, one_plane, planned, run
 from judge import sums
@@ -75,10 +75,14 @@ def some(things, count: int) -> list:
 
 # The installed NVRTC is proved by all cases, another one by some at each commit.
 CASES = some(cases(), 4) if os.environ.get("SEQCONV_NVRTC") else cases()
-ids = [
-    f"{case}-{mode}" + f"-{limits.shared}" * (limits.shared < 1 << 17)
-    for case, limits, mode in CASES
-]
+
+
+def marked(case: Case, limits, mode: str):
+    """Slow are float16's cases beside bfloat16's, rows of which one takes seconds, and all but one known length."""
+    known = case.length in kernels.FIXED
+    slow = case.length > 10000 or (case.length > 1024 if known else case.dtype == torch.float16)
+    name = f"{case}-{mode}" + f"-{limits.shared}" * (limits.shared < 1 << 17)
+    return pytest.param(case, limits, mode, id=name, marks=[pytest.mark.slow] * slow)
 
 
 class Recording(ptx_device.PtxDevice):
@@ -99,7 +103,7 @@ def test_the_cases_launch_every_kernel():
     assert found == set(kernels.KERNELS) - others
 
 
-@pytest.mark.parametrize("case, limits, mode", CASES, ids=ids)
+@pytest.mark.parametrize("case, limits, mode", [marked(*c) for c in CASES])
 def test_kernels(case, limits, mode):
     """Within what is stated, in another order of threads, too; on tensor cores however sums are rounded."""
     with sums(mode), patch.object(convolution, "make_plan", planned):
@@ -112,12 +116,12 @@ def test_kernels(case, limits, mode):
 
 @pytest.mark.parametrize("order", [0, 2])
 def test_sums_of_exponentials(order):
-    a, w = test_cuda_ssm.problem(2, 3, 17)
+    a, w = ssm_cases.problem(2, 3, 17)
     device = ptx_device.PtxDevice(FEW, order)
-    test_cuda_ssm.check(device, a, w, torch.randn(2, 3, 5000))
+    ssm_cases.check(device, a, w, torch.randn(2, 3, 5000))
     few = {name for name, *_ in device.launches}
     device = ptx_device.PtxDevice(H100, order)
-    test_cuda_ssm.check(device, *test_cuda_ssm.problem(1, 1, 5), torch.randn(1, 1, 300))
+    ssm_cases.check(device, *ssm_cases.problem(1, 1, 5), torch.randn(1, 1, 300))
     few |= {name for name, *_ in device.launches}
     assert few == {name for name in kernels.KERNELS if name.startswith("ssm")}
 
@@ -125,7 +129,7 @@ def test_sums_of_exponentials(order):
 @pytest.mark.parametrize("radices", [(16, 16, 8), (16, 2)], ids=str)
 def test_learned_butterfly(radices):
     device = ptx_device.PtxDevice(FEW)
-    test_cuda_butterfly.test_learned_matrices_and_their_gradients(device, radices, torch.bfloat16)
+    check_learned_matrices(device, radices, torch.bfloat16)
     assert {name for name, *_ in device.launches} == {"butterfly", "butterfly_backward"}
 
 
@@ -145,10 +149,11 @@ EVERYWHERE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", some(OTHERS, 1))
 def test_other_architectures(arch):
     for case in EVERYWHERE:
         check(ptx_device.PtxDevice(replace(OTHERS[arch], processors=1), arch=arch), case)
     device = ptx_device.PtxDevice(FEW, arch=arch)
-    test_cuda_ssm.check(device, *test_cuda_ssm.problem(2, 3, 17), torch.randn(2, 3, 3000))
-    test_cuda_butterfly.test_learned_matrices_and_their_gradients(device, (16, 8), torch.float32)
+    ssm_cases.check(device, *ssm_cases.problem(2, 3, 17), torch.randn(2, 3, 3000))
+    check_learned_matrices(device, (16, 8), torch.float32)

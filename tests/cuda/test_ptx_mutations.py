@@ -124,7 +124,7 @@ def test_mistakes_in_the_ptx(name):
     assert outcome(alter=only(change)) != "right"
 
 
-@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("kernel", [FORWARD, pytest.param(BACKWARD, marks=pytest.mark.slow)])
 def test_barriers_are_needed(kernel):
     """Each that runs is left out in turn: a race, something unwritten or a wrong result. Two may be spared: before a
     team of one warp writes again, and where the next round meets another one. test_emulator.py needs every one."""

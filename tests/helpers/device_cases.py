@@ -59,6 +59,36 @@ def case_inputs(case: Case):
     return tensors["u"], tensors["k"], tensors["k_rev"]
 
 
+# Lengths about the edges of plans, and options to go with each.
+LENGTHS = (1, 2, 15, 16, 17, 31, 33, 127, 255, 256, 257, 513, 1000, 2049, 5000, 14113)
+OPTIONS = (
+    {"skip": "h"},
+    {"taps_rev": -1, "skip": "h", "pre_gate": True},
+    {"mode": "circular", "post_gate": True},
+    {"skip": "h", "activation": "gelu", "post_gate": True, "pre_gate": True},
+    {"layout": "blh", "activation": "silu", "taps_rev": -1},
+    {"heads": 2, "skip": "ch", "activation": "silu"},
+)
+
+LONG = [
+    Case(
+        2,
+        2,
+        20000,
+        20000,
+        taps_rev=19999,
+        skip="h",
+        activation="gelu",
+        pre_gate=True,
+        post_gate=True,
+    ),
+    Case(2, 2, 9000, 9000, heads=2, skip="ch", activation="gelu"),
+    Case(2, 2, 9000, 9000, heads=2, per_sample=True, skip="ch"),
+    Case(2, 2, 9001, 9001, mode="circular", skip="h", layout="blh"),
+    Case(3, 2, 12288, 12288, skip="h", dtype=torch.bfloat16, post_gate=True),
+    Case(1, 1, 65537, 65537, dtype=torch.float16),
+]
+
 ORDERS = [
     (Case(5, 3, 1000, 1000, heads=2, skip="h", activation="gelu"), FEW),
     (Case(5, 1, 4096, 4096, skip="h", taps_rev=5), FEW),

@@ -1,7 +1,6 @@
 """Builds csrc/device for the host and runs its kernels in the emulator, behind the interface of a device."""
 
 import ctypes
-import hashlib
 import os
 import subprocess
 import tempfile
@@ -9,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from seqconv.backends.cuda import convolution, kernels
+from kept import kept
+
+from seqconv import use_backend
+from seqconv.backends.cuda import Cuda, convolution, kernels
 from seqconv.backends.cuda.plan import H100, Limits
 from seqconv.backends.cuda.tables import Tables
-from seqconv.ops import operators
 
 HERE = Path(__file__).parent / "device"
 FLAGS = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -37,16 +38,15 @@ def build(*extra: str) -> ctypes.CDLL:
     compiler = os.environ.get("CXX", "g++")
     headers = [*sorted(kernels.folder().iterdir()), HERE / "emulator.h"]
     state = (text, flags, compiler, [path.read_bytes() for path in headers])
-    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-    target = Path(tempfile.gettempdir()) / f"seqconv-emulator-{os.getuid()}-{key}.so"
-    if not target.exists():
+
+    def make(path: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            unit, made = Path(folder) / "host.cpp", Path(folder) / "host.so"
+            unit = Path(folder) / "host.cpp"
             unit.write_text(text)
             includes = [f"-I{HERE}", f"-I{kernels.folder()}", "-shared", "-fPIC"]
-            subprocess.run([compiler, *flags, *includes, str(unit), "-o", str(made)], check=True)
-            os.replace(made, target)
-    library = ctypes.CDLL(str(target))
+            subprocess.run([compiler, *flags, *includes, str(unit), "-o", str(path)], check=True)
+
+    library = ctypes.CDLL(str(kept("emulator.so", state, make)))
     library.emulator_visited.restype = ctypes.c_char_p
     library.arguments_size.restype = ctypes.c_size_t
     library.tensor_products.restype = ctypes.c_long
@@ -61,6 +61,7 @@ class Emulator:
     limits: Limits = H100
     order: int = 0
     without: str = ""
+    arch: str = "sm_90"
     launches: list = field(default_factory=list)
     table = Tables(lambda words: words, lambda: False)
 
@@ -100,23 +101,24 @@ def device() -> Emulator:
     return Emulator(build())
 
 
+class OnDevice(Cuda):
+    """The CUDA backend for CPU tensors: its own Python, and a device that runs its kernels on the host."""
+
+    def __init__(self, device):
+        self.emulated = device
+
+    def device(self, place):
+        return self.emulated
+
+    def missing(self, place) -> None:
+        return None
+
+    def on(self, place, function, *arguments) -> None:
+        function(self.emulated, *arguments)
+
+
 @contextmanager
 def as_backend(device):
-    """fftconv of CPU tensors through the CUDA backend's Python and a device that runs its kernels on the host."""
-
-    class Backend:
-        missing = ""
-
-        @staticmethod
-        def forward(y, *inputs):
-            convolution.forward(device, y, *inputs)
-
-        @staticmethod
-        def backward(grads, dy, *inputs):
-            convolution.backward(device, grads, dy, *inputs)
-
-    usual, operators.cpu = operators.cpu, Backend
-    try:
+    """Every operator of CPU tensors on the device."""
+    with use_backend(OnDevice(device)):
         yield device
-    finally:
-        operators.cpu = usual

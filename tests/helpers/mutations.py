@@ -1,12 +1,21 @@
-"""A pytest plugin that breaks the operator in one way, named by SEQCONV_MUTATION. The suite must turn red."""
-
-import os
+"""Mistakes in the CPU backend, one at a time: the operator's tests must catch each of them."""
 
 import torch
 
 from seqconv.backends import cpu
+from seqconv.ops.inputs import Inputs
 
-forward, backward = cpu.forward, cpu.backward
+_forward, _backward = cpu.fftconv, cpu.fftconv_gradients
+
+
+def forward(y, *args):
+    *inputs, activation = args
+    _forward(y, Inputs(*inputs), activation)
+
+
+def backward(grads, dy, *args):
+    *inputs, activation = args
+    _backward(Inputs(*grads), dy, Inputs(*inputs), activation)
 
 
 def zeros(y, u, *rest):
@@ -84,10 +93,11 @@ BACKWARD |= {
     "scaled_dpost": _one_gradient(5, lambda g: g.mul_(0.5)),
 }
 
-name = os.environ.get("SEQCONV_MUTATION")
-if name in FORWARD:
-    cpu.forward = FORWARD[name]
-elif name in BACKWARD:
-    cpu.backward = BACKWARD[name]
-elif name:
-    raise ValueError(f"SEQCONV_MUTATION={name} is unknown")
+
+def planted(name: str):
+    """Which function of the CPU backend a mistake takes the place of, and what it puts there."""
+    if name in FORWARD:
+        return "fftconv", lambda y, inputs, activation: FORWARD[name](y, *inputs, activation)
+    return "fftconv_gradients", lambda grads, dy, inputs, activation: BACKWARD[name](
+        grads, dy, *inputs, activation
+    )

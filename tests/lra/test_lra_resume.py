@@ -120,8 +120,13 @@ def test_a_run_goes_on_without_its_options(tmp_path):
         assert torch.equal(tensor, two["state_dict"][name]), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["no folder", "empty folder", "record", "checkpoint"])
+SLOW = [
+    pytest.param(moment, marks=pytest.mark.slow)
+    for moment in ("no folder", "empty folder", "record")
+]
+
+
+@pytest.mark.parametrize("moment", [*SLOW, "checkpoint"])
 def test_resume_begins_where_nothing_has_begun(tmp_path, moment):
     out = tmp_path / "run"
     options = ("digits", "--out", out, *TINY, "--optim.lr", 0.02)

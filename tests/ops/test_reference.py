@@ -7,8 +7,7 @@ import torch
 from accuracy import assert_accurate
 from cases import Case
 
-from seqconv import LongConv, fftconv, reference
-from seqconv.ops import operators
+from seqconv import LongConv, fftconv, reference, use_backend
 
 
 def loops(u, k, skip, k_rev, mode):
@@ -109,11 +108,16 @@ def real_sizes(monkeypatch):
     return sizes
 
 
+@pytest.fixture
+def on_reference():
+    with use_backend("reference"):
+        yield
+
+
 @pytest.mark.parametrize("mode", ["causal", "two-sided", "circular"])
 @pytest.mark.parametrize("heads", [(), (2,)], ids=["one", "heads"])
-def test_real_transforms_have_even_sizes(mode, heads, real_sizes, monkeypatch):
+def test_real_transforms_have_even_sizes(mode, heads, real_sizes, on_reference):
     """torch's inverse real transform of odd sizes is wrong on Apple's GPUs, and the fallback serves them."""
-    monkeypatch.setattr(operators, "forced_reference", True)
     options = {"mode": "circular"} if mode == "circular" else {}
     for length in range(1, 71):
         taps = max(1, (2 * length) // 3) if mode == "circular" else length + length % 3 - 1
@@ -138,8 +142,7 @@ def test_real_transforms_have_even_sizes(mode, heads, real_sizes, monkeypatch):
             assert all(n % 2 == 0 for n in real_sizes), (length, real_sizes)
 
 
-def test_layers_ask_for_no_odd_real_transform_either(real_sizes, monkeypatch):
-    monkeypatch.setattr(operators, "forced_reference", True)
+def test_layers_ask_for_no_odd_real_transform_either(real_sizes, on_reference):
     for length in (5, 7, 8, 9, 12, 13, 15):
         for smooth in ("frequency", None):
             layer = LongConv(2, l_max=length, bidirectional=True, smooth=smooth)

@@ -14,8 +14,9 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from seqconv import fftconv, reference
-from seqconv.ops import operators
+from seqconv import fftconv, reference, use_backend
+from seqconv.ops import register
+from seqconv.ops.fftconv import operator
 
 FULL = {"heads": 2, "skip": "ch", "pre_gate": True, "post_gate": True, "batch": 2, "channels": 2}
 pytestmark = pytest.mark.filterwarnings(
@@ -24,9 +25,10 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(params=["kernels", "reference"])
-def backend(request, monkeypatch):
+def backend(request):
     """The fused kernels, and the torch.fft fallback behind the same operators."""
-    monkeypatch.setattr(operators, "forced_reference", request.param == "reference")
+    with use_backend("reference" if request.param == "reference" else "auto"):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -274,7 +276,7 @@ def test_forward_mode_around_compile_and_raw_operators_raise():
         compiled(forward_ad.make_dual(u, u), k)
     for transform in (lambda f: jvp(f, (u,), (u,)), lambda f: grad(lambda u: f(u).sum())(u)):
         with pytest.raises(RuntimeError, match=r"through seqconv\.fftconv"):
-            transform(lambda u: operators.fwd(u, k, None, None, None, None, "none", False))
+            transform(lambda u: operator.fwd(u, k, None, None, None, None, "none", False))
 
 
 def test_export_with_dynamic_sizes(tmp_path):
@@ -323,10 +325,10 @@ def test_opcheck(case, needs_grad, backend):
     torch.use_deterministic_algorithms(
         False
     )  # opcheck's own machinery has operations without such a form
-    torch.library.opcheck(operators.fwd, (*inputs, *options), **tolerance)
-    dy = torch.randn_like(operators.fwd(*inputs, *options)).requires_grad_(needs_grad)
+    torch.library.opcheck(operator.fwd, (*inputs, *options), **tolerance)
+    dy = torch.randn_like(operator.fwd(*inputs, *options)).requires_grad_(needs_grad)
     for wanted in ([True] * 6, [True, False, False, True, False, True]):
-        torch.library.opcheck(operators.bwd, (dy, *inputs, *options, wanted), **tolerance)
+        torch.library.opcheck(operator.bwd, (dy, *inputs, *options, wanted), **tolerance)
 
 
 # ---- autocast ----
@@ -379,11 +381,11 @@ def test_modes_and_profilers_see_the_operators():
         torch.autograd.grad(fftconv(u, k).sum(), (u, k))
     found = {event.name for event in profiler.events()}
     assert set(names) <= found
-    with patch.object(operators, "_unwatched", return_value=False):
+    with patch.object(register, "_unwatched", return_value=False):
         same = fftconv(u, k)
         assert torch.equal(same, y)
         assert all(map(torch.equal, torch.autograd.grad(same.sum(), (u, k)), grads))
-    with patch.object(operators, "fwd", None), patch.object(operators, "bwd", None):
+    with patch.object(operator, "fwd", None), patch.object(operator, "bwd", None):
         assert torch.equal(fftconv(u, k), y)
         assert all(map(torch.equal, torch.autograd.grad(fftconv(u, k).sum(), (u, k)), grads))
 

@@ -140,6 +140,7 @@ def test_the_suite_refuses_to_test_the_fallback():
 def test_out_of_memory_is_an_exception():
     """A kernel spectrum no machine can hold, asked for without allocating its output."""
     from seqconv.backends import cpu
+    from seqconv.ops.inputs import Inputs
 
     huge = 1 << 46
     u, k, y = (
@@ -148,7 +149,7 @@ def test_out_of_memory_is_an_exception():
         torch.zeros(1).expand(1, 1, huge),
     )
     with pytest.raises(MemoryError):
-        cpu.forward(y, u, k, None, None, None, None, "none")
+        cpu.fftconv(y, Inputs(u, k, None, None, None, None), "none")
     assert torch.equal(
         reference.fftconv(torch.ones(1, 1, 1), torch.ones(1, 1)), torch.ones(1, 1, 1)
     )

@@ -4,71 +4,97 @@ import torch
 from torch import Tensor
 
 from seqconv.backends.cuda import butterfly, convolution, driver, ssm
-from seqconv.backends.cuda.plan import Plan, longest, make_plan, radix_bytes
-
-
-def reason(device: torch.device, dtype: torch.dtype, length: int) -> str | None:
-    """Why a call takes torch.fft instead of the kernels, or None."""
-    if dtype == torch.float64:
-        return "float64 has no CUDA kernels"
-    try:
-        index = _index(device)
-    except (AssertionError, RuntimeError) as error:  # a torch without CUDA, or no device
-        return str(error)
-    missing = driver.reason(index)
-    if missing is None and length > (most := longest(driver.device(index).limits)):
-        return f"rows of more than {most} steps have no CUDA plan"
-    return missing
+from seqconv.backends.cuda.plan import longest, make_plan, radix_bytes
+from seqconv.backends.fallback import join, split
+from seqconv.backends.protocol import Explanation, Request
 
 
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _on(device: torch.device, function, *arguments):
-    """function(driver's device, ...) where torch allocates and launches on that device."""
-    index = _index(device)
-    if index == torch.cuda.current_device():  # entering the context costs more than a launch
-        return function(driver.device(index), *arguments)
-    with torch.cuda.device(index):
-        return function(driver.device(index), *arguments)
+class Cuda:
+    """The operators on GPUs; a subclass may have devices of another kind (`device`, `on`)."""
+
+    name = "cuda"
+    always: frozenset[str] = frozenset()
+
+    def device(self, place: torch.device):
+        """What launches kernels for tensors there; raises where nothing does."""
+        return driver.device(_index(place))
+
+    def missing(self, place: torch.device) -> str | None:
+        """Why nothing launches kernels there, or None."""
+        try:
+            index = _index(place)
+        except (AssertionError, RuntimeError) as error:  # a torch without CUDA, or no device
+            return str(error)
+        return driver.reason(index)
+
+    def on(self, place: torch.device, function, *arguments) -> None:
+        """function(device, ...) where torch allocates and launches on that device."""
+        index = _index(place)
+        if index == torch.cuda.current_device():  # entering the context costs more than a launch
+            function(driver.device(index), *arguments)
+            return
+        with torch.cuda.device(index):
+            function(driver.device(index), *arguments)
+
+    def why_not(self, request: Request) -> str | None:
+        first = request.inputs[0]
+        if request.operator == "ssm":
+            if not request.options[1]:
+                return "float64 has no CUDA kernels"
+        elif first.dtype == torch.float64:
+            return "float64 has no CUDA kernels"
+        missing = self.missing(first.device)
+        if missing is not None or request.operator == "ssm":
+            return missing
+        limits = self.device(first.device).limits
+        if request.operator == "butterfly":
+            n = torch.Size(request.options[0]).numel()
+            fits = radix_bytes(n) <= limits.shared
+            return None if fits else f"a block's memory does not hold {n} complex numbers"
+        if first.shape[-1] > (most := longest(limits)):
+            return f"rows of more than {most} steps have no CUDA plan"
+        return None
+
+    def explain(self, request: Request) -> Explanation:
+        device = self.device(request.inputs[0].device)
+        if request.operator != "fftconv":
+            return Explanation("cuda", "matrix product", None, 1, device.arch, ssm.THREADS, None)
+        plan = make_plan(convolution.describe(*request.inputs[:3]), device.limits, False)
+        size = plan.n, plan.windows
+        return Explanation(
+            "cuda", "right-angle fft", *size, device.arch, plan.threads, None, str(plan)
+        )
+
+    def fftconv(self, y: Tensor, inputs, activation: str) -> None:
+        self.on(y.device, convolution.forward, y, *inputs, activation)
+
+    def fftconv_gradients(self, grads, dy: Tensor, inputs, activation: str) -> None:
+        self.on(dy.device, convolution.backward, grads, dy, *inputs, activation)
+
+    def ssm(self, k: Tensor, inputs) -> None:
+        self.on(k.device, ssm.forward, k, *[t.contiguous() for t in inputs])
+
+    def ssm_gradients(self, grads, dk: Tensor, inputs) -> None:
+        self.on(dk.device, ssm.backward, *grads, dk, *[t.contiguous() for t in inputs])
+
+    def butterfly(self, z: Tensor, inputs, radices: tuple[int, ...]) -> None:
+        def run(device):
+            z.copy_(butterfly.transform(device, inputs.x, split(inputs.matrices, radices), radices))
+
+        self.on(z.device, run)
+
+    def butterfly_gradients(self, grads, dz: Tensor, inputs, radices: tuple[int, ...]) -> None:
+        def run(device):
+            factors = split(inputs.matrices, radices)
+            dx, found = butterfly.gradients(device, dz, inputs.x, factors, radices)
+            grads.x.copy_(dx)
+            grads.matrices.copy_(join(found, radices))
+
+        self.on(dz.device, run)
 
 
-def forward(y: Tensor, u: Tensor, *inputs) -> None:
-    _on(u.device, convolution.forward, y, u, *inputs)
-
-
-def backward(grads, dy: Tensor, *inputs) -> None:
-    _on(dy.device, convolution.backward, grads, dy, *inputs)
-
-
-def holds(device: torch.device, n: int) -> bool:
-    """Whether a block's memory holds n complex numbers, as the learned butterfly's kernels want."""
-    return radix_bytes(n) <= driver.device(_index(device)).limits.shared
-
-
-def butterfly_transform(x: Tensor, *inputs) -> Tensor:
-    return _on(x.device, butterfly.transform, x, *inputs)
-
-
-def butterfly_gradients(dz: Tensor, *inputs) -> tuple[Tensor, dict[int, Tensor]]:
-    return _on(dz.device, butterfly.gradients, dz, *inputs)
-
-
-def ssm_forward(k: Tensor, a: Tensor, w: Tensor) -> None:
-    _on(k.device, ssm.forward, k, a, w)
-
-
-def ssm_backward(da: Tensor, dw: Tensor, dk: Tensor, a: Tensor, w: Tensor) -> None:
-    _on(dk.device, ssm.backward, da, dw, dk, a, w)
-
-
-def explain(u: Tensor, k: Tensor, k_rev: Tensor | None, backward: bool = False) -> tuple[Plan, str]:
-    """The plan and the architecture that its kernels are compiled for."""
-    made = driver.device(_index(u.device))
-    return make_plan(convolution.describe(u, k, k_rev), made.limits, backward), made.arch
-
-
-def arch(device: torch.device) -> str:
-    """What kernels are compiled for there."""
-    return driver.device(_index(device)).arch
+gpu = Cuda()

@@ -1,8 +1,13 @@
 // The right-angle transform (see plan.h) of one row: passes of butterflies. A spectrum is left in
 // the order in which the nodes split, and the inverse takes it in that order: nothing is ever
-// reordered. Included inside an instruction set's namespace, after simd.h.
-
+// reordered.
+#pragma once
+#include "plan.h"
+#include "prefetch.h"
 #include "radix.h"
+#include "spread.h"
+
+namespace seqconv::SEQCONV_ISA {
 
 // One stage of `nodes` nodes of m vectors each; positions [begin, end) of their segments.
 template <int R, bool kCompact, bool kForward, class T>
@@ -30,62 +35,19 @@ void run_stage(T* data, int64_t nodes, int64_t m, const T* twiddles, int64_t beg
 
 // Stage `stage` of `nodes` nodes from node `first` on, the first of which starts at data.
 template <bool kForward, class T>
-void pass(const Transform<T>& plan, int stage, int64_t first, int64_t nodes, T* data, int64_t m,
+void pass(const Plan<T>& plan, int stage, int64_t first, int64_t nodes, T* data, int64_t m,
           int64_t begin, int64_t end) {
   const int radix = plan.stage[stage].radix;
   const bool compact = plan.compact && radix == 4;
   const T* w =
       plan.twiddles + plan.stage[stage].twiddle + first * (compact ? 1 : radix - 1) * kStep<T>;
-  switch (radix) {
-    case 2:
-      return run_stage<2, false, kForward, T>(data, nodes, m, w, begin, end);
-    case 3:
-      return run_stage<3, false, kForward, T>(data, nodes, m, w, begin, end);
-    case 4:
+  with_radix<2, 3, 4, 5, 7, 8>(radix, [&](auto number) {
+    constexpr int R = decltype(number)::value;
+    if constexpr (R == 4) {
       if (compact) return run_stage<4, true, kForward, T>(data, nodes, m, w, begin, end);
-      return run_stage<4, false, kForward, T>(data, nodes, m, w, begin, end);
-    case 5:
-      return run_stage<5, false, kForward, T>(data, nodes, m, w, begin, end);
-    case 7:
-      return run_stage<7, false, kForward, T>(data, nodes, m, w, begin, end);
-    default:
-      return run_stage<8, false, kForward, T>(data, nodes, m, w, begin, end);
-  }
-}
-
-// Memory soon read or written, fetched into cache meanwhile: as many lines as a row of T has,
-// `step` bytes apart.
-struct Ahead {
-  struct Lines {
-    const char* first;
-    int64_t step;
-  };
-  static constexpr int kMost = 8;
-  int reads = 0, writes = 0;
-  Lines read[kMost], write[kMost];
-  void will_read(Lines lines) {
-    if (lines.first && reads < kMost) read[reads++] = lines;
-  }
-  void will_write(Lines lines) {
-    if (lines.first && writes < kMost) write[writes++] = lines;
-  }
-  template <class T>
-  void will_read_spectrum(const T* spectrum) {  // twice as many lines
-    const char* first = reinterpret_cast<const char*>(spectrum);
-    for (int half = 0; spectrum && half < 2; ++half) will_read({first + 64 * half, 128});
-  }
-};
-// Lines [line, line + kLines) of all of them; a call would push out a loop's registers.
-template <int64_t kLines>
-SEQCONV_INLINE void fetch(const Ahead& ahead, int64_t line) {
-  for (int i = 0; i < ahead.reads; ++i) {
-    const char* at = ahead.read[i].first + line * ahead.read[i].step;
-    for (int64_t j = 0; j < kLines; ++j, at += ahead.read[i].step) __builtin_prefetch(at, 0, 2);
-  }
-  for (int i = 0; i < ahead.writes; ++i) {
-    const char* at = ahead.write[i].first + line * ahead.write[i].step;
-    for (int64_t j = 0; j < kLines; ++j, at += ahead.write[i].step) __builtin_prefetch(at, 1, 2);
-  }
+    }
+    run_stage<R, false, kForward, T>(data, nodes, m, w, begin, end);
+  });
 }
 
 // The middle of a transform: the last split, of nodes of four positions, and its inverse. The
@@ -180,7 +142,7 @@ struct Task {
   const T* source = nullptr;  // the inverse's input in place of data
   const T* factor = nullptr;  // multiplies it, conjugated on demand
   bool conjugate = false;
-  const Ahead* ahead = nullptr;
+  const Ahead* ahead = nullptr;  // fetched by the middle of the split
 
   // What the middle takes from other spectra after the split, in the same order.
   void fetch_spectra(Ahead& to) const {
@@ -190,11 +152,12 @@ struct Task {
     to.will_read_spectrum(sum ? other : split_x ? nullptr : x);
   }
 };
+
 // From here on spectra lie far beyond the second-level cache.
 constexpr int64_t kFarPoints = 1 << 18;
 
 template <bool kDeep, bool kCompact, class T>
-void middle(const Transform<T>& plan, const Task<T>& task, int64_t at, int64_t groups) {
+void middle(const Plan<T>& plan, const Task<T>& task, int64_t at, int64_t groups) {
   const int64_t from = at * kStep<T>;
   T* data = task.data + from;
   const int64_t skipped = at / 4 * (kCompact ? 1 : 3) * kStep<T>;
@@ -249,8 +212,8 @@ constexpr int64_t kCacheBytes = 16 << 10;  // of data that stay in the first-lev
 // from node `first` on, at vector `at`. Depth first: nodes that fit in cache are finished before
 // their neighbours start.
 template <class T>
-void run_nodes(const Transform<T>& plan, const Task<T>& task, int stage, int64_t first,
-               int64_t nodes, int64_t at, int64_t m) {
+void run_nodes(const Plan<T>& plan, const Task<T>& task, int stage, int64_t first, int64_t nodes,
+               int64_t at, int64_t m) {
   T* data = task.data + at * kStep<T>;
   if (nodes * m * kStep<T> * static_cast<int64_t>(sizeof(T)) <= kCacheBytes || m % 4) {
     int64_t count = nodes, index = first, size = m;
@@ -293,31 +256,8 @@ void run_nodes(const Transform<T>& plan, const Task<T>& task, int stage, int64_t
   if (task.join) pass<false>(plan, stage, first, 1, data, m, 0, m / radix);
 }
 
-// op(begin, end) over ranges of [0, n), each by one of the team; all of it is done on return.
-template <class Op>
-void spread(Team& team, int64_t n, const Op& op) {
-  if (!team.board) return op(0, n);
-  Board& board = *team.board;
-  const auto draw = [&] { return __atomic_fetch_add(&board.next, 1, __ATOMIC_RELAXED); };
-  if (team.ticket < 0) team.ticket = draw();
-  while (team.ticket - team.base < n) {
-    op(team.ticket - team.base, team.ticket - team.base + 1);
-    __atomic_fetch_add(&board.done, 1, __ATOMIC_RELEASE);
-    team.ticket = draw();
-  }
-  team.base += n;
-  for (int64_t i = 0; __atomic_load_n(&board.done, __ATOMIC_ACQUIRE) < team.base; ++i)
-    wait_a_little(i);
-}
-
-// op() by one of the team.
-template <class Op>
-void once(Team& team, const Op& op) {
-  spread(team, 1, [&](int64_t, int64_t) { op(); });
-}
-
 template <class T>
-void run_task(const Transform<T>& plan, const Task<T>& task, Team& team) {
+void run_task(const Plan<T>& plan, const Task<T>& task, Team& team) {
   if (!team.board) return run_nodes<T>(plan, task, 0, 0, plan.radix, 0, plan.vectors);
   // Stage by stage, each cut across its positions, until there are nodes enough to share out
   // evenly.
@@ -356,3 +296,5 @@ void run_task(const Transform<T>& plan, const Task<T>& task, Team& team) {
     wide(false, task.data);
   }
 }
+
+}  // namespace seqconv::SEQCONV_ISA

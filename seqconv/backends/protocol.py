@@ -1,0 +1,75 @@
+"""The terms between operators and backends: what is asked for, who can do it, and how it is described."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Request(NamedTuple):
+    """One call of an operator. Its first input says on which device it is made."""
+
+    operator: str  # "fftconv", "ssm" or "butterfly"
+    inputs: Any  # the operator's tensors by name
+    options: tuple
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a call of fftconv or ssm_kernel is carried out; str() says it in a line or two."""
+
+    backend: str  # "cpu", "cuda"; without kernels "reference"; of ssm_kernel "torch" or "keops"
+    algorithm: str  # "direct sum", "right-angle fft", "torch.fft"; "matrix product", ...
+    fft_size: int | None  # points of one transform; None where there is none
+    blocks: int  # transforms per row: more than one where the kernel is much shorter than the row
+    isa: str | None  # instruction set of the CPU kernel, or what a GPU kernel is compiled for
+    threads: int  # of the CPU, or of one block of the GPU
+    fallback: str | None  # why no fused kernel is used; None if one is
+    plan: str | None = None  # on a GPU: how the rows are laid out, and a predicted lower bound
+
+    def __str__(self) -> str:
+        size = "" if self.fft_size is None else f" of {self.fft_size} points"
+        if self.blocks > 1:
+            size += f" in {self.blocks} blocks"
+        where = self.backend
+        if self.isa is not None:
+            where += f" ({self.isa}, {self.threads} threads)"
+        text = f"{where}: {self.algorithm}{size}"
+        if self.plan is not None:
+            text += f"\n{self.plan}"
+        if self.fallback is not None:
+            text += f"\nfallback, slower with the same answer: {self.fallback}"
+        return text
+
+
+class Backend(Protocol):
+    """Computes the operators. Every function writes into outputs that it is given, and no output is empty.
+
+    Inputs arrive validated, as the operators' files describe them (seqconv/ops). Outputs may have
+    any strides. A gradient that nobody wants is None.
+    """
+
+    name: str
+    always: frozenset[
+        str
+    ]  # operators that it carries out whatever the call, so that nobody need ask
+
+    def why_not(self, request: Request) -> str | None:
+        """Why this backend cannot carry out the call, or None if it can."""
+        ...
+
+    def explain(self, request: Request) -> Explanation:
+        """How it carries out the call, which it can."""
+        ...
+
+    def fftconv(self, y: Tensor, inputs, activation: str) -> None: ...
+
+    def fftconv_gradients(self, grads, dy: Tensor, inputs, activation: str) -> None: ...
+
+    def ssm(self, k: Tensor, inputs) -> None: ...
+
+    def ssm_gradients(self, grads, dk: Tensor, inputs) -> None: ...
+
+    def butterfly(self, z: Tensor, inputs, radices: tuple[int, ...]) -> None: ...
+
+    def butterfly_gradients(self, grads, dz: Tensor, inputs, radices: tuple[int, ...]) -> None: ...

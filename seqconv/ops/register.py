@@ -1,0 +1,324 @@
+"""The one recipe that makes an operator of torch: seqconv::NAME_fwd and seqconv::NAME_bwd.
+
+Each single way of attaching a gradient is silently wrong somewhere, so a call takes one of four
+roads (`Operator.__call__` chooses):
+
+1. torch.compile, export and jit.trace record the raw operator, which has an Autograd kernel of its own.
+2. functorch transforms (grad, vmap, jacrev, jvp, ...) and forward mode go through the operator's
+   plain definition, which torch differentiates.
+3. Without gradients the implementation is called directly.
+4. Otherwise `_Differentiable`, an autograd.Function of the old style, which has a fraction of the
+   overhead of one that functorch understands.
+
+A backward pass calls the implementation directly, too, with the backend that its forward pass has
+used. With create_graph=True it records `_Gradient`, whose own derivative goes through the plain
+definition.
+"""
+
+import typing
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from seqconv.backends import choose, recorded
+from seqconv.backends.protocol import Backend
+
+library = torch.library.Library("seqconv", "DEF")
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_tracing, _profiled = torch._C._is_tracing, torch.autograd._profiler_enabled
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def transformed(tensors) -> bool:
+    """Whether a functorch transform or forward-mode differentiation watches the tensors."""
+    if transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    found = [t for t in tensors if isinstance(t, Tensor)]
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in found)
+
+
+def _needs_gradient(tensors) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def _unwatched(tensors) -> bool:
+    """Plain tensors of a device with kernels, and no mode, profiler or trace that must see the operator.
+
+    Torch's dispatcher takes longer than everything else around a kernel, twice so for operators in
+    Python. Where nobody watches it, eager calls go past it."""
+    if not _PLAIN.issuperset(map(type, tensors)):
+        return False
+    if not (tensors[0].is_cpu or tensors[0].is_cuda):  # device.type takes five times as long
+        return False
+    return not (_modes() or _profiled() or _tracing())
+
+
+def _recording():
+    """A context in which torch records gradients also inside an operator, below its Autograd kernel."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    return torch._C._SetExcludeDispatchKeyGuard(key, False)
+
+
+def _as_node(t: Tensor | None) -> Tensor | None:
+    """t as a node of its own: one tensor may be passed as two arguments, whose gradients differ."""
+    if t is None or not t.requires_grad:
+        return t if t is None else t.detach().requires_grad_()
+    return t.view_as(t)
+
+
+class Operator:
+    """A function of a few tensors, by name, and of options: operator(inputs, *options) -> Tensor.
+
+    Args:
+        name: of the operator; it becomes seqconv::NAME_fwd and seqconv::NAME_bwd.
+        inputs: a NamedTuple class whose fields are Tensor or Tensor | None; or list, for any number.
+        options: the schema of what follows the tensors, e.g. "str activation, int length".
+        plain: plain(inputs, *options) -> Tensor, the definition in torch, differentiable to any order.
+        forward: forward(backend, inputs, *options) -> Tensor, not differentiable; without it the
+            plain definition runs, and the next three are left out, too.
+        gradients: gradients(backend, dy, inputs, *options, wanted) -> one tensor or None per input.
+        empty, empty_gradients: the same shapes, dtypes and strides without values, from (inputs, *options)
+            and (inputs, *options, wanted).
+        vmap, gradients_vmap: torch's batching rules of the raw operators; where there is none,
+            vmap works through the plain definition only.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: type,
+        options: str,
+        plain,
+        *,
+        forward=None,
+        gradients=None,
+        empty=None,
+        empty_gradients=None,
+        vmap=None,
+        gradients_vmap=None,
+    ):
+        self.name, self.plain, self.chooses = name, plain, forward is not None
+        self.forward = forward or self._plain_forward
+        self.gradients = gradients or self._plain_gradients
+        self.empty, self.empty_gradients = empty or plain, empty_gradients or _empty_like
+        self._named = None if inputs is list else inputs
+        self._count = None if inputs is list else len(inputs._fields)
+        tensors, wanted, found = "Tensor?[] tensors", "bool[] wanted", "Tensor[]"
+        if self._named:
+            kinds = typing.get_type_hints(inputs).items()
+            tensors = ", ".join(f"Tensor{'?' * (k is not Tensor)} {n}" for n, k in kinds)
+            wanted = f"bool[{self._count}] wanted"
+            found = f"({', '.join(['Tensor'] * self._count)})"
+        both = f"{tensors}, {options}" if options else tensors
+        library.define(f"{name}_fwd({both}) -> Tensor")
+        library.define(f"{name}_bwd(Tensor dy, {both}, {wanted}) -> {found}")
+        self.fwd = getattr(torch.ops.seqconv, f"{name}_fwd").default
+        self.bwd = getattr(torch.ops.seqconv, f"{name}_bwd").default
+        for kind, own, recorded_as in (
+            ("fwd", (self._raw_forward, self._fake_forward), self._record_forward),
+            ("bwd", (self._raw_gradients, self._fake_gradients), self._record_gradients),
+        ):
+            library.impl(f"{name}_{kind}", own[0], "CompositeExplicitAutograd")
+            library.impl(f"{name}_{kind}", recorded_as, "Autograd")
+            torch.library.register_fake(f"seqconv::{name}_{kind}", own[1], lib=library)
+        for kind, rule in (("fwd", vmap), ("bwd", gradients_vmap)):
+            if rule:
+                torch.library.register_vmap(f"seqconv::{name}_{kind}", rule, lib=library)
+
+    # ---- the roads ----
+
+    def __call__(self, inputs, *options) -> Tensor:
+        if torch.compiler.is_compiling():
+            if forward_ad._current_level >= 0:
+                text = "forward-mode differentiation does not work inside torch.compile"
+                raise RuntimeError(f"{self.name}: {text}")
+            return self.fwd(*self._flat(inputs), *options)
+        if _tracing():
+            return self.fwd(*self._flat(inputs), *options)
+        if transforms_active() or forward_ad._current_level >= 0:
+            return self.plain(inputs, *options)
+        if _needs_gradient(inputs):
+            return _Differentiable.apply(self, inputs, options, *inputs)
+        return self._run(inputs, options)[1]
+
+    def _choose(self, inputs, options) -> Backend | None:
+        return choose(self.name, inputs, options) if self.chooses else None
+
+    def _run(self, inputs, options) -> tuple[Backend | None, Tensor]:
+        """The chosen backend and the result, whose derivative nobody asks the raw operator for."""
+        unwatched = _unwatched(inputs)
+        backend = choose(self.name, inputs, options) if self.chooses else None
+        if unwatched:
+            return backend, self.forward(backend, inputs, *options)
+        with below_autograd(), recorded(backend):
+            return backend, self.fwd(*self._flat(inputs), *options)
+
+    def _run_gradients(self, backend, dy, inputs, options, wanted):
+        """The gradients, None for what is not wanted; nobody asks for their own derivative."""
+        if _unwatched((dy, *inputs)):
+            return self.gradients(backend, dy, inputs, *options, wanted)
+        with below_autograd(), recorded(backend):
+            return self.raw_gradients(dy, inputs, options, wanted)
+
+    def raw_gradients(self, dy, inputs, options, wanted) -> list[Tensor | None]:
+        """By the raw operator, whatever watches it."""
+        grads = self.bwd(dy, *self._flat(inputs), *options, wanted)
+        grads = (grads,) if isinstance(grads, Tensor) else grads
+        return [g if want else None for g, want in zip(grads, wanted, strict=True)]
+
+    # ---- between names and positions ----
+
+    def name_inputs(self, tensors):
+        return list(tensors) if self._named is None else self._named(*tensors)
+
+    def _flat(self, inputs) -> tuple:
+        return (list(inputs),) if self._named is None else inputs
+
+    def _split(self, args: tuple) -> tuple:
+        """(inputs, options) of the raw operator's arguments."""
+        if self._named is None:
+            return args[0], args[1:]
+        return self._named(*args[: self._count]), args[self._count :]
+
+    def _outputs(self, grads, like: Tensor):
+        """As the schema has it: an empty tensor for a gradient that nobody wants."""
+        whole = [like.new_empty(0) if grad is None else grad for grad in grads]
+        if self._named is None:
+            return whole
+        return tuple(whole) if self._count > 1 else whole[0]
+
+    # ---- what the raw operators do ----
+
+    def _raw_forward(self, *args):
+        inputs, options = self._split(args)
+        return self.forward(self._choose(inputs, options), inputs, *options)
+
+    def _raw_gradients(self, dy, *args):
+        inputs, options = self._split(args[:-1])
+        backend = self._choose(inputs, options)
+        return self._outputs(self.gradients(backend, dy, inputs, *options, args[-1]), dy)
+
+    def _fake_forward(self, *args):
+        inputs, options = self._split(args)
+        return self.empty(inputs, *options)
+
+    def _fake_gradients(self, dy, *args):
+        inputs, options = self._split(args[:-1])
+        return self._outputs(self.empty_gradients(inputs, *options, args[-1]), dy)
+
+    def _refuse_transforms(self, tensors) -> None:
+        if transformed(tensors):
+            raise RuntimeError(
+                f"seqconv::{self.name}: torch.func transforms and forward-mode differentiation work "
+                "through seqconv.fftconv and the layers in eager mode only, not inside torch.compile and not on the "
+                "raw operator"
+            )
+
+    def _record_forward(self, *args):
+        inputs, options = self._split(args)
+        self._refuse_transforms(inputs)
+        if _needs_gradient(inputs):
+            return _Differentiable.apply(self, inputs, options, *inputs)
+        with below_autograd():
+            return self.fwd(*args)
+
+    def _record_gradients(self, dy, *args):
+        inputs, options = self._split(args[:-1])
+        self._refuse_transforms((dy, *inputs))
+        if _needs_gradient((dy, *inputs)):
+            backend = self._choose(inputs, options)
+            grads = _Gradient.apply(self, backend, options, args[-1], dy, *inputs)
+            return self._outputs(grads, dy)
+        with below_autograd():
+            return self.bwd(dy, *args)
+
+    # ---- by the plain definition alone ----
+
+    def _plain_forward(self, backend, inputs, *options) -> Tensor:
+        with torch.no_grad():
+            return self.plain(inputs, *options)
+
+    def _plain_gradients(self, backend, dy, inputs, *options):
+        *options, wanted = options
+        with torch.enable_grad(), _recording():
+            pairs = zip(inputs, wanted, strict=True)
+            own = [t if t is None else t.detach().requires_grad_(want) for t, want in pairs]
+            asked = [t for t, want in zip(own, wanted, strict=True) if want]
+            y = self.plain(self.name_inputs(own), *options)
+            found = iter(torch.autograd.grad(y, asked, dy, materialize_grads=True))
+        whole = {"memory_format": torch.contiguous_format}
+        return [next(found).clone(**whole) if want else None for want in wanted]
+
+
+def _empty_like(inputs, *options) -> list[Tensor | None]:
+    *_, wanted = options
+    pairs, whole = zip(inputs, wanted, strict=True), {"memory_format": torch.contiguous_format}
+    return [None if t is None or not want else torch.empty_like(t, **whole) for t, want in pairs]
+
+
+class _Differentiable(Function):
+    @staticmethod
+    def forward(ctx, operator, inputs, options, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.operator, ctx.options = operator, options
+        ctx.backend, y = operator._run(inputs, options)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        operator, options, wanted = ctx.operator, ctx.options, ctx.needs_input_grad[3:]
+        inputs = operator.name_inputs(ctx.saved_tensors)
+        if torch.compiler.is_compiling() or transformed((dy, *inputs)):
+            grads = operator.raw_gradients(dy, inputs, options, wanted)
+        elif torch.is_grad_enabled():
+            grads = _Gradient.apply(operator, ctx.backend, options, wanted, dy, *inputs)
+        else:
+            grads = operator._run_gradients(ctx.backend, dy, inputs, options, wanted)
+        return (None, None, None, *grads)
+
+
+class _Gradient(Function):
+    """The gradient as a function of its own, for derivatives of the second order and higher."""
+
+    @staticmethod
+    def forward(ctx, operator, backend, options, wanted, dy, *tensors):
+        ctx.save_for_backward(dy, *tensors)
+        ctx.operator, ctx.options = operator, options
+        ctx.wanted = [want and t is not None for want, t in zip(wanted, tensors, strict=True)]
+        inputs = operator.name_inputs(tensors)
+        return tuple(operator._run_gradients(backend, dy, inputs, options, wanted))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        needed, create = ctx.needs_input_grad[4:], torch.is_grad_enabled()
+        with torch.enable_grad():
+            own = [_as_node(t) for t in ctx.saved_tensors]
+            dy, *tensors = own
+            y = ctx.operator.plain(ctx.operator.name_inputs(tensors), *ctx.options)
+            inputs = [t for t, want in zip(tensors, ctx.wanted, strict=True) if want]
+            first = torch.autograd.grad(
+                y, inputs, dy, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        grads = [g for g, want in zip(grads, ctx.wanted, strict=True) if want]
+        pairs = [pair for pair in zip(first, grads, strict=True) if pair[0].requires_grad]
+        asked = [t for t, need in zip(own, needed, strict=True) if need]
+        found = iter(
+            torch.autograd.grad(
+                [f for f, _ in pairs],
+                asked,
+                [g for _, g in pairs],
+                create_graph=create,
+                allow_unused=True,
+            )
+        )
+        return (None, None, None, None, *[next(found) if need else None for need in needed])
