@@ -60,7 +60,7 @@ def sweep(argv: list[str]) -> None:
     own, rest = split_arguments(argv)
     for key in (word.partition("=")[0] for word in rest):
         if key in REFUSED:
-            parser.error(f"{key} is no option of a sweep: {REFUSED[key]}")
+            parser.error(f"{key} is none of a sweep's options: {REFUSED[key]}")
     chosen = parser.parse_args(own)
     if not chosen.tasks:
         parser.error("which tasks? python -m bench.lra --help lists them")

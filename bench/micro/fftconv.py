@@ -2,7 +2,7 @@
 
 python -m bench.fftconv            measures a sample in under 4 minutes
 python -m bench.fftconv --full     measures every requirement in under an hour; goes on where it was stopped
-python -m bench.fftconv --table    writes docs/benchmarks.md's table, the picture and fftconv.md, from the results
+python -m bench.fftconv --table    writes the table of docs/benchmarks.md, the picture and fftconv.md from the results
 
 Every number is the median of interleaved rounds in one process. A result that differs from float64's
 gets no time. Ratios are medians of the rounds' own ratios to the torch.fft formulation.
@@ -149,7 +149,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="append a line for each measurement to this file")
     parser.add_argument("--plot", type=Path, help="draw this picture")
     parser.add_argument(
-        "--table", action="store_true", help="rewrite docs/benchmarks.md from --json"
+        "--table", action="store_true", help="rewrite docs/benchmarks.md's table from --json"
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)

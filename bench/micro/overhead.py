@@ -18,7 +18,7 @@ from bench.files import markdown
 from bench.micro.timing import interleaved
 from seqconv import fftconv, use_backend
 from seqconv.backends.cuda import Cuda
-from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.problem import H100
 from seqconv.backends.cuda.tables import Tables
 from seqconv.ops.fftconv import _check
 from seqconv.ops.inputs import Inputs

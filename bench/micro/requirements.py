@@ -1,4 +1,4 @@
-"""What the CPU kernels must reach, decided from measurements, and the table of them in docs/benchmarks.md."""
+"""The requirements of the CPU kernels, decided from measurements, and the table of them in docs/benchmarks.md."""
 
 from dataclasses import asdict
 from itertools import product

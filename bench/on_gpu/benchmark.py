@@ -44,7 +44,7 @@ def measure(machine, log, case: Case, names, seconds: float, skip: bool, replay:
             log.say(f"{case}, {name}: {' '.join(str(error).split())[:200]}")
             machine.release()
 
-    entrants = enter(case, names, tensors, dy, machine.device, failed, poisoned)
+    entrants = enter(case, names, tensors, dy, machine.device, failed, poisoned, tensor_cores=True)
     green, timers = dict(entrants.green), {}
     for name, run in entrants.right.items():
         try:

@@ -13,7 +13,7 @@ import torch
 from bench.micro.timing import Clock
 from seqconv import use_backend
 from seqconv.backends.cuda import driver
-from seqconv.backends.cuda.plan import Limits
+from seqconv.backends.cuda.problem import Limits
 
 SHORT = 5e-4  # seconds; Python takes longer than the kernels of a shorter call
 LEAST = 2e-3  # seconds that one reading of the clock covers

@@ -11,7 +11,7 @@ from bench.micro.contenders import BASELINE, ON_GPU, Case
 from bench.micro.requirements import Requirement, all_right, ratio_of, verdict, verdicts_table
 from bench.on_gpu.log import rows_of
 from bench.on_gpu.targets import BATCH, FASTER, LENGTHS, TWO_SIDED
-from seqconv.backends.cuda.plan import LAUNCH
+from seqconv.backends.cuda.cost import LAUNCH
 
 SECTION = "gpu bench"
 # ncu's names

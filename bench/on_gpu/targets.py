@@ -4,7 +4,8 @@ import torch
 
 from bench.micro.contenders import DTYPES, Case
 from seqconv.backends.cuda import convolution
-from seqconv.backends.cuda.plan import Limits, make_plan
+from seqconv.backends.cuda.plan import make_plan
+from seqconv.backends.cuda.problem import Limits
 
 BATCH, CHANNELS = 64, 768
 FIRST, OTHERS = 4096, (1024, 8192, 16384, 32768)

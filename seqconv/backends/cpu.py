@@ -163,7 +163,9 @@ def fftconv(y: Tensor, inputs, activation: str) -> None:
 
 
 def fftconv_gradients(grads, dy: Tensor, inputs, activation: str) -> None:
-    zero_unreached(grads.k, grads.k_rev, dy.shape[-1])
+    length = dy.shape[-1]
+    if inputs.k.shape[-1] > length or inputs.k_rev is not None:
+        zero_unreached(grads.k, grads.k_rev, length)
     _call(_C.backward, (*inputs, dy, *grads), activation)
 
 

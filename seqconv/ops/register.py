@@ -148,7 +148,7 @@ class Operator:
         if transforms_active() or forward_ad._current_level >= 0:
             return self.plain(inputs, *options)
         if _needs_gradient(inputs):
-            return _Differentiable.apply(self, inputs, options, *inputs)
+            return _Differentiable.apply((self, inputs, options), *inputs)
         return self._run(inputs, options)[1]
 
     def _choose(self, inputs, options) -> Backend | None:
@@ -228,7 +228,7 @@ class Operator:
         inputs, options = self._split(args)
         self._refuse_transforms(inputs)
         if _needs_gradient(inputs):
-            return _Differentiable.apply(self, inputs, options, *inputs)
+            return _Differentiable.apply((self, inputs, options), *inputs)
         with below_autograd():
             return self.fwd(*args)
 
@@ -268,7 +268,8 @@ def _empty_like(inputs, *options) -> list[Tensor | None]:
 
 class _Differentiable(Function):
     @staticmethod
-    def forward(ctx, operator, inputs, options, *tensors):
+    def forward(ctx, call, *tensors):
+        operator, inputs, options = call
         ctx.save_for_backward(*tensors)
         ctx.operator, ctx.options = operator, options
         ctx.backend, y = operator._run(inputs, options)
@@ -276,15 +277,15 @@ class _Differentiable(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        operator, options, wanted = ctx.operator, ctx.options, ctx.needs_input_grad[3:]
+        operator, options, wanted = ctx.operator, ctx.options, ctx.needs_input_grad[1:]
         inputs = operator.name_inputs(ctx.saved_tensors)
-        if torch.compiler.is_compiling() or transformed((dy, *inputs)):
+        if torch.compiler.is_compiling() or transforms_active() or forward_ad._current_level >= 0:
             grads = operator.raw_gradients(dy, inputs, options, wanted)
         elif torch.is_grad_enabled():
             grads = _Gradient.apply(operator, ctx.backend, options, wanted, dy, *inputs)
         else:
             grads = operator._run_gradients(ctx.backend, dy, inputs, options, wanted)
-        return (None, None, None, *grads)
+        return (None, *grads)
 
 
 class _Gradient(Function):

@@ -78,7 +78,7 @@ def test_the_whole_of_it_runs_dry(emulator, bare, tmp_path):
 BROKEN = """
 import torch
 from emulated import Emulator, build
-from seqconv.backends.cuda.arguments import _PLACES
+from seqconv.backends.cuda.arguments import CONVOLUTION
 
 class Broken(Emulator):
     def launch(self, kernel, grid, threads, shared, arguments):
@@ -89,7 +89,7 @@ def device():
     return Broken(build())
 """
 FAULTS = {  # what a device of BROKEN does -> a kind of call that is wrong then
-    "drop the skip": "if kernel == 'spectrum': arguments[_PLACES['skip']] = 0",
+    "drop the skip": "if kernel == 'spectrum': arguments[CONVOLUTION.places['skip']] = 0",
     "write nothing": "if 'forward' in kernel: return",
 }
 

@@ -28,7 +28,7 @@ from bench.on_gpu.log import Log
 from bench.on_gpu.steps import ABSENT, RIGHT
 from seqconv import fftconv, use_backend
 from seqconv.backends.cuda import driver, kernels
-from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.problem import H100
 
 # ---- the few lines that only a GPU would run ----
 

@@ -1,4 +1,4 @@
-"""The learned butterfly's kernels on the host, against the reference and torch.fft."""
+"""The learned butterfly's kernels, which run on the host, against the reference and torch.fft."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The road from tensors to the CUDA driver, on a recording driver that runs each launch in the emulator."""
+"""Calls from tensors down to the CUDA driver, where a recording driver runs each launch in the emulator."""
 
 import os
 import subprocess
@@ -9,30 +9,13 @@ import pytest
 import torch
 from accuracy import rel_l2
 from cases import Case, double
-from emulated import HERE, Emulator, as_backend, build
+from emulated import HERE, Emulator, as_backend
 from fake_driver import Device, Driver
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-import seqconv
 from seqconv import backends, fftconv, reference
-from seqconv.backends.cuda import compiler, convolution, driver, gpu, kernels, tables
-from seqconv.backends.cuda.plan import longest
-from seqconv.backends.protocol import Request
+from seqconv.backends.cuda import compiler, convolution, driver, gpu, kernels
 from seqconv.ops.fftconv import operator
 from seqconv.ops.inputs import Inputs
-
-
-@pytest.fixture(scope="module")
-def library():
-    return build()
-
-
-@pytest.fixture
-def device(library, monkeypatch):
-    fake = Driver(Emulator(library))
-    # The code need not be right here, only its name inside: test_cuda_compile compiles all of it.
-    monkeypatch.setattr(driver, "find_prebuilt", lambda name, *_: b"\x7fELF " + name.encode())
-    return Device(0, fake)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +43,7 @@ def test_results_through_the_driver(device, case):
 
 
 def test_any_strides(device):
-    """Slices, transposes, expanded batches, negative views: read as they lie, by their strides."""
+    """Slices, transposes, expanded batches and negative views are read in place by their strides."""
     k = torch.randn(3, 2 * 200)[:, ::2]
     for u in (
         torch.randn(2, 3, 400)[..., ::2],
@@ -105,7 +88,7 @@ def test_a_failing_launch_raises(device):
 
 
 def test_a_thread_that_has_not_used_the_device_yet(device):
-    """The gradient in a thread of its own, whose first use of the driver it is."""
+    """The gradient is computed in a thread of its own, which has not used the driver before."""
     u, k = torch.randn(2, 2, 300, requires_grad=True), torch.randn(2, 300)
     with as_backend(device):
         y = fftconv(u, k)
@@ -124,8 +107,8 @@ def test_first_call_inside_a_graph_capture_says_so(device):
 
 
 def test_scratch_of_long_rows_is_bounded(device, monkeypatch):
-    """Channels are taken in turn where the passes between would need more than WORK_BYTES."""
-    monkeypatch.setattr(convolution, "WORK_BYTES", 1 << 20)
+    """Channels are taken in turn where the passes between would need more than SCRATCH_BYTES."""
+    monkeypatch.setattr(convolution, "SCRATCH_BYTES", 1 << 20)
     device.limits = device.limits.__class__(shared=20000, shared_total=20000, tensor_cores=False)
     case = Case(2, 5, 9000, 9000, heads=2, skip="ch", activation="silu", post_gate=True)
     tensors = case.tensors()
@@ -138,7 +121,7 @@ def test_scratch_of_long_rows_is_bounded(device, monkeypatch):
 
 
 def test_compile_and_functorch_take_the_same_kernels(device):
-    """The operator is the same object on every device: what wraps it needs no CUDA code."""
+    """The operator is the same object on every device, so that what wraps it needs no CUDA code."""
     u, k = torch.randn(2, 3, 64), torch.randn(3, 64)
     with as_backend(device):
         y = torch.compile(fftconv, backend="eager", fullgraph=True)(u, k)
@@ -152,126 +135,8 @@ def test_compile_and_functorch_take_the_same_kernels(device):
     torch.testing.assert_close(mapped, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def fresh(monkeypatch):
-    """What is known of devices is forgotten before and after."""
-    known = driver.device
-    monkeypatch.setattr(driver, "_failures", {})
-    known.cache_clear()
-    yield
-    known.cache_clear()
-
-
-class Row:
-    """What the choice of a backend asks a tensor."""
-
-    is_cpu, is_cuda = False, True
-    device = torch.device("cuda", 0)
-
-    def __init__(self, length: int, dtype=torch.float32):
-        self.shape, self.dtype = (1, 1, length), dtype
-
-
-def why_not(row: Row) -> str | None:
-    return gpu.why_not(Request("fftconv", Inputs(row, *[None] * 5), ("none", False)))
-
-
-def test_why_there_is_no_kernel(monkeypatch, fresh):
-    assert "float64" in why_not(Row(5, torch.float64))
-    monkeypatch.setattr(driver, "packages_reason", lambda: "No module: pip install cuda-python")
-    assert "pip install cuda-python" in why_not(Row(5))
-
-
-def test_rows_without_a_plan_take_the_fallback(device, monkeypatch, fresh):
-    monkeypatch.setattr(driver, "device", lambda index: device)
-    most = longest(device.limits)
-    assert most > 1 << 26 and why_not(Row(most)) is None
-    assert str(most) in why_not(Row(most + 1))
-
-
-def test_failures_are_tried_again_but_not_for_ever(monkeypatch, fresh):
-    """A device that failed once, out of memory perhaps, is not given up; a capture is an error, not a fallback."""
-    calls = []
-
-    def failing(index):
-        calls.append(index)
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr(driver, "device", failing)
-    assert [driver.reason(0) for _ in range(5)] == ["no memory"] * 5 and len(calls) == 3
-
-    def captured(index):
-        raise tables.CaptureError(tables.FIRST_CALL)
-
-    monkeypatch.setattr(driver, "device", captured)
-    with pytest.raises(RuntimeError, match="once before the capture"):
-        driver.reason(1)
-    monkeypatch.setattr(driver, "device", lambda index: device)
-    assert driver.reason(1) is None
-
-
-@pytest.mark.parametrize(
-    "version, wanted", [(13000, ""), (12040, "cuda-python<13"), (11080, "update")]
-)
-def test_a_driver_older_than_the_compiler(monkeypatch, fresh, version, wanted):
-    """Machine code of a later CUDA does not load: what is said names the way out."""
-    bindings = pytest.importorskip("cuda.bindings.driver")
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-    monkeypatch.setattr(bindings, "cuDriverGetVersion", lambda: (0, version))
-    monkeypatch.setattr(nvrtc, "nvrtcVersion", lambda: (0, 13, 5))
-
-    def failing(index):
-        raise RuntimeError("seqconv: CUDA driver: 218")
-
-    monkeypatch.setattr(driver, "device", failing)
-    reason = driver.reason(0)
-    assert reason.startswith("seqconv: CUDA driver: 218") and wanted in reason
-    assert ("nvrtc-cu12" in reason) == (version == 12040)
-    assert ("update" in reason) == (version < 13000)
-
-
-def test_tables_lie_outside_of_torchs_pools(device):
-    """The driver's own memory, tried twice, freed when nothing uses it any more and the device has come to rest."""
-    memory = device.driver.memory
-    device.driver.full = 1
-    table = device.table(tables.build, 512, (2, 16, 16), 2, True)
-    assert list(memory) == [int(table)] and device.driver.tried == 2
-    words = tables.build(512, (2, 16, 16), 2, True)
-    assert memory[int(table)].raw == words.numpy().tobytes()
-    for n in range(64):
-        device.table(torch.zeros, n + 1)
-    assert len(memory) == 65  # `table` may be part of a call that is still to be launched
-    device.driver.running = True
-    del table
-    assert len(memory) == 64
-    device.driver.tried, device.driver.full = 0, 2
-    with pytest.raises(RuntimeError, match="CUDA driver: 2"):
-        device.table(torch.ones, 3)
-    assert len(memory) == 64 and len(device.table.recent) == 64
-
-
-def test_tables_in_a_graph_are_kept(device):
-    """A captured graph knows addresses only: its tables outlive any number of others."""
-    device.table(torch.zeros, 5)
-    device.capturing = True
-    kept = int(device.table(torch.zeros, 5))
-    with pytest.raises(RuntimeError, match="once before the capture"):
-        device.table(torch.zeros, 6)
-    device.capturing = False
-    for n in range(80):
-        device.table(torch.ones, n + 1)
-    assert len(device.driver.memory) == 65 and int(device.table(torch.zeros, 5)) == kept
-
-
-def test_explain_shows_the_plan(device):
-    with as_backend(device):
-        text = str(seqconv.explain(torch.randn(8, 4, 5000).bfloat16(), torch.randn(4, 5000)))
-    assert "tensor cores" in text and "5120" in text and "sm_90" in text
-    assert "predicted lower bound" in text
-
-
 def test_the_road_of_a_cuda_tensor(library, monkeypatch, fresh):
-    """Through the package's own questions to torch: which device, which stream, is it capturing."""
+    """The package itself asks torch for the device and the stream, and whether it is capturing."""
     asked = []
 
     class Current:
@@ -323,7 +188,7 @@ def test_the_road_of_a_cuda_tensor(library, monkeypatch, fresh):
 
 
 def test_devices_of_two_kinds(library, monkeypatch):
-    """Each asks for machine code of its own architecture."""
+    """Each device asks for the machine code of its own architecture."""
     asked = []
 
     def found(name, major, minor):
@@ -339,19 +204,6 @@ def test_devices_of_two_kinds(library, monkeypatch):
         with as_backend(Device(0, fake)):
             fftconv(torch.randn(1, 2, 300), torch.randn(2, 300))
     assert asked == [(9, 0)] * 2 + [(8, 6)] * 2
-
-
-def test_explain_tells_a_cuda_tensor_what_it_takes(device, monkeypatch):
-    with FakeTensorMode():  # a CUDA tensor without a device
-        u, k = torch.empty(2, 3, 500, device="cuda:0"), torch.empty(3, 500, device="cuda:0")
-        monkeypatch.setattr(driver, "reason", lambda index: "pip install cuda-python")
-        found = seqconv.explain(u, k)
-        assert found.backend == "reference" and "cuda-python" in found.fallback
-        monkeypatch.setattr(driver, "reason", lambda index: None)
-        monkeypatch.setattr(driver, "device", lambda index: device)
-        assert "float64" in seqconv.explain(u.double(), k.double()).fallback
-        found = seqconv.explain(u, k)
-        assert (found.backend, found.fallback) == ("cuda", None) and "512 points" in found.plan
 
 
 def test_every_kernel_has_an_entry(library):
@@ -389,7 +241,7 @@ print("launched", len(device._kernels), "kernels")
 
 @pytest.mark.slow
 def test_real_bindings_and_machine_code(library, tmp_path):
-    """NVRTC's code through the real cuda.bindings into the tests' own driver library, launched in the emulator."""
+    """The real cuda.bindings load NVRTC's code into the tests' driver library, which launches it in the emulator."""
     if compiler.compiler_reason():
         pytest.skip(compiler.compiler_reason())
     source = HERE / "libcuda.cpp"

@@ -1,5 +1,7 @@
-"""Every CUDA kernel as NVRTC compiles it, run on the PTX machine: right, without any fault, and however the tensor
-cores round their sums."""
+"""The PTX machine runs every CUDA kernel as NVRTC compiles it.
+
+The results are right, without any fault, and however the tensor cores round their sums.
+"""
 
 import os
 from dataclasses import replace
@@ -14,7 +16,7 @@ from device_cases import A100, FEW, SMALL, TURING, check, one_plane, planned, ru
 from judge import sums
 
 from seqconv.backends.cuda import convolution, kernels
-from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.problem import H100
 
 ptx_device = pytest.importorskip("ptx_device")
 if ptx_device.compiler.compiler_reason():
@@ -26,7 +28,7 @@ GATED = {"pre_gate": True, "post_gate": True, "activation": "gelu", "skip": "h"}
 
 
 def cases() -> list[tuple[Case, object, str]]:
-    """(problem, limits of the device, mode): together they launch every kernel of the convolution."""
+    """(problem, limits of the device, mode). Together they launch every kernel of the convolution."""
     found = []
     for n in kernels.FIXED:
         later = n - 1 if n < 16384 else None
@@ -66,7 +68,7 @@ ASKED = os.environ.get("SEQCONV_COMPILE", "0")  # as in test_cuda_compile.py
 
 
 def some(things, count: int) -> list:
-    """`count` of the things, others at each commit; or all of them."""
+    """`count` of the things, which are others at each commit, or all of them."""
     things = list(things)
     if ASKED == "all":
         return things
@@ -86,7 +88,7 @@ def marked(case: Case, limits, mode: str):
 
 
 class Recording(ptx_device.PtxDevice):
-    """Only notes which kernels would run."""
+    """A device that only notes which kernels would run."""
 
     def launch(self, kernel, grid, threads, shared, arguments):
         self.launches.append((kernel, grid, threads, shared))
@@ -105,7 +107,7 @@ def test_the_cases_launch_every_kernel():
 
 @pytest.mark.parametrize("case, limits, mode", [marked(*c) for c in CASES])
 def test_kernels(case, limits, mode):
-    """Within what is stated, in another order of threads, too; on tensor cores however sums are rounded."""
+    """Results are as exact as is stated, in another order of threads too, and however tensor cores round sums."""
     with sums(mode), patch.object(convolution, "make_plan", planned):
         first = ptx_device.PtxDevice(limits)
         check(first, case, mode)

@@ -1,4 +1,4 @@
-"""The PTX machine itself: what instructions compute, and each fault that it must report."""
+"""What the instructions of the PTX machine compute, and each fault that it must report."""
 
 import ptx_device
 import pytest
@@ -7,14 +7,14 @@ from ptx_text import HEAD, OWN, WORD, loads, run, stores
 
 
 def rows_of(*parts: torch.Tensor) -> torch.Tensor:
-    """What each thread reads: the parts one after another, as words."""
+    """What each thread reads, which is the parts one after another as words."""
     words = torch.cat([part.contiguous().view(WORD) for part in parts], 1)
     return torch.nn.functional.pad(words, (0, 16 - words.shape[1])).contiguous()
 
 
 # ---- matrix products, against the layouts that CUTLASS gives (MMA_Traits<SM80_16x8x16_F32F16F16F32_TN>) ----
 def strided(thread: tuple, value: tuple) -> torch.Tensor:
-    """CuTe's layout ((shapes), (strides)) of threads and of the values of a thread: an index for each of them."""
+    """An index for each value of each thread, by CuTe's layout ((shapes), (strides)) of both."""
 
     def index(i: int, shape: tuple, stride: tuple) -> int:
         total = 0
@@ -42,7 +42,7 @@ PRODUCTS = {
 @pytest.mark.parametrize("mma", [0, 1, 2], ids=["exact", "in order", "pessimistic"])
 @pytest.mark.parametrize("kind", PRODUCTS)
 def test_matrix_product(kind, mma):
-    """Exact sums are rounded once; the others stay within what they may lose, and do lose something."""
+    """Exact sums are rounded once. The others stay within what they may lose, and do lose something."""
     dtype, sums = PRODUCTS[kind]
     a, b, c = (
         torch.randn(16, 16).to(dtype),
@@ -130,7 +130,7 @@ def test_conversions_and_pairs():
 
 @pytest.mark.parametrize("by, clamp", [(5, 31), (16, 31), (16, 0x100F), (3, 0x1C1F)])
 def test_shuffle(by, clamp):
-    """shfl.bfly: lanes beyond the segment's clamp keep their own value, and say so."""
+    """In shfl.bfly, lanes beyond the segment's clamp keep their own value and say so."""
     body = f"shfl.sync.bfly.b32 %r5|%p1, %r1, {by}, {clamp}, -1; selp.u32 %r6, 1, 0, %p1;\n"
     out = run(body + stores("%r5", "%r6"))
     lane = torch.arange(32)
@@ -246,7 +246,7 @@ FAULTS = {
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_reported(name, order):
-    """With kernel, block, thread and the line of the PTX."""
+    """Faults are reported with kernel, block, thread and the line of the PTX."""
     body, message = FAULTS[name]
     with pytest.raises(RuntimeError, match=message) as error:
         run(body, threads=64, order=order)
@@ -255,7 +255,7 @@ def test_faults_are_reported(name, order):
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_what_is_ordered_is_no_fault(order):
-    """Barriers of blocks and of warps, named ones, and lanes that meet in one collective after different ways."""
+    """These are barriers of blocks and of warps, named ones, and lanes that reach one collective on different ways."""
     assert run(OWN + "bar.warp.sync -1; " + TO_NEIGHBOUR + stores("%r5"), threads=64, order=order)[
         :, 0
     ].tolist() == [i ^ 1 for i in range(64)]
@@ -292,6 +292,6 @@ def test_memory_that_is_not_mapped():
      "mov.f32 %f1, 0.5;", "L1: mov.u32 %r5, 0;\nL1: mov.u32 %r5, 1;", "ld.global.nc.u32 %r5, [%d1];"],
 )  # fmt: skip
 def test_what_is_unknown_is_refused(text):
-    """Nothing is skipped or guessed."""
+    """The reader neither skips nor guesses anything."""
     with pytest.raises(RuntimeError, match=r"line \d+"):
         ptx_device.Program(HEAD + text + "\nret;\n}\n")

@@ -1,11 +1,11 @@
-"""A CUDA driver that records each launch and runs it in the emulator, and a device of it."""
+"""A CUDA driver without a GPU: it records what the package asks of it, and runs each launch in the emulator."""
 
 import ctypes
 import threading
 from array import array
 from types import SimpleNamespace
 
-from emulated import Emulator
+from emulated import Emulator, arguments_size
 
 from seqconv.backends.cuda import driver
 
@@ -98,14 +98,14 @@ class Driver:
 
     def cuLaunchKernel(self, f, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
         name = self.names[f]
-        assert self.thread.context == 5  # of this thread: else 201, invalid context
+        assert self.thread.context == 5  # a thread without one would get 201, invalid context
         assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0) and shared <= self.limits[name]
-        assert not self.copying  # a table, which other streams read too
+        assert not self.copying  # other streams read a table too, so that its copy must have ended
         self.launches.append((name, gx, bx, shared, stream))
         self.running = True
         if self.status:
             return (self.status,)
-        size = self.emulator.library.arguments_size()
+        size = arguments_size(self.emulator.library, name)
         address = ctypes.c_void_p.from_address(parameters).value
         copied = array("q", ctypes.string_at(address, size))
         self.emulator.launch(name, gx, bx, shared, copied)
@@ -113,7 +113,7 @@ class Driver:
 
 
 class Device(driver.Device):
-    """On tensors of the CPU: what torch would say of a CUDA stream is given."""
+    """The package's device for tensors of the CPU. It is told what torch would say of a CUDA stream."""
 
     stream, capturing = 77, False
 

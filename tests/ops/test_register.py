@@ -1,81 +1,23 @@
-"""A new operator is one file and a new kernel generator another: these are such files, and what they get."""
-
-from typing import NamedTuple
+"""What CONTRIBUTING says of a new operator and of a new layer: each is one file, and these are such files."""
 
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_operator import Inputs, decayed_sum
 
 from seqconv import fftconv, param_groups
 from seqconv.layers.base import ConvLayer
 from seqconv.layers.module import KernelGenerator, fill, kernel_dtype
-from seqconv.ops.register import Operator
-
-# ---- an operator: y[t] = sum_{s <= t} decay^(t-s) x[s] ----
 
 
-class Inputs(NamedTuple):
-    x: Tensor  # (batch, channels, length)
-    log_decay: Tensor  # (channels,)
-
-
-def _definition(inputs: Inputs, scale: float) -> Tensor:
-    steps = torch.arange(inputs.x.shape[-1], dtype=inputs.x.dtype, device=inputs.x.device)
-    lag = steps.unsqueeze(-1) - steps
-    table = torch.exp(inputs.log_decay[:, None, None] * lag.clamp(min=0)) * (lag >= 0)
-    return scale * torch.einsum("hts,bhs->bht", table, inputs.x)
-
-
-decayed_sum = Operator("toy_decayed_sum", Inputs, "float scale", _definition)
-
-
-def problem():
-    return Inputs(
-        torch.randn(2, 3, 9, dtype=torch.float64).requires_grad_(),
-        (-torch.rand(3, dtype=torch.float64)).requires_grad_(),
-    )
-
-
-def test_it_equals_its_definition():
-    x, log_decay = problem()
+def test_a_new_operator():
+    """The other tests of operators have it as a row."""
+    x, log_decay = torch.randn(2, 3, 9, dtype=torch.float64), -torch.rand(3, dtype=torch.float64)
     y = decayed_sum(Inputs(x, log_decay), 2.0)
     state = torch.zeros(2, 3, dtype=torch.float64)
     for t in range(9):
         state = log_decay.exp() * state + x[..., t]
         torch.testing.assert_close(y[..., t], 2.0 * state)
-
-
-def test_it_has_derivatives_of_both_orders():
-    call = lambda *tensors: decayed_sum(Inputs(*tensors), 2.0)  # noqa: E731
-    assert torch.autograd.gradcheck(call, tuple(problem()))
-    assert torch.autograd.gradgradcheck(call, tuple(problem()))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_it_works_under_transforms():
-    x, log_decay = problem()
-    call = lambda x: decayed_sum(Inputs(x, log_decay), 2.0)  # noqa: E731
-    tangent = torch.randn_like(x)
-    _, moved = torch.func.jvp(call, (x,), (tangent,))
-    torch.testing.assert_close(moved, call(tangent))
-    torch.testing.assert_close(torch.func.vmap(call)(x.unsqueeze(0))[0], call(x))
-
-
-def test_it_compiles_and_passes_opcheck():
-    torch._dynamo.reset()
-    call = torch.compile(
-        lambda *tensors: decayed_sum(Inputs(*tensors), 2.0), backend="aot_eager", fullgraph=True
-    )
-    tensors = problem()
-    y = call(*tensors)
-    ours = torch.autograd.grad(y.square().sum(), tensors)
-    plain = _definition(tensors, 2.0)
-    theirs = torch.autograd.grad(plain.square().sum(), tensors)
-    for a, b in zip((y, *ours), (plain, *theirs), strict=True):
-        torch.testing.assert_close(a, b)
-    torch.library.opcheck(decayed_sum.fwd, (*tensors, 2.0))
-    dy = torch.randn_like(y).requires_grad_()
-    torch.library.opcheck(decayed_sum.bwd, (dy, *tensors, 2.0, [True, True]))
 
 
 # ---- a kernel generator and its layer: k[l] = weight exp(-l rate) ----

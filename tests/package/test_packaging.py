@@ -126,28 +126,28 @@ def test_installed_copy_compiles_its_cuda_kernels(wheel, tmp_path):
     """NVRTC finds the device sources inside the installation; no GPU is needed."""
     site, out = tmp_path / "site", tmp_path / "cubins"
     pip("install", "--no-deps", "--target", str(site), str(wheel))
-    asked = ["--arch", "sm_90", "--out", str(out), "--kernels", "^kernel_scales$"]
+    asked = ["--arch", "sm_90", "--out", str(out), "--kernels", "^taps_divisors$"]
     # with site's hooks, through which NVRTC's library is found; the copy comes first
     command = [sys.executable, "-W", "error", "-m", "seqconv.prebuild", *asked]
     run(*command, PYTHONPATH=str(site))
     where = "import seqconv.backends.cuda.kernels as k; print(k.folder())"
     assert str(site) in run(sys.executable, "-c", where, PYTHONPATH=str(site)).stdout
     (cubin,) = out.iterdir()
-    assert cubin.name.startswith("kernel_scales-sm_90-") and cubin.suffix == ".cubin"
+    assert cubin.name.startswith("taps_divisors-sm_90-") and cubin.suffix == ".cubin"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_wheel_with_cubins(sdist, tmp_path):
     """SEQCONV_BUILD_CUBINS: nvcc's code is in the wheel under the name that the loader looks for."""
-    asked = {"SEQCONV_BUILD_CUBINS": "sm_90,sm_80", "SEQCONV_BUILD_KERNELS": "kernel_scales"}
+    asked = {"SEQCONV_BUILD_CUBINS": "sm_90,sm_80", "SEQCONV_BUILD_KERNELS": "taps_divisors"}
     pip("wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist), **asked)
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     pip("install", "--no-deps", "--target", str(site), str(wheel))
     code = (
         "from seqconv.backends.cuda import driver;"
-        "print([bool(driver.find_prebuilt('kernel_scales', 9, 0)), bool(driver.find_prebuilt('spectrum', 9, 0))])"
+        "print([bool(driver.find_prebuilt('taps_divisors', 9, 0)), bool(driver.find_prebuilt('spectrum', 9, 0))])"
     )
     result = outside(site, "-W", "error", "-c", code)
     assert result.stdout.strip() == "[True, False]", result.stderr

@@ -16,6 +16,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 NOT_RUN = re.compile(r"# Not run by the tests: \w.*\.\n")
 RESULTS = {  # page -> variables that its blocks leave behind, and their shapes
     "README.md": {"y": (8, 5000, 64)},
+    "CONTRIBUTING.md": {"y": (2, 3, 50)},
     "layers.md": {"logits": (2, 10), "h": (4, 300, 256), "y": (4, 300, 256)},
     "operator.md": {"y": (2, 64, 3000)},
     "ssm_kernel.md": {"y": (8, 1, 64, 3000)},
@@ -35,7 +36,7 @@ def blocks(page: Path) -> list[str]:
     return [text for language, text in found if language and not NOT_RUN.match(text)]
 
 
-@every_page
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_blocks_run_in_order(page):
     """The blocks of one page share their variables and start with none, so that a reader can paste them."""
     names = {}

@@ -1,77 +1,38 @@
-// What a kernel is told (all 64 bit integers, so that a launcher packs a flat list), and rows of
-// tensors of any stride: reading with gates, writing with skip, gates and activation.
+// The arguments of the convolution's kernels, and rows of its tensors: reading with gates, writing
+// with skip, gates and activation.
 #pragma once
-#include "radix.cuh"
+#include "memory.cuh"
+#include "transform.cuh"
 
-enum Dtype { kFloat32 = 0, kBfloat16 = 2, kFloat16 = 3, kComplex = 4 };
 enum Activation { kNone = 0, kGelu = 1, kSilu = 2, kRelu = 3 };
 
-struct Tensor {
-  void* data;  // null: absent
-  i64 dtype;
-  i64 batch, head, channel, time;  // strides in elements
-
-  template <class T>
-  SEQCONV_DEVICE T* row(i64 b, i64 c, i64 h) const {
-    return data == nullptr ? nullptr : (T*)data + b * batch + c * head + h * channel;
-  }
-};
-
-// The transform of n = product of radices points: see transform.cuh.
-struct Transform {
-  i64 n, count;
-  i64 radices;        // one byte each, the first in the lowest
-  const c32* tables;  // 16 factors for the first inputs, then one table of twiddles for each pass
-                      // but the last
-};
-
-// Sums of exponentials, see ssm.cuh; complex numbers in float64 are pairs.
-struct Exponentials {
-  i64 modes, digits;
-  const double* exponents;  // (channels, modes)
-  const double* weights;    // (heads, channels, modes); `work` has them rounded
-  c32* powers;              // (channels, modes, digits, 8)
-  double* sums;             // (group, heads, channels, modes, 4)
-  double *dexponents, *dweights;
-};
-
-struct Args {
-  i64 batch, heads, channels, length, taps, taps_rev, per_sample, activation;
-  Transform transform;
-  i64 row_threads, slots;  // threads of one row; rows that a block handles at a time
+struct ConvolutionArgs {
+  i64 batch, heads, channels, length;
+  i64 taps, taps_rev;      // of k and of k_rev that meet an output at all
+  i64 per_sample;          // whether every sample has taps of its own
+  i64 activation;          // of enum Activation
+  i64 windows;             // of a row
+  i64 step, lead;          // of a window: its outputs, and its points that lie before the first one
+  i64 row_threads, slots;  // threads of one row, and rows that a block handles at a time
   i64 groups;              // blocks that share the rows of one channel
-  i64 blocks, step, lead;  // windows of a row, outputs of each, and how far its outputs lie inside
-  i64 outer, lower,
-      columns;    // long rows: points of the outer transform, points below it, columns of a block
-  i64 order;      // of spectra, see spectrum_index
-  i64 scale;      // the bits of a float32: of spectra of taps, or of their gradients
-  float* scales;  // (kernel row): powers of two that spectra in a half order were divided by
-  c32* spectrum;  // (kernel row, n)
-  c32* partial;   // (part, kernel row, n): sums of dv times the conjugate of x
-  float* partial_skip;  // (part, kernel row, row_threads)
-  i64 parts;
-  c32* work;    // long rows: (batch, heads, channels, n); tensor cores: x's spectra, see
-                // tensor_backward
-  float* wide;  // dv (batch, heads, channels, length), where it is not simply post_gate * dy
-  const c32* matrices;    // the learned butterfly: (head), see butterfly.cuh
-  c32* partial_matrices;  // (block): sums of their gradients
-  i64 matrix_channels;    // channels of a head
-  Exponentials exponentials;
-  Tensor u, k, k_rev, skip, pre_gate, post_gate,
-      y;  // k, k_rev, skip and their gradients of any dtype, the others of the kernel's
+  i64 parts;               // of dk_parts; every slot of every group has one
+  i64 outer, lower;        // long rows: points of the outer transform, and points below it
+  i64 columns;             // long rows: columns of a block
+  i64 order;               // in which spectra are kept, of enum Order
+  double spectrum_scale;   // by which the taps' spectra are multiplied
+  double gradient_scale;   // by which the spectra of the taps' gradients are multiplied
+  Transform transform;
+  c32* spectrum;       // of the taps: (row of taps, n)
+  float* divisors;     // (row of taps): powers of two that spectra in tiles were divided by
+  c32* dk_parts;       // (part, row of taps, n): sums of dv times the conjugate of x
+  float* dskip_parts;  // (part, head, channel, row_threads): sums of dv times x
+  u32* x_spectra;      // tensor cores: (part, row of taps, n), where x's spectra wait for dv's
+  c32* long_rows;      // long rows between their passes: (sample, head, channel, n)
+  float* dv;           // (batch, heads, channels, length), where it is not simply post_gate * dy
+  // k, k_rev, skip and their gradients have any dtype, and the others have the kernel's.
+  Tensor u, k, k_rev, skip, pre_gate, post_gate, y;
   Tensor dy, du, dk, dk_rev, dskip, dpre_gate, dpost_gate;
 };
-
-SEQCONV_DEVICE float load_any(const void* p, i64 dtype, i64 i) {
-  if (dtype == kBfloat16) return to_float(((const bf16*)p)[i]);
-  if (dtype == kFloat16) return to_float(((const fp16*)p)[i]);
-  return ((const float*)p)[i];
-}
-SEQCONV_DEVICE void store_any(void* p, i64 dtype, i64 i, float value) {
-  if (dtype == kBfloat16) return from_float(((bf16*)p)[i], value);
-  if (dtype == kFloat16) return from_float(((fp16*)p)[i], value);
-  ((float*)p)[i] = value;
-}
 
 SEQCONV_DEVICE float activate(float v, i64 activation) {
   if (activation == kGelu) return 0.5f * v * (1.f + erff(v * 0.70710678118654752440f));
@@ -94,48 +55,21 @@ SEQCONV_DEVICE float slope(float v, i64 activation) {
 // Where a block's row lies: window `window` of sample b, channel h.
 struct Place {
   int b, h;
-  int shift;       // time of local position 0
-  int begin, end;  // local positions whose time lies inside the row; none in a slot without one
+  int shift;  // time of local position 0
+  int begin,
+      end;  // the local positions whose time lies inside the row; a slot without a row has none
 };
 
-SEQCONV_DEVICE Place place(const Args& a, int b, int h, int window, bool real) {
+SEQCONV_DEVICE Place place(const ConvolutionArgs& a, int b, int h, int window, bool real) {
   const int shift = window * (int)a.step - (int)a.lead, end = (int)a.length - shift,
             n = (int)a.transform.n;
   return {b, h, shift, real && shift < 0 ? -shift : 0, real ? end < n ? end : n : 0};
 }
 // Only the outputs of the window, not what lies around them.
-SEQCONV_DEVICE Place inside(const Args& a, Place p) {
+SEQCONV_DEVICE Place inside(const ConvolutionArgs& a, Place p) {
   if (p.begin < (int)a.lead) p.begin = (int)a.lead;
   if (p.end > (int)(a.lead + a.step)) p.end = (int)(a.lead + a.step);
   return p;
-}
-
-// Neighbours in one access, where they are neighbours in memory and lie well.
-template <class T>
-struct alignas(16) Eight {
-  T at[8];
-};
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-  T at[4];
-};
-template <class T>
-SEQCONV_DEVICE bool aligned(const T* p, i64 step, int bytes) {
-  return p == nullptr || (step == 1 && ((i64)p & (bytes - 1)) == 0);
-}
-
-// 8 numbers of 16 bits, two to a word: chosen whole, where Eight would be chosen number by number.
-template <class T>
-SEQCONV_DEVICE uint4 eight_words(const T* p, bool is_there) {
-  uint4 x{0, 0, 0, 0};
-  if (is_there) x = *(const uint4*)p;
-  return x;
-}
-template <class T>
-SEQCONV_DEVICE void to_floats(uint4 x, float (&v)[8]) {
-  const u32 words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = to_float(T{(unsigned short)(words[i / 2] >> (16 * (i & 1)))});
 }
 
 // gate * value, zero outside the place
@@ -143,7 +77,7 @@ template <class T>
 struct Gated {
   const T* data;
   const T* gate;
-  const float* wide;
+  const float* dv;
   i64 step, gate_step;
   int begin, end;
   bool plain;  // neighbours in memory, without a gate
@@ -151,23 +85,23 @@ struct Gated {
   SEQCONV_DEVICE float operator()(int t) const {
     if (t < begin || t >= end) return 0.f;
     if (plain) return to_float(data[t]);
-    if (wide != nullptr) return wide[t];
+    if (dv != nullptr) return dv[t];
     const float x = to_float(data[t * step]);
     return gate == nullptr ? x : x * to_float(gate[t * gate_step]);
   }
   // Whether the row can be read in pieces of 8, which lie wholly inside or outside of it.
   SEQCONV_DEVICE bool in_pieces() const {
     const bool whole = begin % 8 == 0 && end % 8 == 0;
-    return whole && (wide != nullptr ? aligned(wide, 1, 16)
-                                     : aligned(data, step, 16) && aligned(gate, gate_step, 16));
+    return whole && (dv != nullptr ? aligned(dv, 1, 16)
+                                   : aligned(data, step, 16) && aligned(gate, gate_step, 16));
   }
   SEQCONV_DEVICE uint4 plain_piece(int t) const {
     return eight_words(data + t, t >= begin && t < end);
   }
   SEQCONV_DEVICE void piece(int t, float (&v)[8]) const {
     const bool is_inside = t >= begin && t < end;
-    if (wide != nullptr) {
-      const Eight<float> x = is_inside ? *(const Eight<float>*)(wide + t) : Eight<float>{};
+    if (dv != nullptr) {
+      const Eight<float> x = is_inside ? *(const Eight<float>*)(dv + t) : Eight<float>{};
 #pragma unroll
       for (int i = 0; i < 8; ++i) v[i] = x.at[i];
       return;
@@ -184,7 +118,7 @@ template <>
 struct Gated<c32> {
   const c32* data;
   const c32* gate;
-  const float* wide;
+  const float* dv;
   i64 step, gate_step;
   int begin, end;
   bool plain;
@@ -208,28 +142,28 @@ SEQCONV_DEVICE Gated<T> gated(const Tensor& value, const Tensor& gate, const Pla
           by == nullptr && value.time == 1};
 }
 template <class T>
-SEQCONV_DEVICE Gated<T> input(const Args& a, const Place& p) {  // x
+SEQCONV_DEVICE Gated<T> input(const ConvolutionArgs& a, const Place& p) {  // x
   return gated<T>(a.u, a.pre_gate, p, 0);
 }
-SEQCONV_DEVICE i64 wide_row(const Args& a, const Place& p, i64 head) {
+SEQCONV_DEVICE i64 dv_row(const ConvolutionArgs& a, const Place& p, i64 head) {
   return ((p.b * a.heads + head) * a.channels + p.h) * a.length + p.shift;
 }
 template <class T>
-SEQCONV_DEVICE Gated<T> gradient(const Args& a, const Place& p, i64 head) {  // dv
+SEQCONV_DEVICE Gated<T> gradient(const ConvolutionArgs& a, const Place& p, i64 head) {  // dv
   Gated<T> g = gated<T>(a.dy, a.post_gate, p, head);
-  if (a.wide == nullptr) return g;
-  g.wide = a.wide + wide_row(a, p, head);
+  if (a.dv == nullptr) return g;
+  g.dv = a.dv + dv_row(a, p, head);
   g.plain = false;
   return g;
 }
 
-// Takes v: y = post_gate * activation(v), or, where there is a dy, dv into `wide` and post_gate's
-// gradient.
+// Takes v. Without a dy it writes y = post_gate * activation(v); with one it writes the gradients
+// dv and dpost_gate.
 template <class T>
 struct Output {
   T *y, *dpost;
   const T *post, *dy;
-  float* wide;
+  float* dv;
   i64 y_step, post_step, dy_step, dpost_step, activation;
   int begin, end;
   bool plain;  // y = v, neighbours in memory
@@ -241,7 +175,7 @@ struct Output {
     if (dy == nullptr) return from_float(y[t * y_step], gate * activate(z.re, activation));
     const float g = to_float(dy[t * dy_step]);
     if (dpost != nullptr) from_float(dpost[t * dpost_step], g * activate(z.re, activation));
-    if (wide != nullptr) wide[t] = g * gate * slope(z.re, activation);
+    if (dv != nullptr) dv[t] = g * gate * slope(z.re, activation);
   }
 };
 template <>
@@ -262,12 +196,12 @@ SEQCONV_DEVICE T* shifted(const Tensor& t, const Place& p, i64 head) {
 }
 template <class T>
 struct Sinks {
-  static SEQCONV_DEVICE Output<T> output(const Args& a, const Place& p, i64 head) {
+  static SEQCONV_DEVICE Output<T> output(const ConvolutionArgs& a, const Place& p, i64 head) {
     return {shifted<T>(a.y, p, head),
             shifted<T>(a.dpost_gate, p, head),
             shifted<T>(a.post_gate, p, head),
             shifted<T>(a.dy, p, head),
-            a.wide == nullptr ? nullptr : a.wide + wide_row(a, p, head),
+            a.dv == nullptr ? nullptr : a.dv + dv_row(a, p, head),
             a.y.time,
             a.post_gate.time,
             a.dy.time,
@@ -281,12 +215,12 @@ struct Sinks {
 };
 template <>
 struct Sinks<c32> {
-  static SEQCONV_DEVICE Output<c32> output(const Args& a, const Place& p, i64 head) {
+  static SEQCONV_DEVICE Output<c32> output(const ConvolutionArgs& a, const Place& p, i64 head) {
     return {shifted<c32>(a.y, p, head), a.y.time, p.begin, p.end};
   }
 };
 
-// Takes dx: u's gradient and pre_gate's.
+// Takes dx, and writes the gradients of u and pre_gate.
 template <class T>
 struct InputGradient {
   T *du, *dpre;
@@ -316,7 +250,7 @@ struct InputGradient<c32> {
   }
 };
 template <class T>
-SEQCONV_DEVICE InputGradient<T> input_gradient(const Args& a, const Place& p) {
+SEQCONV_DEVICE InputGradient<T> input_gradient(const ConvolutionArgs& a, const Place& p) {
   return {shifted<T>(a.du, p, 0),
           shifted<T>(a.dpre_gate, p, 0),
           shifted<T>(a.u, p, 0),
@@ -331,9 +265,9 @@ SEQCONV_DEVICE InputGradient<T> input_gradient(const Args& a, const Place& p) {
               a.dpre_gate.data == nullptr};
 }
 
-// The kernel as one complex row: k, plus the skip at lag 0, and the future's taps on the imaginary
+// The taps as one complex row: k, plus the skip at lag 0, and the future's taps on the imaginary
 // axis, since a lag of -m is position n - m times x^-n = -i. Complex rows (of the inner transforms
-// of long kernels) are taken as they are.
+// of long rows of taps) are taken as they are.
 struct Taps {
   Tensor k, k_rev;
   const void *data, *data_rev;
@@ -350,14 +284,8 @@ struct Taps {
     return z;
   }
 };
-SEQCONV_DEVICE i64 element_size(i64 dtype) {
-  return dtype == kComplex ? 8 : dtype == kFloat32 ? 4 : 2;
-}
-SEQCONV_DEVICE const void* row_of(const Tensor& t, i64 b, i64 c, i64 h) {
-  return (const char*)t.data + (b * t.batch + c * t.head + h * t.channel) * element_size(t.dtype);
-}
-// Kernel rows are numbered (sample or 0, head, channel).
-SEQCONV_DEVICE Taps taps(const Args& a, i64 row) {
+// Rows of taps are numbered (sample or 0, head, channel).
+SEQCONV_DEVICE Taps taps(const ConvolutionArgs& a, i64 row) {
   const i64 h = row % a.channels, c = row / a.channels % a.heads, b = row / a.channels / a.heads;
   float skip = 0.f;
   if (a.skip.data != nullptr)
@@ -366,7 +294,8 @@ SEQCONV_DEVICE Taps taps(const Args& a, i64 row) {
           skip, (int)a.taps, (int)a.taps_rev,      (int)a.transform.n};
 }
 
-// Takes the sum of dv times the conjugate of x: gradients of the taps, or complex rows.
+// Takes the sum of dv times the conjugate of x, and writes the gradients of the taps or a complex
+// row.
 struct TapsGradient {
   Tensor dk, dk_rev;
   void *data, *data_rev;
@@ -383,7 +312,7 @@ struct TapsGradient {
       store_any(data_rev, dk_rev.dtype, (lag - 1) * dk_rev.time, -z.im);
   }
 };
-SEQCONV_DEVICE TapsGradient taps_gradient(const Args& a, i64 row) {
+SEQCONV_DEVICE TapsGradient taps_gradient(const ConvolutionArgs& a, i64 row) {
   const i64 h = row % a.channels, c = row / a.channels % a.heads, b = row / a.channels / a.heads;
   return {a.dk,
           a.dk_rev,
