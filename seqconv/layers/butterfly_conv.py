@@ -1,6 +1,7 @@
 """ButterflyConv: a long convolution whose forward Fourier transforms are learned (arXiv 2302.06646, section 3.4)."""
 
 import math
+from typing import NoReturn
 
 import torch
 from einops import rearrange
@@ -8,11 +9,12 @@ from torch import Tensor, nn
 
 from seqconv import reference
 from seqconv.backends.fallback import radix_sizes
-from seqconv.layers.base import ConvLayer, passes_options_to, sized
-from seqconv.layers.long_conv import LongConvKernel
-from seqconv.layers.module import KernelGenerator, fill, kernel_dtype
+from seqconv.layers.base import ConvLayer, KernelGenerator, sized
+from seqconv.layers.long_conv import BLOCK, KERNEL, LongConvKernel
+from seqconv.layers.module import fill, kernel_dtype
+from seqconv.layers.options import Defaults, refuse
 from seqconv.ops import butterfly
-from seqconv.ops.checks import check_choice, check_flag, check_positive, check_rate
+from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 from seqconv.ops.fftconv import ACTIVATIONS
 from seqconv.ops.register import Operator
 
@@ -86,7 +88,7 @@ class Butterfly(KernelGenerator):
         check_positive("Butterfly", n=n, heads=heads)
         check_flag("Butterfly", additive=additive)
         check_choice("Butterfly", "activation", activation, ACTIVATIONS)
-        check_rate("Butterfly", lr=lr)
+        check_learning_rate("Butterfly", lr=lr)
         if n < 2 or n & (n - 1):
             raise ValueError(f"Butterfly: n must be a power of two >= 2, got {n}")
         self.n, self.heads = n, heads
@@ -109,6 +111,9 @@ class Butterfly(KernelGenerator):
     def extra_repr(self) -> str:
         passes = " x ".join(map(str, self.radices))
         return f"{super().extra_repr()}, passes={passes}"
+
+
+TRANSFORM = Defaults(Butterfly)
 
 
 class ButterflyConv(ConvLayer):
@@ -158,26 +163,31 @@ class ButterflyConv(ConvLayer):
     shown = ("l_max", "heads")
     causal = False  # once its transforms are learned
 
-    @passes_options_to(ConvLayer, "bidirectional")
     def __init__(
         self,
         d_model: int,
         *,
         l_max: int,
-        heads: int = 1,
-        butterfly_heads: int = 1,
-        additive: bool = False,
-        dft_activation: str | None = None,
-        dft_dropout: float = 0.0,
-        dft_lr: float = 1e-3,
-        init: str = "double_exp",
-        lam: float = 0.003,
-        smooth: str | None = None,
-        smooth_window: int = 7,
-        kernel_dropout: float = 0.2,
-        kernel_lr: float = 1e-3,
-        **block,
+        heads: int = KERNEL.heads,
+        butterfly_heads: int = TRANSFORM.heads,
+        additive: bool = TRANSFORM.additive,
+        dft_activation: str | None = TRANSFORM.activation,
+        dft_dropout: float = TRANSFORM.dropout,
+        dft_lr: float = TRANSFORM.lr,
+        init: str = KERNEL.init,
+        lam: float = KERNEL.lam,
+        smooth: str | None = KERNEL.smooth,
+        smooth_window: int = KERNEL.smooth_window,
+        kernel_dropout: float = KERNEL.kernel_dropout,
+        kernel_lr: float = KERNEL.lr,
+        activation: str | None = BLOCK.activation,
+        dropout: float = BLOCK.dropout,
+        tie_dropout: bool = BLOCK.tie_dropout,
+        postact: str | None = BLOCK.postact,
+        **unknown: NoReturn,
     ):
+        options = locals()
+        refuse(self, ButterflyConv, unknown)
         sizes = {"d_model": d_model, "l_max": l_max, "heads": heads}
         check_positive("ButterflyConv", **sizes, butterfly_heads=butterfly_heads)
         check_flag("ButterflyConv", additive=additive)
@@ -185,16 +195,14 @@ class ButterflyConv(ConvLayer):
         if d_model % butterfly_heads:
             text = f"must divide d_model={d_model}, got {butterfly_heads}"
             raise ValueError(f"ButterflyConv: butterfly_heads {text}")
-        options = {"init": init, "smooth": smooth, "smooth_window": smooth_window}
-        options |= {"lam": lam, "kernel_dropout": kernel_dropout, "lr": kernel_lr}
-        kernel = LongConvKernel(d_model, l_max=l_max, heads=heads, **options)
-        super().__init__(d_model, kernel, heads=heads, bidirectional=False, **block)
+        kernel = LongConvKernel(d_model, **KERNEL.among(options) | {"lr": kernel_lr})
+        super().__init__(d_model, kernel, bidirectional=False, **BLOCK.among(options))
         self.l_max = l_max
         n = 1 << (2 * l_max - 1).bit_length()
-        options = {"additive": additive, "activation": dft_activation}
-        options |= {"dropout": dft_dropout, "lr": dft_lr}
-        self.input_transform = Butterfly(n, heads=butterfly_heads, **options)
-        self.kernel_transform = Butterfly(n, heads=butterfly_heads, **options)
+        own = {"heads": butterfly_heads, "additive": additive, "activation": dft_activation}
+        own |= {"dropout": dft_dropout, "lr": dft_lr}
+        self.input_transform = Butterfly(n, **own)
+        self.kernel_transform = Butterfly(n, **own)
 
     def _convolve(self, x: Tensor, rate: float) -> Tensor:
         x, length = sized(x)

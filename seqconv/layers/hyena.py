@@ -2,23 +2,24 @@
 
 import math
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv.layers.base import (
-    _padding,
+    KernelGenerator,
     apply_linear,
     check_input,
     full_precision,
-    passes_options_to,
+    padding_of,
     sized,
     warn_of_missing_taps,
 )
-from seqconv.layers.module import Described, KernelGenerator, kernel_dtype
-from seqconv.ops.checks import check_length, check_positive, check_rate, check_sampling
+from seqconv.layers.module import Described, kernel_dtype
+from seqconv.layers.options import Defaults, refuse
+from seqconv.ops.checks import check_learning_rate, check_positive, check_sampling
 from seqconv.ops.fftconv import fftconv
 from seqconv.ops.register import Operator
 
@@ -44,6 +45,7 @@ class HyenaFilter(KernelGenerator):
     shown = ("l_max", "emb_dim", "width", "layers")
     meaning = ("l_max", "emb_dim")
     attributes: ClassVar = {"frequency": "initial_frequency"}
+    reads = ("frequency",)
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class HyenaFilter(KernelGenerator):
         name = "HyenaFilter"
         check_positive(name, d_model=d_model, l_max=l_max, heads=heads, width=width)
         check_positive(name, emb_dim=emb_dim, layers=layers)
-        check_rate(name, lr=lr)
+        check_learning_rate(name, lr=lr)
         if emb_dim % 2 == 0:
             raise ValueError(
                 f"{name}: emb_dim must be odd (time, and pairs of waves), got {emb_dim}"
@@ -85,9 +87,8 @@ class HyenaFilter(KernelGenerator):
         with torch.no_grad():
             self.frequency.fill_(self.initial_frequency)
 
-    def forward(self, length: int) -> Tensor:
-        check_length("HyenaFilter", length)
-        (frequency,) = self.read("frequency")
+    def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
+        (frequency,) = tensors
         sizes = self.l_max, self.emb_dim, self.d_model
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             if all(type(linear) is nn.Linear and not _hooked(linear) for linear in self.linears):
@@ -124,6 +125,9 @@ def _filter_of(tensors, *sizes) -> Tensor:
 _filter_op = Operator(
     "hyena_filter", list, "int l_max, int emb_dim, int d_model, SymInt length", _filter_of
 )
+
+
+FILTER = Defaults(HyenaFilter)
 
 
 class Hyena(Described):
@@ -166,19 +170,20 @@ class Hyena(Described):
     causal = True
     shown = meaning = ("order",)
 
-    @passes_options_to(lambda: None)  # none: unknown ones are refused as everywhere
     def __init__(
         self,
         d_model: int,
         *,
         l_max: int,
         order: int = 2,
-        emb_dim: int = 3,
-        filter_width: int = 64,
-        filter_layers: int = 2,
-        filter_frequency: float = 1.0,
-        kernel_lr: float = 1e-3,
+        emb_dim: int = FILTER.emb_dim,
+        filter_width: int = FILTER.width,
+        filter_layers: int = FILTER.layers,
+        filter_frequency: float = FILTER.frequency,
+        kernel_lr: float = FILTER.lr,
+        **unknown: NoReturn,
     ):
+        refuse(self, Hyena, unknown)
         super().__init__()
         check_positive("Hyena", d_model=d_model, l_max=l_max)
         if not isinstance(order, int) or order < 2:
@@ -227,7 +232,8 @@ class Hyena(Described):
         if rate != 1.0:
             raise ValueError(f"Hyena: rate must be 1 (its taps have no time scale), got {rate!r}")
         x, length = sized(x)
-        padding = _padding("Hyena", x, mask, lengths)
+        unmasked = mask is None and lengths is None
+        padding = None if unmasked else padding_of("Hyena", x, mask, lengths)
         # Zero thrice: what the input projection's bias and the short convolution's put there would
         # reach the steps after it.
         wide = (self.order + 1) * self.d_model
@@ -235,7 +241,8 @@ class Hyena(Described):
         x = fftconv(_zero(x, padding), self.short, layout="blh") + self.short_bias.to(x.dtype)
         *gates, v = _zero(x, padding).split(self.d_model, dim=-1)
         k = self.filter(length)
-        warn_of_missing_taps(self, k, length)
+        if isinstance(length, int) and k.shape[-1] < length:
+            warn_of_missing_taps(self, k, length)
         for i in range(self.order - 1):
             post_gate = gates[-1] if i == self.order - 2 else None
             v = fftconv(v, k[i], self.skip[i], pre_gate=gates[i], post_gate=post_gate, layout="blh")

@@ -1,14 +1,16 @@
 """LongConv: convolution with a free kernel as long as the sequence, regularised by squashing (arXiv 2302.06646)."""
 
 import warnings
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv.layers.base import ConvLayer, passes_options_to
-from seqconv.layers.module import KernelGenerator, fill, kernel_dtype, whole
-from seqconv.ops.checks import check_choice, check_flag, check_length, check_positive, check_rate
+from seqconv.layers.base import ConvLayer, KernelGenerator
+from seqconv.layers.module import fill, kernel_dtype, whole
+from seqconv.layers.options import Defaults, refuse
+from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 
 _warned = False  # one warning per process, whatever the filters say
 
@@ -66,6 +68,7 @@ class LongConvKernel(KernelGenerator):
     """
 
     shown = ("l_max", "init", "lam")
+    reads = ("kernel",)
 
     def __init__(
         self,
@@ -85,7 +88,7 @@ class LongConvKernel(KernelGenerator):
         check_positive(name, d_model=d_model, l_max=l_max, heads=heads, smooth_window=smooth_window)
         check_choice(name, "init", init, ("double_exp", "random"))
         check_choice(name, "smooth", smooth, (None, "time", "frequency"))
-        check_rate(name, lr=lr)
+        check_learning_rate(name, lr=lr)
         if smooth_window % 2 == 0:
             raise ValueError(f"{name}: smooth_window must be odd, got {smooth_window}")
         if not lam >= 0:
@@ -122,10 +125,10 @@ class LongConvKernel(KernelGenerator):
             fill(self, {"weights": flat if self.smooth == "time" else torch.exp(-0.5 * place**2)})
         self._warn_of_dead_taps()
 
-    def _squashed(self, length: int) -> Tensor:
+    def _squashed(self, taps: Tensor, length: int) -> Tensor:
         # Cut first: a tap beyond the input must not wrap around to the future, nor take part in
         # anything else.
-        k = self.read("kernel")[0][..., :length]
+        k = taps[..., :length]
         if self.smooth == "time":
             k = _correlate(k, self.weights)
         elif self.smooth == "frequency" and k.shape[-1]:
@@ -137,19 +140,22 @@ class LongConvKernel(KernelGenerator):
         if _warned:
             return
         with torch.no_grad():
-            dead = (whole(self._squashed(self.kernel.shape[-1])) == 0).float().mean().item()
+            k = self._squashed(*self.read(), self.l_max)
+            dead = (whole(k) == 0).float().mean().item()
         if dead > 0.9:
             _warned = True
             warnings.warn(
                 f"LongConvKernel: lam={self.lam} squashes {dead:.0%} of the taps to zero from the start. "
                 "They get no gradient and will never move, unless smoothing lets living neighbours revive "
                 "them; take a smaller lam or init='double_exp'.",
-                stacklevel=6,  # the caller of the layer, around which a check of options is wrapped
+                stacklevel=5,  # the caller of the layer
             )
 
-    def forward(self, length: int) -> Tensor:
-        check_length("LongConvKernel", length)
-        return self.dropout(self._squashed(length))
+    def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
+        return self.dropout(self._squashed(*tensors, length))
+
+
+KERNEL, BLOCK = Defaults(LongConvKernel), Defaults(ConvLayer)
 
 
 class LongConv(ConvLayer):
@@ -188,33 +194,29 @@ class LongConv(ConvLayer):
         torch.Size([2, 100, 8])
     """
 
-    @passes_options_to(ConvLayer, "bidirectional")
     def __init__(
         self,
         d_model: int,
         *,
         l_max: int,
-        heads: int = 1,
+        heads: int = KERNEL.heads,
         bidirectional: bool = False,
-        init: str = "double_exp",
-        lam: float = 0.003,
-        smooth: str | None = None,
-        smooth_window: int = 7,
-        kernel_dropout: float = 0.2,
-        kernel_lr: float = 1e-3,
-        **block,
+        init: str = KERNEL.init,
+        lam: float = KERNEL.lam,
+        smooth: str | None = KERNEL.smooth,
+        smooth_window: int = KERNEL.smooth_window,
+        kernel_dropout: float = KERNEL.kernel_dropout,
+        kernel_lr: float = KERNEL.lr,
+        activation: str | None = BLOCK.activation,
+        dropout: float = BLOCK.dropout,
+        tie_dropout: bool = BLOCK.tie_dropout,
+        postact: str | None = BLOCK.postact,
+        **unknown: NoReturn,
     ):
+        options = locals()
+        refuse(self, LongConv, unknown)
         check_flag("LongConv", bidirectional=bidirectional)
         check_positive("LongConv", d_model=d_model, l_max=l_max, heads=heads)
-        kernel = LongConvKernel(
-            d_model,
-            l_max=l_max,
-            heads=heads * (1 + bidirectional),
-            init=init,
-            lam=lam,
-            smooth=smooth,
-            smooth_window=smooth_window,
-            kernel_dropout=kernel_dropout,
-            lr=kernel_lr,
-        )
-        super().__init__(d_model, kernel, heads=heads, bidirectional=bidirectional, **block)
+        own = {"heads": heads * (1 + bidirectional), "lr": kernel_lr}
+        kernel = LongConvKernel(d_model, **KERNEL.among(options) | own)
+        super().__init__(d_model, kernel, **BLOCK.among(options))

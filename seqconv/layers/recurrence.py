@@ -127,10 +127,11 @@ class Recurrent:
         if kernel.discretization == "dss_softmax":
             text = "dss_softmax depends on the length and has no recurrence; the others have"
             raise TypeError(f"{name}: {text}")
-        if type(kernel).forward is not self.generator.forward:
-            own, known = type(kernel).__name__, self.generator.__name__
-            text = f"has no recurrence, because {own}.forward may be another kernel than {known}'s"
-            raise TypeError(f"{name}: a kernel of class {own} {text}")
+        for way in ("forward", "generate"):
+            if getattr(type(kernel), way, None) is not getattr(self.generator, way):
+                own, known = type(kernel).__name__, self.generator.__name__
+                text = f"because {own}.{way} may be another kernel than {known}'s"
+                raise TypeError(f"{name}: a kernel of class {own} has no recurrence, {text}")
 
     def _check_state(self, function: str, x: Tensor, state: Tensor) -> None:
         self._check_recurrent()

@@ -1,24 +1,24 @@
 """S4D: convolution with the kernel of a diagonal state space model (arXiv 2206.11893)."""
 
 import math
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv.layers import s4d_init
-from seqconv.layers.base import ConvLayer, passes_options_to
-from seqconv.layers.module import KernelGenerator, fill, kernel_dtype
+from seqconv.layers.base import ConvLayer, KernelGenerator
+from seqconv.layers.module import fill, kernel_dtype
+from seqconv.layers.options import Defaults, refuse
 from seqconv.layers.recurrence import Recurrent
 from seqconv.layers.s4d_init import POSITIVE
 from seqconv.ops.checks import (
     check_choice,
     check_flag,
-    check_length,
+    check_learning_rate,
     check_number,
     check_positive,
-    check_rate,
-    check_sampling,
 )
 from seqconv.ops.register import Operator
 from seqconv.ops.ssm import BACKENDS, DISCRETIZATIONS, mode_sum, ssm_kernel, weighted_modes
@@ -52,6 +52,8 @@ class S4DKernel(KernelGenerator):
     shown = ("d_state", "init", "discretization")
     meaning = ("discretization", "real_transform", "imag_transform", "dt_transform", "dt_sinh")
     meaning += ("bandlimit",)
+    reads = ("C", "B", "inv_dt", "inv_A_real", "inv_A_imag")
+    resamples = True
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class S4DKernel(KernelGenerator):
         check_choice(name, "backend", backend, BACKENDS)
         check_flag(name, is_real=is_real, train_B=train_B, dt_tie=dt_tie, dt_sinh=dt_sinh)
         check_flag(name, deterministic=deterministic)
-        check_rate(name, lr=lr)
+        check_learning_rate(name, lr=lr)
         if d_state % 2 and not is_real:
             raise ValueError(
                 f"S4DKernel: d_state must be even (modes come in conjugate pairs), got {d_state}"
@@ -116,7 +118,9 @@ class S4DKernel(KernelGenerator):
         like = {"dtype": kernel_dtype()}
         self.inv_dt = nn.Parameter(torch.empty(shape, **like))
         self.inv_A_real = nn.Parameter(torch.empty(n_ssm, modes, **like))
-        if not is_real:
+        if is_real:
+            self.reads = self.reads[:-1]
+        else:
             self.inv_A_imag = nn.Parameter(torch.empty(n_ssm, modes, **like))
         B = torch.empty(n_ssm, modes, *parts, **like)
         if train_B:
@@ -148,43 +152,44 @@ class S4DKernel(KernelGenerator):
     def system(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log dt (d_model,) or (d_model, modes), A and B (d_model, modes, 2), C (heads, d_model, modes, 2),
         float64."""
-        return _system(*self._ingredients(rate))
+        return _system(*self._arguments(self.read(), rate))
 
-    def _ingredients(self, rate: float):
-        parts = ("inv_dt", "inv_A_real", "B", "C", *(() if self.is_real else ("inv_A_imag",)))
-        inv_dt, inv_A_real, B, C, *inv_A_imag = self.read(*parts)
-        tensors = [inv_dt, inv_A_real, inv_A_imag[0] if inv_A_imag else None, B, C]
+    def _arguments(self, tensors: list[Tensor], rate: float) -> tuple:
+        """The arguments of _system."""
         names = [self.discretization, self.dt_transform, self.real_transform, self.imag_transform]
         copies = self.d_model // self.n_ssm
         return tensors, names, copies, self.dt_sinh, self.bandlimit, rate
 
-    def forward(self, length: int, rate: float = 1.0) -> Tensor:
-        """rate multiplies dt: the kernel for inputs sampled 1 / rate times as often."""
-        check_length("S4DKernel", length)
-        check_sampling("S4DKernel", rate)
-        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        known = type(self).system is S4DKernel.system and self.discretization != "dss_softmax"
-        if compiled and known:
-            a, *w = _modes_op(*self._ingredients(rate)).split([1, len(self.C)])
-            k = mode_sum(a.squeeze(0), *w, length, self.C.dtype != torch.float64, self.backend)
-            return self.kernel_dropout(k)
-        log_dt, A, B, C = self.system(rate)
+    def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
+        """rate multiplies dt."""
+        arguments, C = self._arguments(tensors, rate), tensors[0]
+        options = length, C.dtype != torch.float64, self.backend
+        unchanged = type(self).system is S4DKernel.system and "system" not in vars(self)
+        known = unchanged and self.discretization != "dss_softmax"
+        if known and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            a, w = _modes_op(*arguments).split([1, len(C)])
+            return self.kernel_dropout(mode_sum(a.squeeze(0), w, *options))
+        log_dt, A, B, c = _system(*arguments) if unchanged else self.system(rate)
+        fits = A.shape == B.shape == c.shape[1:] and log_dt.shape in (A.shape[:1], A.shape[:2])
+        if known and fits:
+            a, w = weighted_modes(log_dt, A, B, c, self.discretization)
+            return self.kernel_dropout(mode_sum(a, w, *options))
         options = {"discretization": self.discretization, "backend": self.backend}
-        k = ssm_kernel(log_dt, A, C.to(self.C.dtype), length, B=B, **options)
+        k = ssm_kernel(log_dt, A, c.to(C.dtype), length, B=B, **options)
         return self.kernel_dropout(k)
 
 
 def _system(tensors, names, copies, dt_sinh, bandlimit, rate) -> tuple[Tensor, ...]:
-    inv_dt, inv_A_real, inv_A_imag, B, C = (t if t is None else t.double() for t in tensors)
+    C, B, inv_dt, inv_A_real, *inv_A_imag = map(Tensor.double, tensors)
     _, dt_transform, real_transform, imag_transform = names
     p = torch.sinh(inv_dt) if dt_sinh else inv_dt
     log_dt = p if dt_transform == "exp" else F.softplus(p).log()
     real = -POSITIVE[real_transform][0](inv_A_real)
-    if inv_A_imag is None:
+    if inv_A_imag:
+        imag = POSITIVE[imag_transform][0](*inv_A_imag)
+    else:
         imag = torch.zeros_like(real)
         B, C = (torch.stack([t, torch.zeros_like(t)], -1) for t in (B, C))
-    else:
-        imag = POSITIVE[imag_transform][0](inv_A_imag)
     A, B = torch.stack([real, imag], -1).repeat(copies, 1, 1), B.repeat(copies, 1, 1)
     if bandlimit is not None:
         dt = log_dt.exp() if log_dt.dim() == 2 else log_dt.exp().unsqueeze(-1)
@@ -205,6 +210,9 @@ _modes_op = Operator(
     "str[] names, int copies, bool dt_sinh, float? bandlimit, float rate",
     _modes,
 )
+
+
+KERNEL, BLOCK = Defaults(S4DKernel), Defaults(ConvLayer)
 
 
 class S4D(Recurrent, ConvLayer):
@@ -273,35 +281,49 @@ class S4D(Recurrent, ConvLayer):
         torch.Size([2, 100, 8])
     """
 
-    resamples = True
     generator = S4DKernel
 
-    @passes_options_to(S4DKernel, "lr")
     def __init__(
         self,
         d_model: int,
         *,
-        d_state: int = 64,
-        heads: int = 1,
+        d_state: int = KERNEL.d_state,
+        heads: int = KERNEL.heads,
         bidirectional: bool = False,
-        activation: str | None = "gelu",
-        dropout: float = 0.0,
-        tie_dropout: bool = False,
-        postact: str | None = "glu",
-        kernel_lr: float = 1e-3,
-        **kernel,
+        activation: str | None = BLOCK.activation,
+        dropout: float = BLOCK.dropout,
+        tie_dropout: bool = BLOCK.tie_dropout,
+        postact: str | None = BLOCK.postact,
+        kernel_lr: float = KERNEL.lr,
+        n_ssm: int | None = KERNEL.n_ssm,
+        init: str = KERNEL.init,
+        discretization: str = KERNEL.discretization,
+        real_transform: str = KERNEL.real_transform,
+        imag_transform: str = KERNEL.imag_transform,
+        is_real: bool = KERNEL.is_real,
+        real_scale: float = KERNEL.real_scale,
+        imag_scale: float = KERNEL.imag_scale,
+        real_random: bool = KERNEL.real_random,
+        imag_random: bool = KERNEL.imag_random,
+        B_init: str | None = KERNEL.B_init,
+        B_scale: float = KERNEL.B_scale,
+        normalize_B: bool = KERNEL.normalize_B,
+        train_B: bool = KERNEL.train_B,
+        dt_min: float = KERNEL.dt_min,
+        dt_max: float = KERNEL.dt_max,
+        dt_tie: bool = KERNEL.dt_tie,
+        dt_transform: str = KERNEL.dt_transform,
+        dt_sinh: bool = KERNEL.dt_sinh,
+        deterministic: bool = KERNEL.deterministic,
+        bandlimit: float | None = KERNEL.bandlimit,
+        kernel_dropout: float = KERNEL.kernel_dropout,
+        backend: str = KERNEL.backend,
+        **unknown: NoReturn,
     ):
+        options = locals()
+        refuse(self, S4D, unknown)
         check_flag("S4D", bidirectional=bidirectional)
         check_positive("S4D", d_model=d_model, d_state=d_state, heads=heads)
-        directions = heads * (1 + bidirectional)
-        generator = S4DKernel(d_model, d_state=d_state, heads=directions, lr=kernel_lr, **kernel)
-        super().__init__(
-            d_model,
-            generator,
-            heads=heads,
-            bidirectional=bidirectional,
-            activation=activation,
-            dropout=dropout,
-            tie_dropout=tie_dropout,
-            postact=postact,
-        )
+        own = {"heads": heads * (1 + bidirectional), "lr": kernel_lr}
+        kernel = S4DKernel(d_model, **KERNEL.among(options) | own)
+        super().__init__(d_model, kernel, **BLOCK.among(options))

@@ -32,7 +32,7 @@ POSITIVE = {  # name: (transform, inverse)
     "relu": (lambda p: F.relu(p) + _FLOOR, lambda x: x - _FLOOR),
     "softplus": (F.softplus, lambda x: x + torch.log(-torch.expm1(-x))),
     "sigmoid": (torch.sigmoid, torch.logit),
-    "none": (lambda p: p, lambda x: x),
+    "none": (torch.positive, torch.positive),  # the number itself
 }
 
 

@@ -1,22 +1,16 @@
 """SGConv: convolution with few weights a scale, coarser and smaller with the lag (arXiv 2210.09298)."""
 
 import math
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv.layers.base import ConvLayer, full_precision, passes_options_to
-from seqconv.layers.module import KernelGenerator, fill, kernel_dtype, whole
-from seqconv.ops.checks import (
-    check_choice,
-    check_flag,
-    check_length,
-    check_positive,
-    check_rate,
-    check_sampling,
-)
+from seqconv.layers.base import ConvLayer, KernelGenerator, full_precision
+from seqconv.layers.module import fill, kernel_dtype, whole
+from seqconv.layers.options import Defaults, refuse
+from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 from seqconv.ops.register import Operator
 
 
@@ -57,6 +51,8 @@ class SGConvKernel(KernelGenerator):
     shown = ("l_max", "kernel_dim", "n_scales", "init", "decay")
     meaning = ("init_scale", "upsample", "combine", "decay", "two_sided")
     attributes: ClassVar = {"decay": "law"}
+    reads = ("pieces", "decay", "norm")
+    resamples = True
 
     def __init__(
         self,
@@ -85,7 +81,7 @@ class SGConvKernel(KernelGenerator):
         check_choice(name, "init", init, ("randn", "cos"))
         check_choice(name, "decay", decay, ("geometric", "power", "power_fixed"))
         check_flag(name, two_sided=two_sided)
-        check_rate(name, lr=lr)
+        check_learning_rate(name, lr=lr)
         if not isinstance(init_scale, int) or isinstance(init_scale, bool) or init_scale < 0:
             raise ValueError(f"{name}: init_scale must be an integer >= 0, got {init_scale!r}")
         if two_sided and heads % 2:
@@ -133,9 +129,7 @@ class SGConvKernel(KernelGenerator):
             k = _sample(whole(self.pieces), 1.0, 0, self.taps, whole(self.decay), *options)
             fill(self, {"norm": k.norm(dim=-1, keepdim=True)})
 
-    def forward(self, length: int, rate: float = 1.0) -> Tensor:
-        check_length("SGConvKernel", length)
-        check_sampling("SGConvKernel", rate)
+    def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
         if not torch.compiler.is_compiling() and rate > 1 and not self.init_scale:
             self.warn_once(
                 "rate",
@@ -146,7 +140,6 @@ class SGConvKernel(KernelGenerator):
         if not torch.compiler.is_compiling():  # where the taps' number would tie graphs to a length
             count = max(min(count, length), 1)
         options = [self.upsample, self.combine, self.law]
-        tensors = self.read("pieces", "decay", "norm")
         arguments = (tensors, options, self.init_scale, self.two_sided, rate, count)
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         k = (_taps_op if compiled else _taps)(*arguments)
@@ -220,6 +213,9 @@ _taps_op = Operator(
 )
 
 
+KERNEL, BLOCK = Defaults(SGConvKernel), Defaults(ConvLayer)
+
+
 class SGConv(ConvLayer):
     """Structured global convolution layer, (batch, length, d_model) -> the same.
 
@@ -267,44 +263,33 @@ class SGConv(ConvLayer):
         torch.Size([2, 100, 8])
     """
 
-    resamples = True
-
-    @passes_options_to(ConvLayer, "bidirectional")
     def __init__(
         self,
         d_model: int,
         *,
         l_max: int,
-        heads: int = 1,
+        heads: int = KERNEL.heads,
         bidirectional: bool = False,
-        kernel_dim: int = 32,
-        n_scales: int | None = None,
-        init_scale: int = 0,
-        upsample: str = "linear",
-        combine: str = "cat",
-        init: str = "randn",
-        decay: str = "geometric",
-        decay_min: float = 2.0,
-        decay_max: float = 2.0,
-        kernel_lr: float = 1e-3,
-        **block,
+        kernel_dim: int = KERNEL.kernel_dim,
+        n_scales: int | None = KERNEL.n_scales,
+        init_scale: int = KERNEL.init_scale,
+        upsample: str = KERNEL.upsample,
+        combine: str = KERNEL.combine,
+        init: str = KERNEL.init,
+        decay: str = KERNEL.decay,
+        decay_min: float = KERNEL.decay_min,
+        decay_max: float = KERNEL.decay_max,
+        kernel_lr: float = KERNEL.lr,
+        activation: str | None = BLOCK.activation,
+        dropout: float = BLOCK.dropout,
+        tie_dropout: bool = BLOCK.tie_dropout,
+        postact: str | None = BLOCK.postact,
+        **unknown: NoReturn,
     ):
+        options = locals()
+        refuse(self, SGConv, unknown)
         check_flag("SGConv", bidirectional=bidirectional)
         check_positive("SGConv", d_model=d_model, l_max=l_max, heads=heads)
-        kernel = SGConvKernel(
-            d_model,
-            l_max=l_max,
-            heads=heads * (1 + bidirectional),
-            kernel_dim=kernel_dim,
-            n_scales=n_scales,
-            init_scale=init_scale,
-            upsample=upsample,
-            combine=combine,
-            init=init,
-            decay=decay,
-            decay_min=decay_min,
-            decay_max=decay_max,
-            two_sided=bidirectional,
-            lr=kernel_lr,
-        )
-        super().__init__(d_model, kernel, heads=heads, bidirectional=bidirectional, **block)
+        own = {"heads": heads * (1 + bidirectional), "two_sided": bidirectional, "lr": kernel_lr}
+        kernel = SGConvKernel(d_model, **KERNEL.among(options) | own)
+        super().__init__(d_model, kernel, **BLOCK.among(options))

@@ -154,7 +154,9 @@ def test_opaque_operators_keep_torchs_contract():
         False
     )  # opcheck's own machinery has some without such a form
     kernel = S4DKernel(D, d_state=8, bandlimit=0.5).double()
-    torch.library.opcheck(s4d._modes_op, kernel._ingredients(2.0), atol=1e-10, rtol=1e-10)
+    torch.library.opcheck(
+        s4d._modes_op, kernel._arguments(kernel.read(), 2.0), atol=1e-10, rtol=1e-10
+    )
     kernel = SGConvKernel(D, l_max=40, decay="power").double()
     tensors = [kernel.pieces, kernel.decay, kernel.norm]
     rest = (["linear", "cat", "power"], 0, False, 2.0, 20)
