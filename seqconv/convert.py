@@ -1,5 +1,7 @@
 """Checkpoints of the reference implementations, and nn.Conv1d's weights, as layers and taps of this package."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from seqconv.layers.long_conv import LongConv
 from seqconv.layers.s4d import S4D
 from seqconv.layers.sgconv import SGConv
 from seqconv.ops.checks import check_shape
+
+Layer = TypeVar("Layer", bound=ConvLayer)
 
 
 class _Checkpoint:
@@ -66,7 +70,7 @@ class _Checkpoint:
             raise ValueError(f"{self.function}: {name} must hold {wanted}, got {kernels}")
         return kernels == 2 * heads
 
-    def fill(self, layer: ConvLayer, values: dict[str, Tensor]) -> ConvLayer:
+    def fill(self, layer: Layer, values: dict[str, Tensor]) -> Layer:
         if self.rest:
             keys = ", ".join(repr(self.prefix + name) for name in self.rest)
             raise ValueError(f"{self.function}: unknown keys in state_dict: {keys}")

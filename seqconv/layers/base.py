@@ -1,4 +1,4 @@
-"""What every layer shares: kernel generator -> fftconv -> GELU, dropout, linear and GLU."""
+"""The parts that layers share: the kernel generator, and the block of fftconv, GELU, dropout, linear map and GLU."""
 
 import contextlib
 
@@ -25,7 +25,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def full_precision(device: torch.device):
-    """A context in which products keep their operands' precision, whatever autocast says."""
+    """A context in which products keep the precision of their operands, also under autocast."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -37,14 +37,13 @@ class KernelGenerator(Described):
     A subclass names in `reads` the parameters and buffers that its kernel is made of, and makes the kernel of
     them in generate(). `resamples` says that it takes a rate other than 1.
 
-    `overrides` maps parameter names to the optimiser settings they ask for, which
-    seqconv.param_groups collects. The parameters stay float32 when a model is cast to a half
-    precision, and begin in float32 at least, in float64 where that is torch's default (`kernel_dtype`):
-    rounding them changes the kernel, by up to 80 percent. Where they come in half precision all the same, `read` and
-    load_state_dict raise TypeError.
+    `overrides` maps the names of parameters to the optimiser settings that they ask for, which
+    seqconv.param_groups collects. The parameters are made in float32, or in float64 where that is torch's default
+    (`kernel_dtype`), and stay in it when a model is cast to a half precision: rounding them changes the kernel, by up
+    to 80 percent. `read` and load_state_dict raise TypeError where parameters are in half precision nevertheless.
 
-    reset_parameters() draws initial values for what a module holds itself, as torch's modules do; model.apply
-    or a loop over model.modules() reaches all.
+    reset_parameters() draws initial values for the parameters that a module holds itself, as torch's modules do.
+    model.apply or a loop over model.modules() reaches all of them.
     """
 
     reads: tuple[str, ...] = ()
@@ -55,7 +54,7 @@ class KernelGenerator(Described):
         self.overrides: dict[str, dict[str, float]] = {}
 
     def override(self, *names: str, **settings: float) -> None:
-        """Sets `overrides` of parameters, or of the submodules that hold them. With lr=0 they become
+        """Sets `overrides` of parameters, or of the submodules that hold them. With lr=0 the parameters become
         buffers, which have no gradient and keep their place in the state_dict."""
         for name in names:
             self.overrides[name] = self.overrides.get(name, {}) | settings
@@ -71,8 +70,8 @@ class KernelGenerator(Described):
                         module.register_buffer(key, tensor.detach())
 
     def forward(self, length: int, rate: float = 1.0) -> Tensor:
-        """The kernel for inputs of that length. rate is the number of the kernel's steps in a step of the input:
-        the kernel for inputs that are sampled 1 / rate times as often."""
+        """The kernel for inputs of that length. With a rate, which is the number of the kernel's steps in one step
+        of the input, it is the kernel for inputs that are sampled 1 / rate times as often."""
         if type(length) is not int or length < 0:
             check_length(type(self).__name__, length)
         if type(rate) is not float or rate != 1.0:
@@ -84,7 +83,7 @@ class KernelGenerator(Described):
         return self.generate(self.read(), length, rate)
 
     def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
-        """The kernel of the tensors that `reads` names, (heads, channels, taps)."""
+        """The kernel (heads, channels, taps), made of the tensors that `reads` names."""
         raise NotImplementedError
 
     def read(self) -> list[Tensor]:
@@ -139,7 +138,7 @@ class KernelGenerator(Described):
 
 
 class TiedDropout(nn.Dropout):
-    """Dropout of whole channels of a sample: (batch, length, channels) with one mask for all times."""
+    """Dropout of whole channels of a sample: x is (batch, length, channels), and all times have one mask."""
 
     def forward(self, x: Tensor) -> Tensor:
         mask = x.new_ones(x.shape[0], 1, x.shape[2])
@@ -149,9 +148,9 @@ class TiedDropout(nn.Dropout):
 class ConvLayer(Described):
     """(batch, length, d_model) -> the same: y = GLU(W dropout(gelu(k * x + skip x)) + b).
 
-    Parameters: the generator's; skip (heads, d_model) ~ N(0, 1); linear (2 d_model, heads d_model),
-    torch's default. A two-sided layer's generator makes 2 heads kernels, the second half for the
-    future.
+    The parameters are the generator's; skip (heads, d_model), which begins as N(0, 1); and linear (2 d_model,
+    heads d_model), which begins as torch's linear maps do. The generator of a two-sided layer makes 2 heads
+    kernels, and the second half of them is for the future.
     """
 
     shown = ("heads", "bidirectional")
@@ -186,7 +185,7 @@ class ConvLayer(Described):
         self.linear = nn.Linear(heads * d_model, 2 * d_model if postact == "glu" else d_model)
 
     def reset_parameters(self) -> None:
-        """Draws skip anew, as at construction; kernel and linear map have a reset_parameters of their own."""
+        """Draws skip anew, as at construction. The kernel and the linear map have a reset_parameters of their own."""
         nn.init.normal_(self.skip)
 
     @property
@@ -202,12 +201,13 @@ class ConvLayer(Described):
         lengths: Tensor | None = None,
         rate: float = 1.0,
     ) -> Tensor:
-        """x (batch, length, d_model), in the layer's dtype unless under autocast. mask (batch, length)
-        marks padding, by True or by -inf (0 elsewhere), as in torch's attention: x is read as zeros
-        there. The output there is not zero: every layer needs the mask, and so does a mean.
-        lengths (batch,), integers, is a mask of everything from lengths[i] on. rate (S4D and SGConv;
-        others take 1 only): steps of the kernel per step of x, for inputs sampled 1 / rate times as
-        often as those of training.
+        """The layer's output for x (batch, length, d_model), which has the layer's dtype unless under autocast.
+
+        mask (batch, length) marks padding, by True or by -inf (0 elsewhere), as in torch's attention: x is
+        read as zeros there. The output at padding is not zero, so that every layer needs the mask, and so does a
+        mean. lengths (batch,), integers, masks every step from lengths[i] on. rate is the number of the
+        kernel's steps in one step of x, for inputs that are sampled 1 / rate times as often as those of training.
+        S4D and SGConv take a rate; the other layers take 1 only.
         """
         name = type(self).__name__
         check_input(name, x, self.skip, self.d_model)
@@ -248,12 +248,12 @@ class ConvLayer(Described):
 def check_input(
     function: str, x: Tensor, own: Tensor, d_model: int, axes=("batch", "length")
 ) -> None:
-    """x (*axes, d_model) on the device and, unless under autocast, in the dtype of `own`, a parameter of the
-    layer itself: what stands in the place of its linear maps may have any weights or none."""
+    """Requires x (*axes, d_model) on the device and, unless under autocast, in the dtype of `own`. That is a
+    parameter of the layer itself, because the modules in the place of its linear maps may have any weights or none."""
     if type(x) is Tensor and x.dtype == own.dtype and x.dtype in FLOATS and x.device == own.device:
         dense = x.layout == torch.strided and not x.is_nested
         if dense and x.dim() == len(axes) + 1 and x.shape[-1] == d_model:
-            return  # as nearly always: nothing below has an objection
+            return  # The usual case passes all checks below.
     check_tensor(function, "x", x)
     if x.device.type != "meta" and not torch.is_autocast_enabled(x.device.type):
         why = " (the layer's dtype) outside autocast"
@@ -263,8 +263,8 @@ def check_input(
 
 
 def sized(x: Tensor) -> tuple[Tensor, int]:
-    """x (batch, length, d_model) and its length, which torch.jit.trace has as a tensor: a traced graph is what
-    this one length leads to, and unflatten refuses every other when it runs."""
+    """x (batch, length, d_model) and its length as an integer. torch.jit.trace has the length as a tensor: the
+    traced graph holds for this one length, and unflatten refuses every other length when the graph runs."""
     length = x.shape[1]
     if not torch.jit.is_tracing():
         return x, length
@@ -273,14 +273,14 @@ def sized(x: Tensor) -> tuple[Tensor, int]:
 
 
 def warn_of_missing_taps(layer: Described, k: Tensor, length: int) -> None:
-    """Once for each layer, where its kernel (..., taps) is shorter than the input."""
+    """Warns, once for each layer, that its kernel (..., taps) is shorter than the input."""
     taps = k.shape[-1]
     text = f"the input has length {length} and the kernel {taps} taps (l_max): what lies {taps} steps or more away"
     layer.warn_once("taps", f"{text} is not seen. Make the layer with a larger l_max.")
 
 
 def apply_linear(layer: nn.Module, name: str, x: Tensor, wide: int) -> Tensor:
-    """The linear map of that name, or what stands in its place: (..., features) -> (..., wide)."""
+    """Applies the linear map of that name, or the module in its place: (..., features) -> (..., wide)."""
     linear = getattr(layer, name)
     y = linear(x)
     if y.shape != (*x.shape[:-1], wide):
@@ -292,7 +292,7 @@ def apply_linear(layer: nn.Module, name: str, x: Tensor, wide: int) -> Tensor:
 
 
 def padding_of(function: str, x: Tensor, mask, lengths) -> Tensor:
-    """(batch, length), True at padding, from the one of mask and lengths that is not None."""
+    """Whether a step is padding, (batch, length), from the one of mask and lengths that is not None."""
     batch, length, _ = x.shape
     if lengths is not None:
         if mask is not None:
@@ -325,7 +325,7 @@ def padding_of(function: str, x: Tensor, mask, lengths) -> Tensor:
 
 
 def _require(valid: Tensor, text: str) -> None:
-    """ValueError unless valid; in a graph when it runs."""
+    """Raises ValueError unless valid. In a compiled graph the check is made when the graph runs."""
     if torch.compiler.is_compiling():
         torch._assert_async(valid, text)
         return

@@ -1,7 +1,8 @@
 """ButterflyConv: a long convolution whose forward Fourier transforms are learned (arXiv 2302.06646, section 3.4)."""
 
 import math
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from einops import rearrange
@@ -36,8 +37,8 @@ class _Matrices(nn.ParameterDict):
     """The learned matrices, by size. A module of its own, as FSDP and Lightning call reset_parameters of what holds
     parameters."""
 
-    def __init__(self, sizes: tuple[int, ...], heads: int, additive: bool):
-        like = {"dtype": kernel_dtype()}
+    def __init__(self, sizes: Sequence[int], heads: int, additive: bool):
+        like: dict[str, Any] = {"dtype": kernel_dtype()}
         super().__init__({str(m): torch.empty(heads, m, m, 2, **like) for m in sizes})
         self.additive = additive
         self.reset_parameters()
@@ -45,7 +46,7 @@ class _Matrices(nn.ParameterDict):
     def reset_parameters(self) -> None:
         """Fourier matrices, or where something is added to them 0.01 N(0, 1)."""
         for size, matrix in self.items():
-            like = {"dtype": matrix.dtype, "device": matrix.device}
+            like: dict[str, Any] = {"dtype": matrix.dtype, "device": matrix.device}
             if like["device"].type != "meta":
                 exact = fourier(int(size), matrix.device).expand(matrix.shape)
                 fill(
@@ -195,11 +196,15 @@ class ButterflyConv(ConvLayer):
         if d_model % butterfly_heads:
             text = f"must divide d_model={d_model}, got {butterfly_heads}"
             raise ValueError(f"ButterflyConv: butterfly_heads {text}")
-        kernel = LongConvKernel(d_model, **KERNEL.among(options) | {"lr": kernel_lr})
+        kernel = LongConvKernel(d_model, **KERNEL.among(options, lr=kernel_lr))
         super().__init__(d_model, kernel, bidirectional=False, **BLOCK.among(options))
         self.l_max = l_max
         n = 1 << (2 * l_max - 1).bit_length()
-        own = {"heads": butterfly_heads, "additive": additive, "activation": dft_activation}
+        own: dict[str, Any] = {
+            "heads": butterfly_heads,
+            "additive": additive,
+            "activation": dft_activation,
+        }
         own |= {"dropout": dft_dropout, "lr": dft_lr}
         self.input_transform = Butterfly(n, **own)
         self.kernel_transform = Butterfly(n, **own)
@@ -230,5 +235,5 @@ _product_op = Operator(
     "butterfly_product",
     list,
     "SymInt length",
-    lambda tensors, length: _product(*tensors, length).contiguous(),
+    lambda tensors, length: _product(tensors[0], tensors[1], length).contiguous(),
 )

@@ -2,7 +2,7 @@
 
 import math
 from itertools import pairwise
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ class HyenaFilter(KernelGenerator):
         self.d_model, self.l_max, self.heads = d_model, l_max, heads
         self.emb_dim, self.width, self.layers = emb_dim, width, layers
         sizes = [emb_dim] + [width] * (layers + 1)
-        like = {"dtype": kernel_dtype()}
+        like: dict[str, Any] = {"dtype": kernel_dtype()}
         linears = [nn.Linear(a, b, **like) for a, b in pairwise(sizes)]
         last = nn.Linear(width, heads * d_model, bias=False, **like)
         self.linears = nn.ModuleList([*linears, last])
@@ -102,7 +102,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _filter(frequency, linears, l_max, emb_dim, d_model, length) -> Tensor:
-    like = {"dtype": frequency.dtype, "device": frequency.device}
+    like: dict[str, Any] = {"dtype": frequency.dtype, "device": frequency.device}
     t = torch.arange(l_max, **like)[:length].unsqueeze(-1) / max(l_max - 1, 1)
     phase = 2 * math.pi * t * torch.arange(1, (emb_dim + 1) // 2, **like)
     with full_precision(t.device):

@@ -1,7 +1,7 @@
 """LongConv: convolution with a free kernel as long as the sequence, regularised by squashing (arXiv 2302.06646)."""
 
 import warnings
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,8 @@ class LongConvKernel(KernelGenerator):
     Source: arXiv 2302.06646, section 3.
     """
 
+    lam: float
+    weights: Tensor
     shown = ("l_max", "init", "lam")
     reads = ("kernel",)
 
@@ -96,7 +98,7 @@ class LongConvKernel(KernelGenerator):
         self.d_model, self.l_max, self.heads = d_model, l_max, heads
         self.init, self.lam = init, lam
         self.smooth, self.smooth_window = smooth, smooth_window
-        like = {"dtype": kernel_dtype()}
+        like: dict[str, Any] = {"dtype": kernel_dtype()}
         self.kernel = nn.Parameter(torch.empty(heads, d_model, l_max, **like))
         weights = None if smooth is None else torch.empty(smooth_window, **like)
         self.register_buffer("weights", weights, persistent=False)
@@ -110,7 +112,7 @@ class LongConvKernel(KernelGenerator):
 
     def reset_parameters(self) -> None:
         """Draws the taps anew, as at construction, and fills in the smoothing's weights."""
-        like = {"dtype": self.kernel.dtype, "device": self.kernel.device}
+        like: dict[str, Any] = {"dtype": self.kernel.dtype, "device": self.kernel.device}
         _, d_model, l_max = self.kernel.shape
         if like["device"].type == "meta":
             return
@@ -140,7 +142,8 @@ class LongConvKernel(KernelGenerator):
         if _warned:
             return
         with torch.no_grad():
-            k = self._squashed(*self.read(), self.l_max)
+            (taps,) = self.read()
+            k = self._squashed(taps, self.l_max)
             dead = (whole(k) == 0).float().mean().item()
         if dead > 0.9:
             _warned = True
@@ -152,7 +155,8 @@ class LongConvKernel(KernelGenerator):
             )
 
     def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
-        return self.dropout(self._squashed(*tensors, length))
+        (taps,) = tensors
+        return self.dropout(self._squashed(taps, length))
 
 
 KERNEL, BLOCK = Defaults(LongConvKernel), Defaults(ConvLayer)
@@ -217,6 +221,6 @@ class LongConv(ConvLayer):
         refuse(self, LongConv, unknown)
         check_flag("LongConv", bidirectional=bidirectional)
         check_positive("LongConv", d_model=d_model, l_max=l_max, heads=heads)
-        own = {"heads": heads * (1 + bidirectional), "lr": kernel_lr}
-        kernel = LongConvKernel(d_model, **KERNEL.among(options) | own)
+        directions = heads * (1 + bidirectional)
+        kernel = LongConvKernel(d_model, **KERNEL.among(options, heads=directions, lr=kernel_lr))
         super().__init__(d_model, kernel, **BLOCK.among(options))

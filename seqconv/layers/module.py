@@ -9,22 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-_KEPT = (
-    512  # bytes of every kept state: distributed checkpoints are read into tensors of the same size
-)
+# Every kept state has so many bytes, because distributed checkpoints are read into tensors of the same size.
+_KEPT = 512
 
-_warned_in = (
-    None  # the list of missing keys, one for each load_state_dict, of the last that has warned
-)
+# The list of missing keys, of which each load_state_dict makes one, that the last warning belonged to.
+_warned_in = None
 
 
 def kernel_dtype() -> torch.dtype:
-    """Of a new generator's parameters: the default dtype, but at least float32."""
+    """The dtype of a new generator's parameters: torch's default dtype, but at least float32."""
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Gives parameters and buffers of the module new values, also parametrized and sharded ones (rank 0's)."""
+    """Gives parameters and buffers of the module new values. They may be parametrized or sharded; sharded ones get
+    the values of rank 0."""
     with torch.no_grad():
         for name, value in values.items():
             target = getattr(module, name)
@@ -40,17 +39,17 @@ def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def whole(t: Tensor) -> Tensor:
-    """A sharded tensor with all its parts."""
+    """The tensor itself, or a sharded tensor put together from all its parts."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 class Described(nn.Module):
-    """A module that shows its options and keeps those that its parameters mean nothing without.
+    """A module that shows its options, and keeps those without which its parameters mean nothing.
 
-    repr shows the options in `shown`, and others that differ from their default. Those in `meaning` are part
-    of the state_dict, as JSON in bytes: loading it into a module with others is an error that names
-    them. A checkpoint without them loads with a UserWarning, one for each load_state_dict. An option is an
-    attribute of its own name or of the one in `attributes`.
+    repr shows the options in `shown`, and the others that differ from their defaults. The options in `meaning` are
+    part of the state_dict, as JSON in bytes: loading it into a module with other options is an error that names
+    them. A checkpoint without them loads with one UserWarning for each load_state_dict. An option is an
+    attribute of the same name, or of the name that `attributes` gives for it.
     """
 
     shown: tuple[str, ...] = ()
@@ -58,7 +57,7 @@ class Described(nn.Module):
     attributes: ClassVar[dict[str, str]] = {}
 
     def warn_once(self, about: str, text: str) -> None:
-        """A UserWarning, the first time that this module has something to say about it."""
+        """Gives a UserWarning the first time that this module warns about the subject `about`."""
         if torch.compiler.is_compiling() or about in self.__dict__.get("_said", ()):
             return
         self.__dict__.setdefault("_said", set()).add(about)

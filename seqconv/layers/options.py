@@ -8,7 +8,7 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
-_MEANT = {  # there: here, where the layer has it
+_MEANT = {  # the name in other repositories: the name here, of an option that some layers have
     "L": "l_max",
     "l_seq": "l_max",
     "seq_len": "l_max",
@@ -90,9 +90,9 @@ class Defaults(SimpleNamespace):
         parameters = inspect.signature(owner).parameters.values()
         super().__init__(**{p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY})
 
-    def among(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The options of the class that are among the values, which a layer's locals() are."""
-        return {name: values[name] for name in vars(self) if name in values}
+    def among(self, values: dict[str, Any], **others: Any) -> dict[str, Any]:
+        """The options of the class that are among the values, a layer's locals(), and others in their place."""
+        return {name: values[name] for name in vars(self) if name in values} | others
 
 
 def refuse(layer: object, owner: type, unknown: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """S4D: convolution with the kernel of a diagonal state space model (arXiv 2206.11893)."""
 
 import math
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +115,7 @@ class S4DKernel(KernelGenerator):
         modes = d_state if is_real else d_state // 2
         shape = (d_model,) if dt_tie else (d_model, modes)
         parts = () if is_real else (2,)
-        like = {"dtype": kernel_dtype()}
+        like: dict[str, Any] = {"dtype": kernel_dtype()}
         self.inv_dt = nn.Parameter(torch.empty(shape, **like))
         self.inv_A_real = nn.Parameter(torch.empty(n_ssm, modes, **like))
         if is_real:
@@ -179,7 +179,9 @@ class S4DKernel(KernelGenerator):
         return self.kernel_dropout(k)
 
 
-def _system(tensors, names, copies, dt_sinh, bandlimit, rate) -> tuple[Tensor, ...]:
+def _system(
+    tensors, names, copies, dt_sinh, bandlimit, rate
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     C, B, inv_dt, inv_A_real, *inv_A_imag = map(Tensor.double, tensors)
     _, dt_transform, real_transform, imag_transform = names
     p = torch.sinh(inv_dt) if dt_sinh else inv_dt
@@ -200,7 +202,8 @@ def _system(tensors, names, copies, dt_sinh, bandlimit, rate) -> tuple[Tensor, .
 
 def _modes(tensors, names, *options) -> Tensor:
     """a and w of seqconv.ops.ssm.Modes in one tensor, (1 + heads, d_model, modes, 2)."""
-    a, w = weighted_modes(*_system(tensors, names, *options), names[0])
+    log_dt, A, B, C = _system(tensors, names, *options)
+    a, w = weighted_modes(log_dt, A, B, C, names[0])
     return torch.cat([a.unsqueeze(0), w])
 
 
@@ -215,7 +218,7 @@ _modes_op = Operator(
 KERNEL, BLOCK = Defaults(S4DKernel), Defaults(ConvLayer)
 
 
-class S4D(Recurrent, ConvLayer):
+class S4D(Recurrent):
     """Diagonal state space layer, (batch, length, d_model) -> the same.
 
     y = GLU(W dropout(gelu(K * x + skip x)) + b), K[l] = 2 Re sum_n C_n Bbar_n Abar_n^l, the response of
@@ -324,6 +327,6 @@ class S4D(Recurrent, ConvLayer):
         refuse(self, S4D, unknown)
         check_flag("S4D", bidirectional=bidirectional)
         check_positive("S4D", d_model=d_model, d_state=d_state, heads=heads)
-        own = {"heads": heads * (1 + bidirectional), "lr": kernel_lr}
-        kernel = S4DKernel(d_model, **KERNEL.among(options) | own)
+        directions = heads * (1 + bidirectional)
+        kernel = S4DKernel(d_model, **KERNEL.among(options, heads=directions, lr=kernel_lr))
         super().__init__(d_model, kernel, **BLOCK.among(options))

@@ -1,7 +1,7 @@
 """SGConv: convolution with few weights a scale, coarser and smaller with the lag (arXiv 2210.09298)."""
 
 import math
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ class SGConvKernel(KernelGenerator):
         self.init, self.decay_min, self.decay_max = init, decay_min, decay_max
         self.init_scale, self.two_sided = init_scale, two_sided
         self.taps = kernel_dim << (n_scales - 1 + init_scale)
-        like = {"dtype": kernel_dtype()}
+        like: dict[str, Any] = {"dtype": kernel_dtype()}
         self.pieces = nn.Parameter(torch.empty(n_scales, heads, d_model, kernel_dim, **like))
         p = torch.empty(d_model, **like)
         self.decay = nn.Parameter(p) if decay == "power" else nn.Buffer(p)
@@ -108,7 +108,7 @@ class SGConvKernel(KernelGenerator):
 
     def reset_parameters(self) -> None:
         """Draws weights and decay anew, as at construction, and sets norm to the new kernel's."""
-        like = {"dtype": self.pieces.dtype, "device": self.pieces.device}
+        like: dict[str, Any] = {"dtype": self.pieces.dtype, "device": self.pieces.device}
         n_scales, heads, d_model, kernel_dim = self.pieces.shape
         if like["device"].type == "meta":
             return
@@ -169,7 +169,7 @@ def _taps(tensors, options, init_scale, two_sided, rate, count) -> Tensor:
 
 def _sample(pieces, rate, lag, count, decay, upsample, combine, law, init_scale) -> Tensor:
     """(heads, d_model, count): k(t) norm at t = rate (l + lag) - lag, l < count."""
-    like = {"dtype": torch.float64, "device": pieces.device}
+    like: dict[str, Any] = {"dtype": torch.float64, "device": pieces.device}
     t = (rate * (torch.arange(count, **like) + lag) - lag).clamp(min=0)
     d = pieces.shape[-1]
     knots = torch.arange(d, device=pieces.device).unsqueeze(-1)
@@ -291,5 +291,5 @@ class SGConv(ConvLayer):
         check_flag("SGConv", bidirectional=bidirectional)
         check_positive("SGConv", d_model=d_model, l_max=l_max, heads=heads)
         own = {"heads": heads * (1 + bidirectional), "two_sided": bidirectional, "lr": kernel_lr}
-        kernel = SGConvKernel(d_model, **KERNEL.among(options) | own)
+        kernel = SGConvKernel(d_model, **KERNEL.among(options, **own))
         super().__init__(d_model, kernel, **BLOCK.among(options))
