@@ -34,8 +34,8 @@ def fourier(size: int, device=None) -> Tensor:
 
 
 class _Matrices(nn.ParameterDict):
-    """The learned matrices, by size. A module of its own, as FSDP and Lightning call reset_parameters of what holds
-    parameters."""
+    """The learned matrices, by size. They have a module of their own, because FSDP and Lightning call
+    reset_parameters of the module that holds a parameter."""
 
     def __init__(self, sizes: Sequence[int], heads: int, additive: bool):
         like: dict[str, Any] = {"dtype": kernel_dtype()}
@@ -44,7 +44,7 @@ class _Matrices(nn.ParameterDict):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fourier matrices, or where something is added to them 0.01 N(0, 1)."""
+        """Sets the matrices to Fourier matrices, or draws 0.01 N(0, 1) where they are added to those."""
         for size, matrix in self.items():
             like: dict[str, Any] = {"dtype": matrix.dtype, "device": matrix.device}
             if like["device"].type != "meta":
@@ -68,7 +68,7 @@ class Butterfly(KernelGenerator):
     matrix is F_m + dropout(matrices.<m>), and that begins as 0.01 N(0, 1). heads divide the
     channels evenly. They are float32 in half precision. activation: of real and imaginary parts after
     every pass, "gelu", "silu" or "relu"; no Fourier transform then, from the start.
-    Optimiser: min(lr, `lr` here), no weight decay; with lr=0 they are buffers.
+    Optimiser: they take min(lr, `lr` here) and no weight decay. With lr=0 they are buffers.
 
     Source: arXiv 2302.06646, section 3.4. Twin: seqconv.reference.butterfly.
     """
@@ -100,7 +100,7 @@ class Butterfly(KernelGenerator):
         self.override("matrices", lr=lr, weight_decay=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.read()  # refuses matrices in half precision
+        self.read()  # This refuses matrices in half precision.
         parts = []
         for matrix in self.matrices.values():
             learned = self.dropout(matrix)
@@ -137,17 +137,19 @@ class ButterflyConv(ConvLayer):
     = 16 x 16 x 8, 1280 in both. Optimiser: taps as LongConv's; matrices min(lr, dft_lr), no weight decay.
 
     Args:
-        d_model: channels.
-        l_max: taps per kernel, and the longest input: a longer one raises ValueError.
-        heads: kernels per channel; the linear map takes heads * d_model inputs.
-        butterfly_heads: sets of matrices; each serves d_model / butterfly_heads neighbouring channels.
-        additive: learn what is added to the Fourier matrices instead of the matrices.
-        dft_activation: of real and imaginary parts after every pass of both transforms, "gelu", "silu"
-            or "relu"; by matrix products of torch.
-        dft_dropout: of single elements of the learned matrices, in training.
-        dft_lr, kernel_lr: learning rates that param_groups gives to matrices and taps, or its own
-            lr if that is smaller; 0: they are buffers.
-        init, lam, smooth, smooth_window, kernel_dropout: of the taps, as in LongConv.
+        d_model: the number of channels.
+        l_max: the number of taps of each kernel, and the length of the longest input. A longer input raises
+            ValueError.
+        heads: the number of kernels per channel. The linear map takes heads * d_model inputs.
+        butterfly_heads: the number of sets of matrices. Each serves d_model / butterfly_heads neighbouring
+            channels.
+        additive: True learns what is added to the Fourier matrices instead of the matrices.
+        dft_activation: the function of the real and imaginary parts after every pass of both transforms, "gelu",
+            "silu" or "relu". The transforms are matrix products of torch then.
+        dft_dropout: the probability of dropout of single elements of the learned matrices, in training.
+        dft_lr, kernel_lr: the learning rates that param_groups gives to matrices and taps, unless its own
+            lr is smaller. With 0 they are buffers.
+        init, lam, smooth, smooth_window, kernel_dropout: the options of the taps, as in LongConv.
         activation, dropout, tie_dropout, postact: as in LongConv.
 
     Cost: kernels of its own on a CPU from l_max = 5 on, and on CUDA, float32 or narrower, while a
@@ -227,7 +229,7 @@ class ButterflyConv(ConvLayer):
 def _product(u_f: Tensor, k_f: Tensor, length: int) -> Tensor:
     """Re ifft(u_f k_f)[:length], (batch, heads, d_model, length)."""
     y_f = torch.view_as_complex(u_f).unsqueeze(1) * torch.view_as_complex(k_f)
-    # torch.fft refuses a batch of none
+    # torch.fft refuses an empty batch.
     return (torch.fft.ifft(y_f) if y_f.shape[0] else y_f).real[..., :length]
 
 

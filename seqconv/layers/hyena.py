@@ -37,7 +37,7 @@ class HyenaFilter(KernelGenerator):
             width) without: torch's default.
         frequency (width,): f, shared by all the sines, initially the `frequency` here. The larger,
             the rougher the kernel.
-    Optimiser: all take min(lr, `lr` here) and no weight decay; with lr=0 they are buffers.
+    Optimiser: all take min(lr, `lr` here) and no weight decay. With lr=0 they are buffers.
 
     Source: arXiv 2302.10866, section 3.
     """
@@ -83,7 +83,7 @@ class HyenaFilter(KernelGenerator):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets the sines' frequency as at construction; the linear maps draw theirs themselves."""
+        """Sets the sines' frequency as at construction. The linear maps draw their own parameters."""
         with torch.no_grad():
             self.frequency.fill_(self.initial_frequency)
 
@@ -113,7 +113,7 @@ def _filter(frequency, linears, l_max, emb_dim, d_model, length) -> Tensor:
     slow, fast = (-math.log(0.01) / until for until in (1.5, 0.3))
     decay = torch.exp(-t * torch.linspace(slow, fast, d_model, **like))  # (l h)
     k = (h.unflatten(-1, (-1, d_model)) * decay.unsqueeze(1)).movedim(0, -1)
-    return k.contiguous()  # no view: FSDP warns of them
+    return k.contiguous()  # FSDP warns of views.
 
 
 def _filter_of(tensors, *sizes) -> Tensor:
@@ -149,14 +149,14 @@ class Hyena(Described):
     are trained like any weight.
 
     Args:
-        d_model: channels.
-        l_max: taps per kernel.
-        order: gates, >= 2; one more than the long convolutions, as in the reference
-            implementation. The paper's Hyena-2 is order=3 without the first gate.
-        emb_dim: features of time that the filter sees, odd; filter_width, filter_layers: of its
-            network; filter_frequency: initial one of its sines.
-        kernel_lr: learning rate that param_groups gives to the filter's network, or its own lr if
-            that is smaller; 0: its parameters are buffers.
+        d_model: the number of channels.
+        l_max: the number of taps of each kernel.
+        order: the number of gates, at least 2. It is one more than the number of long convolutions, as in the
+            reference implementation. The paper's Hyena-2 is order=3 without the first gate.
+        emb_dim: the number of features of time that the filter sees, which is odd. filter_width, filter_layers:
+            the sizes of its network. filter_frequency: the initial frequency of its sines.
+        kernel_lr: the learning rate that param_groups gives to the filter's network, unless its own lr is
+            smaller. With 0 its parameters are buffers.
 
     The filter's parameters stay float32 under .to(bfloat16) and .half(). l_max sets the filter's scale
     of time: a state_dict loads into a layer of the same l_max only.
@@ -208,7 +208,8 @@ class Hyena(Described):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the short convolutions and skip anew, as at construction; filter and linear maps draw theirs."""
+        """Draws the short convolutions and skip anew, as at construction. The filter and the linear maps draw
+        their own parameters."""
         bound = 1 / math.sqrt(3)
         nn.init.uniform_(self.short, -bound, bound)
         nn.init.uniform_(self.short_bias, -bound, bound)
@@ -234,8 +235,8 @@ class Hyena(Described):
         x, length = sized(x)
         unmasked = mask is None and lengths is None
         padding = None if unmasked else padding_of("Hyena", x, mask, lengths)
-        # Zero thrice: what the input projection's bias and the short convolution's put there would
-        # reach the steps after it.
+        # Padding is set to zero three times: otherwise the biases of the input projection and of the short
+        # convolution would be put there and reach the steps after it.
         wide = (self.order + 1) * self.d_model
         x = apply_linear(self, "in_proj", _zero(x, padding), wide)
         x = fftconv(_zero(x, padding), self.short, layout="blh") + self.short_bias.to(x.dtype)

@@ -12,7 +12,7 @@ from seqconv.layers.module import fill, kernel_dtype, whole
 from seqconv.layers.options import Defaults, refuse
 from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 
-_warned = False  # one warning per process, whatever the filters say
+_warned = False  # There is one warning per process, whatever the filters of warnings say.
 
 
 def squash(k: Tensor, lam: float) -> Tensor:
@@ -50,14 +50,14 @@ class LongConvKernel(KernelGenerator):
         smooth="frequency": smooth(k) = irfft(s), s[f] = sum_{|i| <= w // 2} exp(-i^2 / 2) rfft(k)[f + i],
                             rfft(k) zero outside
 
-    The last is nearly a product with a window over time, highest at both ends of k (2.5).
+    The last is nearly a product with a window over time, which is highest, 2.5, at both ends of k.
 
     Parameter: kernel (heads, d_model, l_max), at tap j of channel i initially
         init="double_exp": 0.02 N(0, 1) exp(-(j / l_max) r_i), with decay rates
             r_i = floor(d_model / 2)^(i / d_model), geometric over the channels
         init="random": 0.002 N(0, 1)
     Buffer, not in the state_dict: weights (smooth_window,), where there is smoothing.
-    Optimiser: min(lr, `lr` here), no weight decay; with lr=0 it is a buffer.
+    Optimiser: the taps take min(lr, `lr` here) and no weight decay. With lr=0 they are a buffer.
 
     A tap that squashing zeroes gets no gradient, and without weight decay or smoothing it never
     moves again: with init="random" that is 38% of all taps at lam=0.001, 68% at 0.002, 87% at 0.003
@@ -128,8 +128,8 @@ class LongConvKernel(KernelGenerator):
         self._warn_of_dead_taps()
 
     def _squashed(self, taps: Tensor, length: int) -> Tensor:
-        # Cut first: a tap beyond the input must not wrap around to the future, nor take part in
-        # anything else.
+        # The taps are cut first: a tap beyond the input must not wrap around to the future, nor take part
+        # in anything else.
         k = taps[..., :length]
         if self.smooth == "time":
             k = _correlate(k, self.weights)
@@ -174,21 +174,23 @@ class LongConv(ConvLayer):
     linear, weight (2 d_model, heads d_model) and bias, torch's default; trained like any weight.
 
     Args:
-        d_model: channels.
-        l_max: taps per kernel.
-        heads: kernels per channel; the linear map takes heads * d_model inputs.
-        bidirectional: add as many kernels for the future, shifted by one so that lag 0 belongs to
-            the past's.
-        init: of the taps, "double_exp" (decaying, at other speeds in other channels) or "random".
-        lam: threshold of the squash, which zeroes the taps below it.
-        smooth: what is averaged before the squash: None, "time" (neighbouring taps) or "frequency"
-            (neighbouring frequencies); smooth_window: over how many, odd.
-        kernel_dropout: of single taps, in training: unless it is 0, training passes are random.
-        activation: of the convolution: "gelu", "silu", "relu" or None.
-        dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
+        d_model: the number of channels.
+        l_max: the number of taps of each kernel.
+        heads: the number of kernels per channel. The linear map takes heads * d_model inputs.
+        bidirectional: True adds as many kernels for the future. They are shifted by one, because lag 0
+            belongs to the kernels for the past.
+        init: how the taps begin: "double_exp" (they decay, at different speeds in different channels) or "random".
+        lam: the threshold of the squash, which sets the taps below it to zero.
+        smooth: the average before the squash: None, "time" (over neighbouring taps) or "frequency"
+            (over neighbouring frequencies). smooth_window: the odd number of those that are averaged.
+        kernel_dropout: the probability of dropout of single taps, in training. Unless it is 0, training
+            passes are random.
+        activation: the function after the convolution: "gelu", "silu", "relu" or None.
+        dropout: the probability of dropout after the activation. tie_dropout: True draws one mask per sample
+            and channel for all times.
         postact: "glu", or None for a plain linear map.
-        kernel_lr: learning rate that param_groups gives to the taps, or its own lr if that is
-            smaller; 0: they are a buffer.
+        kernel_lr: the learning rate that param_groups gives to the taps, unless its own lr is smaller. With
+            0 they are a buffer.
 
     The taps stay float32 under .to(bfloat16) and .half().
 

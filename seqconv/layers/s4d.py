@@ -27,24 +27,25 @@ from seqconv.ops.ssm import BACKENDS, DISCRETIZATIONS, mode_sum, ssm_kernel, wei
 class S4DKernel(KernelGenerator):
     """Kernel generator of S4D; S4DKernel(...)(length) -> (heads, d_model, length), any length.
 
-    K = seqconv.ssm_kernel(log dt, A, C, length, B=B), with modes = d_state / 2, one of each conjugate
-    pair, and n_ssm sets of (A, B), of which channel h takes number h mod n_ssm. For "dss" and
-    "dss_softmax" a mode is no half of a pair: d_state=64 is 32 modes there too.
+    The kernel is seqconv.ssm_kernel(log dt, A, C, length, B=B) with modes = d_state / 2, one of each conjugate
+    pair. There are n_ssm sets of (A, B), and channel h takes the set h mod n_ssm. With "dss" and
+    "dss_softmax" a mode is not half of a pair, but d_state=64 is 32 modes there, too.
 
     Parameters, all real:
-        inv_dt (d_model,), or (d_model, modes) with dt_tie=False: dt = f(inv_dt), f being exp or
-            softplus; log dt is uniform in [log dt_min, log dt_max]. dt is in steps of the sequence.
-            dt_sinh=True: dt = f(sinh(inv_dt)).
-        inv_A_real (n_ssm, modes): Re A = -g(inv_A_real), g by real_transform. inv_A_imag (n_ssm,
-            modes): Im A = g'(inv_A_imag), g' by imag_transform. Both from `init`, see seqconv.layers.s4d_init.
-        B (n_ssm, modes, 2): from `init` or `B_init`; a buffer with train_B=False.
-        C (heads, d_model, modes, 2): complex standard normal.
-    is_real=True: modes = d_state, real; no imaginary parts, B (n_ssm, modes), C (heads, d_model,
-    modes) standard normal; the factor 2 of the kernel stays. deterministic=True: log dt evenly
-    spaced over the channels and C = (1, 0, 0, ...), nothing drawn.
+        inv_dt (d_model,), or (d_model, modes) with dt_tie=False: dt = f(inv_dt), where f is exp or
+            softplus. log dt begins uniform in [log dt_min, log dt_max]; dt is in steps of the sequence.
+            With dt_sinh=True, dt = f(sinh(inv_dt)).
+        inv_A_real (n_ssm, modes): Re A = -g(inv_A_real), and real_transform chooses g. inv_A_imag (n_ssm,
+            modes): Im A = g'(inv_A_imag), and imag_transform chooses g'. `init` sets where both begin, see
+            seqconv.layers.s4d_init.
+        B (n_ssm, modes, 2): `init` or `B_init` sets where it begins. It is a buffer with train_B=False.
+        C (heads, d_model, modes, 2): begins complex standard normal.
+    With is_real=True there are modes = d_state real modes: no imaginary parts, B (n_ssm, modes), and C (heads,
+    d_model, modes), which begins standard normal. The factor 2 of the kernel stays. With deterministic=True
+    nothing is drawn: log dt is evenly spaced over the channels, and C = (1, 0, 0, ...).
 
-    Optimiser: inv_dt, inv_A_real, inv_A_imag and B take min(lr, `lr` here) and no weight decay, with
-    lr=0 they are buffers; C is trained like any weight.
+    Optimiser: inv_dt, inv_A_real, inv_A_imag and B take min(lr, `lr` here) and no weight decay. With
+    lr=0 they are buffers. C is trained like any weight.
 
     The other options are explained in S4D. Source: arXiv 2206.11893, sections 3 and 4.
     """
@@ -144,14 +145,14 @@ class S4DKernel(KernelGenerator):
 
     def reset_parameters(self) -> None:
         """Draws dt, A, B and C anew, as at construction."""
-        # Without storage nothing is kept, but options that exclude each other are refused all the same.
+        # Parameters on the meta device keep no values, but options that exclude each other are refused there, too.
         device = torch.device("cpu") if self.C.device.type == "meta" else self.C.device
         with device:
             fill(self, s4d_init.initial(self))
 
     def system(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log dt (d_model,) or (d_model, modes), A and B (d_model, modes, 2), C (heads, d_model, modes, 2),
-        float64."""
+        """The system in float64: log dt (d_model,) or (d_model, modes), A and B (d_model, modes, 2), and C (heads,
+        d_model, modes, 2)."""
         return _system(*self._arguments(self.read(), rate))
 
     def _arguments(self, tensors: list[Tensor], rate: float) -> tuple:
@@ -161,7 +162,7 @@ class S4DKernel(KernelGenerator):
         return tensors, names, copies, self.dt_sinh, self.bandlimit, rate
 
     def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
-        """rate multiplies dt."""
+        """The kernel of the system, whose dt the rate multiplies."""
         arguments, C = self._arguments(tensors, rate), tensors[0]
         options = length, C.dtype != torch.float64, self.backend
         unchanged = type(self).system is S4DKernel.system and "system" not in vars(self)
@@ -229,8 +230,8 @@ class S4D(Recurrent):
         "dss"          as "zoh", K without the factor 2
         "dss_softmax"  as "dss", Bbar divided by exp(dt A length) - 1; more of it in seqconv.ssm_kernel
 
-    The sum has modes = d_state / 2 terms, one of each conjugate pair; as many with "dss" and "dss_softmax",
-    where they are no halves of pairs. A by `init`, with N = d_state and n = 0 ... modes - 1:
+    The sum has modes = d_state / 2 terms, one of each conjugate pair. "dss" and "dss_softmax" have as many
+    terms, but they are not halves of pairs. `init` sets A, with N = d_state and n = 0 ... modes - 1:
 
         "lin"   -1/2 + i pi n                              "real"  -(n + 1)
         "inv"   -1/2 + i (N / pi) (N / (2 n + 1) - 1)      "rand"  -1/2 + i exp(standard normal)
@@ -239,44 +240,46 @@ class S4D(Recurrent):
         "legs"  -1/2 + i y, with i y the eigenvalues of HiPPO-LegS's skew part
         "diag"  half of the sets inv, half lin             "hippo" half legs, half fout
 
-    Where a transform gives positive values, zeros begin at 1e-4 (with "relu" all that is smaller). B is
-    1 but for "legs", "fout" and "foud": see seqconv.layers.s4d_init. The state_dict does not depend on the
-    length; it loads into a layer of the same options only.
+    Where a transform gives positive values only, zeros begin at 1e-4, and with "relu" so does every smaller value.
+    B is 1, except for "legs", "fout" and "foud": see seqconv.layers.s4d_init. The state_dict does not depend on
+    the length. It loads into a layer of the same options only.
 
-    Parameters, all real: kernel.inv_dt (d_model,), log dt, uniform in [log dt_min, log dt_max];
-    inv_A_real (n_ssm, modes), log(-Re A), and inv_A_imag (n_ssm, modes), Im A, and B (n_ssm, modes, 2),
-    from `init`: these take min(lr, kernel_lr) and no weight decay. C (heads, d_model, modes, 2), twice
-    the heads if bidirectional, complex standard normal; skip (heads, d_model) ~ N(0, 1); linear, weight
-    (2 d_model, heads d_model) and bias, torch's default: trained like any weight. S4DKernel has the
-    variants.
+    Parameters, all real. The following take min(lr, kernel_lr) and no weight decay: kernel.inv_dt (d_model,), which is
+    log dt and begins uniform in [log dt_min, log dt_max]; inv_A_real (n_ssm, modes), which is log(-Re A);
+    inv_A_imag (n_ssm, modes), which is Im A; and B (n_ssm, modes, 2). `init` sets where the last three begin. The
+    following are trained like any weight: C (heads, d_model, modes, 2), with twice the heads if bidirectional, which
+    begins complex standard normal; skip (heads, d_model), which begins as N(0, 1); and the weight (2 d_model,
+    heads d_model) and bias of linear, which begin as torch's. S4DKernel describes the variants.
 
     Args:
-        d_model: channels.
-        d_state: real size of each channel's state, even: twice the modes.
-        heads: kernels per channel; the linear map takes heads * d_model inputs.
-        bidirectional: add as many kernels for the future, shifted by one so that lag 0 belongs to
-            the past's.
-        n_ssm: sets of (A, B) shared by the channels in turn; must divide d_model. None: one each.
-        init, discretization: as above; "dss_softmax" depends on the length and has no step().
-        real_transform, imag_transform: "exp", "relu", "softplus", "sigmoid" or "none", which give
-            -Re A and Im A from their parameters. "none" for the real part may become unstable.
+        d_model: the number of channels.
+        d_state: the real size of each channel's state, which is even: twice the number of modes.
+        heads: the number of kernels per channel. The linear map takes heads * d_model inputs.
+        bidirectional: True adds as many kernels for the future. They are shifted by one, because lag 0
+            belongs to the kernels for the past.
+        n_ssm: the number of sets of (A, B), which the channels share in turn. It must divide d_model; None
+            gives each channel a set of its own.
+        init, discretization: as above. "dss_softmax" depends on the length and has no step().
+        real_transform, imag_transform: the functions that give -Re A and Im A from their parameters: "exp",
+            "relu", "softplus", "sigmoid" or "none". With "none" for the real part a layer may become unstable.
         is_real, real_scale, imag_scale, real_random, imag_random, B_init, B_scale, normalize_B,
             deterministic: variants of the initialisation, see S4DKernel and seqconv.layers.s4d_init.
         train_B: False keeps B as it is.
-        dt_min, dt_max: range of the initial steps, in steps of the sequence. dt_tie: one for all
-            modes of a channel. dt_transform: "exp" or "softplus". dt_sinh: see S4DKernel.
-        bandlimit: modes with dt |Im A| / pi at or above it are left out; 1 is the Nyquist limit.
-        kernel_dropout: of single taps, in training.
-        activation: of the convolution: "gelu", "silu", "relu" or None.
-        dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
+        dt_min, dt_max: the range of the initial dt, in steps of the sequence. dt_tie: True gives all modes of
+            a channel one dt. dt_transform: "exp" or "softplus". dt_sinh: see S4DKernel.
+        bandlimit: modes whose dt |Im A| / pi is not below it are left out. 1 is the Nyquist limit.
+        kernel_dropout: the probability of dropout of single taps, in training.
+        activation: the function after the convolution: "gelu", "silu", "relu" or None.
+        dropout: the probability of dropout after the activation. tie_dropout: True draws one mask per sample
+            and channel for all times.
         postact: "glu", or None for a plain linear map.
-        kernel_lr: learning rate that param_groups gives to dt, A and B, or its own lr if that is
-            smaller, without weight decay; 0: they are buffers.
-        backend: of seqconv.ssm_kernel.
+        kernel_lr: the learning rate that param_groups gives to dt, A and B, without weight decay, unless its
+            own lr is smaller. With 0 they are buffers.
+        backend: the backend of seqconv.ssm_kernel.
 
-    dt, A, B and C stay float32 under .to(bfloat16) and .half(). layer(x, rate=2.0) takes inputs
+    dt, A, B and C stay float32 under .to(bfloat16) and .half(). layer(x, rate=2.0) takes inputs that are
     sampled half as often as those of training. init_state, step and prefill run a causal layer as
-    a recurrence: at rate 1, without masks and kernel dropout.
+    a recurrence, at rate 1 and without masks and kernel dropout.
 
     Source: arXiv 2206.11893. Example:
         >>> layer = S4D(8)

@@ -33,13 +33,13 @@ class SGConvKernel(KernelGenerator):
         decay (d_model,): p, uniform in [decay_min, decay_max], with decay="power" only.
     Buffers: norm (heads, d_model, 1), the L2 norm of all taps at construction, so that k starts with
     norm 1; decay, where it is not learned. Both are in the state_dict.
-    Optimiser: all take min(lr, `lr` here), and weight decay like any weight; with lr=0 they are buffers.
+    Optimiser: all take min(lr, `lr` here), and weight decay like any weight. With lr=0 they are buffers.
 
-    rate: taps are samples of a function k(t) of real t >= 0, the above with l = t. With rate r the
-    result is r k(r l), for inputs sampled 1 / r times as often: the same output at the same times,
-    up to the sum's error. That is of second order in the step, because lag 0, where the sum over
+    The taps are samples of a function k(t) of real t >= 0, which is the formula above with l = t. With a rate r
+    the kernel is r k(r l), for inputs that are sampled 1 / r times as often: it gives the same output at the same
+    times, up to the error of the sum. That error is of second order in the step, because lag 0, where the sum over
     lags has its edge, gets (1 + r) / 2 k(0) instead. With two_sided=True, the second half of the
-    heads is for the future: its tap l is lag -(l + 1), so it is sampled at t = r (l + 1) - 1.
+    heads is for the future: its tap l is lag -(l + 1), so that it is sampled at t = r (l + 1) - 1.
 
     The reference implementation's mode string says the same in one word: "nearest" in it is
     upsample="nearest", "sum" or "cat" combine, "randn" or "cos" init, and "learnable" decay="power",
@@ -145,7 +145,7 @@ class SGConvKernel(KernelGenerator):
         k = (_taps_op if compiled else _taps)(*arguments)
         return (
             k if count == length else k[..., :length]
-        )  # no view where none is needed: FSDP warns of them
+        )  # A view is made only where one is needed, because FSDP warns of views.
 
 
 def _taps(tensors, options, init_scale, two_sided, rate, count) -> Tensor:
@@ -229,33 +229,34 @@ class SGConv(ConvLayer):
     norm is the L2 norm that k without it has at construction, constant since. stretch interpolates (or
     repeats: upsample="nearest"). Inputs longer than the kernel are convolved with the taps there are.
 
-    Parameters: kernel.pieces (n_scales, heads, d_model, kernel_dim) ~ N(0, 1), twice the heads if
-    bidirectional, and with decay="power" kernel.decay, p (d_model,), uniform in [decay_min, decay_max];
-    min(lr, kernel_lr), with weight decay. skip (heads, d_model) ~ N(0, 1); linear, weight (2 d_model,
-    heads d_model) and bias, torch's default; trained like any weight.
+    Parameters: kernel.pieces (n_scales, heads, d_model, kernel_dim), with twice the heads if bidirectional, begin as
+    N(0, 1). With decay="power" there is kernel.decay, p (d_model,), which begins uniform in [decay_min, decay_max].
+    Both take min(lr, kernel_lr), with weight decay. skip (heads, d_model) begins as N(0, 1); the weight (2 d_model,
+    heads d_model) and bias of linear begin as torch's. These are trained like any weight.
 
     Args:
-        d_model: channels.
+        d_model: the number of channels.
         l_max: the least number of taps of a kernel.
-        heads: kernels per channel; the linear map takes heads * d_model inputs.
-        bidirectional: add as many kernels for the future, shifted by one so that lag 0 belongs to
-            the past's.
-        kernel_dim: weights per scale. Published results on Long Range Arena have 1 or 2 for tokens, 32
-            for pixels and 64 for Path-X; for text, 1 to 64 are within a percent of one another. The
-            default is the pixels', which leaves the nearest 64 lags free.
-        n_scales: pieces of the kernel, by default as many as l_max needs; init_scale: logarithm of
-            the first one's stretch.
-        upsample, combine, decay, decay_min, decay_max: as above; init: of the weights, "randn" or
-            "cos", waves of a random number of periods (SGConvKernel).
-        activation: of the convolution: "gelu", "silu", "relu" or None.
-        dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
+        heads: the number of kernels per channel. The linear map takes heads * d_model inputs.
+        bidirectional: True adds as many kernels for the future. They are shifted by one, because lag 0
+            belongs to the kernels for the past.
+        kernel_dim: the number of weights per scale. Published results on Long Range Arena have 1 or 2 for
+            tokens, 32 for pixels and 64 for Path-X; for text, 1 to 64 are within a percent of one another. The
+            default is the number for pixels, which leaves the nearest 64 lags free.
+        n_scales: the number of the kernel's pieces, by default as many as l_max needs. init_scale: the
+            logarithm to base 2 of the first piece's stretch.
+        upsample, combine, decay, decay_min, decay_max: as above. init: how the weights begin, "randn" or
+            "cos", which are waves of a random number of periods (SGConvKernel).
+        activation: the function after the convolution: "gelu", "silu", "relu" or None.
+        dropout: the probability of dropout after the activation. tie_dropout: True draws one mask per sample
+            and channel for all times.
         postact: "glu", or None for a plain linear map.
-        kernel_lr: learning rate that param_groups gives to the kernel's weights, or its own lr if
-            that is smaller; weight decay applies to them. 0: they are buffers.
+        kernel_lr: the learning rate that param_groups gives to the kernel's weights, with weight decay, unless
+            its own lr is smaller. With 0 they are buffers.
 
-    The kernel's weights stay float32 under .to(bfloat16) and .half(). layer(x, rate=0.5) takes inputs
-    sampled twice as often as those of training. A rate above 1 leaves taps out: it needs a kernel
-    that is smooth from tap to tap, which the first two pieces are with init_scale > 0 only.
+    The kernel's weights stay float32 under .to(bfloat16) and .half(). layer(x, rate=0.5) takes inputs that are
+    sampled twice as often as those of training. A rate above 1 leaves taps out. It needs a kernel
+    that is smooth from tap to tap, and the first two pieces are smooth only with init_scale > 0.
 
     Source: arXiv 2210.09298, section 3. Example:
         >>> layer = SGConv(8, l_max=100)
