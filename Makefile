@@ -9,15 +9,19 @@ SAMPLE := $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
 ARCH ?= sm_90
 ARCHS := sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 
-.PHONY: demo test sanitize neon gpu device-compile device-compilers device-ptx build lint format bench bench-ssm bench-layers bench-table lra-table gallery clean
+.PHONY: demo test test-all sanitize neon gpu device-compile device-compilers device-ptx build lint size format bench bench-ssm bench-layers bench-table lra-table gallery clean
 
 demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--resume
 	$(BIN)/python -m bench.lra fit mnist5k --optim.epochs 6 --compare 15 --overwrite $(ARGS)
 
-# Two at a time; threads that wait would spin in each other's way.
-test: export SEQCONV_COMPILE ?= $(SAMPLE)
-test: .venv/ready  ## the whole suite; ARGS="-m 'not slow'" for the quick part
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+# Two tests run at a time. OpenMP's threads sleep where they wait, or they would spin in each other's way.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+test test-all: export SEQCONV_COMPILE ?= $(SAMPLE)
+test: .venv/ready  ## every feature once, in less than 7 minutes on two cores
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: .venv/ready  ## all other tests
+	$(PYTEST) -m slow $(ARGS)
 
 # A copy of the checkout with an instrumented extension: the installed one stays as it is.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
@@ -46,7 +50,7 @@ device-compile: .venv/ready  ## every CUDA kernel for every architecture, by NVR
 	rm -rf build/cubins
 	$(BIN)/python -m seqconv.prebuild --out build/cubins $(ARCHS:%=--arch %)
 
-# Compiled, and run on the PTX machine. The sample of the release in .venv is in make test.
+# Compiled, and run on the PTX machine. A sample by the release in .venv is in make test-all.
 COMPILE ?= all
 device-compilers: .venv/ready  ## every CUDA kernel, architecture and NVRTC within its limits, in about a quarter of an hour
 	for release in cu12==12.9.86 ==13.0.88; do \
@@ -58,7 +62,7 @@ device-compilers: .venv/ready  ## every CUDA kernel, architecture and NVRTC with
 	test $(COMPILE) != all || SEQCONV_COMPILE=all $(BIN)/python -m pytest -q -n 2 tests/cuda/test_cuda_compile.py tests/cuda/test_ptx_kernels.py $(ARGS)
 
 PTX_TESTS := tests/cuda/test_device.py tests/cuda/test_cuda_ssm.py tests/cuda/test_cuda_butterfly.py tests/cuda/test_ptx_*.py
-device-ptx: .venv/ready  ## every device test on the PTX machine, for every architecture; make test has a quarter of them
+device-ptx: .venv/ready  ## every device test on the PTX machine, for every architecture; the other targets run a quarter of them
 	SEQCONV_PTX=all SEQCONV_COMPILE=all OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist worksteal -k "not emulator" $(PTX_TESTS) $(ARGS)
 
 build: .venv/ready  ## wheel and sdist in dist/
@@ -68,6 +72,14 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+size:  ## how many lines every floor has
+	@git ls-files '*.py' '*.h' '*.cpp' '*.cu' '*.cuh' '*.md' | xargs wc -l | awk '$$2 != "total" { \
+	  part = $$2 ~ /reference\.py$$/ ? "reference" : $$2 ~ /\.md$$/ ? "docs" : "the rest"; \
+	  if (part == "the rest" && match($$2, /^(seqconv\/(backends|ops|layers)|csrc\/(cpu|device)|seqconv|csrc|bench|tests)\//)) \
+	    part = substr($$2, 1, RLENGTH - 1); lines[part] += $$1 } \
+	  END { for (part in lines) printf "%7d %s\n", lines[part], part }' | sort -k2
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
@@ -87,11 +99,11 @@ bench-layers: .venv/ready  ## every layer beside itself on torch.fft, and the RE
 gallery: .venv/ready  ## pictures of every layer's kernels before and after training
 	$(BIN)/python -m bench.gallery $(ARGS)
 
-bench-table: .venv/ready  ## the README's table, fftconv.md and picture, from bench/results
+bench-table: .venv/ready  ## the tables, fftconv.md and picture of docs/benchmarks.md, from bench/results
 	$(BIN)/python -m bench.fftconv --table
 
-lra-table: .venv/ready  ## the README's table of training runs, from bench/results
-	$(BIN)/python -m bench.lra report bench/results/lra.jsonl --out bench/results/lra.md --readme README.md
+lra-table: .venv/ready  ## the table of training runs in docs/long_range_arena.md, from bench/results
+	$(BIN)/python -m bench.lra report bench/results/lra.jsonl --out bench/results/lra.md --readme docs/long_range_arena.md
 
 clean:
 	rm -rf .venv build dist *.egg-info seqconv/*.so runs

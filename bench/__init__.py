@@ -1,7 +1,7 @@
-"""Benchmarks and training runs. Not part of the installed package."""
+"""Benchmarks and training runs. They are not part of the installed package."""
 
 import os
 
-# A waiting OpenMP thread that spins takes the core from the one that works. Read when torch is
-# imported, not later.
+# A waiting OpenMP thread that spins takes the core from the thread that works. OpenMP reads this when
+# torch is imported, and not later.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

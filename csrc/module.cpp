@@ -11,6 +11,8 @@
 
 #include "cpu/butterfly.h"
 #include "cpu/fftconv.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "cpu/ssm.h"
 
 namespace {

@@ -1,13 +1,13 @@
 """Checkpoints of the reference implementations, and nn.Conv1d's weights, as layers and taps of this package."""
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from seqconv.layers.base import ConvLayer
 from seqconv.layers.conv1d import conv1d_taps as conv1d_taps
-from seqconv.layers.long_conv import LongConv
+from seqconv.layers.long_conv import LongConv, LongConvKernel
 from seqconv.layers.s4d import S4D
 from seqconv.layers.sgconv import SGConv
 from seqconv.ops.checks import check_shape
@@ -215,7 +215,7 @@ def load_longconv(
     size = {"l_max": kernel.shape[-1], "bidirectional": two_sided}
     # The initial taps, which are replaced, need not survive the squash.
     layer = LongConv(**shape, **size, lam=0.0, **options)
-    layer.kernel.lam = lam
+    cast(LongConvKernel, layer.kernel).lam = lam
     return checkpoint.fill(layer, values | {"kernel.kernel": kernel})
 
 

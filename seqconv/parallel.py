@@ -54,4 +54,5 @@ def fully_shard(
             policy = MixedPrecisionPolicy()
         elif any(True for _ in module.parameters()):
             _fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(), **options)
-    return _fully_shard(model, mesh=mesh, mp_policy=policy, **options)
+    _fully_shard(model, mesh=mesh, mp_policy=policy, **options)
+    return model

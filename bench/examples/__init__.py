@@ -1,4 +1,4 @@
-"""Small models of other libraries with a seqconv layer in them: python -m bench.examples.NAME, seconds on a CPU."""
+"""Small models of other libraries with a seqconv layer. python -m bench.examples.NAME takes seconds on a CPU."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from seqconv import param_groups
 
 
 def train(model: nn.Module, loss_of, steps: int, lr: float) -> tuple[float, float]:
-    """The first and the last of the losses that loss_of() gives while AdamW minimises them."""
+    """Minimises loss_of() by AdamW. Returns the first and the last loss."""
     optimizer = torch.optim.AdamW(param_groups(model, lr=lr))
     losses = []
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Hugging Face's BERT with a two-sided S4D in place of self-attention: which of two tokens is more frequent."""
+"""Hugging Face's BERT with a two-sided S4D instead of self-attention learns which of two tokens is more frequent."""
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification

@@ -1,4 +1,5 @@
-"""Gradient checkpointing of a stack of layers under bfloat16 autocast: the same gradients, dropout included."""
+"""Gradient checkpointing of a stack of layers under bfloat16 autocast. It leaves the gradients as they are, even with
+dropout."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2 with a causal LongConv in place of attention: continues periodic sequences."""
+"""Hugging Face's GPT-2 with a causal LongConv in place of attention. It learns to continue periodic sequences."""
 
 import torch
 import torch.nn.functional as F

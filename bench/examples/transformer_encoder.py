@@ -1,4 +1,4 @@
-"""nn.TransformerEncoder with S4D in place of attention: copies its input five steps late, past padding."""
+"""nn.TransformerEncoder with S4D in place of attention. It learns to copy its input five steps late, past padding."""
 
 import torch
 from torch import nn

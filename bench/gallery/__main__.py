@@ -1,8 +1,8 @@
-"""Pictures of every layer's kernels, before and after the demo's training, and of what they see.
+"""Draws every layer's kernels before and after the demo's training, and what the trained layers see.
 
 python -m bench.gallery [--epochs 3] [--families s4d sgconv] [--out FOLDER]
 
-Trains mnist5k's classifier once with each layer, causal; a layer whose run is in --runs is only drawn
+It trains mnist5k's classifier once with each layer, causal. A layer whose run is in --runs is only drawn
 again. One more picture compares S4D with S4, whose kernels differ and whose responses do not.
 """
 
@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench import pictures
+from bench.facts import RESULTS
 from bench.gallery.hippo import apart, hippo, kernel, response
 from bench.lra import options, sweep
-from bench.lra.__main__ import parse_fit
-from bench.lra.journal import console
+from bench.lra.arguments import parse_fit
 from bench.lra.model import SequenceClassifier
-from bench.micro import plots, report
+from bench.lra.run import reopen
 from bench.micro.worker import refuse_fallback
+from bench.terminal import plain
 
 TITLES = {
     "s4d": "S4D",
@@ -33,7 +35,7 @@ TITLES = {
 
 
 def trained(family: str, epochs: int, runs: Path) -> Path:
-    """The run folder of this layer, trained to the end now if it was not before."""
+    """Returns the run folder of this layer. It is trained to the end now if it was not before."""
     from bench.lra.train import fit
 
     out = runs / f"{family}-{epochs}"
@@ -47,8 +49,10 @@ def trained(family: str, epochs: int, runs: Path) -> Path:
 
 
 def sensitivity(model: SequenceClassifier, x: Tensor, y: Tensor) -> Tensor:
-    """(length,): root mean square over the digits of the gradient of the last position's score of the
-    right class with respect to the pixel at every lag."""
+    """Returns (length,): how much the score of the right class at the last position depends on the pixel at each lag.
+
+    It is the root mean square of the gradient over the digits.
+    """
     model.eval()
     x = x.clone().requires_grad_()
     scores = model.decoder(model.features(x)[:, -1])
@@ -57,8 +61,6 @@ def sensitivity(model: SequenceClassifier, x: Tensor, y: Tensor) -> Tensor:
 
 
 def draw_family(family: str, args) -> Path:
-    from bench.lra.evaluate import reopen
-
     run = trained(family, args.epochs, args.runs)
     _, info, splits, initial, model = reopen(run)
     test = splits["test"]
@@ -67,7 +69,7 @@ def draw_family(family: str, args) -> Path:
     models = {"initialised": initial, "trained": model}
     right = json.loads((run / "result.json").read_text())["test_accuracy"]
     path = args.out / f"{family}.png"
-    plots.plot_family(
+    pictures.plot_family(
         TITLES[family],
         {when: m.kernels(info.l_max) for when, m in models.items()},
         {when: sensitivity(m, x, y) for when, m in models.items()},
@@ -78,7 +80,7 @@ def draw_family(family: str, args) -> Path:
 
 
 def draw_limit(args) -> Path:
-    """S4-LegS beside S4D-LegS with half of B, for growing states."""
+    """Draws S4-LegS beside S4D-LegS with half of B, for growing states."""
     dt, u = 0.01, torch.sin(0.01 * torch.arange(1000).double())
     columns = []
     for size in args.states:
@@ -96,7 +98,7 @@ def draw_limit(args) -> Path:
             }
         )
     path = args.out / "s4d_limit.png"
-    plots.plot_limit(columns, 0.002, u, dt, path)
+    pictures.plot_limit(columns, 0.002, u, dt, path)
     return path
 
 
@@ -106,10 +108,10 @@ def main() -> None:
     parser.add_argument("--families", nargs="*", default=list(TITLES), choices=TITLES)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument(
-        "--digits", type=int, default=100, help="that the gradient is averaged over"
+        "--digits", type=int, default=100, help="the gradient is averaged over these"
     )
     parser.add_argument("--states", type=int, nargs="*", default=[16, 64, 256], help="S4's sizes N")
-    parser.add_argument("--out", type=Path, default=report.RESULTS / "gallery")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gallery")
     parser.add_argument("--runs", type=Path, default=Path("runs/gallery"), help="run folders")
     args = parser.parse_args()
     if min(args.epochs, args.digits, *args.states, 10) < 1:
@@ -117,10 +119,10 @@ def main() -> None:
     refuse_fallback()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.states:
-        console.print(f"Written: {draw_limit(args)}")
+        plain.print(f"Written: {draw_limit(args)}")
     for family in args.families:
-        console.print(f"[bold]{TITLES[family]}[/bold]")
-        console.print(f"Written: {draw_family(family, args)}")
+        plain.print(f"[bold]{TITLES[family]}[/bold]")
+        plain.print(f"Written: {draw_family(family, args)}")
 
 
 if __name__ == "__main__":

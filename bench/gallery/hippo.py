@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def hippo(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """S4-LegS's A and B, and the normal matrix that S4D-LegS keeps of A."""
+    """Returns S4-LegS's A and B, and the normal matrix that S4D-LegS keeps of A."""
     n = torch.arange(size).double()
     b, p = (2 * n + 1).sqrt(), (n + 0.5).sqrt()
     A = -torch.tril(b[:, None] * b, -1) - torch.diag(n + 1)
@@ -15,7 +15,7 @@ def hippo(size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def response(A: Tensor, B: Tensor, u: Tensor, dt: float) -> Tensor:
-    """The first state of x' = A x + B u, u held for dt."""
+    """Returns the first state of x' = A x + B u at every step, where each value of u is held for dt."""
     size = len(B)
     block = F.pad(torch.cat([A, B[:, None]], 1) * dt, (0, 0, 0, 1))
     power = torch.linalg.matrix_exp(block)
@@ -27,7 +27,7 @@ def response(A: Tensor, B: Tensor, u: Tensor, dt: float) -> Tensor:
 
 
 def kernel(A: Tensor, B: Tensor, count: int, dt: float) -> Tensor:
-    """The first state's kernel, (exp(t A) B)[0] at t = 0, dt, ..., (count - 1) dt."""
+    """Returns the first state's kernel, (exp(t A) B)[0] at t = 0, dt, ..., (count - 1) dt."""
     power, x, out = torch.linalg.matrix_exp(A * dt), B, []
     for _ in range(count):
         out.append(x[0])
@@ -36,7 +36,7 @@ def kernel(A: Tensor, B: Tensor, count: int, dt: float) -> Tensor:
 
 
 def apart(A: Tensor, normal: Tensor, b: Tensor) -> float:
-    """Relative L2 distance of the kernels of (A, b) and (normal, b / 2), by the joint system's Gramian."""
+    """Returns the relative L2 distance of the kernels of (A, b) and (normal, b / 2), by the joint system's Gramian."""
     drive = torch.cat([b, b / 2])
     joint = torch.block_diag(A, normal).numpy()
     gram = solve_continuous_lyapunov(joint, -(drive[:, None] * drive).numpy())

@@ -1,4 +1,4 @@
-"""Batches of a split, in an order that depends on (seed, epoch) alone, so that any position can be resumed."""
+"""Batches of a split. Their order depends on (seed, epoch) alone, so that any position can be resumed."""
 
 import math
 import time
@@ -15,15 +15,19 @@ AHEAD = 2  # batches that are read while the model works
 
 
 def tensors(split, indices: np.ndarray, pin: bool = False) -> Batch:
-    """x, lengths (None where nothing is padded) and labels of these samples."""
+    """Returns x, lengths (None where nothing is padded) and labels of these samples."""
     x, lengths, labels = (torch.from_numpy(np.ascontiguousarray(a)) for a in split.batch(indices))
     full = bool((lengths == x.shape[1]).all())
     parts = (x, None if full else lengths, labels)
     return tuple(p.pin_memory() if pin and p is not None else p for p in parts)
 
 
+def move(batch: Batch, device: torch.device) -> Batch:
+    return tuple(None if part is None else part.to(device) for part in batch)
+
+
 def ahead(split, order: Iterator[np.ndarray], pin: bool) -> Iterator[Batch]:
-    """What `order` names, read by a thread while its predecessors are used."""
+    """Yields the batches that `order` names. A thread reads each while its predecessors are used."""
     with ThreadPoolExecutor(1) as reader:
         waiting = deque()
         try:
@@ -39,11 +43,11 @@ def ahead(split, order: Iterator[np.ndarray], pin: bool) -> Iterator[Batch]:
 
 
 class TrainBatches:
-    """Shuffled batches without end; each pass over this object gives those of one evaluation period.
+    """Shuffled batches without end. Each pass over this object gives those of one evaluation period.
 
-    batch: samples of all processes together, in `accumulate` parts; this process takes every
-    world-th from rank on. An incomplete last batch of an epoch is left out. The state is (seed,
-    epoch, position), position in parts of that epoch; seconds waited for data are kept in `waited`.
+    batch: samples of all processes together, in `accumulate` parts. This process takes every world-th
+    sample, starting with the rank-th. An incomplete last batch of an epoch is left out. The state is (seed,
+    epoch, position), where the position counts parts of that epoch. `waited` sums the seconds of waiting for data.
     """
 
     def __init__(self, split, *, batch, period=1, seed, accumulate=1, rank=0, world=1, pin=False):
@@ -96,7 +100,7 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Every sample once, those of like length together; this process takes every world-th from rank on."""
+    """Every sample once, ordered by length. This process takes every world-th, starting with the rank-th."""
 
     def __init__(self, split, *, batch, rank=0, world=1, pin=False):
         self.split, self.pin = split, pin
@@ -113,7 +117,7 @@ class EvalBatches:
 
 
 def same(one, other) -> bool:
-    """Whether two splits hold the same samples in the same order, judged by labels, lengths and the first inputs."""
+    """Compares labels, lengths and the first inputs of two splits: do they hold the same samples in the same order?"""
     if len(one) != len(other) or not np.array_equal(one.labels, other.labels):
         return False
     first = np.arange(min(8, len(one)))

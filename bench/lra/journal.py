@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: rows of metrics, checkpoints, the progress bar, stopping."""
+"""What happens around the steps of a run: rows of metrics, checkpoints, the progress bar, and stopping."""
 
 import math
 import os
@@ -11,24 +11,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.lra import files
-from bench.lra.compare import synchronize
-from bench.lra.process import WORLD
-from bench.lra.quiet import lightning
+from bench import files
+from bench.lra.module import lightning
 from bench.lra.report import levels
+from bench.lra.run import WORLD
+from bench.lra.schedule import synchronize
+from bench.terminal import plain
 
 COLUMNS = ("step", "epoch", "seconds", "loss", "accuracy", "val_loss", "val_accuracy", "lr")
 COLUMNS += ("sequences_per_second", "waiting", "peak_mib")
 NEXT_BEST = "best.next.ckpt"
 TOGETHER = 5  # steps after which several processes ask each other whether to stop
-console = Console(highlight=False, soft_wrap=True)
 
 
 class Stopped(Exception):
-    """Asked to stop; the last checkpoint is complete."""
+    """A stop was asked for. The last checkpoint is complete."""
 
 
 class Diverged(Exception):
@@ -36,12 +35,12 @@ class Diverged(Exception):
 
 
 class Journal(lightning.Callback):
-    """metrics.csv, last.ckpt, best.ckpt, loggers, the bar. Its state is in every checkpoint, so that
-    rows after the one that is resumed from are forgotten.
+    """Writes metrics.csv, last.ckpt and best.ckpt, and feeds loggers and the progress bar. Its state is in every
+    checkpoint, so that a resumed run forgets the rows behind its checkpoint.
 
-    last.ckpt is written every checkpoint_steps and after each evaluation, best.ckpt after an
+    last.ckpt is written every checkpoint_steps and after each evaluation. best.ckpt is written after an
     evaluation better than all before it, under another name until last.ckpt knows of it.
-    `waiting` is the share of the time spent on waiting for data, `seconds` that of training
+    `waiting` is the share of the time spent on waiting for data, `seconds` the time of training
     without evaluations. `saved` is called after each checkpoint.
     """
 
@@ -63,7 +62,7 @@ class Journal(lightning.Callback):
             "seconds": self.seconds,
             "best": self.best,
             "best_step": self.best_step,
-            # Lightning restores a loader's state within an epoch only.
+            # Lightning restores the state of a loader only within an epoch.
             "batches": self.batches.state_dict(),
         }
 
@@ -75,8 +74,8 @@ class Journal(lightning.Callback):
     # ---- stopping ----
 
     def listen(self):
-        """From now on the first Ctrl-C or SIGTERM asks for a stop; alone, a second Ctrl-C interrupts at once.
-        (torchrun passes on to its processes what they have had from the terminal.)"""
+        """From now on the first Ctrl-C or SIGTERM asks for a stop. A second Ctrl-C interrupts a single process at
+        once. (Several do not heed it: torchrun repeats to its processes the signal that the terminal has sent them.)"""
         self.previous = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         self._take_signals()
 
@@ -97,7 +96,7 @@ class Journal(lightning.Callback):
         run, step = self.config.run, trainer.global_step
         late = run.stop_minutes and time.perf_counter() - self.started > 60 * run.stop_minutes
         asked = bool(late or self.asked)
-        if WORLD > 1:  # together or not at all; asking the others takes time
+        if WORLD > 1:  # all stop together, and asking the others takes time
             asked = step % TOGETHER == 0 and any_process(asked)
         return (asked or step >= (run.stop_after or math.inf)) and step < self.plan.steps
 
@@ -112,7 +111,7 @@ class Journal(lightning.Callback):
                 TextColumn("{task.fields[shown]}"),
                 TimeRemainingColumn(),
             )
-            self.progress = Progress(*columns, console=console)
+            self.progress = Progress(*columns, console=plain)
             self.progress.start()
             self.bar = self.progress.add_task("", total=self.plan.steps, shown="")
 
@@ -186,7 +185,7 @@ class Journal(lightning.Callback):
             state = {"model": module.model.state_dict(), **facts}
             files.atomically(self.out / NEXT_BEST, lambda file: torch.save(state, file))
         beside = levels(self.info.chance, self.info.majority, self.info.generated)
-        console.print(
+        plain.print(
             f"step {row['step']}/{self.plan.steps}  epoch {row['epoch']:.1f}  loss {row['loss']:.3f}  "
             f"accuracy {row['accuracy']:.1%}  validation {row['val_accuracy']:.1%} ({beside})  "
             f"{row['sequences_per_second']:.0f} sequences/s  {self.seconds:.0f} s"
@@ -196,7 +195,7 @@ class Journal(lightning.Callback):
         self._save(trainer)
         if trainer.is_global_zero and (self.out / NEXT_BEST).exists():
             os.replace(self.out / NEXT_BEST, self.out / "best.ckpt")
-        trainer.strategy.barrier()  # the others load it for the test
+        trainer.strategy.barrier()  # the other processes load it for the test
         if self._stopping(trainer):
             raise Stopped
         self.mark = self.window = time.perf_counter()
@@ -210,7 +209,7 @@ class Journal(lightning.Callback):
             self.progress.stop()
 
     def summary(self) -> dict:
-        """Of the whole run, for its result."""
+        """Returns what result.json says of the whole run."""
         found = {"best_step": self.best_step, "seconds": self.seconds}
         if self.rows:
             accuracies = [r["val_accuracy"] for r in self.rows if "val_accuracy" in r]
@@ -223,13 +222,13 @@ class Journal(lightning.Callback):
 
 
 def any_process(value: bool) -> bool:
-    told = torch.tensor(int(value))  # on the CPU, also where gradients are on GPUs
+    told = torch.tensor(int(value))  # on the CPU, even where gradients are on GPUs
     dist.all_reduce(told, dist.ReduceOp.MAX)
     return bool(told)
 
 
 def peak_mib(device: torch.device) -> float:
-    """The most memory so far: of the GPU's tensors, or of this process."""
+    """Returns the most memory so far, of the GPU's tensors or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

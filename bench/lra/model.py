@@ -24,7 +24,9 @@ def make_layer(layer: str, model: options.Model, kernel, l_max: int) -> nn.Modul
     dt_lr = arguments.pop("dt_lr", None)
     kernel_lr = arguments["kernel_lr"]
     if dt_lr is not None:
-        arguments["kernel_lr"] = max(dt_lr, kernel_lr)  # what begins at 0 is a buffer for good
+        arguments["kernel_lr"] = max(
+            dt_lr, kernel_lr
+        )  # with 0 the parameter would become a buffer for good
     if layer != "s4d":
         arguments["l_max"] = l_max
     if layer != "hyena":
@@ -54,11 +56,11 @@ class SequenceClassifier(nn.Module):
         block: z = layer(norm(x) if prenorm else x, lengths); x <- x + dropout(z); x <- norm(x) unless prenorm
 
     x (batch, length, channels) float or (batch, length) tokens, lengths (batch,) or None for full
-    length -> logits (batch, classes). prenorm adds a norm at the end. Pooling reads valid steps
-    only. pair: x holds the first documents and, behind them, the second ones; the decoder sees (a,
-    b, a - b, a b) of both through a GELU network.
+    length -> logits (batch, classes). prenorm adds a norm at the end. Pooling reads only valid
+    steps. pair: x holds the first documents and, behind them, the second ones. The decoder is then a
+    network with a GELU that sees (a, b, a - b, a b) of both.
 
-    channels: of continuous input, a linear encoder; or vocab: an embedding (torch's N(0, 1)).
+    channels: continuous input has a linear encoder. vocab: tokens have an embedding, initially torch's N(0, 1).
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class SequenceClassifier(nn.Module):
             self.decoder = nn.Linear(width, classes)
 
     def features(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """What is pooled: (batch, length, d_model)."""
+        """Returns what is pooled: (batch, length, d_model)."""
         x = self.encoder(x)
         for layer, norm in zip(self.layers, self.norms, strict=False):
             z = layer(norm(x) if self.prenorm else x, lengths=lengths)
@@ -108,7 +110,7 @@ class SequenceClassifier(nn.Module):
         return self.decoder(x)
 
     def kernels(self, length: int) -> list[Tensor]:
-        """Every layer's first kernel (channels, taps), without dropout."""
+        """Returns the first kernel of every layer, (channels, taps), without dropout."""
         training = self.training
         self.eval()
         with torch.no_grad():

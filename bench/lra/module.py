@@ -1,5 +1,10 @@
-"""The training step as Lightning wants it, the trainer, and checkpoints that hold every process's state."""
+"""The training step as Lightning wants it, the trainer, and checkpoints that hold every process's state.
 
+Lightning and torchmetrics are imported here only, without the advice that they print.
+"""
+
+import contextlib
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -8,21 +13,36 @@ import torch
 import torch.distributed as dist
 
 import seqconv
-from bench.lra import files, options
+from bench import files
+from bench.lra import options
 from bench.lra.model import SequenceClassifier, loss_of
-from bench.lra.process import RANK, WORLD
-from bench.lra.quiet import (
-    MeanMetric,
-    MulticlassAccuracy,
-    TensorBoardLogger,
-    TorchCheckpointIO,
-    WandbLogger,
-    lightning,
-)
+from bench.lra.run import RANK, WORLD
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import lightning
+    from lightning.fabric.plugins.io import TorchCheckpointIO
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+    from torchmetrics import MeanMetric
+    from torchmetrics.classification import MulticlassAccuracy
+
+for _name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_name).setLevel(logging.ERROR)  # the import sets another level
+
+
+@contextlib.contextmanager
+def quiet():
+    """Hides the warnings of these libraries. Errors, and the warnings of other libraries, come through."""
+    with warnings.catch_warnings():
+        for module in ("lightning", "torchmetrics", "tensorboard", "torch.utils.tensorboard"):
+            warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
+        for text in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*"):
+            warnings.filterwarnings("ignore", message=text)
+        yield
 
 
 class Training(lightning.LightningModule):
-    """The steps; `window` and `evaluated` give mean loss and accuracy over all processes and start anew."""
+    """The steps. `window` and `evaluated` return mean loss and accuracy over all processes and start anew."""
 
     def __init__(self, model: SequenceClassifier, classes: int, optim: options.Optim, plan):
         super().__init__()
@@ -31,7 +51,7 @@ class Training(lightning.LightningModule):
             accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False)
             self.add_module(f"{split}_accuracy", accuracy)
             self.add_module(f"{split}_loss", MeanMetric(nan_strategy="disable"))
-        self.resumed = None  # what this process goes on with
+        self.resumed = None  # the state from which this process continues
 
     def _step(self, batch, split: str):
         x, lengths, labels = batch
@@ -52,7 +72,7 @@ class Training(lightning.LightningModule):
     def _means(self, split: str) -> tuple[float, float]:
         metrics = getattr(self, f"{split}_loss"), getattr(self, f"{split}_accuracy")
         with warnings.catch_warnings():
-            # A process may have had no sample, or have resumed at the end of a window.
+            # A process may have had no sample, or may have resumed at the end of a window.
             warnings.simplefilter("ignore")
             values = tuple(metric.compute().item() for metric in metrics)
         for metric in metrics:
@@ -69,12 +89,9 @@ class Training(lightning.LightningModule):
         groups = seqconv.param_groups(self.model, self.optim.lr, self.optim.weight_decay)
         optimizer = torch.optim.AdamW(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.plan.factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    # ---- random numbers and running means go on where they were, in every process ----
+    # ---- random numbers and running means continue where they were, in every process ----
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         state = {"cpu": torch.get_rng_state()}
@@ -90,7 +107,7 @@ class Training(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         states = checkpoint["processes"]
-        # With another number of processes there is nothing to go on with.
+        # The states of another number of processes are of no use.
         self.resumed = states[RANK] if len(states) == WORLD else None
 
     def on_train_batch_start(self, batch, index) -> None:
@@ -106,7 +123,7 @@ class Training(lightning.LightningModule):
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Whole or not at all, on the disk before the old one is gone; plain tensors and numbers only."""
+    """Each is whole or not there, and on the disk before the old one is gone. It holds plain tensors and numbers."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         files.atomically(Path(path), lambda file: torch.save(checkpoint, file))

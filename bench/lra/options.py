@@ -1,4 +1,4 @@
-"""Every option of a training run, typed; importing this needs no torch."""
+"""Every option of a training run, with its type. Importing this needs no torch."""
 
 import dataclasses
 import typing
@@ -18,8 +18,10 @@ class Model:
     d_model: int = option("channels")
     norm: Literal["batch", "layer"] = option("batch: over samples and time; layer: over channels")
     prenorm: bool = option("normalise before a layer instead of after the residual")
-    dropout: float = option("in a layer and of what it adds to the residual")
-    pool: Literal["mean", "last"] = option("what the decoder reads: the mean over time, or the end")
+    dropout: float = option("dropout in a layer and of what it adds to the residual")
+    pool: Literal["mean", "last"] = option(
+        "what the decoder reads: the mean over time, or the last step"
+    )
     tie_dropout: bool = option(
         "one dropout mask per sample and channel for all times", default=True
     )
@@ -49,39 +51,39 @@ class SGConv:
     )
     upsample: Literal["linear", "nearest"] = option("how weights are stretched", default="linear")
     decay: Literal["geometric", "power", "power_fixed"] = option("decay law", default="geometric")
-    decay_min: float = option("of the first channel", default=2.0)
-    decay_max: float = option("of the last channel", default=2.0)
+    decay_min: float = option("decay of the first channel", default=2.0)
+    decay_max: float = option("decay of the last channel", default=2.0)
     heads: int = option("kernels per channel", default=1)
     bidirectional: bool = option("see the future too", default=True)
     kernel_lr: float = option("learning rate of the weights", default=1e-3)
 
 
 @dataclass(frozen=True)
-class LongConv:
+class Taps:
+    """What LongConv and ButterflyConv share."""
+
     init: Literal["random", "double_exp"] = option("initial taps", default="random")
     lam: float = option("threshold of the squash", default=0.003)
     smooth: Literal["time", "frequency"] | None = option("average before the squash", default=None)
-    smooth_window: int = option("over how many", default=7)
-    kernel_dropout: float = option("of single taps", default=0.2)
+    smooth_window: int = option("how many taps an average takes", default=7)
+    kernel_dropout: float = option("dropout of single taps", default=0.2)
     heads: int = option("kernels per channel", default=2)
+
+
+@dataclass(frozen=True)
+class LongConv(Taps):
     bidirectional: bool = option("see the future too", default=False)
     kernel_lr: float = option("learning rate of the taps", default=1e-3)
 
 
 @dataclass(frozen=True)
-class Butterfly:
-    init: Literal["random", "double_exp"] = option("initial taps", default="random")
-    lam: float = option("threshold of the squash", default=0.003)
-    smooth: Literal["time", "frequency"] | None = option("average before the squash", default=None)
-    smooth_window: int = option("over how many", default=7)
-    kernel_dropout: float = option("of single taps", default=0.2)
-    heads: int = option("kernels per channel", default=2)
+class Butterfly(Taps):
     butterfly_heads: int = option("sets of learned matrices", default=1)
     additive: bool = option("learn what is added to the Fourier matrices", default=False)
     dft_activation: Literal["gelu", "silu", "relu"] | None = option(
-        "of both parts after every pass of the transforms", default=None
+        "applied to both parts after every pass of the transforms", default=None
     )
-    dft_dropout: float = option("of single elements of the matrices", default=0.0)
+    dft_dropout: float = option("dropout of single elements of the matrices", default=0.0)
     dft_lr: float = option("learning rate of the matrices", default=1e-3)
     kernel_lr: float = option("learning rate of the taps", default=1e-3)
 
@@ -90,9 +92,9 @@ class Butterfly:
 class Hyena:
     order: int = option("gates", default=2)
     emb_dim: int = option("features of time that the filter sees, odd", default=3)
-    filter_width: int = option("of the filter's network", default=64)
+    filter_width: int = option("width of the filter's network", default=64)
     filter_layers: int = option("inner layers of the filter's network", default=2)
-    filter_frequency: float = option("initial one of its sines", default=1.0)
+    filter_frequency: float = option("initial frequency of its sines", default=1.0)
     kernel_lr: float = option("learning rate of the filter's network", default=1e-3)
 
 
@@ -107,15 +109,15 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW; a linear warm-up and half a cosine to zero, step by step."""
+    """AdamW, with a linear warm-up and half a cosine to zero, step by step."""
 
     lr: float = option("learning rate of all but the kernels")
-    weight_decay: float = option("of all but the kernels, and of SGConv's")
+    weight_decay: float = option("weight decay of all but the kernels; SGConv's have it too")
     batch: int = option("samples per optimiser step, over all processes")
     epochs: int = option("passes over the training split")
     warmup: int = option("steps of warm-up")
     schedule_steps: int | None = option(
-        "where the cosine is zero; null: at the end. Scaled with epochs where those alone are changed",
+        "step at which the cosine is zero; null: at the end. It is scaled with the epochs if only those are changed",
         default=None,
     )
     accumulate: int = option("parts of a batch that are computed one after the other", default=1)
@@ -123,27 +125,27 @@ class Optim:
 
 @dataclass(frozen=True)
 class Run:
-    seed: int = option("of weights, order and dropout", default=0)
+    seed: int = option("seed of weights, order and dropout", default=0)
     out: str | None = option("run folder; null: runs/TASK-LAYER-SEED", default=None)
     data: str = option("folder of the data sets and of their cache", default="data")
-    resume: bool = option("go on from the run folder's last checkpoint", default=False)
-    overwrite: bool = option("start anew where there is a run already", default=False)
+    resume: bool = option("continue from the run folder's last checkpoint", default=False)
+    overwrite: bool = option("start anew in a folder that holds a run", default=False)
     max_minutes: float | None = option(
         "shorten the schedule so that training and evaluations take about that long", default=None
     )
     stop_minutes: float | None = option(
-        "stop after that long, as Ctrl-C would; --resume goes on", default=None
+        "stop after that long, as Ctrl-C does; --resume continues", default=None
     )
-    stop_after: int | None = option("stop after that many steps, as Ctrl-C would", default=None)
+    stop_after: int | None = option("stop after that many steps, as Ctrl-C does", default=None)
     eval_steps: int | None = option("steps between evaluations; null: an epoch", default=None)
     checkpoint_steps: int = option("steps between checkpoints", default=200)
     log_steps: int = option("steps between rows of metrics.csv", default=50)
     device: Literal["auto", "cpu", "cuda"] = option("where to train", default="auto")
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = option(
-        "of activations and weights", default="32-true"
+        "precision of activations and weights", default="32-true"
     )
-    wandb: str | None = option("log to that project of Weights & Biases too", default=None)
-    compare: int = option("at the end, time that many training steps against torch.fft", default=0)
+    wandb: str | None = option("also log to this project of Weights & Biases", default=None)
+    compare: int = option("at the end, time that many training steps beside torch.fft", default=0)
 
 
 # What may differ between a run and its continuation.
@@ -165,7 +167,7 @@ class Config:
         return self.run.out or run_folder(self.task, self.layer, self.run.seed)
 
     def identity(self) -> dict:
-        """Whatever the result depends on, flat: {"optim.lr": 0.01, ...}."""
+        """Returns everything that the result depends on: {"optim.lr": 0.01, ...}."""
         flat = {"task": self.task, "layer": self.layer}
         for group in ("model", "kernel", "optim", "run"):
             values = dataclasses.asdict(getattr(self, group))
@@ -178,13 +180,13 @@ def run_folder(task: str, layer: str, seed: int) -> str:
 
 
 def continued(run: Run, out: str) -> Run:
-    """What a continuation takes over: all but where the run lies now and when its last session was to stop."""
+    """Returns what a continuation takes over. Where the run lies and when its last session should stop are new."""
     own = {"resume": False, "overwrite": False, "stop_minutes": None, "stop_after": None}
     return dataclasses.replace(run, out=out, **own)
 
 
 def told(value) -> str:
-    """As a file of options spells it."""
+    """Spells a value as a file of options does."""
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
@@ -197,14 +199,14 @@ def differences(was: dict, now: dict) -> list[str]:
 
 
 def from_dict(values: dict) -> Config:
-    """The inverse of dataclasses.asdict(Config)."""
+    """Inverts dataclasses.asdict(Config)."""
     groups = {"model": Model, "kernel": KERNELS[values["layer"]], "optim": Optim, "run": Run}
     parts = {name: cls(**values[name]) for name, cls in groups.items()}
     return Config(values["task"], values["layer"], **parts)
 
 
 def check(config: Config) -> None:
-    """ValueError for numbers that no run can have."""
+    """Raises ValueError for numbers that no run can have."""
     m, o, r = config.model, config.optim, config.run
     positive = {"model.depth": m.depth, "model.d_model": m.d_model, "optim.batch": o.batch}
     positive |= {"optim.epochs": o.epochs, "optim.accumulate": o.accumulate, "optim.lr": o.lr}

@@ -1,7 +1,7 @@
-"""Hyper-parameters and published accuracy for every (task, layer), without torch.
+"""Hyper-parameters and published accuracy for every (task, layer). Importing this needs no torch.
 
-A row is a paper's or its released configuration's; `ours` marks those for which neither gives
-hyper-parameters, which we chose. `published` may exist for a row of ours: a paper may report a result
+A row comes from a paper or from its released configuration. `ours` marks rows for which neither gives
+hyper-parameters, so that we chose them. A row of ours may have a `published` result, since a paper may report one
 without its settings.
 """
 
@@ -16,7 +16,7 @@ SGCONV_PAPER = "SGConv, arXiv 2210.09298"
 LONG_CONV_PAPER = "LongConv (random, squash), arXiv 2302.06646"
 BUTTERFLY_PAPER = "LongConv with learned butterfly, arXiv 2302.06646"
 
-# Tasks with the recipe of another: the same, of generated data.
+# Generated tasks have the recipe of the published task of the same kind.
 ALIASES = {
     "listops-gen": "listops",
     "pathfinder32-hard": "pathfinder",
@@ -53,7 +53,7 @@ class Recipe:
 
 
 def row(depth, d_model, norm, pre, dropout, lr, batch, epochs, decay, total, warmup, pool):
-    """(Model, Optim) from a line of a table; total: steps until the cosine is zero, None for all."""
+    """Returns (Model, Optim) of a line of a table. total: steps until the cosine is zero; None for all."""
     model = Model(depth, d_model, norm, pre, dropout, pool)
     return model, Optim(lr, decay, batch, epochs, warmup, total)
 
@@ -166,7 +166,7 @@ def _published() -> dict:
 
 
 def _our_large(table: dict) -> None:
-    """Rows for which no settings are published: the nearest published ones."""
+    """Adds rows for which no settings are published. They have the nearest published ones."""
 
     def ours(task, layer, settings, kernel, *published, note=""):
         table[task, layer] = Recipe(
@@ -185,7 +185,7 @@ def _our_large(table: dict) -> None:
     settings = replace(PATH256[0], depth=4, d_model=128), replace(PATH256[1], lr=5e-4)
     kernel = replace(taps, heads=1)
     ours("path256", "long_conv", settings, kernel, 92.2, LONG_CONV_PAPER, note=NO_SETTINGS)
-    # A learned butterfly is causal until it is trained, and takes LongConv's settings otherwise.
+    # A learned butterfly has no bidirectional form, and LongConv's settings otherwise.
     for task in (*LONG_CONV_ROWS, "speech", "path256"):
         base = table[task, "long_conv"]
         same = ("init", "lam", "kernel_dropout", "heads", "kernel_lr")
@@ -207,7 +207,7 @@ def _our_large(table: dict) -> None:
 
 
 def _our_small(table: dict) -> None:
-    """Minutes on a processor's two cores."""
+    """Adds rows that take minutes on two cores."""
     rows = {
         "mnist5k": row(2, 32, LN, False, 0.0, 0.01, 16, 20, 0.01, None, 200, "mean"),
         "digits": row(2, 64, BN, False, 0.0, 0.01, 50, 40, 0.01, None, 50, "mean"),
@@ -250,7 +250,7 @@ RECIPES = _table()
 TASKS = tuple(dict.fromkeys(task for task, _ in RECIPES))
 
 
-# What recipes of ours must reach on a processor, in percent on the mean of the seeds; set beforehand.
+# The accuracy in percent that recipes of ours must reach on a processor, as a mean over seeds. It was set beforehand.
 _LEAST = {"digits": 98, "ucr:GunPoint": 98, "r8": 85, "listops-short": 40, "pathfinder32-easy": 92}
 BARS = MappingProxyType(
     {(task, layer): bar for task, bar in _LEAST.items() for layer in ("s4d", "sgconv", "long_conv")}
@@ -259,7 +259,8 @@ BARS = MappingProxyType(
 
 
 def recipe(task: str, layer: str) -> Recipe:
-    """The row of a task, of its alias, or of any "ucr:NAME"; ValueError with a suggestion if there is none."""
+    """Returns the row of a task, of an alias, or of any "ucr:NAME". Raises ValueError with a suggestion if there is
+    none."""
     if layer not in KERNELS:
         raise ValueError(f"unknown layer {layer!r}{suggest(layer, KERNELS)}")
     name = "ucr" if task.startswith("ucr:") else ALIASES.get(task, task)
@@ -270,24 +271,24 @@ def recipe(task: str, layer: str) -> Recipe:
 
 
 def whole(task: str, layer: str, samples: int) -> int:
-    """Sequences that the recipe's training goes through; `samples` where the training split is ours."""
+    """Returns how many sequences the recipe's training sees. samples: size of the training split, if it is ours."""
     published = SAMPLES.get(ALIASES.get(task, task), samples)
     return recipe(task, layer).optim.epochs * published
 
 
 def suggest(word: str, known) -> str:
-    """What to put behind "unknown ...": the nearest of the known words, and otherwise all of them."""
+    """Returns what stands behind "unknown ...": the nearest of the known words, or else all of them."""
     near = get_close_matches(word, known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(known)}"
 
 
-# How others call what is called otherwise here.
+# Names that other programs have for our options.
 _CALLED = {"learning_rate": "optim.lr", "wd": "optim.weight_decay", "batch_size": "optim.batch"}
 _CALLED |= {"n_layers": "model.depth", "max_epochs": "optim.epochs", "gpu": "device"}
 
 
 def suggest_option(word: str, known) -> str:
-    """The same for options: `lr` is rather optim.lr, whose last part it is, than a name of like letters."""
+    """Does the same for options. The last part of a name comes first: `lr` means optim.lr."""
     last = word.rpartition(".")[2]
     near = [name for name in known if name.rpartition(".")[2] == last]
     near = near or [name for name in (_CALLED.get(last),) if name in known]

@@ -1,4 +1,4 @@
-"""A table of finished and failed runs like the papers': layers by tasks, mean and spread over seeds."""
+"""Tables of finished and failed runs like the papers': layers by tasks, with mean and spread over seeds."""
 
 import csv
 import json
@@ -7,14 +7,21 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.lra import files, recipes
+from bench import files
+from bench.facts import plural
+from bench.files import markdown
+from bench.lra import recipes
 
-MARGIN = 0.02  # a test accuracy within this of the commonest class's share is a failure: nothing was learnt
+MARGIN = (
+    0.02  # a run has learnt nothing if its accuracy is within this of the commonest class's share
+)
 
 
 def load(places: list[Path]) -> list[dict]:
-    """Every run below the folders, or in the files that `keep` wrote, by task, layer and seed; a run that is
-    not finished has the status "unfinished" and what the last lines of its metrics say."""
+    """Returns every run below the folders, or in the files that `keep` wrote, ordered by task, layer and seed.
+
+    A run that is not finished has the status "unfinished" and what its metrics say.
+    """
     runs = []
     for kept in filter(Path.is_file, places):
         for number, line in enumerate(kept.read_text().splitlines(), 1):
@@ -42,7 +49,7 @@ def _parsed(text: str, place: str) -> dict:
 
 
 def reached(metrics: Path) -> dict:
-    """What a run that is not finished has written down of itself so far."""
+    """Returns what an unfinished run has recorded of itself."""
     rows = list(csv.DictReader(metrics.read_text().splitlines())) if metrics.exists() else []
     found = {"status": "unfinished", "steps": 0}
     if rows:
@@ -55,7 +62,7 @@ def reached(metrics: Path) -> dict:
 
 
 def keep(runs: list[dict], path: Path) -> None:
-    """One line of JSON for each run."""
+    """Writes one line of JSON for each run."""
     files.write_text(path, "".join(json.dumps(run) + "\n" for run in runs))
 
 
@@ -66,7 +73,7 @@ def failed(run: dict) -> bool:
 
 
 def levels(chance: float, majority: float, generated: bool) -> str:
-    """What stands in brackets behind every accuracy."""
+    """Returns what stands in brackets behind every accuracy."""
     note = ", generated data" if generated else ""
     return f"chance {chance:.1%}, majority {majority:.1%}{note}"
 
@@ -75,17 +82,12 @@ def label(run: dict) -> str:
     return run["task"] + (" (generated data)" if run["generated"] else "")
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def accuracies(runs: list[dict]) -> list[float]:
     return [100 * r["test_accuracy"] for r in runs if r["status"] == "done"]
 
 
 def below(runs: list[dict]) -> bool:
-    """Whether the mean misses the bar; a bar is missed too where all runs failed."""
+    """Decides whether the mean misses the bar. It does if all runs have failed."""
     bar, done = recipes.BARS.get((runs[0]["task"], runs[0]["layer"])), accuracies(runs)
     if bar is None or all(r["status"] == "unfinished" for r in runs):
         return False
@@ -93,12 +95,12 @@ def below(runs: list[dict]) -> bool:
 
 
 def cell(runs: list[dict], seeds: int | None = None) -> str:
-    """Mean and standard deviation of all tests, how many of the runs failed, what is not finished, and how many
-    seeds unless it is `seeds`."""
+    """Returns mean and standard deviation of all tests, how many runs failed and how many are not finished. The
+    number of seeds is named unless it is `seeds`."""
     ended = [r for r in runs if r["status"] != "unfinished"]
     going = [r for r in runs if r["status"] == "unfinished"]
     done, count = accuracies(ended), sum(map(failed, ended))
-    notes = [f"{len(runs)} seed{'s' * (len(runs) > 1)}"] if seeds not in (None, len(runs)) else []
+    notes = [plural(len(runs), "seed")] if seeds not in (None, len(runs)) else []
     notes += [f"{count} of {len(ended)} failed"] if count else []
     if going:
         tested = [100 * r["val_accuracy"] for r in going if r.get("val_accuracy") is not None]
@@ -123,7 +125,7 @@ def on_torch_fft(run: dict) -> bool:
 
 
 def settings(run: dict, *, but: str = "") -> str:
-    """What a group of runs shares: data, machine, and all options but the seed and what does not matter."""
+    """Returns what a group of runs shares: data, machine, and all options but the seed and those without effect."""
     config = {k: v for k, v in run["config"].items() if k != "run"}
     names = {"max_minutes", "precision", "eval_steps"} - {but}
     kept = {k: run["config"]["run"].get(k) for k in names}
@@ -133,7 +135,7 @@ def settings(run: dict, *, but: str = "") -> str:
 
 
 def grouped(runs: list[dict]) -> dict[tuple, list[dict]]:
-    """By task, layer and settings, one run of a seed in each: the first that is finished."""
+    """Groups runs by task, layer and settings. Each group has one run of a seed, the first that is finished."""
     groups = defaultdict(dict)
     for run in runs:
         seeds = groups[label(run), run["layer"], settings(run)]
@@ -143,13 +145,13 @@ def grouped(runs: list[dict]) -> dict[tuple, list[dict]]:
 
 
 def usual(runs: list[dict]) -> int:
-    """How many seeds most cells have."""
+    """Returns how many seeds most cells have."""
     return max(statistics.multimode(map(len, grouped(runs).values())))
 
 
 def summary(runs: list[dict]) -> str:
-    """One line per task: chance, majority, and every layer's mean beside its published accuracy; what the cells'
-    marks mean."""
+    """Returns a line per task, with chance, majority, and every layer's mean beside its published accuracy, and what
+    the marks in cells mean."""
     layers = list(dict.fromkeys(r["layer"] for r in runs))
     tasks = list(dict.fromkeys(label(r) for r in runs))
     groups, rows, shown, seeds = grouped(runs), [], [], usual(runs)
@@ -184,7 +186,8 @@ def summary(runs: list[dict]) -> str:
 
 
 def differences(groups, aspect: str, value: Callable, one, other) -> list[str]:
-    """In points, where all but the aspect is the same: the mean over the seeds that ended with both values of it."""
+    """Returns differences of accuracy in points between runs that differ in one aspect only: means over the seeds that
+    ended with both of its values."""
     runs, pairs = [r for group in groups for r in group if r["status"] == "done"], defaultdict(list)
     for mine in (r for r in runs if value(r) == one):
         for theirs in (r for r in runs if value(r) == other and alike(r, mine, aspect)):
@@ -194,7 +197,7 @@ def differences(groups, aspect: str, value: Callable, one, other) -> list[str]:
 
 
 def alike(a: dict, b: dict, but: str) -> bool:
-    """Whether two runs differ in one aspect alone; what the older one has not written down is taken as the same."""
+    """Decides whether two runs differ in one aspect only. What an older run has not recorded counts as equal."""
     first, second = ({"data": None} | r for r in (a, b))
     if None in (first["data"], second["data"]):
         first["data"] = second["data"] = None
@@ -204,12 +207,12 @@ def alike(a: dict, b: dict, but: str) -> bool:
 
 
 def spread(values: list[float]) -> str:
-    """One value, or the least and the greatest."""
+    """Returns one value, or the least and the greatest."""
     return " to ".join(dict.fromkeys(f"{v:.3g}" for v in (min(values), max(values))))
 
 
 def schedule(group: list[dict]) -> str:
-    """The share of the recipe's schedule that was run, and the steps where it is not finished."""
+    """Returns the share of the recipe's schedule that was planned, and the steps so far of unfinished runs."""
 
     def share(run: dict) -> float:
         steps = run["plan"]["steps"]
@@ -226,7 +229,7 @@ def schedule(group: list[dict]) -> str:
 
 
 def wall(run: dict) -> float | None:
-    """Seconds from the start to the end, of all sessions; None where one did not write them down."""
+    """Returns the seconds of all sessions; None if one of them has not recorded its own."""
     seconds = [s.get("seconds") for s in run.get("sessions", [])]
     return sum(seconds) if seconds and None not in seconds else None
 
@@ -237,7 +240,7 @@ def duration(seconds: float) -> str:
 
 
 def details(runs: list[dict]) -> str:
-    """One line per task, layer and settings: the worst seed, how much of the schedule, and what it cost."""
+    """Returns a line per task, layer and settings: the worst seed, the share of the schedule, and the cost."""
     rows, compared = [], any(ratio(r) for r in runs)
     for (task, layer, _), group in grouped(runs).items():
         done = [r for r in group if r["status"] == "done"]
@@ -275,7 +278,7 @@ def details(runs: list[dict]) -> str:
 
 
 def ratio(run: dict) -> float | None:
-    """How many times faster a training step is than on torch.fft."""
+    """Returns how many times faster a training step is than on torch.fft."""
     return (run.get("compared") or {}).get("ratio")
 
 

@@ -1,11 +1,8 @@
 """Trains one run with Lightning, from its options to its result."""
 
-import copy
 import json
 import os
-import pickle
 import shutil
-import statistics
 import time
 from dataclasses import asdict
 from functools import partial
@@ -16,23 +13,34 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bench.lra import files, options, pictures, plan, recipes
-from bench.lra.batches import EvalBatches, TrainBatches, same, tensors
-from bench.lra.compare import compare_step, synchronize
-from bench.lra.facts import announce, config_yaml, describe, fingerprint
-from bench.lra.journal import NEXT_BEST, Diverged, Journal, Stopped, console, peak_mib
-from bench.lra.model import loss_of
-from bench.lra.module import Stamp, Training, make_trainer
-from bench.lra.process import RANK, WORLD, classifier, device_for, move, open_task, together
-from bench.lra.quiet import quiet
+from bench import files, pictures
+from bench.lra import options, recipes, schedule
+from bench.lra.batches import EvalBatches, TrainBatches, move, same, tensors
+from bench.lra.journal import NEXT_BEST, Diverged, Journal, Stopped, peak_mib
+from bench.lra.module import Stamp, Training, make_trainer, quiet
 from bench.lra.report import levels
+from bench.lra.run import (
+    RANK,
+    WORLD,
+    announce,
+    classifier,
+    config_yaml,
+    describe,
+    device_for,
+    fingerprint,
+    load_checkpoint,
+    open_task,
+    together,
+)
+from bench.terminal import plain
 
-FILES = "the digest of the data's files"  # beside a fingerprint of some samples
+# Part of a run's identity, beside the fingerprint of some samples.
+FILES = "the digest of the data's files"
 
 
 def fit(config: options.Config) -> dict:
-    """Trains to the end of the schedule and tests the checkpoint that is best in validation, or the last one
-    where validation has no split of its own; returns what result.json holds."""
+    """Trains to the end of the schedule and tests a checkpoint: the best in validation, or the last one where
+    validation has no split of its own. Returns what result.json holds."""
     if config.run.wandb and find_spec("wandb") is None:
         raise SystemExit("--wandb: wandb is not installed: pip install wandb")
     device = device_for(config.run.device)
@@ -63,9 +71,11 @@ def _fit(config: options.Config, device: torch.device) -> dict:
     initial = model.kernels(info.l_max) if RANK == 0 else None
 
     def planned() -> dict:
-        timing = measure(model, config, splits, device) if config.run.max_minutes else None
+        timing = None
+        if config.run.max_minutes:
+            timing = schedule.measure(model, config, splits, device, WORLD)
         whole = recipes.whole(config.task, config.layer, samples)
-        return asdict(plan.make(config, samples, whole, timing))
+        return asdict(schedule.make(config, samples, whole, timing))
 
     shares = {"rank": RANK, "world": WORLD, "pin": device.type == "cuda"}
     order = {"batch": optim.batch, "seed": config.run.seed, "accumulate": optim.accumulate}
@@ -73,16 +83,17 @@ def _fit(config: options.Config, device: torch.device) -> dict:
         batches = TrainBatches(splits["train"], **order, **shares)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    schedule = plan.Plan(**(state["plan"] if state else together(planned)))
-    batches.set_period(schedule.period)
+    plan = schedule.Plan(**(state["plan"] if state else together(planned)))
+    batches.set_period(plan.period)
     part = optim.batch // optim.accumulate
     held_out = {s: EvalBatches(splits[s], batch=part, **shares) for s in ("val", "test")}
-    facts = describe(config, info, splits, model, schedule, recipe, device)
+    facts = describe(config, info, splits, model, plan, recipe, device)
     if config.run.compare and "fallback" in facts["operator"]:
         text = "The compiled kernels are not in use, so --compare would show nothing"
         raise SystemExit(f"{text}: {facts['operator']}")
 
-    def clock() -> None:  # a session that is killed later has lasted until its last checkpoint
+    def clock() -> None:
+        # A session that is killed later has lasted until its last checkpoint.
         facts["sessions"][-1]["seconds"] = time.perf_counter() - began
         files.write_json(out / "run.json", facts)
 
@@ -95,13 +106,13 @@ def _fit(config: options.Config, device: torch.device) -> dict:
             clear(out)
         files.write_text(out / "config.yaml", config_yaml(config))
         clock()
-        announce(facts, config, schedule, info.notes)
-    journal = Journal(config, schedule, info, batches, out, samples // optim.batch)
+        announce(facts, config, plan, info.notes)
+    journal = Journal(config, plan, info, batches, out, samples // optim.batch)
     if RANK == 0:
         journal.saved = clock
-    stamp = Stamp({"identity": identity, "plan": asdict(schedule)})
-    trainer = make_trainer(config, out, device, schedule, [journal, stamp], state)
-    training = Training(model, info.classes, optim, schedule)
+    stamp = Stamp({"identity": identity, "plan": asdict(plan)})
+    trainer = make_trainer(config, out, device, plan, [journal, stamp], state)
+    training = Training(model, info.classes, optim, plan)
     result = facts | learn(training, trainer, journal, held_out, splits, device, bool(state))
     if RANK == 0:
         clock()
@@ -113,7 +124,7 @@ def _fit(config: options.Config, device: torch.device) -> dict:
 
 
 def learn(training, trainer, journal, held_out, splits, device, resumed: bool) -> dict:
-    """Trains and tests the model: the result."""
+    """Trains and tests the model and returns the result."""
     out, seed = journal.out, journal.config.run.seed
     torch.manual_seed((seed << 16) + RANK + 1)  # of dropout
     result = {"status": "done"}
@@ -126,7 +137,7 @@ def learn(training, trainer, journal, held_out, splits, device, resumed: bool) -
         journal.close()
         if RANK == 0:
             curves(journal)
-            console.print(
+            plain.print(
                 f"Stopped at step {trainer.global_step}; the checkpoint is {out / 'last.ckpt'}. "
                 "Continue with the same command and --resume."
             )
@@ -146,8 +157,8 @@ def learn(training, trainer, journal, held_out, splits, device, resumed: bool) -
 
 
 def choose(splits, model, out: Path, device: torch.device) -> dict:
-    """Puts the weights to be tested into the model: those best in validation, but the last ones where
-    that is no split of its own (Text's is its test split, and the small UCR sets have none)."""
+    """Puts the weights to be tested into the model: the best in validation, or the last ones where the validation
+    split is no split of its own (Text's is its test split, and the small UCR sets have none)."""
     twin = next((s for s in ("test", "train") if same(splits["val"], splits[s])), None)
     if twin is None:
         best = torch.load(out / "best.ckpt", map_location=device, weights_only=True)
@@ -156,7 +167,7 @@ def choose(splits, model, out: Path, device: torch.device) -> dict:
 
 
 def prepare(config: options.Config, out: Path, identity: dict) -> dict | None:
-    """The checkpoint to go on from, after checking that it is this run's; None for a new run."""
+    """Returns the checkpoint from which this run continues, after a check that it is this run's; None for a new run."""
     last = out / "last.ckpt"
     if not config.run.resume:
         if (out / "run.json").exists() and not config.run.overwrite:
@@ -168,7 +179,7 @@ def prepare(config: options.Config, out: Path, identity: dict) -> dict | None:
             raise SystemExit(f"--resume: {out} holds a result, but there is no {last}")
         if (out / "run.json").exists():
             same_run(json.loads((out / "run.json").read_text()).get("identity", {}), identity, out)
-        console.print(f"{out} has no checkpoint yet: starting from the beginning.")
+        plain.print(f"{out} has no checkpoint yet: starting from the beginning.")
         return None
     state = load(last)
     same_run(state["identity"], identity, last)
@@ -176,7 +187,7 @@ def prepare(config: options.Config, out: Path, identity: dict) -> dict | None:
         "best_step"
     ]
     best, newer = out / "best.ckpt", out / NEXT_BEST
-    if newer.exists() and load(newer)["step"] == step:  # ended between the two
+    if newer.exists() and load(newer)["step"] == step:  # it ended between the two
         os.replace(newer, best)
     if step and not (best.exists() and load(best)["step"] == step):
         raise SystemExit(
@@ -186,22 +197,18 @@ def prepare(config: options.Config, out: Path, identity: dict) -> dict | None:
 
 
 def same_run(was: dict, identity: dict, place: Path) -> None:
-    was = {FILES: identity[FILES]} | was  # an older run has not written it down
+    was = {FILES: identity[FILES]} | was  # older runs have not recorded it
     changed = options.differences(was, identity)
     if changed:
         raise SystemExit(f"--resume: {place} belongs to another run: {', '.join(changed)}")
 
 
 def load(path: Path) -> dict:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
-        raise SystemExit(f"--resume: {path} cannot be read: {reason}") from None
+    return load_checkpoint(path, "--resume: {path} cannot be read: {reason}")
 
 
 def clear(out: Path) -> None:
-    """Makes room for a new run."""
+    """Deletes the files of an earlier run."""
     out.mkdir(parents=True, exist_ok=True)
     names = "last.ckpt", "best.ckpt", NEXT_BEST, "result.json", "metrics.csv", "run.json"
     for old in (*names, "curves.png", "kernels.png"):
@@ -210,50 +217,11 @@ def clear(out: Path) -> None:
 
 
 def sessions(out: Path, facts: dict) -> list[dict]:
-    """Where each part of the run was computed, this one the last."""
+    """Returns where each session of the run was computed. This one is the last."""
     earlier = out / "run.json"
     before = json.loads(earlier.read_text()).get("sessions", []) if earlier.exists() else []
     names = ("device", "processes", "commit", "torch", "seqconv", "operator")
     return [*before, {name: facts[name] for name in names}]
-
-
-def measure(model, config, splits, device: torch.device) -> plan.Timing:
-    """Times a few steps and evaluation batches of a copy; no random number is drawn from the run's."""
-    model = copy.deepcopy(model).to(device)
-    optim = config.optim
-    part = max(1, optim.batch // optim.accumulate // WORLD)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    rng = torch.Generator().manual_seed(0)
-
-    def seconds(split, train: bool, repeats: int) -> float:
-        found = []
-        for _ in range(repeats + 2):
-            indices = torch.randint(len(split), (min(part, len(split)),), generator=rng).numpy()
-            start = time.perf_counter()
-            x, lengths, labels = move(tensors(split, indices), device)
-            with torch.autocast(device.type, *autocast(config.run.precision)):
-                with torch.set_grad_enabled(train):
-                    loss = loss_of(model(x, lengths), labels)
-            if train:
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            synchronize(device)
-            found.append(time.perf_counter() - start)
-        return statistics.median(found[2:])
-
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model.train()
-        step = seconds(splits["train"], True, 10) * optim.accumulate
-        model.eval()
-        per_batch = seconds(splits["val"], False, 3)
-    per_sample = per_batch / (part * WORLD)
-    return plan.Timing(step, len(splits["val"]) * per_sample, len(splits["test"]) * per_sample)
-
-
-def autocast(precision: str) -> tuple[torch.dtype, bool]:
-    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    return half.get(precision, torch.bfloat16), precision in half
 
 
 def curves(journal: Journal) -> None:
@@ -265,22 +233,20 @@ def curves(journal: Journal) -> None:
 
 
 def finish(config, result, model, initial, info, splits, journal, device) -> None:
-    """Pictures, the comparison with torch.fft, and the last lines."""
+    """Draws pictures, compares with torch.fft, and prints the last lines."""
     out = Path(config.out)
     curves(journal)
     if result["status"] != "done":
-        console.print(f"[bold]failed[/bold]: {result['error']}")
+        plain.print(f"[bold]failed[/bold]: {result['error']}")
         return
-    from bench.micro.plots import plot_kernels
-
     model = model.to(device)
     kernels = initial, model.kernels(info.l_max), config.layer
-    files.atomically(out / "kernels.png", partial(plot_kernels, *kernels))
+    files.atomically(out / "kernels.png", partial(pictures.plot_kernels, *kernels))
     when = f"at step {result['best_step']}, the best in validation,"
     if result["checkpoint"] == "last":
         when = f"at the last step, as the validation split is the {result['validation_is']} split,"
     beside = levels(info.chance, info.majority, info.generated)
-    console.print(
+    plain.print(
         f"[bold]test accuracy {result['test_accuracy']:.1%}[/bold] ({beside}) {when} "
         f"after {result['seconds']:.0f} s"
     )
@@ -288,17 +254,17 @@ def finish(config, result, model, initial, info, splits, journal, device) -> Non
         part = config.optim.batch // config.optim.accumulate
         batch = move(tensors(splits["train"], np.arange(part)), device)
         try:
-            with_half = autocast(config.run.precision)
-            times = compare_step(model, batch, config.run.compare, with_half)
-        except RuntimeError as error:  # out of memory, too
+            rounds = config.run.compare
+            times = schedule.compare_step(model, batch, rounds, config.run.precision)
+        except RuntimeError as error:  # this includes a lack of memory
             result["compared"] = {"error": str(error)}
-            console.print(f"--compare failed: {error}")
+            plain.print(f"--compare failed: {error}")
         else:
             result["compared"] = times
-            console.print(
+            plain.print(
                 f"one training step (with dropout and AdamW, batch {part}, {torch.get_num_threads()} threads): "
                 f"seqconv {times['seqconv']:.1f} ms, torch.fft {times['torch.fft']:.1f} ms, ratio {times['ratio']:.2f} "
                 f"(median of {config.run.compare} interleaved rounds; gradients agree to {times['difference']:.0e})"
             )
         files.write_json(out / "result.json", result)
-    console.print(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
+    plain.print(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))

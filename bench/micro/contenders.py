@@ -1,13 +1,13 @@
 """Everything that computes a long convolution here, behind one signature.
 
-A contender is a function (u, k, skip, k_rev, pre_gate, post_gate) -> y of tensors that `make` has
-prepared, or None where it does not do the case. What cannot be imported is left out, with a word.
+`make` returns a contender as a function of the tensors [u, k, skip, k_rev, pre_gate, post_gate], or None where the
+contender does not do the case. It raises ImportError or OSError where the contender cannot be imported.
 """
 
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,11 @@ class Case:
     taps: int = 0  # 0: as many as the length
     op: str = "forward"  # or forward+backward
 
+    @classmethod
+    def of(cls, row: dict) -> "Case":
+        """Returns the case of a row of results."""
+        return cls(**{f.name: row[f.name] for f in fields(cls)})
+
     @property
     def kernel_taps(self) -> int:
         return self.taps or self.length
@@ -57,8 +62,9 @@ class Case:
         return " ".join([shape, *words, "f+b" if self.op != "forward" else "forward"])
 
     def tensors(self, device: str) -> tuple[list[Tensor | None], Tensor | None]:
-        """(u, k, skip, k_rev, pre_gate, post_gate) and, where it is needed, the gradient of y, seeded."""
-        generator = torch.Generator(device).manual_seed(0)  # one thread of a CPU takes seconds
+        """Returns [u, k, skip, k_rev, pre_gate, post_gate] and, if it is needed, the gradient of y. All are seeded."""
+        # A GPU makes its own numbers: one thread of a CPU would take seconds.
+        generator = torch.Generator(device).manual_seed(0)
         dtype = DTYPES[self.dtype]
 
         def normal(*shape, scale=1.0, rows=False):
@@ -82,8 +88,10 @@ class Case:
         return inputs, normal(b, *heads, h, n) if heads else normal(b, h, n, rows=True)
 
     def flops(self) -> float:
-        """Counted: complex transforms of 5 n log2 n of the row, once there and once back per head,
-        and of the kernel; a product of 6, once again for the gradients."""
+        """Counts the operations of complex transforms, 5 n log2 n each, and of the products between them.
+
+        A row is transformed once there and once back for each head, and the kernel once. Gradients have both again.
+        """
         n, taps = self.length, self.kernel_taps
         # A short kernel is convolved block by block.
         transform = 5 * n * math.log2(max(2, min(n, taps)))
@@ -95,7 +103,7 @@ class Case:
         return forward + backward + 2 * kernels * transform
 
     def bytes(self) -> int:
-        """That must be read or written at least once."""
+        """Counts the bytes that must be read or written at least once."""
         size = DTYPES[self.dtype].itemsize
         row = self.elements
         signals = row * (1 + self.heads + (2 if self.mode == "gated" else 0))
@@ -103,7 +111,7 @@ class Case:
         kernels *= 2 if self.mode == "two_sided" else 1
         if self.op == "forward":
             return size * (signals + kernels)
-        # Again the inputs and dy, and a gradient of each input.
+        # The inputs are read again, with dy, and each input has a gradient.
         backward = signals + row * (1 + (2 if self.mode == "gated" else 0)) + 2 * kernels
         return size * (signals + kernels + backward)
 
@@ -139,7 +147,7 @@ def fft(u, k, skip, k_rev, pre_gate, post_gate, layout="bhl") -> Tensor:
 def _torch_compile(case: Case, device: str) -> Callable | None:
     if case.mode != "causal" or case.layout != "bhl":
         return None
-    torch._dynamo.reset()  # it gives up, and runs what it was given, after 8 lengths
+    torch._dynamo.reset()  # after 8 lengths it would give up and run the plain function
     return torch.compile(fft, dynamic=False)
 
 
@@ -158,7 +166,7 @@ def _torch_fft(case: Case, device: str) -> Callable:
 def _conv1d(case: Case, device: str) -> Callable | None:
     plain = case.mode == "causal" and case.layout == "bhl" and case.op == "forward"
     if not plain or case.dtype in ("bfloat16", "float16") or case.kernel_taps > 256:
-        return None  # minutes where it has no fast path
+        return None  # takes minutes where it has no fast path
 
     def run(u, k, skip, *_):
         taps = k.shape[-1]
@@ -236,10 +244,7 @@ def _pyfftw(case: Case, device: str) -> Callable | None:
     length, n, threads = case.length, 2 * case.length, torch.get_num_threads()
     real, half = case.dtype, "complex128" if case.dtype == "float64" else "complex64"
     rows = (case.batch * case.channels, n)
-    x, x_f = (
-        pyfftw.empty_aligned(rows, real),
-        pyfftw.empty_aligned((rows[0], length + 1), half),
-    )
+    x, x_f = (pyfftw.empty_aligned(rows, real), pyfftw.empty_aligned((rows[0], length + 1), half))
     h, h_f = (
         pyfftw.empty_aligned((case.channels, n), real),
         pyfftw.empty_aligned((case.channels, length + 1), half),
@@ -313,17 +318,17 @@ CONTENDERS: dict[str, tuple[str, Callable[[Case, str], Callable | None]]] = {
 }
 BASELINE = "torch.fft"
 ON_GPU = ("flashfftconv", "subquadratic_ops", "nvsubquadratic")  # where they are compared
-FAST = ("scipy.fft", "oaconvolve", "ducc0", "pyfftw")  # what else is fast on a CPU
+FAST = ("scipy.fft", "oaconvolve", "ducc0", "pyfftw")  # the other fast ones on a CPU
 
 
 def missing() -> list[str]:
-    """Contenders whose package is not installed."""
+    """Returns the contenders whose package is not installed."""
     return [
         n for n, (package, _) in CONTENDERS.items() if importlib.util.find_spec(package) is None
     ]
 
 
 def make(name: str, case: Case, device: str) -> Callable[[list], Tensor] | None:
-    """The contender's function on `case.tensors(device)[0]`, or None if it does not do the case."""
+    """Returns the contender's function of `case.tensors(device)[0]`, or None if it does not do the case."""
     function = CONTENDERS[name][1](case, device)
     return None if function is None else (lambda tensors: function(*tensors))

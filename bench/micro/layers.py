@@ -1,30 +1,29 @@
 """Measures every layer, forward and backward, beside the same layer on torch.fft.
 
 python -m bench.layers [--lengths 1024 4096] [--json FILE]
-python -m bench.layers --table    the README's table, from bench/results/layers.jsonl
+python -m bench.layers --table    writes the README's table from bench/results/layers.jsonl
 
-Both have the same parameters; "torch.fft" forces the layer's operators to their reference: transforms
-by torch.fft, S4D's kernel by torch.bmm. Outputs and gradients of both are compared with float64's
-first. Ratios are medians of the ratios of interleaved rounds under the C library's tuned allocator,
-the stricter comparison (see bench.fftconv); memory is the peak of one step beyond inputs and layer.
+Both have the same parameters. "torch.fft" forces the layer's operators to their reference: transforms
+by torch.fft, S4D's kernel by torch.bmm. Outputs and gradients of both are first compared with float64's.
+Ratios are medians of the ratios of interleaved rounds under the C library's tuned allocator,
+the stricter comparison (see bench.fftconv). Memory is the peak of one step beyond inputs and layer.
 """
 
 import argparse
 import copy
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
-from bench.micro import report
+from bench import files
+from bench.facts import RESULTS, ROOT, length_name, now, plural, same_run
 from bench.micro.contenders import BASELINE
-from bench.micro.report import console
-from bench.micro.timing import Clock, interleaved, peak_bytes, quartiles, ratios, worst_errors
-from bench.micro.worker import Worker, refuse_fallback, serve
+from bench.micro.timing import Clock, interleaved, peak_bytes, summary, within, worst_errors
+from bench.micro.worker import Worker, machine, refuse_fallback, serve
+from bench.terminal import console, table
 from seqconv import S4D, ButterflyConv, Hyena, LongConv, SGConv, use_backend
 
 LAYERS = {  # name -> the layer for a d_model and a length
@@ -43,7 +42,7 @@ WAYS = {"seqconv": "auto", BASELINE: "reference"}  # the backend
 
 
 def step(way: str, layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """The output, and the gradients of the input and of every parameter."""
+    """Returns the output and the gradients of the input and of every parameter."""
     with use_backend(WAYS[way]):
         y = layer(x)
         return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
@@ -57,30 +56,26 @@ def problem(job: dict) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def measure(job: dict, clock: Clock):
-    """Rows of one layer and length, one for either way, a red gate without times."""
+    """Yields the rows of one layer and length, one for each way. A wrong result gets no times."""
     layer, x, dy = problem(job)
     exact_x, exact_layer = x.detach().double().requires_grad_(), copy.deepcopy(layer).double()
     exact = step(BASELINE, exact_layer, exact_x, dy.double())
     found = {way: worst_errors(step(way, layer, x, dy), exact) for way in WAYS}
     del exact, exact_x, exact_layer
-    # Of torch.fft no more than that it computes the same; of seqconv twice torch.fft's round-off.
+    # torch.fft must only compute the same. seqconv may have twice the round-off of torch.fft.
     allowed = {BASELINE: (1e-4, 1e-2)}
     allowed["seqconv"] = (2 * found[BASELINE][0] + 5e-7, 2 * found[BASELINE][1] + 1e-5)
     runs = {
         way: partial(step, way, layer, x, dy)
         for way, error in found.items()
-        if all(e <= limit for e, limit in zip(error, allowed[way], strict=True))
+        if within(error, allowed[way])
     }
     times = interleaved(runs, job["budget"], clock)
     for way, error in found.items():
         row = {"contender": way, "gate": way in runs, "median": None}
         row |= {"error_l2": error[0], "error_max": error[1], "tolerance": allowed[way]}
         if way in runs:
-            low, middle, high = quartiles(times[way])
-            row |= {"q1": low, "median": middle, "q3": high, "rounds": len(times[way])}
-        if len(runs) == 2:
-            low, middle, high = ratios(times[BASELINE], times[way])
-            row |= {"ratio_q1": low, "ratio": middle, "ratio_q3": high}
+            row |= summary(times[way], times[BASELINE] if len(runs) == 2 else None)
         yield row
 
 
@@ -95,7 +90,7 @@ def prepare(settings: dict):
 
 
 def run(args) -> list[dict]:
-    common = report.machine() | {"threads": args.threads, "allocator": "tuned"}
+    common = machine() | {"threads": args.threads, "allocator": "tuned"}
     clock = Worker("bench.layers", "tuned", args.threads, memory=False)
     scale = Worker("bench.layers", "returning", args.threads, memory=True)
     jobs = [(layer, length) for layer in args.layers for length in args.lengths]
@@ -105,16 +100,16 @@ def run(args) -> list[dict]:
         job |= {"batch": args.batch, "d_model": args.d_model}
         peaks = {row["contender"]: row["bytes"] for row in scale(job)}
         for row in clock(job | {"budget": args.budget}):
-            here = {"peak_bytes": peaks[row["contender"]], "when": time.strftime("%Y-%m-%d %H:%M")}
+            here = {"peak_bytes": peaks[row["contender"]], "when": now()}
             rows.append(job | row | here | common)
             if args.json:
-                report.append(args.json, rows[-1])
+                files.append(args.json, rows[-1])
     clock.close()
     scale.close()
     return rows
 
 
-# ---- what it says ----
+# ---- what it prints ----
 
 
 def mebibytes(row: dict) -> str:
@@ -122,37 +117,32 @@ def mebibytes(row: dict) -> str:
 
 
 def show(rows: list[dict]) -> None:
-    table = Table(title="layers, forward and backward", title_justify="left")
-    for name in ("layer", "length", "way"):
-        table.add_column(name)
-    for name in ("ms", "quartiles", "faster", "quartiles", "MiB", "error L2", "max/rms"):
-        table.add_column(name, justify="right")
+    numbers = ("ms", "quartiles", "faster", "quartiles", "MiB", "error L2", "max/rms")
+    shown = table("layers, forward and backward", ("layer", "length", "way"), numbers)
     for row in rows:
-        cells = [row["layer"], report.length_name(row["length"]), row["contender"]]
+        cells = [row["layer"], length_name(row["length"]), row["contender"]]
         if row["gate"]:
             cells += [f"{1e3 * row['median']:.1f}", f"{1e3 * row['q1']:.1f}-{1e3 * row['q3']:.1f}"]
         else:
             cells += ["[red]WRONG[/]", ""]
-        faster = row["contender"] == "seqconv" and "ratio" in row
-        cells += (
-            [f"{row['ratio']:.2f}x", f"{row['ratio_q1']:.2f}-{row['ratio_q3']:.2f}"]
-            if faster
-            else ["", ""]
-        )
-        table.add_row(*cells, mebibytes(row), f"{row['error_l2']:.1e}", f"{row['error_max']:.1e}")
-    console.print(table)
+        if row["contender"] == "seqconv" and "ratio" in row:
+            cells += [f"{row['ratio']:.2f}x", f"{row['ratio_q1']:.2f}-{row['ratio_q3']:.2f}"]
+        else:
+            cells += ["", ""]
+        shown.add_row(*cells, mebibytes(row), f"{row['error_l2']:.1e}", f"{row['error_max']:.1e}")
+    console.print(shown)
 
 
 def readme_table(rows: list[dict]) -> str:
-    """Speed-ups with milliseconds, and memory, of the last measurement of each layer and length."""
+    """Returns speed-ups with milliseconds, and memory, of the last measurement of each layer and length."""
     first, last = rows[-1], {}
     keys = ("threads", "batch", "d_model")
     for row in rows:
         if all(row[k] == first[k] for k in keys) and row["gate"]:
             last[row["layer"], row["length"], row["contender"]] = row
     lengths = sorted({length for _, length, _ in last})
-    header = ["", *map(report.length_name, lengths)]
-    header += [f"MiB at {report.length_name(lengths[-1])}: seqconv, torch.fft"]
+    header = ["", *map(length_name, lengths)]
+    header += [f"MiB at {length_name(lengths[-1])}: seqconv, torch.fft"]
     lines = []
     for layer in dict.fromkeys(layer for layer, _, _ in last):
         cells = []
@@ -162,11 +152,10 @@ def readme_table(rows: list[dict]) -> str:
             cells.append(f"{row['ratio']:.2f}x, {1e3 * row['median']:.1f} ms" if both else "-")
         ends = [last.get((layer, lengths[-1], way)) for way in WAYS]
         lines.append([layer, *cells, ", ".join(mebibytes(r) if r else "-" for r in ends)])
-    threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
-    shape = f"{first['batch']} samples, d_model {first['d_model']}, {threads}"
+    shape = f"{first['batch']} samples, d_model {first['d_model']}, {plural(first['threads'], 'thread')}"
     where = f"{first['device']} ({first['isa']} kernels), torch {first['versions']['torch']}"
     text = f"{shape}; {where}, commit {first['commit']}."
-    return "\n\n".join([report.markdown(header, lines), text])
+    return "\n\n".join([files.markdown(header, lines), text])
 
 
 def main() -> None:
@@ -177,20 +166,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--d-model", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget", type=float, default=5.0, help="seconds per layer and length")
-    parser.add_argument("--json", type=Path, help="file to append a line per measurement to")
-    parser.add_argument("--table", action="store_true", help="rewrite the README from --json")
+    parser.add_argument(
+        "--budget", type=float, default=5.0, help="seconds for each layer and length"
+    )
+    parser.add_argument("--json", type=Path, help="append a line for each measurement to this file")
+    parser.add_argument(
+        "--table", action="store_true", help="rewrite the README's table from --json"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return serve(prepare)
     if args.table:
-        path = args.json or report.RESULTS / "layers.jsonl"
-        rows = report.read([path]) if path.exists() else []
+        path = args.json or RESULTS / "layers.jsonl"
+        rows = files.read([path]) if path.exists() else []
         if not rows:
             raise SystemExit("no results: run make bench-layers first")
-        table = readme_table(report.same_run(rows))
-        return report.replace_between(report.ROOT / "README.md", "layers bench", table)
+        text = readme_table(same_run(rows))
+        return files.replace_between(ROOT / "README.md", "layers bench", text)
     if min(*args.lengths, args.batch, args.d_model, args.threads) < 1:
         raise SystemExit("--lengths, --batch, --d-model and --threads must be >= 1")
     refuse_fallback()

@@ -1,11 +1,11 @@
-"""What a call costs before and between its launches on a GPU: Python's microseconds, measured without one.
+"""Measures what Python takes before and between the launches of a call on a GPU. It needs no GPU.
 
 python -m bench.overhead    prints medians and least times of interleaved rounds, in microseconds
 
-A device whose launches do nothing stands where the CUDA driver would; tensors, of which hardly anything is
-computed, lie in the CPU's memory. Counted is the process's own time, which other programs' turns leave alone.
-Beside a call stand the parts that it consists of, and torch's own
-autograd.Function that saves as much, allocates as much and does nothing.
+A device whose launches do nothing takes the place of the CUDA driver. The tensors lie in the CPU's memory, and hardly
+anything is computed of them. The time is that of the process itself, so that other programs do not count.
+Beside a call its parts are measured, and an autograd.Function that saves as much and allocates as much as the call,
+but does nothing.
 """
 
 import argparse
@@ -14,16 +14,16 @@ from statistics import median
 
 import torch
 
-from bench.micro import report
+from bench.files import markdown
 from bench.micro.timing import interleaved
 from seqconv import fftconv, use_backend
 from seqconv.backends.cuda import Cuda
-from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.problem import H100
 from seqconv.backends.cuda.tables import Tables
 from seqconv.ops.fftconv import _check
 from seqconv.ops.inputs import Inputs
 
-CALLS = 20  # in a row: as often as a model with as many layers makes them
+CALLS = 20  # in a row, as a model with as many layers makes them
 
 
 class Bare(Cuda):
@@ -49,7 +49,7 @@ class Bare(Cuda):
 
 
 class Nothing(torch.autograd.Function):
-    """What torch itself takes around a call."""
+    """Takes the time that torch itself needs around a call."""
 
     @staticmethod
     def forward(ctx, *tensors):
@@ -62,7 +62,7 @@ class Nothing(torch.autograd.Function):
 
 
 def functions(device: Bare, dtype: torch.dtype) -> dict:
-    """Name -> what is timed. The tensors are small: sums on the CPU would count as Python's time."""
+    """Returns what is timed, by name. The tensors are small, since sums on the CPU would count as Python's time."""
     u, k, skip = torch.randn(2, 4, 256).to(dtype), torch.randn(4, 256), torch.randn(4)
     leaves = [t.clone().requires_grad_() for t in (u, k, skip)]
     y, dy = torch.empty_like(u), torch.randn(2, 4, 256).to(dtype)
@@ -102,7 +102,7 @@ def own_seconds(function) -> float:
 
 
 def measure(dtype: torch.dtype, budget: float) -> dict[str, list[float]]:
-    """Seconds of a call of every function."""
+    """Returns the seconds of one call, in every round, for each function."""
     device = Bare()
     made = {name: repeated(function) for name, function in functions(device, dtype).items()}
     with use_backend(device):
@@ -122,7 +122,7 @@ def main() -> None:
         [name, f"{median(times) * 1e6:.1f}", f"{min(times) * 1e6:.1f}"]
         for name, times in found.items()
     ]
-    print(report.markdown([options.dtype, "median, us", "least, us"], rows))
+    print(markdown([options.dtype, "median, us", "least, us"], rows))
 
 
 if __name__ == "__main__":

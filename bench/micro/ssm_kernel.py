@@ -3,30 +3,38 @@
 python -m bench.ssm_kernel [--lengths 1024 4096] [--json FILE] [--plot FILE]
 
 Every number is the median of interleaved rounds in one process under the C library's tuned allocator,
-the stricter comparison (see bench.fftconv); nothing is timed that differs from float64's definition.
-The sum alone starts from its float64 exponents and weights; "from parameters" is seqconv.ssm_kernel
-as a layer calls it, which makes those first: a fixed time per mode, whatever the length. The bar over
-torch.bmm is on the preallocated output forward (torch.bmm's is new each time) and on a new one with gradients.
-The einsum and PyKeOps take seconds: they are given few of the channels and scaled, since channels
-never meet. The floor is two multiply-adds per mode and element, three times that with gradients, at
+the stricter comparison (see bench.fftconv). A result that differs from float64's definition gets no time.
+The sum alone starts from its float64 exponents and weights. "from parameters" is seqconv.ssm_kernel
+as a layer calls it: it makes exponents and weights first, in a fixed time per mode. The requirement over
+torch.bmm counts the preallocated output forward (torch.bmm allocates a new one each time) and a new output
+with gradients. The einsum and PyKeOps take seconds. They get few of the channels and their time is scaled, since
+channels never meet. The floor is two multiply-adds per mode and element, three times that with gradients, at
 the rate of a matrix product.
 """
 
 import argparse
 import importlib.util
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from bench.micro import plots, report
-from bench.micro.report import console
-from bench.micro.requirements import BOTH, verdict
-from bench.micro.timing import Clock, flops_per_second, interleaved, quartiles, ratios, worst_errors
-from bench.micro.worker import ALLOCATORS, Worker, refuse_fallback, serve
+from bench import files, pictures
+from bench.facts import length_name, now
+from bench.micro.jobs import BOTH
+from bench.micro.requirements import Requirement, all_right, ratio_of, verdict
+from bench.micro.timing import (
+    Clock,
+    flops_per_second,
+    interleaved,
+    ratios,
+    summary,
+    within,
+    worst_errors,
+)
+from bench.micro.worker import ALLOCATORS, Worker, machine, refuse_fallback, serve
+from bench.terminal import console, show_requirements, table
 from seqconv import S4DKernel
 from seqconv.backends import cpu, keops
 from seqconv.ops import ssm
@@ -46,32 +54,33 @@ FROM_PARAMETERS = {WHOLE: "auto", BMM_WHOLE: "torch"}
 OURS = (INTO, FUSED, WHOLE)
 TRAINED = (FUSED, WHOLE, BMM, BMM_WHOLE)  # with gradients
 CHECKED = 4  # channels
-# Of seqconv, relative L2; twice that of the largest element for the worst one. Of others 1000 times both.
+# Relative L2 error of seqconv. The worst element may be off by twice that share of the largest one. Others may have
+# 1000 times both.
 TOLERANCE = {"forward": 5e-7, "forward+backward": 2e-6}
 
 
 def parameters(channels: int, modes: int) -> list[Tensor]:
-    """log_dt, A, B and C of S4D at its initialisation, in float32."""
+    """Returns log_dt, A, B and C of S4D at its initialisation, in float32."""
     torch.manual_seed(0)
     with torch.no_grad():
         return [t.float() for t in S4DKernel(channels, d_state=2 * modes).system()]
 
 
 def exponents(log_dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """a and w, as seqconv.ssm_kernel forms them."""
+    """Returns a and w as seqconv.ssm_kernel forms them."""
     a, b = discretize(log_dt, A, "zoh")
     return a, 2 * multiply(C.double(), multiply(b, B.double()))
 
 
 def definition(a: Tensor, w: Tensor, length: int, dtype=torch.complex64) -> Tensor:
-    """The sum as it is written down, with a table of channels x modes x length in between."""
+    """Computes the sum as it is written down, with a table of channels x modes x length in between."""
     a, w = (torch.view_as_complex(t).to(dtype) for t in (a, w))
     table = torch.exp(a.unsqueeze(-1) * torch.arange(length))
     return torch.einsum("chn,hnl->chl", w, table).real
 
 
 def functions(channels: int, length: int) -> dict:
-    """name -> what maps a, w and the length, or the parameters and the length, to k."""
+    """Returns contenders by name. They map a, w and the length, or the parameters and the length, to k."""
     out = torch.empty(1, channels, length)
 
     def preallocated(a, w, length):
@@ -92,7 +101,7 @@ def functions(channels: int, length: int) -> dict:
 
 
 def results(op: str, function, inputs, dk: Tensor) -> list[Tensor]:
-    """[k], or k and the gradients of the inputs."""
+    """Returns [k], or k and the gradients of the inputs."""
     length = dk.shape[-1]
     if op == "forward":
         with torch.no_grad():
@@ -103,7 +112,7 @@ def results(op: str, function, inputs, dk: Tensor) -> list[Tensor]:
 
 
 def measure(job: dict, clock: Clock):
-    """Rows of one length, one per contender, a red gate without times."""
+    """Yields the rows of one length, one for each contender. A wrong result gets no times."""
     channels, modes, length, op = (job[x] for x in ("channels", "modes", "length", "op"))
     given = parameters(channels, modes)
     with torch.no_grad():
@@ -116,7 +125,7 @@ def measure(job: dict, clock: Clock):
         return given if name in FROM_PARAMETERS else summands
 
     def first(count, tensors):
-        """Of the first channels: the first axis, or the one after the heads."""
+        """Cuts tensors to their first channels, along the first axis or the one after the heads."""
         return [t.narrow(t.dim() // 4, 0, count) for t in tensors]
 
     def exact_of(name):
@@ -139,8 +148,7 @@ def measure(job: dict, clock: Clock):
         run = partial(results, op, made[name], first(count, inputs(name)), dk[:, :count])
         k, *grads = run()
         error = worst_errors([k[:, :CHECKED], *first(CHECKED, grads)], exact[kind])
-        slack = 1 if name in OURS else 1000
-        gate = all(e <= slack * limit for e, limit in zip(error, allowed, strict=True))
+        gate = within(error, allowed, 1 if name in OURS else 1000)
         rows[name] = {"contender": name, "timed_channels": count, "gate": gate, "median": None}
         rows[name] |= {"error_l2": error[0], "error_max": error[1], "tolerance": allowed}
         if gate:
@@ -150,13 +158,8 @@ def measure(job: dict, clock: Clock):
     each = {n: [1e9 * t / (rows[n]["timed_channels"] * length) for t in times[n]] for n in runs}
     for name, row in rows.items():
         if name in each:
-            low, middle, high = quartiles(each[name])
-            row |= {"q1": low, "median": middle, "q3": high, "rounds": len(each[name])}
-            row |= {"unit": "ns per element"}
             slow, fast = (BMM_WHOLE, WHOLE) if name in FROM_PARAMETERS else (BMM, FUSED)
-            if slow in each:
-                low, middle, high = ratios(each[slow], each[name])
-                row |= {"ratio_q1": low, "ratio": middle, "ratio_q3": high}
+            row |= summary(each[name], each.get(slow)) | {"unit": "ns per element"}
             if fast in each:
                 row |= {"over_seqconv": ratios(each[name], each[fast])[1]}
         yield row
@@ -173,7 +176,7 @@ def prepare(settings: dict):
 
 
 def add_floor(rows: list[dict]) -> None:
-    """By the highest rate that the run has seen."""
+    """Adds floors, by the highest rate that the run has seen."""
     peak = max((row["peak_flops"] for row in rows), default=0.0)
     for row in rows:
         products = 1 if row["op"] == "forward" else 3
@@ -182,13 +185,12 @@ def add_floor(rows: list[dict]) -> None:
             row["of_peak"] = row["floor"] / row["median"]
 
 
-def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
-    """(what, wanted, measured, met) of every requirement that the rows can decide."""
-    red = [r for r in rows if not r["gate"]]
-    lines = [("every result is right", "0 red", f"{len(red)} red", not red)]
+def requirements(rows: list[dict]) -> list[Requirement]:
+    """Returns every requirement that the rows can decide."""
+    lines = [all_right(rows)]
     for row in rows:
         name, length, op = row["contender"], row["length"], row["op"]
-        at = f"{op}, L={report.length_name(length)}"
+        at = f"{op}, L={length_name(length)}"
         ratio = row.get("ratio")
         if name == INTO and row["gate"] and length >= 16384:
             lines += verdict(f"share of peak, preallocated, {at}", row["of_peak"], 0.5, True, "")
@@ -198,27 +200,24 @@ def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
             lines += verdict(f"{name} over torch.bmm, {at}", ratio, 5)
         if name == EINSUM and length >= 1024:
             limit = 20 if length >= 4096 else 5
-            lines += verdict(f"torch.bmm over the einsum, {at}", ratio and 1 / ratio, limit)
+            lines += verdict(f"torch.bmm over the einsum, {at}", ratio_of(1.0, ratio), limit)
     return lines
 
 
 def show(rows: list[dict]) -> None:
-    table = Table(title="S4D's kernel", title_justify="left")
-    for name in ("length", "op", "contender"):
-        table.add_column(name)
-    for name in ("ns/element", "quartiles", "over torch.bmm", "of peak", "error L2", "max/rms"):
-        table.add_column(name, justify="right")
+    numbers = ("ns/element", "quartiles", "over torch.bmm", "of peak", "error L2", "max/rms")
+    shown = table("S4D's kernel", ("length", "op", "contender"), numbers)
     for row in rows:
         few = row["timed_channels"] < row["channels"]
         name = row["contender"] + (f", {row['timed_channels']} channels, scaled" if few else "")
-        cells = [report.length_name(row["length"]), row["op"], name]
+        cells = [length_name(row["length"]), row["op"], name]
         cells += ["[red]WRONG[/]", "", "", ""]
         if row["gate"]:
             ratio = f"{row['ratio']:.3g}x" if "ratio" in row else ""
             cells[3:] = [f"{row['median']:.2f}", f"{row['q1']:.2f}-{row['q3']:.2f}", ratio]
             cells += [f"{row['of_peak']:.1%}"]
-        table.add_row(*cells, f"{row['error_l2']:.1e}", f"{row['error_max']:.1e}")
-    console.print(table)
+        shown.add_row(*cells, f"{row['error_l2']:.1e}", f"{row['error_max']:.1e}")
+    console.print(shown)
 
 
 def main() -> None:
@@ -229,10 +228,10 @@ def main() -> None:
     parser.add_argument("--d-state", type=int, default=64, help="twice the modes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--allocator", default="tuned", choices=ALLOCATORS)
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds per length")
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds for each length")
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
-    parser.add_argument("--json", type=Path, help="file to append a line per measurement to")
-    parser.add_argument("--plot", type=Path, help="picture to draw")
+    parser.add_argument("--json", type=Path, help="append a line for each measurement to this file")
+    parser.add_argument("--plot", type=Path, help="draw this picture")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -244,7 +243,7 @@ def main() -> None:
     if KEOPS in names and importlib.util.find_spec("pykeops") is None:
         names.remove(KEOPS)
         console.print(f"{KEOPS}: the package pykeops is not installed")
-    common = report.machine() | {"threads": args.threads, "allocator": args.allocator}
+    common = machine() | {"threads": args.threads, "allocator": args.allocator}
     worker, rows = Worker("bench.ssm_kernel", args.allocator, args.threads), []
     job = {"channels": args.channels, "modes": args.d_state // 2, "budget": args.budget}
     for length in args.lengths:
@@ -252,15 +251,15 @@ def main() -> None:
             shape = job | {"length": length, "op": op}
             there = names if op == "forward" else [n for n in names if n in TRAINED]
             for row in worker(shape | {"contenders": there}) if there else []:
-                rows.append(shape | row | common | {"when": time.strftime("%Y-%m-%d %H:%M")})
+                rows.append(shape | row | common | {"when": now()})
     worker.close()
     add_floor(rows)
     for row in rows if args.json else []:
-        report.append(args.json, row)
+        files.append(args.json, row)
     show(rows)
-    report.show_requirements(requirements(rows))
+    show_requirements(requirements(rows))
     if args.plot:
-        plots.plot_ssm_kernel(rows, args.plot)
+        pictures.plot_ssm_kernel(rows, args.plot)
     return None
 
 

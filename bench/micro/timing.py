@@ -1,4 +1,4 @@
-"""Interleaved timing, errors, floors and peak memory: what every microbenchmark here shares."""
+"""What every microbenchmark shares: interleaved timing, errors, floors and peak memory."""
 
 import gc
 import math
@@ -14,7 +14,7 @@ FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
+    """Returns the lower quartile, the median and the upper quartile."""
     ordered = sorted(values)
     half = len(ordered) // 2
     low, high = ordered[:half] or ordered, ordered[-half:] or ordered
@@ -22,9 +22,9 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 class Clock:
-    """Seconds of one call: the wall clock on a CPU, events behind a flushed cache on a GPU.
+    """Returns the seconds of one call: by the wall clock on a CPU, by events behind a flushed cache on a GPU.
 
-    There `ahead` is called before the first event: what it queues has to last while the call itself is queued.
+    On a GPU `ahead` is called before the first event. The work that it queues has to last until the call is queued.
     """
 
     def __init__(self, device: str, ahead: Callable[[], object] = lambda: None):
@@ -53,12 +53,12 @@ def interleaved(
     clock: Clock,
     before: dict[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of every function, in rounds A B C A B C ..., after WARM_UP more of them: the C
-    library's heap takes a few before it stops growing.
+    """Returns the seconds per call of every function, measured in rounds A B C A B C ...
 
-    Rounds go on until `budget` seconds are spent, but there are at least MIN_ROUNDS and at most
-    MAX_ROUNDS of them. Element i of every list comes from the same round. What `before` has for a
-    function is called ahead of it, untimed.
+    WARM_UP rounds go first: the C library's heap needs a few before it stops growing. Rounds go on
+    until `budget` seconds are spent, but there are at least MIN_ROUNDS and at most MAX_ROUNDS.
+    Element i of every list comes from the same round. Where `before` has something for a function,
+    it is called ahead of that function, untimed.
     """
     before = before or {}
     for _ in range(WARM_UP):
@@ -84,8 +84,8 @@ def interleaved(
 def worst_errors(
     results, exact, least_scale: dict[int, float] | None = None
 ) -> tuple[float, float]:
-    """The worst relative L2 error of the results, and the worst element's over the root mean square,
-    taken to be at least least_scale[i] for result i."""
+    """Returns the worst relative L2 error of the results, and the error of the worst element over the root mean
+    square, which is taken to be at least least_scale[i] for result i."""
     l2 = peak = 0.0
     for i, (value, wanted) in enumerate(zip(results, exact, strict=True)):
         # NaN would pass every comparison below.
@@ -97,12 +97,26 @@ def worst_errors(
 
 
 def ratios(baseline: list[float], other: list[float]) -> tuple[float, float, float]:
-    """Quartiles of baseline / other, round by round."""
+    """Returns the quartiles of baseline / other, round by round."""
     return quartiles([a / b for a, b in zip(baseline, other, strict=True)])
 
 
+def summary(times: list[float], baseline: list[float] | None = None) -> dict:
+    """Returns what a row says of a contender's times: their quartiles, and those of baseline / times."""
+    low, middle, high = quartiles(times)
+    row = {"q1": low, "median": middle, "q3": high, "rounds": len(times)}
+    if baseline is not None:
+        low, middle, high = ratios(baseline, times)
+        row |= {"ratio_q1": low, "ratio": middle, "ratio_q3": high}
+    return row
+
+
+def within(error: tuple[float, ...], limits: tuple[float, ...], slack: float = 1.0) -> bool:
+    return all(e <= slack * limit for e, limit in zip(error, limits, strict=True))
+
+
 def seconds_per_byte(device: str, clock: Clock, size: int) -> float:
-    """Of a copy: `size` bytes read and as many written, both counted."""
+    """Returns the time of a copy per byte. It reads `size` bytes and writes as many; both are counted."""
     source = torch.ones(max(size, 4096), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = interleaved({"copy": lambda: target.copy_(source)}, 0.1, clock)
@@ -110,7 +124,7 @@ def seconds_per_byte(device: str, clock: Clock, size: int) -> float:
 
 
 def flops_per_second(device: str, dtype: torch.dtype, clock: Clock) -> float:
-    """Of a matrix product, the nearest thing to a machine's peak that any program reaches."""
+    """Returns the rate of a matrix product, which comes nearest to a machine's peak of all programs."""
     n = 1024 if device == "cpu" else 8192
     a = torch.ones(n, n, dtype=dtype, device=device)
     out = torch.empty_like(a)
@@ -126,10 +140,10 @@ def _status(field: str) -> int:
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int | None:
-    """Memory that one call needs beyond what was there, its results included; None if this system cannot say.
+    """Returns the memory that one call adds, its results included; None if this system cannot say.
 
-    On a CPU, the growth of the resident set: true only where freed memory goes back to the system,
-    as it does with MALLOC_MMAP_THRESHOLD_ set low.
+    On a CPU it is the growth of the resident set. That is right only where freed memory goes back to the system,
+    as it does with a low MALLOC_MMAP_THRESHOLD_.
     """
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()

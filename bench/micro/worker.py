@@ -1,4 +1,4 @@
-"""Measurements in processes of their own: each with its C allocator and its number of threads."""
+"""Measurements in processes of their own, each with its C allocator and its number of threads."""
 
 import json
 import os
@@ -8,36 +8,37 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from bench.micro import report
+from bench.facts import ROOT, commit, processor, versions
 from seqconv import explain
+from seqconv.backends import cpu
 
 THRESHOLD = str(8 << 30)
 ALLOCATORS = {
     "default": {},
     "tuned": {"MALLOC_MMAP_THRESHOLD_": THRESHOLD, "MALLOC_TRIM_THRESHOLD_": THRESHOLD},
-    # Every larger block is given back at once, so that the resident set says what is in use.
+    # Blocks above 64 KiB are given back at once, so that the resident set shows what is in use.
     "returning": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
 }
 
 
 class Worker:
-    """A process `python -m module --worker`, which must call serve(); worker(job, title) -> rows of results."""
+    """A process `python -m module --worker`, which must call serve(). worker(job, title) returns rows of results."""
 
     def __init__(self, module: str, allocator: str, threads: int, **settings):
         environment = {**os.environ, **ALLOCATORS[allocator], "OMP_NUM_THREADS": str(threads)}
         environment["MKL_NUM_THREADS"] = str(threads)
-        environment["GOMP_SPINCOUNT"] = "300000"  # what waiting threads do where nothing is set
+        environment["GOMP_SPINCOUNT"] = "300000"  # as where no policy is set
         pipe = subprocess.PIPE
         command = [sys.executable, "-m", module, "--worker"]
         options = {"stdin": pipe, "stdout": pipe, "text": True, "env": environment}
-        self.process = subprocess.Popen(command, cwd=report.ROOT, **options)
+        self.process = subprocess.Popen(command, cwd=ROOT, **options)
         self._send({"threads": threads, **settings})
 
     def _send(self, message: dict) -> None:
         print(json.dumps(message), file=self.process.stdin, flush=True)
 
     def __call__(self, job: dict, title: str = "") -> list[dict]:
-        """title: how a person calls the job, if not by its values."""
+        """title: what a message calls the job; its values by default."""
         self._send(job)
         rows = []
         while line := self.process.stdout.readline().strip():
@@ -54,9 +55,9 @@ class Worker:
 
 
 def serve(prepare: Callable[[dict], Callable[[dict], Iterable[dict]]]) -> None:
-    """Takes settings, then a job per line; answers with the rows of prepare(settings)(job) and an
-    empty line."""
-    # What libraries print must not get between the rows.
+    """Reads settings, then a job per line. Answers each job with the rows of prepare(settings)(job) and an empty
+    line."""
+    # What libraries print goes to standard error, so that it does not get between the rows.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     settings = json.loads(sys.stdin.readline())
@@ -69,7 +70,21 @@ def serve(prepare: Callable[[dict], Callable[[dict], Iterable[dict]]]) -> None:
 
 
 def refuse_fallback() -> None:
-    """Exits where seqconv would be measured without its kernels."""
+    """Exits if seqconv would be measured without its kernels."""
     reason = explain(torch.zeros(1, 1, 64), torch.zeros(1, 64)).fallback
     if reason:
         raise SystemExit(f"seqconv would take its fallback: {reason}")
+
+
+def device_name() -> str:
+    """Returns the processor's name, with its family and model where they are known."""
+    fields = processor()
+    family = fields.get("cpu family")
+    more = f", family {family} model {fields.get('model')}" if family else ""
+    return fields["model name"] + more
+
+
+def machine() -> dict:
+    """Returns what every row says of where it was measured, and of the code."""
+    here = {"device": device_name(), "isa": cpu.isa()}
+    return here | {"versions": versions(), "commit": commit()}

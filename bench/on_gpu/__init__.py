@@ -1,1 +1,1 @@
-"""One command for a machine with a GPU, where little time is to be had: see bench/on_gpu/__main__.py."""
+"""One command for a machine with a GPU that is there for a few minutes: see bench/on_gpu/__main__.py."""

@@ -1,75 +1,68 @@
-"""Times of whole calls beside a copy of their bytes, the planner's bound, torch.fft and what else is there. Interleaved
-rounds, medians, and no time for a wrong result."""
+"""Times of whole calls beside a copy of their bytes, the planner's bound, torch.fft and other contenders. They are
+medians of interleaved rounds, and a wrong result gets no time. The `times` steps replay graphs, so that they time the
+kernels alone: these are what the targets are about."""
 
 from dataclasses import asdict
+from functools import partial
 
-from bench.micro.contenders import BASELINE, Case, make, missing
-from bench.micro.gate import call, checked, errors, oracle, tolerance
-from bench.micro.timing import interleaved, peak_bytes, quartiles, ratios
+from bench.micro.contenders import BASELINE, ON_GPU, Case, missing
+from bench.micro.jobs import BOTH
+from bench.micro.measure import enter
+from bench.micro.timing import interleaved, peak_bytes, summary
 from bench.on_gpu.machine import WrongReplay, poisoned
 from bench.on_gpu.steps import PARTLY, RIGHT, WRONG
-from bench.on_gpu.targets import FIRST, OTHERS, limit_of, predicted, sized
+from bench.on_gpu.targets import BATCH, CHANNELS, FIRST, OTHERS, limit_of, predicted, sized
 
-PEERS = ("flashfftconv", "subquadratic_ops", "nvsubquadratic")
 PAIR = ("seqconv", BASELINE)
-SECONDS = 1.0  # of the rounds of one case
+SECONDS = 1.0  # for the rounds of one case
+SECONDS_ALONE = 0.5  # the same for the kernels alone
+KINDS_ALONE = (
+    ({}, True),
+    ({"op": BOTH[1]}, True),
+    ({"op": BOTH[1]}, False),
+    ({"mode": "gated"}, True),
+)
 
 
 def bandwidth(log) -> float | None:
-    """Bytes per second of a copy, from the step that measured it."""
+    """Returns the bytes per second of a copy, from the step that measured it."""
     found = [row["value"] for row in log.rows("ceiling") if row["name"] == "copy"]
     return found[-1] if found else None
 
 
 def measure(machine, log, case: Case, names, seconds: float, skip: bool, replay: bool) -> bool:
-    """Rows of one case, one per contender; whether seqconv's results are right."""
+    """Writes a row of one case for each contender. Returns whether the results of seqconv are right."""
     tensors, dy = case.tensors(machine.device)
     if not skip:
         tensors[2] = None
-    part = checked(case, tensors, dy)
-    exact = oracle(*part[:3])
-    functions, found = {}, {}
-    for name in names:
-        try:
-            function = make(name, case, machine.device)
-            if function is None:
-                continue
-            run = lambda function=function: call(case, function, tensors, dy)  # noqa: E731
-            with poisoned():
-                found[name] = errors(case, part[3](run()), exact)
-        except (ImportError, RuntimeError) as error:  # not there, no memory, or not on this device
+
+    def failed(name, error):
+        """Tells of a contender that is not there, has no memory, or does not run on this device."""
+        if error is not None:
             if name == "seqconv":
-                raise
+                raise error
             log.say(f"{case}, {name}: {' '.join(str(error).split())[:200]}")
             machine.release()
-            continue
-        functions[name] = run
-    allowed = tolerance(case, found.get(BASELINE, (1e-3, 1e-2)), exact, "gpu")
-    green = {}
-    for name, error in found.items():
-        limits = allowed if name == "seqconv" else [1e3 * x for x in allowed]
-        green[name] = all(e <= limit for e, limit in zip(error, limits, strict=True))
-    del exact
-    timers = {}
-    for name in [name for name in functions if green[name]]:
+
+    entrants = enter(case, names, tensors, dy, machine.device, failed, poisoned)
+    green, timers = dict(entrants.green), {}
+    for name, run in entrants.right.items():
         try:
-            timers[name] = machine.timer(functions[name], replay)
+            timers[name] = machine.timer(run, replay)
         except WrongReplay as error:
             log.say(f"{case}, {name}: {error}")
             green[name] = False
     times = interleaved(timers, seconds, lambda timer: timer())
     copy = bandwidth(log)
-    for name, error in found.items():
+    for name, error in entrants.errors.items():
         row = asdict(case) | {"contender": name, "skip": skip, "gate": green[name]}
         row |= {"error_l2": error[0], "error_max": error[1], "median": None}
         row |= {"floor_copy": case.bytes() / copy if copy else None}
         if name in times:
-            low, mid, high = quartiles(times[name])
-            row |= {"q1": low, "median": mid, "q3": high, "rounds": len(times[name])}
-            row |= {"clock": timers[name].clock}
-            if BASELINE in times and timers[BASELINE].clock == timers[name].clock:
-                row |= {"ratio": ratios(times[BASELINE], times[name])[1]}
-            row |= {"peak_bytes": peak_bytes(functions[name], machine.device)}
+            clock, usual = timers[name].clock, timers.get(BASELINE)
+            compared = usual is not None and usual.clock == clock
+            row |= summary(times[name], times[BASELINE] if compared else None) | {"clock": clock}
+            row |= {"peak_bytes": peak_bytes(entrants.calls[name], machine.device)}
         if name == "seqconv":
             row |= predicted(case, machine.limits) | {"target": limit_of(row)}
         log.row("time", **row)
@@ -78,8 +71,8 @@ def measure(machine, log, case: Case, names, seconds: float, skip: bool, replay:
 
 
 def line(row: dict) -> str:
-    """A row for people: everything it has to be compared with on one line."""
-    case = Case(**{f: row[f] for f in asdict(Case())})
+    """Returns a row as a line of text, with everything that it has to be compared with."""
+    case = Case.of(row)
     skip = "" if row["skip"] else " without skip"
     text = f"{case}{skip}, {row['contender']}: "
     if not row["gate"]:
@@ -101,17 +94,17 @@ def line(row: dict) -> str:
 
 
 def cases(length: int, dry: bool):
-    """(case, contenders) of one length, the most telling first."""
+    """Yields (case, contenders) of one length, the most informative first."""
     bf16 = {"dtype": "bfloat16"}
-    yield sized(length, dry, **bf16), (*PAIR, *PEERS)
-    yield sized(length, dry, op="forward+backward", **bf16), PAIR
+    yield sized(length, dry, **bf16), (*PAIR, *ON_GPU)
+    yield sized(length, dry, op=BOTH[1], **bf16), PAIR
     yield sized(length, dry, mode="two_sided", **bf16), PAIR
-    yield sized(length, dry, mode="gated", **bf16), (*PAIR, PEERS[0])
+    yield sized(length, dry, mode="gated", **bf16), (*PAIR, ON_GPU[0])
     yield sized(length, dry), PAIR
 
 
 def each(machine, log, todo, seconds: float, replay: bool) -> int:
-    """Measures every (case, contenders, skip) of `todo` that time allows."""
+    """Measures every (case, contenders, skip) of `todo` for which there is time."""
     right, longest, seconds = True, 0.0, 0.02 if machine.dry else seconds
     for i, (case, names, skip) in enumerate(todo):
         if log.left() < 1.5 * longest:
@@ -126,7 +119,7 @@ def each(machine, log, todo, seconds: float, replay: bool) -> int:
 
 def beside(machine, log, lengths) -> int:
     absent = missing()
-    log.say(f"not installed: {', '.join(n for n in PEERS if n in absent) or 'nothing'}")
+    log.say(f"not installed: {', '.join(n for n in ON_GPU if n in absent) or 'nothing'}")
     todo = [
         (case, [name for name in names if name not in absent], True)
         for length in lengths
@@ -135,8 +128,26 @@ def beside(machine, log, lengths) -> int:
     return each(machine, log, todo, SECONDS, replay=False)
 
 
-def longer(machine, log) -> int:
-    return beside(machine, log, OTHERS[:1] if machine.dry else OTHERS)
+def alone(machine, log, lengths) -> int:
+    todo = []
+    for length in lengths:
+        batch, channels, steps = (2, 1, length // 16) if machine.dry else (BATCH, CHANNELS, length)
+        shape = {"dtype": "bfloat16", "batch": batch, "channels": channels, "length": steps}
+        todo += [(Case(**shape, **options), ["seqconv"], skip) for options, skip in KINDS_ALONE]
+    return each(machine, log, todo, SECONDS_ALONE, replay=True)
 
 
-STEPS = {"benchmark-4k": lambda machine, log: beside(machine, log, [FIRST]), "benchmark": longer}
+def first(measured, machine, log) -> int:
+    return measured(machine, log, [FIRST])
+
+
+def others(measured, machine, log) -> int:
+    return measured(machine, log, OTHERS[:1] if machine.dry else OTHERS)
+
+
+STEPS = {
+    "benchmark-4k": partial(first, beside),
+    "benchmark": partial(others, beside),
+    "times-4k": partial(first, alone),
+    "times": partial(others, alone),
+}

@@ -1,4 +1,4 @@
-"""What nothing can be faster than here: a copy, the tensor cores' instruction, a launch; and the clock meanwhile."""
+"""What limits every kernel here: a copy, the tensor cores' instruction, a launch, and the clock meanwhile."""
 
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,12 @@ from seqconv.backends.cuda import kernels
 
 MMA = ("mma_f16", "mma_f32")  # sums in fp16 and in float32
 kernels.GUESTS.update(dict.fromkeys(MMA, (Path(__file__).parent / "mma.cu").read_text()))
-SCHEDULERS = 4  # of a multiprocessor, one warp of each at a time
-LAUNCHES = (
-    2  # of the smallest convolution: its kernel's spectrum, and the rows. Both do next to nothing
-)
+SCHEDULERS = 4  # of a multiprocessor; each runs one warp at a time
+LAUNCHES = 2  # of the smallest convolution: its kernel's spectrum and its rows, which take no time
 
 
 def copy(machine, size: int) -> float:
-    """Bytes per second, read and written ones both counted."""
+    """Returns the bytes per second. Bytes that are read and bytes that are written both count."""
     source = torch.ones(size, dtype=torch.uint8, device=machine.device)
     target = torch.empty_like(source)
     seconds = machine.replays(lambda: target.copy_(source))
@@ -28,11 +26,11 @@ def copy(machine, size: int) -> float:
 
 
 def interval(machine, kernel: str, warps: int, blocks: int = 1, iterations: int = 20000) -> tuple:
-    """(cycles between two instructions of a scheduler with so many warps, clock in Hz meanwhile)."""
+    """Returns (cycles between two instructions of a scheduler with so many warps, clock in Hz meanwhile)."""
     threads, found = 32 * SCHEDULERS * warps, []
     for _ in range(3):
         times = machine.times_of_warps(kernel, blocks, threads, iterations)
-        block = times[: threads // 32]  # of one multiprocessor: their clocks agree
+        block = times[: threads // 32]  # the warps of one multiprocessor have the same clock
         cycles = max(t[1] for t in block) - min(t[0] for t in block)
         took = max(t[3] for t in block) - min(t[2] for t in block)
         found.append((cycles / (iterations * 8 * warps), cycles / max(took, 1) * 1e9))
@@ -53,7 +51,7 @@ def run(machine, log) -> int:
         for warps in (1, 4):
             cycles, _ = interval(machine, kernel, warps)
             ceiling(f"{kernel}, {warps} warps", cycles, "cycles between two of a scheduler")
-    # Everywhere at a time: what is left of the clock under load.
+    # All multiprocessors at a time: this shows the clock under load.
     cycles, hertz = interval(machine, "mma_f16", 4, machine.facts()["processors"])
     ceiling("mma_f16, all multiprocessors", cycles, "cycles between two of a scheduler")
     ceiling("clock", hertz, "GHz under that load", 1e-9)

@@ -1,4 +1,4 @@
-"""torch.compile(mode="reduce-overhead"): graphs that torch records itself give what the eager calls give."""
+"""Checks that graphs which torch.compile(mode="reduce-overhead") records give the results of the eager calls."""
 
 import os
 import shutil
@@ -9,8 +9,8 @@ from bench.on_gpu.steps import ABSENT, RIGHT, WRONG
 from bench.on_gpu.targets import CHANNELS, FIRST
 from seqconv import fftconv
 
-ALLOWED = 4e-2  # relative L2 error of bfloat16 results that passed through another rounding
-CALLS = 5  # as it is, recorded, and replayed
+ALLOWED = 4e-2  # relative L2 error of bfloat16 results that were rounded once more
+CALLS = 5  # the first is plain, the second is recorded, and the others are replayed
 
 
 def step(u, k):
@@ -24,13 +24,13 @@ def results(function, u, k) -> list:
 
 
 def timed(function, u, k):
-    """A call whose backward never comes: without the mark torch would wait for it, and record each call anew."""
+    """Makes a call without a backward. Without the mark torch would wait for one, and record each call anew."""
     torch.compiler.cudagraph_mark_step_begin()
     return function(u, k).sum()
 
 
 def has_compiler() -> bool:
-    """Triton, which torch.compile needs on a GPU, compiles C as it starts a kernel."""
+    """torch.compile needs Triton on a GPU, which compiles C when it starts a kernel."""
     return bool(os.environ.get("CC")) or any(map(shutil.which, ("gcc", "clang")))
 
 

@@ -1,4 +1,4 @@
-"""The first step: what is installed, and whether anything could be proved here at all."""
+"""The first step: what is installed, and whether the kernels run here at all."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import seqconv
-from bench.micro.records import versions
+from bench.facts import versions
 from bench.on_gpu.steps import RIGHT, WRONG
 from seqconv.backends import cpu
 from seqconv.backends.cuda import kernels
@@ -20,7 +20,7 @@ PACKAGES = ("cuda-bindings", "cuda-core", "nvidia-cuda-nvrtc", "triton", "einops
 
 
 def smi() -> dict[str, str]:
-    """What nvidia-smi says of the first GPU, by the names of its query."""
+    """Returns what nvidia-smi says of the first GPU, by the names of its query."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", f"--query-gpu={ASKED}", "--format=csv,noheader"]
@@ -34,7 +34,7 @@ def smi() -> dict[str, str]:
 
 
 def prebuilt(arch: str) -> str:
-    """How many of the kernels for this architecture have been carried here."""
+    """Returns how many of the kernels for this architecture have been carried here."""
     folder = os.environ.get("SEQCONV_CUBINS", "")
     names = kernels.names(arch)
     found = sum((Path(folder) / kernels.cubin_name(name, arch)).is_file() for name in names)
@@ -54,11 +54,8 @@ def run(machine, log) -> int:
     log.say(f"seqconv {seqconv.__version__}: CPU kernels {cpu.missing or cpu.isa()}")
     log.say(prebuilt(facts["arch"]))
     reason = machine.reason()
-    limits = (
-        None
-        if reason
-        else {n: getattr(machine.limits, n) for n in ("clock", "bandwidth", "processors")}
-    )
+    names = () if reason else ("clock", "bandwidth", "processors")
+    limits = {name: getattr(machine.limits, name) for name in names} or None
     log.row("facts", **facts, versions=found, smi=smi_says, limits=limits, reason=reason)
     log.say("the kernels load" if reason is None else f"the kernels do not run here: {reason}")
     return RIGHT if reason is None else WRONG

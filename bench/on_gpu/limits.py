@@ -1,5 +1,5 @@
-"""A pytest plugin: a row for every test as it begins and ends, a limit for each, and an end where the process is
-spoilt by a fault."""
+"""A pytest plugin. It writes a row when a test begins and ends, limits the time of each test, and ends a process that a
+fault has spoilt."""
 
 import faulthandler
 import os
@@ -13,7 +13,7 @@ from bench.on_gpu.log import Log
 SECONDS = "SEQCONV_TEST_SECONDS"
 FATAL = ("CUDA error", "CUDA driver", "CUDA_ERROR", "illegal memory access", "unspecified launch")
 SPOILT, TIME_IS_UP = 7, 8  # exit status
-# A part of a test's name each, the most telling first.
+# Each is a part of a test's name. The most informative tests come first.
 TELLING = (
     "test_graph_capture_and_replay",
     "test_repeatable",
@@ -46,7 +46,7 @@ def pytest_runtest_protocol(item):
     if time.monotonic() > END:
         pytest.exit("time is up", returncode=TIME_IS_UP)
     _log().row("test begins", name=item.nodeid)
-    # In a thread of its own: a call that waits for a GPU in vain never comes back to Python.
+    # faulthandler has a thread of its own. A call that waits for a GPU in vain never returns to Python.
     faulthandler.dump_traceback_later(float(os.environ[SECONDS]), exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()

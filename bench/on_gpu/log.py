@@ -1,23 +1,23 @@
-"""Lines for people and rows for programs, on disk as soon as they are known."""
+"""Lines for people and rows for programs. Both are on disk as soon as they are known."""
 
 import math
 import os
 import time
 from pathlib import Path
 
-from bench.micro.records import append, read
+from bench.files import append, read
 
 ROWS, TEXT = "results.jsonl", "log.txt"
 
 
 class Log:
-    """Of one step: say() prints a line, row() adds one to results.jsonl. What is printed, the runner keeps."""
+    """The log of one step. say() prints a line, which the runner keeps. row() adds a row to results.jsonl."""
 
     def __init__(self, folder: Path, step: str, seconds: float = math.inf):
         self.folder, self.step, self.end = folder, step, time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds before the runner cuts the step."""
+        """Returns the seconds until the runner cuts the step."""
         return self.end - time.monotonic()
 
     def say(self, text: str) -> None:
@@ -29,7 +29,7 @@ class Log:
         return row
 
     def rows(self, kind: str) -> list[dict]:
-        """Of all steps so far, this run's and earlier ones in the same folder."""
+        """Returns the rows of all steps so far, also those of earlier runs in the same folder."""
         return [row for row in rows_of(self.folder) if row["kind"] == kind]
 
 
@@ -39,7 +39,7 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 class Console:
-    """What the runner and its steps print: to the terminal and to log.txt, each line with the seconds so far."""
+    """Prints to the terminal and to log.txt what the runner and its steps say, each line with the seconds so far."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)

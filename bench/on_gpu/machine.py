@@ -1,4 +1,4 @@
-"""The device under test behind one interface: a GPU, or the emulator in its place. Nothing else here asks for CUDA."""
+"""The device under test behind one interface: a GPU, or the emulator in its place. Only this module calls CUDA."""
 
 import time
 from abc import ABC, abstractmethod
@@ -13,19 +13,19 @@ import torch
 from bench.micro.timing import Clock
 from seqconv import use_backend
 from seqconv.backends.cuda import driver
-from seqconv.backends.cuda.plan import Limits
+from seqconv.backends.cuda.problem import Limits
 
-SHORT = 5e-4  # seconds: below, Python's share of a call is larger than the kernel's
-LEAST = 2e-3  # seconds of one reading of the clock
+SHORT = 5e-4  # seconds; Python takes longer than the kernels of a shorter call
+LEAST = 2e-3  # seconds that one reading of the clock covers
 ASLEEP = 1_000_000  # cycles for which a GPU waits while Python puts a call in its queue
 
 
 class WrongReplay(Exception):
-    """A graph's replay gives something else than the call that it recorded."""
+    """The replay of a graph does not give the results of the call that it recorded."""
 
 
 def check_replay(replay: Callable[[], object], recorded, called) -> None:
-    """Raises WrongReplay unless replaying fills the recorded results anew with those of the call."""
+    """Raises WrongReplay unless a replay fills the recorded results anew with those of the call."""
     pairs = [(a, b) for a, b in zip(recorded, called, strict=True) if isinstance(a, torch.Tensor)]
     for a, _ in pairs:
         a.fill_(torch.nan)
@@ -39,7 +39,7 @@ def check_replay(replay: Callable[[], object], recorded, called) -> None:
 
 @dataclass
 class Timer:
-    """Called, it gives the seconds of one call by its clock."""
+    """Returns the seconds of one call, by its clock, when it is called."""
 
     clock: str
     read: Callable[[], float]
@@ -58,37 +58,38 @@ class Machine(ABC):
 
     @abstractmethod
     def reason(self) -> str | None:
-        """Why the kernels do not run here, or None."""
+        """Returns why the kernels do not run here, or None."""
 
     @abstractmethod
     def facts(self) -> dict:
-        """What the hardware says of itself."""
+        """Returns what the hardware says of itself."""
 
     @abstractmethod
     def synchronize(self) -> None: ...
 
     @abstractmethod
     def replays(self, function: Callable[[], object]) -> Callable[[], float]:
-        """Records one call in a graph; what is returned gives the seconds of one replay among many."""
+        """Records one call in a graph. Returns a function that gives the seconds of one replay among many."""
 
     @abstractmethod
     def events(self, function: Callable[[], object]) -> Callable[[], float]:
-        """Seconds of one call between two events."""
+        """Returns a function that gives the seconds of one call between two events."""
 
     @abstractmethod
     def times_of_warps(self, kernel: str, blocks: int, threads: int, iterations: int) -> list[list]:
-        """Runs a kernel of mma.cu; [first cycle, last cycle, first ns, last ns] of every warp."""
+        """Runs a kernel of mma.cu. Returns [first cycle, last cycle, first ns, last ns] of every warp."""
 
     @abstractmethod
     def profiled(self) -> AbstractContextManager:
-        """What a profiler is to look at."""
+        """Returns a context in which a profiler records."""
 
     @abstractmethod
     def release(self) -> None:
-        """Gives memory back that is no longer used."""
+        """Gives back memory that is no longer used."""
 
     def timer(self, function: Callable[[], object], replay: bool = False) -> Timer:
-        """Graph replays for short calls, or for all if `replay`; events for others and where a graph cannot be had."""
+        """Times short calls, or all if `replay`, by graph replays. Events time the others, and calls that no graph can
+        hold."""
         try:
             replayed = self.replays(function)
         except RuntimeError as error:  # no memory for both, or something that no graph can hold
@@ -106,7 +107,7 @@ class Machine(ABC):
 
 @contextmanager
 def poisoned():
-    """torch fills what it allocates with NaN: what a kernel does not write is seen."""
+    """Makes torch fill what it allocates with NaN, which shows what a kernel does not write."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -140,7 +141,7 @@ class Cuda(Machine):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # what is compiled, loaded and kept at the first call
+            for _ in range(2):  # the first call compiles, loads and keeps things
                 called = function()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
@@ -184,7 +185,7 @@ class Cuda(Machine):
 
 
 class Dry(Machine):
-    """The emulated kernels on tensors of the CPU; times are the wall clock's, and mean nothing."""
+    """The emulated kernels on tensors of the CPU. The times are those of the wall clock and mean nothing."""
 
     dry, device = True, "cpu"
     replayed, between_events = "wall clock for graph replays", "wall clock for events"

@@ -1,11 +1,11 @@
-"""What travels to a machine with a GPU: kernels compiled ahead for its architecture, and what it may lack."""
+"""Gathers what travels to a machine with a GPU: kernels compiled ahead for its architecture, and what it may lack."""
 
 import shutil
 from pathlib import Path
 
 import einops
 
-from bench.micro.records import ROOT
+from bench.facts import ROOT
 from bench.on_gpu.ceilings import MMA
 from seqconv import prebuild
 from seqconv.backends import cpu

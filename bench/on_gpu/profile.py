@@ -1,5 +1,5 @@
-"""NVIDIA's own tools on a few calls: the profiler's counters, and compute-sanitizer's checks. Where they are not there,
-the step says so."""
+"""NVIDIA's own tools on a few calls: the profiler's counters and compute-sanitizer's checks. The step says so
+where a tool is missing."""
 
 import csv
 import os
@@ -10,9 +10,9 @@ import sys
 
 import torch
 
+from bench.facts import ROOT
 from bench.micro.contenders import Case, make
-from bench.micro.gate import call
-from bench.micro.records import ROOT
+from bench.micro.measure import call
 from bench.on_gpu.steps import ABSENT, RIGHT, WRONG
 from bench.on_gpu.targets import BATCH, CHANNELS, predicted
 from seqconv import fftconv
@@ -26,7 +26,7 @@ COUNTED = {
 }
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "InstructionStats", "LaunchStats")
 SECTIONS += ("MemoryWorkloadAnalysis", "Occupancy", "SchedulerStats", "WarpStateStats")
-# What the report needs by the profiler's names, and what a line says of it. Whatever else comes is kept as well.
+# What the report needs, by the profiler's names, and what a line says of it. Other counters are kept as well.
 TELLING = {
     "gpu__time_duration.sum": "ns",
     "smsp__inst_executed.sum": "instructions",
@@ -36,9 +36,9 @@ TELLING = {
     "dram__bytes_write.sum": "bytes written",
     "launch__registers_per_thread": "registers",
 }
-ASKED = [name for name in TELLING if name.endswith(".sum")]  # besides what the sections hold
+ASKED = [name for name in TELLING if name.endswith(".sum")]  # the sections do not hold these
 SANITIZED = "sanitized"
-CHECKS = {  # tool -> options of its own; torch and the bindings probe for functions, which is no fault
+CHECKS = {  # tool -> options of its own; torch and the bindings probe for functions, which is not an error
     "racecheck": [],
     "memcheck": ["--report-api-errors", "no"],
 }
@@ -49,7 +49,7 @@ def small(case: Case) -> Case:
 
 
 def work(machine, name: str) -> None:
-    """The calls that a tool looks at: one of COUNTED after a first one, or small ones of every kind."""
+    """Makes the calls that a tool examines: one of COUNTED after a first one, or small ones of every kind."""
     if name == SANITIZED:
         for dtype in (torch.float32, torch.bfloat16):
             for length in (100, 300) if machine.dry else (100, 1000, 4096, 5000):
@@ -68,7 +68,7 @@ def work(machine, name: str) -> None:
 
 
 def run_tool(machine, command: list[str], name: str, **environment: str) -> str:
-    """What the tool prints, our workload's lines among it."""
+    """Returns what the tool and the workload print."""
     ours = [sys.executable, "-m", "bench.on_gpu", "workload", name]
     ours += ["--dry", machine.made] if machine.dry else []
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -86,7 +86,7 @@ def number(text: str):
 
 
 def parse_counters(text: str) -> list[dict]:
-    """ncu --csv --page raw: a header, a line of units, a line for every kernel that was launched."""
+    """Reads `ncu --csv --page raw`: a header, a line of units, and a line for every kernel that was launched."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     header, *rows = list(csv.reader(lines)) or [[]]
     if "Kernel Name" not in header:
@@ -101,17 +101,7 @@ def counters(machine, log) -> int:
     if shutil.which("ncu") is None:
         log.say("ncu is not on the PATH: no counters")
         return ABSENT
-    command = [
-        "ncu",
-        "--clock-control",
-        "none",
-        "--profile-from-start",
-        "off",
-        "--csv",
-        "--page",
-        "raw",
-    ]
-    command += ["--print-units", "base"]
+    command = "ncu --clock-control none --profile-from-start off --csv --page raw --print-units base".split()
     command += ["--metrics", ",".join(ASKED)]
     command += [word for section in SECTIONS for word in ("--section", section)]
     right = True
@@ -135,14 +125,14 @@ def counters(machine, log) -> int:
 
 
 def stalls(values: dict) -> list[tuple[str, float]]:
-    """The three largest reasons for which warps waited."""
+    """Returns the three most frequent reasons for which warps waited."""
     pattern = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active")
     found = {m[1]: v for name, v in values.items() if (m := pattern.match(name))}
     return sorted(found.items(), key=lambda item: -item[1])[:3]
 
 
 def parse_check(text: str) -> int | None:
-    """How many errors and hazards the sanitizer's summaries count; None where there is none."""
+    """Returns how many errors and hazards the sanitizer's summaries count; None if there is no summary."""
     pattern = r"=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)"
     found = [int(count) for count in re.findall(pattern, text)]
     return sum(found) if found else None

@@ -1,22 +1,32 @@
-"""What a run on a GPU says: measured beside predicted beside wanted, which of the planner's constants were wrong, and
-the README's section."""
+"""What a run on a GPU says: measured beside predicted beside wanted, which of the planner's constants were wrong and by
+what factor, and the README's section."""
 
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from bench.micro.contenders import BASELINE, Case
-from bench.micro.records import length_name, markdown, replace_between
-from bench.on_gpu import constants
-from bench.on_gpu.benchmark import PEERS
+from bench.facts import length_name
+from bench.files import markdown, replace_between
+from bench.micro.contenders import BASELINE, ON_GPU, Case
+from bench.micro.requirements import Requirement, all_right, ratio_of, verdict, verdicts_table
 from bench.on_gpu.log import rows_of
 from bench.on_gpu.targets import BATCH, FASTER, LENGTHS, TWO_SIDED
+from seqconv.backends.cuda.cost import LAUNCH
 
 SECTION = "gpu bench"
+# ncu's names
+ISSUED = "sm__inst_issued.avg.pct_of_peak_sustained_active"
+EXECUTED = "smsp__inst_executed.sum"
+DURATION = "gpu__time_duration.sum"
+TRAFFIC = ("dram__bytes_read.sum", "dram__bytes_write.sum")
+
+
+def name_of(row: dict) -> str:
+    return f"{Case.of(row)}{'' if row['skip'] else ' without skip'}"
 
 
 def last(rows: list[dict]) -> list[dict]:
-    """Of every case's rows the newest: what was repaired has been measured again."""
+    """Returns the newest row of every case. What was repaired has been measured again."""
     newest = {}
     for row in rows:
         case = tuple(row[f] for f in asdict(Case()))
@@ -24,95 +34,125 @@ def last(rows: list[dict]) -> list[dict]:
     return list(newest.values())
 
 
-def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
-    """(what, wanted, measured, met) of every target that the rows can decide."""
+def requirements(rows: list[dict]) -> list[Requirement]:
+    """Returns every target that the rows can decide."""
     mine = [r for r in rows if r["contender"] == "seqconv"]
-    red = [r for r in mine if not r["gate"]]
-    lines = [("every result of seqconv is right", "0 red", f"{len(red)} red", not red)]
-
-    def compare(what, value, limit, at_least):
-        met = value >= limit if at_least else value <= limit
-        sign = ">=" if at_least else "<="
-        lines.append((what, f"{sign} {limit:.3g}x", f"{value:.3g}x", met))
+    lines = [all_right(mine, " of seqconv")]
 
     def beside(row, contenders, **other) -> list[float]:
-        """Medians of others on the same case, but for what `other` says."""
+        """Returns medians of contenders on the same case, apart from what `other` says."""
         same = asdict(Case()) | {f: row[f] for f in asdict(Case())} | other
         found = [r for r in rows if r["contender"] in contenders and r["median"]]
         return [r["median"] for r in found if all(r[f] == v for f, v in same.items())]
 
     for row in [r for r in mine if r["gate"] and r["median"]]:
-        case = Case(**{f: row[f] for f in asdict(Case())})
-        name = f"{case}{'' if row['skip'] else ' without skip'}"
+        name = name_of(row)
         if row["target"] and row["floor_copy"] and row["batch"] == BATCH:
-            compare(
-                f"over a copy of its bytes, {name}",
-                row["median"] / row["floor_copy"],
-                row["target"],
-                False,
-            )
-        if row["dtype"] != "float32" and "ratio" in row:
-            compare(f"over {BASELINE}, {name}", row["ratio"], FASTER, True)
-        if (
-            row["mode"] == "two_sided"
-            and row["length"] == 16384
-            and (causal := beside(row, ["seqconv"], mode="causal"))
-        ):
-            compare(
-                f"two-sided beside causal, {name}", row["median"] / min(causal), TWO_SIDED, False
-            )
-        if peers := beside(row, PEERS):
-            compare(f"over the fastest peer, {name}", min(peers) / row["median"], 1.0, True)
+            times = row["median"] / row["floor_copy"]
+            lines += verdict(f"over a copy of its bytes, {name}", times, row["target"], False)
+        if row["dtype"] != "float32":
+            lines += verdict(f"over {BASELINE}, {name}", row.get("ratio"), FASTER)
+        if row["mode"] == "two_sided" and row["length"] == 16384:
+            causal = min(beside(row, ["seqconv"], mode="causal"), default=None)
+            times = ratio_of(row["median"], causal)
+            lines += verdict(f"two-sided beside causal, {name}", times, TWO_SIDED, False)
+        peer = min(beside(row, ON_GPU), default=None)
+        lines += verdict(f"over the fastest peer, {name}", ratio_of(peer, row["median"]), 1.0)
     return lines
 
 
 def measured_table(rows: list[dict]) -> str:
-    header = [
-        "case",
-        "contender",
-        "ms",
-        "a copy's",
-        "times",
-        "wanted",
-        "predicted bound",
-        f"over {BASELINE}",
-        "clock",
-    ]
+    header = ["case", "contender", "ms", "a copy's", "times", "wanted", "predicted bound"]
+    header += [f"over {BASELINE}", "clock"]
+
+    def ms(value: float | None) -> str:
+        return f"{value * 1e3:.4g}" if value else ""
+
+    def two(value: float | None) -> str:
+        return f"{value:.2f}" if value else ""
+
     lines = []
     for row in rows:
-        case = Case(**{f: row[f] for f in asdict(Case())})
-        name = f"{case}{'' if row['skip'] else ' without skip'}"
-        if row["median"] is None:
-            lines.append(
-                [name, row["contender"], "right, not timed" if row["gate"] else "WRONG", *[""] * 6]
-            )
+        cells, middle, floor = [name_of(row), row["contender"]], row["median"], row["floor_copy"]
+        if middle is None:
+            lines.append([*cells, "right, not timed" if row["gate"] else "WRONG", *[""] * 6])
             continue
-        ms = lambda value: f"{value * 1e3:.4g}" if value else ""  # noqa: E731
-        floor, target = row["floor_copy"], row.get("target")
-        over = f"{row['ratio']:.2f}" if row.get("ratio") else ""
-        times = f"{row['median'] / floor:.2f}" if floor else ""
-        cells = [
-            name,
-            row["contender"],
-            ms(row["median"]),
-            ms(floor),
-            times,
-            f"{target:.2f}" if target else "",
-        ]
-        lines.append([*cells, ms(row.get("predicted")), over, row["clock"]])
+        times = two(floor and middle / floor)
+        cells += [ms(middle), ms(floor), times, two(row.get("target")), ms(row.get("predicted"))]
+        lines.append([*cells, two(row.get("ratio")), row["clock"]])
     return markdown(header, lines)
 
 
+def constants(rows: list[dict], timed: list[dict]) -> list[list[str]]:
+    """Compares the planner's constants with what all rows and the newest times say: [constant, assumed, measured,
+    factor] each."""
+    facts = [row for row in rows if row["kind"] == "facts" and row["limits"]]
+    if not facts:
+        return []
+    limits = facts[-1]["limits"]
+    ceilings = {row["name"]: row["value"] for row in rows if row["kind"] == "ceiling"}
+    lines: list[list[str]] = []
+
+    def compare(name: str, assumed: float, measured: float | None, unit: str, scale: float = 1.0):
+        if measured:
+            cells = [f"{assumed * scale:.4g} {unit}", f"{measured * scale:.4g} {unit}"]
+            lines.append([name, *cells, f"{measured / assumed:.2f}"])
+
+    compare("bandwidth", limits["bandwidth"], ceilings.get("copy"), "TB/s", 1e-12)
+    compare("clock, for issue", limits["clock"], ceilings.get("clock"), "GHz", 1e-9)
+    compare("LAUNCH", LAUNCH, ceilings.get("launch"), "us", 1e6)
+    bandwidth = ceilings.get("copy", limits["bandwidth"])
+    slots = limits["processors"] * 4 * ceilings.get("clock", limits["clock"])
+    for row in timed:
+        if not row["step"].startswith("times") or not row["median"]:
+            continue
+        what = (
+            f"{row['mode']}, {row['op']}{'' if row['skip'] else ' without skip'}, L={row['length']}"
+        )
+        io, issue = row["moved"] / bandwidth, row["work"] / slots
+        # These are the rates that were measured, so the rest is how fully they are used.
+        bound, share = ("issue slots", issue) if issue > io else ("bandwidth", io)
+        cells = ["1.00", f"{share / row['median']:.2f}", f"{row['median'] / share:.2f}"]
+        lines.append([f"share of {bound} used, {what}", *cells])
+    models = {row["case"]: row for row in rows if row["kind"] == "model"}
+    for name, row in {row["case"]: row for row in rows if row["kind"] == "counters"}.items():
+        counted, model = of_call([kernel["values"] for kernel in row["launched"]]), models[name]
+        compare(f"warp instructions, {name}", model["work"], counted.get("work"), "M", 1e-6)
+        compare(f"bytes, {name}", model["moved"], counted.get("moved"), "MB", 1e-6)
+        if counted.get("issued"):
+            compare(f"share of issue slots by ncu, {name}", 1.0, counted["issued"] / 100, "")
+    for kernel in ("mma_f16", "mma_f32"):
+        found = ceilings.get(f"{kernel}, 4 warps")
+        if found:
+            lines.append(
+                [f"cycles between two {kernel} of a scheduler", "4 to 6", f"{found:.2f}", "-"]
+            )
+    return lines
+
+
+def of_call(kernels: list[dict]) -> dict[str, float]:
+    """Sums the instructions and bytes of a call's kernels. The share of issue slots is that of the longest one."""
+    found: dict[str, float] = {}
+    work = [values[EXECUTED] for values in kernels if EXECUTED in values]
+    if work:
+        found["work"] = sum(work)
+    moved = [values[name] for values in kernels for name in TRAFFIC if name in values]
+    if moved:
+        found["moved"] = sum(moved)
+    busy = [(values.get(DURATION, 0.0), values[ISSUED]) for values in kernels if ISSUED in values]
+    if busy:
+        found["issued"] = max(busy)[1]
+    return found
+
+
 def readme_section(rows: list[dict]) -> str:
-    """Times of the causal convolution in bfloat16 beside a copy, the planner's bound and torch.fft."""
+    """Returns the times of the causal convolution in bfloat16 beside a copy, the planner's bound and torch.fft."""
     run, facts = newest(rows, "run"), newest(rows, "facts")
     timed = last([r for r in rows if r["kind"] == "time"])
     header = ["bfloat16, 64 samples", *[length_name(n) for n in LENGTHS]]
     values = {
         "ms": lambda r: r["median"] * 1e3,
-        "times a copy of its bytes": lambda r: (
-            r["median"] / r["floor_copy"] if r["floor_copy"] else None
-        ),
+        "times a copy of its bytes": lambda r: ratio_of(r["median"], r["floor_copy"]),
         "times the planner's bound": lambda r: r["median"] / r["predicted"],
         "times torch.fft's speed": lambda r: r.get("ratio"),
     }
@@ -122,13 +162,7 @@ def readme_section(rows: list[dict]) -> str:
         ("forward and backward", {"op": "forward+backward", "mode": "causal"}),
         ("gated, forward", {"op": "forward", "mode": "gated"}),
     ):
-        wanted = {
-            **wanted,
-            "contender": "seqconv",
-            "dtype": "bfloat16",
-            "batch": BATCH,
-            "skip": True,
-        }
+        wanted |= {"contender": "seqconv", "dtype": "bfloat16", "batch": BATCH, "skip": True}
         mine = [r for r in timed if r["median"] and all(r[f] == v for f, v in wanted.items())]
         for name, value in values.items():
             cells = []
@@ -156,26 +190,14 @@ def report(folder: Path, readme: Path | None) -> int:
     rows = rows_of(folder)
     run = newest(rows, "run")
     timed = last([row for row in rows if row["kind"] == "time"])
-    print(
-        f"{'DRY RUN: no number below is of a GPU. ' if run['dry'] else ''}{run['when']}, commit {run['commit']}\n"
-    )
+    dry = "DRY RUN: no number below is of a GPU. " if run["dry"] else ""
+    print(f"{dry}{run['when']}, commit {run['commit']}\n")
     status = {row["step"]: row["status"] for row in rows if row["kind"] == "step"}
     print(", ".join(f"{name} {value}" for name, value in status.items()), end="\n\n")
     print(measured_table(timed), end="\n\n")
-    print(
-        markdown(
-            ["constant of the planner", "assumed", "measured", "factor"],
-            constants.table(rows, timed),
-        ),
-        end="\n\n",
-    )
-    met = sorted(requirements(timed), key=lambda line: line[3])
-    print(
-        markdown(
-            ["what", "wanted", "measured", ""],
-            [[*x[:3], "met" if x[3] else "not met"] for x in met],
-        )
-    )
+    header = ["constant of the planner", "assumed", "measured", "factor"]
+    print(markdown(header, constants(rows, timed)), end="\n\n")
+    print(verdicts_table(requirements(timed)))
     if readme is None:
         return 0
     wrong = [row for row in timed if row["contender"] == "seqconv" and not row["gate"]]

@@ -1,5 +1,5 @@
-"""Runs steps one after the other, each in a process of its own with a limit: a fault on a GPU spoils the process it is
-met in, and a kernel that hangs can only be killed. Standard library only."""
+"""Runs steps one after the other, each in a process of its own with a time limit. A fault on a GPU spoils its
+process, and a kernel that hangs can only be killed. Standard library only."""
 
 import hashlib
 import importlib.util
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.micro.records import ROOT, commit
+from bench.facts import ROOT, commit, now
 from bench.on_gpu.log import Console, Log, rows_of
 from bench.on_gpu.steps import ABSENT, ALL_SECONDS, PARTLY, PARTS, RIGHT, WRONG, Step
 
@@ -24,7 +24,8 @@ STAND_INS = Path(__file__).parent / "stand_ins"
 
 
 def environment(dry: str | None) -> dict[str, str]:
-    """Of every step: the carried kernels and packages, and in a dry run commands that only look like NVIDIA's."""
+    """Returns the environment of a step: it finds the carried kernels and packages, and in a dry run commands that only
+    look like NVIDIA's."""
     found = dict(os.environ, PYTHONUNBUFFERED="1", CUBLAS_WORKSPACE_CONFIG=":4096:8")
     found.setdefault("SEQCONV_CUBINS", str(CARRIED / "cubins"))
     paths = [
@@ -40,7 +41,7 @@ def environment(dry: str | None) -> dict[str, str]:
 
 
 def present() -> tuple[str, bool]:
-    """What Python finds, without importing it, and whether that is enough."""
+    """Returns what Python finds, without importing it, and whether that is enough."""
     words, enough = [], True
     for name in NEEDED:
         here = importlib.util.find_spec(name) is not None
@@ -53,7 +54,7 @@ def present() -> tuple[str, bool]:
 
 
 def sources() -> str:
-    """The state of everything that a step runs."""
+    """Returns a digest of everything that a step runs."""
     digest = hashlib.sha256()
     for folder in ("seqconv", "csrc/device", "bench/on_gpu"):
         for path in sorted((ROOT / folder).rglob("*.*")):
@@ -63,11 +64,11 @@ def sources() -> str:
 
 
 def follow(command: list[str], seconds: float, write: Callable[[str], None], env) -> int | None:
-    """The exit status of a command whose lines go to `write` as they come; None where it was cut at its limit."""
+    """Runs a command and passes its lines to `write` as they come. Returns its exit status; None if it was cut at its
+    limit."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": env, "cwd": ROOT}
-    process = subprocess.Popen(
-        command, **options, preexec_fn=os.setpgrp
-    )  # to be killed with its own
+    # In a group of its own, to be killed with the processes that it starts.
+    process = subprocess.Popen(command, **options, preexec_fn=os.setpgrp)
     end, rest, ended = time.monotonic() + seconds, b"", None
     try:
         with selectors.DefaultSelector() as selector:
@@ -84,7 +85,7 @@ def follow(command: list[str], seconds: float, write: Callable[[str], None], env
                     if not chunk:
                         ended = process.wait(max(0.1, end - time.monotonic()))
                         break
-                elif process.poll() is not None:  # one of its own still holds the pipe
+                elif process.poll() is not None:  # a process that it started still holds the pipe
                     ended = process.returncode
                     break
     except subprocess.TimeoutExpired:
@@ -99,7 +100,7 @@ def follow(command: list[str], seconds: float, write: Callable[[str], None], env
         try:
             process.wait(5)
         except subprocess.TimeoutExpired:  # the GPU's driver does not let it go
-            write("the process cannot be ended: on without it")
+            write("the process cannot be ended: the next step follows without it")
         process.stdout.close()
     return ended
 
@@ -139,7 +140,7 @@ def run(
     dry: str | None,
     seconds: float | None = None,
 ) -> int:
-    """Runs a part's steps; the exit status: 0 all right, 1 not, 2 a folder of the other kind, 3 no kernels."""
+    """Runs a part's steps. Returns the exit status: 0 all right, 1 not, 2 a folder of the other kind, 3 no kernels."""
     with Console(folder) as console:
         return _run(console, part, folder, only, everything, again, dry, seconds)
 
@@ -156,8 +157,7 @@ def _run(console, part, folder, only, everything, again, dry, seconds) -> int:
         return 2
     state = sources()
     log = Log(folder, "run")
-    when = time.strftime("%Y-%m-%d %H:%M")
-    log.row("run", part=part, dry=bool(dry), when=when, commit=commit(), sources=state)
+    log.row("run", part=part, dry=bool(dry), when=now(), commit=commit(), sources=state)
     newest = {r["step"]: r["status"] for r in earlier if r["kind"] == "step"}
     passed = {name for name, status in newest.items() if status == "passed"}
     before = {r["sources"] for r in earlier if r["kind"] == "run"} - {state}

@@ -1,5 +1,5 @@
-"""Is anything wrong at all: every kind of call at every size against float64, forward and backward, a line each, on
-outputs and scratch that start as NaN."""
+"""Checks whether anything is wrong at all: every kind of call at every size against float64, forward and backward.
+Outputs and scratch memory start as NaN."""
 
 import time
 from collections.abc import Iterator
@@ -21,17 +21,17 @@ KINDS = {
     "circular": {"mode": "circular", "skip": "h"},
     "blh": {"layout": "blh", "skip": "h", "activation": "gelu", "taps_rev": -1},
 }
-NEAR_THE_END = 3.0  # seconds: nothing new is begun
+NEAR_THE_END = 3.0  # seconds in which no further case is begun
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def cases(dry: bool) -> Iterator[tuple[str, Case, str]]:
-    """(kind, case, how 16-bit products are summed), the most telling first."""
+    """Yields (kind, case, how 16-bit products are summed), the most informative first."""
     for dtype in DTYPES:
         for mode in ("fast", "accurate") if dtype != torch.float32 else ("fast",):
             for length in (256, 300) if dry else LENGTHS:
                 for i, (kind, options) in enumerate(KINDS.items()):
-                    # In the emulator every kind once, and every dtype.
+                    # The emulator is slow, so it gets every kind and every dtype once.
                     if dry and (i + length + DTYPES.index(dtype)) % (3 if mode == "fast" else 6):
                         continue
                     options = dict(options)

@@ -1,25 +1,23 @@
-"""The GPU's tests, each with a limit of its own: a test that hangs or spoils its process costs itself only."""
+"""The GPU's tests, each with a time limit. A test that hangs or spoils its process does not affect the others."""
 
 import os
 import subprocess
 import sys
 import time
 
-from bench.micro.records import ROOT
+from bench.facts import ROOT
 from bench.on_gpu.limits import SPOILT, TELLING, TIME_IS_UP
 from bench.on_gpu.steps import PARTLY, RIGHT, WRONG
 
-LEFT_OUT = "test_compute_sanitizer"  # a step of its own
-EACH, EACH_OF_ALL = (
-    20.0,
-    60.0,
-)  # seconds; torch.compile, which the telling ones leave out, takes longest
+LEFT_OUT = "test_compute_sanitizer"  # is a step of its own
+# Seconds for a test. torch.compile, which only EACH_OF_ALL includes, takes longest.
+EACH, EACH_OF_ALL = 20.0, 60.0
 RESTARTS = 6
-SPARE = 3.0  # seconds for what is left to say
+SPARE = 3.0  # seconds for the last lines
 
 
 def files(dry: bool) -> tuple[list[str], str]:
-    """What pytest collects, and an expression for the most telling."""
+    """Returns what pytest collects, and an expression for the most informative tests."""
     if dry:
         return ["tests/cpu/test_plan.py"], "test"
     return ["tests/cuda/gpu/test_gpu.py"], " or ".join(TELLING)
@@ -45,7 +43,7 @@ def run(machine, log, everything: bool) -> int:
         log.say(f"pytest: exit status {code} after {time.perf_counter() - before:.1f} s")
         if code != SPOILT and (not begun or begun[-1] in ended):  # it came to its end
             break
-        log.say(f"on to the tests after {begun[-1]}")
+        log.say(f"the tests after {begun[-1]} follow")
     red = {name: o for name, o in outcomes.items() if o not in ("passed", "skipped")}
     for name, outcome in red.items():
         log.say(f"{outcome}: {name}")

@@ -1,25 +1,26 @@
-"""What the CUDA kernels are meant to reach, what the planner predicts, and which cases say most about both."""
+"""What the CUDA kernels should reach, what the planner predicts, and the sizes of the cases that show both."""
 
 import torch
 
 from bench.micro.contenders import DTYPES, Case
 from seqconv.backends.cuda import convolution
-from seqconv.backends.cuda.plan import Limits, make_plan
+from seqconv.backends.cuda.plan import make_plan
+from seqconv.backends.cuda.problem import Limits
 
 BATCH, CHANNELS = 64, 768
 FIRST, OTHERS = 4096, (1024, 8192, 16384, 32768)
 LENGTHS = tuple(sorted((FIRST, *OTHERS)))
-# Times over that of a copy of the bytes that must move, 16-bit tensors, 64 samples (one pass to 32768).
+# Time over that of a copy of the bytes that must move, with 16-bit tensors and 64 samples (one pass up to 32768).
 FORWARD = {256: 1.75, 1024: 1.25, 2048: 1.25, 4096: 1.25, 8192: 1.25, 16384: 1.4, 32768: 1.55}
 GATED = {256: 1.6, 1024: 1.2, 2048: 1.2, 4096: 1.2, 8192: 1.2, 16384: 1.25, 32768: 1.3}
-BACKWARD = 1.4  # forward and backward together, to 8192
+BACKWARD = 1.4  # forward and backward together, up to 8192
 FLOAT32 = 1.6
 TWO_SIDED = 1.15  # beside causal
 FASTER = 4.0  # than torch.fft, 16-bit tensors
 
 
 def sized(length: int, dry: bool, **more) -> Case:
-    """768 channels of 64 samples where three tensors of them fit beside torch.fft's temporaries, else fewer."""
+    """Returns a case of 64 samples and 768 channels, or of as many as fit beside torch.fft's temporaries."""
     if dry:
         return Case(batch=2, channels=1, length=length // 16, **more)
     most = (1 << 30) // (BATCH * length)
@@ -27,7 +28,7 @@ def sized(length: int, dry: bool, **more) -> Case:
 
 
 def limit_of(row: dict) -> float | None:
-    """Times a copy of its bytes that the row's case may take."""
+    """Returns how many times a copy of its bytes the row's case may take."""
     if row["dtype"] == "float32":
         return FLOAT32 if row["op"] == "forward" and row["length"] <= 16384 else None
     if row["op"] != "forward":
@@ -36,7 +37,7 @@ def limit_of(row: dict) -> float | None:
 
 
 def predicted(case: Case, limits: Limits) -> dict:
-    """Seconds by the planner's model, a lower bound, with the bytes and the warp instructions that it comes from."""
+    """Returns the planner's lower bound in seconds, and the bytes and warp instructions that it comes from."""
     heads = (case.heads,) if case.heads > 1 else ()
     with torch.device("meta"):
         u = torch.empty(case.batch, case.channels, case.length, dtype=DTYPES[case.dtype])

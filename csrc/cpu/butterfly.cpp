@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "isa.h"
 #include "parallel.h"
 
 namespace seqconv {
@@ -33,7 +34,7 @@ Status for_each(const ButterflyProblem& p, bool backward, const Op& op) {
   const int64_t work = p.batch * p.channels * p.n * 64;
   const int threads = work < kSerialWork ? 1 : threads_for(p.threads);
   const size_t bytes = kernel_for(p).scratch_bytes(p, backward);
-  return share_out(units.count, threads, bytes, [&](int64_t i, char* scratch) {
+  return share_out(units.count, threads, bytes, [&](int64_t i, char* scratch, bool) {
     const int64_t begin = i % units.per_head * units.step;
     op(i, i / units.per_head, begin, std::min(p.rows(), begin + units.step), scratch);
   });

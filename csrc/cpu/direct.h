@@ -1,4 +1,8 @@
-// Short kernels as the sums they are, without transforms. Part of conv.h.
+// Short kernels as the sums they are, without transforms.
+#pragma once
+#include "work.h"
+
+namespace seqconv::SEQCONV_ISA {
 
 constexpr int64_t kDirectChunk = 256;
 
@@ -6,43 +10,27 @@ constexpr int64_t kDirectChunk = 256;
 // kDirectChunk.
 template <bool kFlipped, class T>
 void direct_chunk(const T* kk, int64_t width, const T* x, T* out, bool add) {
-  using V = typename VectorOf<T>::Unaligned;
   constexpr int kAtOnce = 4;
   for (int64_t i = 0; i < kDirectChunk; i += kAtOnce * kLanes<T>) {
     Vec<T> acc[kAtOnce];
     SEQCONV_UNROLL
     for (int v = 0; v < kAtOnce; ++v)
-      acc[v] = add ? *reinterpret_cast<const V*>(out + i + v * kLanes<T>) : Vec<T>{};
+      acc[v] = add ? load_vector(out + i + v * kLanes<T>) : Vec<T>{};
     for (int64_t j = 0; j < width; ++j) {
       const Vec<T> tap = splat(kk[j]);
       const T* from = x + i + (kFlipped ? j : width - 1 - j);
       SEQCONV_UNROLL
-      for (int v = 0; v < kAtOnce; ++v)
-        acc[v] += tap * *reinterpret_cast<const V*>(from + v * kLanes<T>);
+      for (int v = 0; v < kAtOnce; ++v) acc[v] += tap * load_vector(from + v * kLanes<T>);
     }
     SEQCONV_UNROLL
-    for (int v = 0; v < kAtOnce; ++v) *reinterpret_cast<V*>(out + i + v * kLanes<T>) = acc[v];
+    for (int v = 0; v < kAtOnce; ++v) store_vector(out + i + v * kLanes<T>, acc[v]);
   }
-}
-
-// The sum of the lanes, by halves: one after another they would wait for each other.
-template <class T>
-SEQCONV_INLINE double sum_of(const Vec<T>& x) {
-  double part[kLanes<T>];
-  for (int lane = 0; lane < kLanes<T>; ++lane) part[lane] = static_cast<double>(x[lane]);
-  SEQCONV_UNROLL
-  for (int half = kLanes<T> / 2; half; half /= 2)
-    for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
-  return part[0];
 }
 
 // sum_i a[i] b[i], i < n
 template <class T>
 double dot(const T* a, const T* b, int64_t n) {
-  const auto product = [=](int64_t i) {
-    using V = typename VectorOf<T>::Unaligned;
-    return *reinterpret_cast<const V*>(a + i) * *reinterpret_cast<const V*>(b + i);
-  };
+  const auto product = [=](int64_t i) { return load_vector(a + i) * load_vector(b + i); };
   Vec<T> acc[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>) {
@@ -52,7 +40,7 @@ double dot(const T* a, const T* b, int64_t n) {
   for (; i + kLanes<T> <= n; i += kLanes<T>) acc[0] += product(i);
   T rest = 0;
   for (; i < n; ++i) rest += a[i] * b[i];
-  return static_cast<double>(rest) + sum_of<T>((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  return static_cast<double>(rest) + sum_by_halves<T>((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
 constexpr int64_t kDirectWindow = kDirectChunk + kDirectTaps;
@@ -80,3 +68,5 @@ void direct_dots(const Work<T>& w, const Source<T>& in, const Source<T>& grad, d
     for (int64_t j = 0; j < w.width; ++j) dots[j] += dot(dv, x + w.width - 1 - j, n);
   }
 }
+
+}  // namespace seqconv::SEQCONV_ISA

@@ -1,67 +1,24 @@
-// Cuts a problem into units, lends them scratch and threads, and chooses the instruction set.
+// Cuts a convolution into units, and lends them scratch and threads.
 #include "fftconv.h"
-
-#include <pthread.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <memory>
 
-#include "kernel.h"
+#include "isa.h"
 #include "parallel.h"
-#include "plan.h"
 
 namespace seqconv {
 namespace {
 
-ParallelFor parallel_for = nullptr;
-std::atomic<bool> in_forked_child{false};
-[[maybe_unused]] const int fork_flag =
-    pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true); });
-
-// Best last.
-const IsaKernels* const kIsas[] = {
-    &kPortable,
-#if defined(__x86_64__)
-    &kAvx2,
-    &kAvx512,
-#elif defined(__aarch64__)
-    &kNeon,
-#endif
-};
-
-std::atomic<const IsaKernels*> chosen{nullptr};
-
-}  // namespace
-
-const IsaKernels& kernels() {
-  const IsaKernels* current = chosen.load();
-  if (!current) {
-    for (const IsaKernels* candidate : kIsas)
-      if (candidate->runnable()) current = candidate;
-    chosen.store(current);
-  }
-  return *current;
-}
-
-int threads_for(int asked) { return !parallel_for || forked() ? 1 : asked; }
-
-void run_parallel(int64_t count, RangeFunction run, void* context) {
-  if (!parallel_for || parallel_for(0, count, 1, run, context)) run(0, count, context);
-}
-
-namespace {
-
 template <class T>
-const Kernel<T>& kernel_for(int64_t length) {
+const ConvKernel<T>& kernel_for(int64_t length) {
   const IsaKernels* isa = &kernels();
   if (isa->shorter && length < kShort) isa = isa->shorter;
   if constexpr (sizeof(T) == 4)
-    return isa->f32;
+    return isa->conv_f32;
   else
-    return isa->f64;
+    return isa->conv_f64;
 }
 
 constexpr int64_t kSerialWork = 1 << 14;  // points: below, waking threads costs more than it saves
@@ -130,22 +87,22 @@ class Run {
 
   const Problem& p_;
   const bool backward_;
-  const Kernel<T>& kernel_;
+  const ConvKernel<T>& kernel_;
   const Method method_;
   std::shared_ptr<const Plan<T>> plan_;
   int threads_ = 1;
   int64_t group_ = 1;
   std::atomic<bool> failed_{false};
 
-  const Transform<T>& transform() const {
-    static const Transform<T> none{};
-    return method_.direct ? none : plan_->transform;
+  const Plan<T>& plan() const {
+    static const Plan<T> none{};
+    return method_.direct ? none : *plan_;
   }
 
   size_t scratch_bytes(char* partial = nullptr) const {
     Team alone;
     const Unit unit{0, group_, 0, 0, &alone, partial};
-    return kernel_.scratch_bytes(p_, method_, transform(), unit, backward_);
+    return kernel_.scratch_bytes(p_, method_, plan(), unit, backward_);
   }
 
   // Where time is not innermost in memory, neighbouring channels are read together; and short rows,
@@ -168,19 +125,6 @@ class Run {
     while (group_ > 1 && scratch_bytes() > allowed) group_ -= group_ > 4 ? 4 : 1;
   }
 
-  // op(i, scratch, first) for i < units, by as many threads as there are; first: the scratch is
-  // new.
-  template <class Op>
-  void for_each(int64_t units, const Op& op, char* partial = nullptr) {
-    std::atomic<int64_t> next{0};
-    in_parallel(std::min<int64_t>(threads_, units), [&] {
-      const Memory scratch = allocate(scratch_bytes(partial));
-      if (!scratch) return failed_.store(true);
-      bool first = true;
-      for (int64_t i; (i = next.fetch_add(1)) < units; first = false) op(i, scratch.get(), first);
-    });
-  }
-
   // op(scratch, team) by so many threads together.
   template <class Op>
   void as_team(int threads, const Op& op, char* partial = nullptr) {
@@ -195,10 +139,27 @@ class Run {
     });
   }
 
-  void run_units(int64_t groups, int64_t split, bool share) {
+  // op(i, scratch, team, first) for i < units, by threads alone or all of them together; first: the
+  // scratch is new.
+  template <class Op>
+  void for_each(int64_t units, bool together, const Op& op, char* partial = nullptr) {
+    if (together) {
+      const auto all = [&](char* scratch, Team& team) {
+        for (int64_t i = 0; i < units; ++i) op(i, scratch, team, i == 0);
+      };
+      return as_team(threads_, all, partial);
+    }
+    const auto one = [&](int64_t i, char* scratch, bool first) {
+      Team alone;
+      op(i, scratch, alone, first);
+    };
+    if (share_out(units, threads_, scratch_bytes(partial), one) != Status::kOk) failed_.store(true);
+  }
+
+  void run_units(int64_t groups, int64_t split, bool together) {
     const int64_t step = (p_.batch + split - 1) / split;
     split = (p_.batch + step - 1) / step;
-    const auto work = [&](int64_t i, char* scratch, Team& team) {
+    for_each(groups * split, together, [&](int64_t i, char* scratch, Team& team, bool) {
       Unit unit{};
       unit.channel = i % groups * group_;
       unit.channels = std::min(group_, p_.channels - unit.channel);
@@ -206,16 +167,7 @@ class Run {
       unit.batch_end = std::min(p_.batch, unit.batch + step);
       unit.team = &team;
       unit.next = i + threads_ < groups ? (i + threads_) * group_ : -1;
-      (backward_ ? kernel_.backward : kernel_.forward)(p_, method_, transform(), unit, scratch);
-    };
-    if (!share) {
-      return for_each(groups * split, [&](int64_t i, char* scratch, bool) {
-        Team alone;
-        work(i, scratch, alone);
-      });
-    }
-    as_team(threads_, [&](char* scratch, Team& team) {
-      for (int64_t i = 0; i < groups * split; ++i) work(i, scratch, team);
+      (backward_ ? kernel_.backward : kernel_.forward)(p_, method_, plan(), unit, scratch);
     });
   }
 
@@ -223,42 +175,27 @@ class Run {
     group_ = 1;
     const int64_t step = (p_.batch + parts - 1) / parts;
     parts = (p_.batch + step - 1) / step;
-    const size_t bytes = kernel_.partial_bytes(p_, method_, transform());
-    const Memory partial = allocate(bytes * static_cast<size_t>(parts));
-    if (!partial) return failed_.store(true);
+    const size_t bytes = kernel_.partial_bytes(p_, method_, plan());
+    const Memory sums = allocate(bytes * static_cast<size_t>(parts));
+    if (!sums) return failed_.store(true);
     for (int64_t channel = 0; channel < p_.channels && !failed_.load(); ++channel) {
-      const auto unit = [&](int64_t i, Team& team, bool first) {
-        Unit part{};
-        part.channel = channel;
-        part.channels = 1;
-        part.batch = i * step;
-        part.batch_end = std::min(p_.batch, part.batch + step);
-        part.team = &team;
-        part.partial = partial.get() + static_cast<size_t>(i) * bytes;
-        part.knows_kernels = !first;
-        return part;
-      };
       const auto work = [&](int64_t i, char* scratch, Team& team, bool first) {
-        kernel_.backward(p_, method_, transform(), unit(i, team, first), scratch);
+        Unit unit{};
+        unit.channel = channel;
+        unit.channels = 1;
+        unit.batch = i * step;
+        unit.batch_end = std::min(p_.batch, unit.batch + step);
+        unit.team = &team;
+        unit.partial = sums.get() + static_cast<size_t>(i) * bytes;
+        unit.knows_kernels = !first;
+        kernel_.backward(p_, method_, plan(), unit, scratch);
       };
+      for_each(parts, is_long && threads_ > parts, work, sums.get());
       const auto add_up = [&](char* scratch, Team& team) {
-        kernel_.reduce(p_, method_, transform(), unit(0, team, true), scratch, parts);
+        const Unit unit{channel, 1, 0, p_.batch, &team, sums.get()};
+        kernel_.reduce(p_, method_, plan(), unit, scratch, parts);
       };
-      char* sums = partial.get();
-      if (is_long && threads_ > parts) {
-        const auto all = [&](char* scratch, Team& team) {
-          for (int64_t i = 0; i < parts; ++i) work(i, scratch, team, i == 0);
-          add_up(scratch, team);
-        };
-        as_team(threads_, all, sums);
-        continue;
-      }
-      const auto one = [&](int64_t i, char* scratch, bool first) {
-        Team alone;
-        work(i, scratch, alone, first);
-      };
-      for_each(parts, one, sums);
-      as_team(is_long ? threads_ : 1, add_up, sums);
+      as_team(is_long ? threads_ : 1, add_up, sums.get());
     }
   }
 };
@@ -271,34 +208,6 @@ Status run_in_precision(const Problem& p, bool backward) {
 
 Status forward(const Problem& problem) { return run_in_precision(problem, false); }
 Status backward(const Problem& problem) { return run_in_precision(problem, true); }
-
-void wait_a_little(int64_t times_before) {
-  if (times_before > 4000) {
-    sched_yield();
-    return;
-  }
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
-
-void set_parallel_for(ParallelFor function) { parallel_for = function; }
-
-bool forked() { return in_forked_child.load(); }
-
-const char* isa() { return kernels().name; }
-
-bool set_isa(const char* name) {
-  for (const IsaKernels* candidate : kIsas) {
-    if (std::strcmp(candidate->name, name) == 0 && candidate->runnable()) {
-      chosen.store(candidate);
-      return true;
-    }
-  }
-  return false;
-}
 
 Method method(int64_t length, int64_t taps, int64_t taps_rev, bool compute_double) {
   const int quads =

@@ -9,12 +9,9 @@
 #include <cstdlib>
 #include <memory>
 
-#include "fftconv.h"
-#include "kernel.h"
+#include "tensor.h"
 
 namespace seqconv {
-
-const IsaKernels& kernels();
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -42,6 +39,15 @@ inline Memory allocate(size_t bytes) {
   return memory;
 }
 
+// Signature of libtorch's C function torch_parallel_for.
+using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, RangeFunction, void*);
+void set_parallel_for(ParallelFor function);
+
+// In a forked child thread pools hang, OpenMP's for one: there everything runs on the calling
+// thread.
+bool forked();
+
 // Threads that a call may use which asks for `asked`.
 int threads_for(int asked);
 
@@ -57,7 +63,8 @@ void in_parallel(int64_t count, const Op& op) {
   run_parallel(count, run, const_cast<void*>(static_cast<const void*>(&op)));
 }
 
-// op(unit, scratch) for every unit, on as many threads at most; `bytes` of scratch for each.
+// op(unit, scratch, first) for every unit, on as many threads at most, with `bytes` of scratch for
+// each; first: the scratch is new.
 template <class Op>
 Status share_out(int64_t units, int threads, size_t bytes, const Op& op) {
   std::atomic<int64_t> next{0};
@@ -65,7 +72,8 @@ Status share_out(int64_t units, int threads, size_t bytes, const Op& op) {
   in_parallel(threads < units ? threads : units, [&] {
     const Memory scratch = allocate(bytes);
     if (!scratch) return failed.store(true);
-    for (int64_t i; (i = next.fetch_add(1)) < units;) op(i, scratch.get());
+    bool first = true;
+    for (int64_t i; (i = next.fetch_add(1)) < units; first = false) op(i, scratch.get(), first);
   });
   return failed.load() ? Status::kOutOfMemory : Status::kOk;
 }

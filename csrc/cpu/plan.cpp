@@ -4,28 +4,27 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <list>
 #include <mutex>
 #include <new>
 #include <utility>
 #include <vector>
 
+#include "parallel.h"
+
 namespace seqconv {
 namespace {
 
-constexpr size_t kCachedBytes = size_t{1} << 26;
-constexpr int64_t kCompactFrom = int64_t{1} << 18;  // points; there tables cost more than they save
+constexpr int64_t kNarrowFrom = 2048;  // points; long rows in the comment below
 
-constexpr int64_t kNarrowFrom = 2048;
-
-// Radix of the first pass, then those of the stages, whose nodes end with four positions: m is the
-// number of those nodes per branch. Odd radices come early, where twiddles are read seldom. A first
-// pass into the widest vectors meets four segments per node, so that long rows, whose segments lie
-// a power of two apart, start with a two; those vectors come with registers enough for eights.
+// Radix of the first pass, then those of the stages, of a transform of 4 quads m points, whose
+// nodes end with four positions; none where there is no such transform.
 struct Radices {
   int count = 0, radix[kMaxStages];
 };
+// Odd radices come early, where twiddles are read seldom. A first pass into the widest vectors
+// meets four segments per node, so that long rows, whose segments lie a power of two apart, start
+// with a two; those vectors come with registers enough for eights.
 Radices choose_radices(int64_t m, int quads) {
   Radices radices;
   int twos = 0;
@@ -47,23 +46,8 @@ Radices choose_radices(int64_t m, int quads) {
   return radices;
 }
 
-// Relative cost per point of a stage, there and back.
-double stage_cost(int radix) {
-  switch (radix) {
-    case 2:
-      return 0.7;
-    case 3:
-      return 1.0;
-    case 4:
-      return 1.0;
-    case 5:
-      return 1.4;
-    case 7:
-      return 2.0;
-    default:
-      return 1.5;
-  }
-}
+// Of a stage by its radix, per point, there and back.
+constexpr double kStageCost[] = {0, 0, 0.7, 1.0, 1.0, 1.4, 0, 2.0, 1.5};
 
 // Of one transform of 4 quads m points, there and back; infinite where there is none.
 double transform_cost(int64_t m, int quads) {
@@ -72,45 +56,89 @@ double transform_cost(int64_t m, int quads) {
   const Radices radices = choose_radices(m, quads);
   if (radices.count == 0) return HUGE_VAL;
   double cost = 1.5;
-  for (int s = 0; s < radices.count; ++s) cost += stage_cost(radices.radix[s]);
+  for (int s = 0; s < radices.count; ++s) cost += kStageCost[radices.radix[s]];
   return cost * static_cast<double>(4 * quads * ((m + 3) / 4 * 4));
 }
 
-template <class T>
-std::shared_ptr<const Plan<T>> make_plan(int64_t n, int quads) {
-  auto plan = std::make_shared<Plan<T>>();
-  Transform<T>& t = plan->transform;
-  const int64_t m = n / (4 * quads);
-  const Radices radices = choose_radices(m, quads);
-  const int64_t step = 8 * quads;  // scalars of a complex vector
-  t.n = n;
-  t.quads = quads;
-  t.radix = radices.radix[0];
-  t.vectors = m / t.radix;
-  const int64_t groups = (m + 3) / 4;
-  t.spectrum = groups * 4 * step;
-  t.compact = n >= kCompactFrom;
-  int64_t total = 0, nodes = t.radix;
-  for (int s = 1; s < radices.count; ++s) {
-    const int radix = radices.radix[s];
-    t.stage[t.stages++] = {radix, total};
-    total += nodes * (t.compact && radix == 4 ? 1 : radix - 1) * step;
-    nodes *= radix;
-  }
-  t.middle = total;
-  total += groups * (t.compact ? 1 : 3) * step;
-  const int ends_quads = end_quads(quads, sizeof(T)), end_radix = t.radix * quads / ends_quads;
-  const int64_t ends = total, end_size = static_cast<int64_t>(t.radix) * quads * 8 * ends_quads;
-  total += 3 * end_size;
-  plan->bytes = (static_cast<size_t>(total) * sizeof(T) + 63) / 64 * 64;
-  T* table = static_cast<T*>(std::aligned_alloc(64, plan->bytes));
-  if (!table) throw std::bad_alloc();
-  plan->twiddles = {table, [](T* p) { std::free(p); }};
-  t.twiddles = table;
+// Cheapest transform length >= length: 4 quads times a product of 2, 3, 5 and 7.
+int64_t choose_fft_size(int64_t length, int quads) {
+  const int64_t quantum = 4 * quads, least = std::max<int64_t>(2, (length + quantum - 1) / quantum);
+  // A quarter of padding is always enough from 32 points on; shorter rows take what there is.
+  const int64_t limit = std::max(5 * length / (4 * quantum), least + 2);
+  std::pair<bool, double> best_cost{true, HUGE_VAL};  // whether it pads too much, then time
+  int64_t best = 0;
+  for (int64_t seven = 1; seven <= 7 && seven <= limit; seven *= 7)
+    for (int64_t five = seven; five <= limit; five *= 5)
+      for (int64_t three = five; three <= limit; three *= 3)
+        for (int64_t m = three; m <= limit; m *= 2) {
+          if (m < least) continue;
+          const std::pair<bool, double> cost{4 * quantum * m > 5 * length,
+                                             transform_cost(m, quads)};
+          if (cost < best_cost) {
+            best = m;
+            best_cost = cost;
+          }
+        }
+  return best * quantum;
+}
 
-  constexpr double kTurn = 6.283185307179586476925;
+constexpr size_t kCachedBytes = size_t{1} << 26;
+constexpr int64_t kCompactFrom = int64_t{1} << 18;  // points; there tables cost more than they save
+constexpr double kTurn = 6.283185307179586476925;
+
+// A plan with the memory of its tables: those of the stages, of the middle and of the ends.
+template <class T>
+class Tables {
+ public:
+  Plan<T> plan;
+  size_t bytes = 0;
+
+  Tables(int64_t n, int quads)
+      : m_(n / (4 * quads)), radices_(choose_radices(m_, quads)), step_(8 * quads) {
+    plan.n = n;
+    plan.quads = quads;
+    plan.radix = radices_.radix[0];
+    plan.vectors = m_ / plan.radix;
+    groups_ = (m_ + 3) / 4;
+    plan.spectrum = groups_ * 4 * step_;
+    plan.compact = n >= kCompactFrom;
+    int64_t total = 0, nodes = plan.radix;
+    for (int s = 1; s < radices_.count; ++s) {
+      const int radix = radices_.radix[s];
+      plan.stage[plan.stages++] = {radix, total};
+      total += nodes * powers(radix) * step_;
+      nodes *= radix;
+    }
+    plan.middle = total;
+    total += groups_ * powers(4) * step_;
+    end_quads_ = end_quads(quads, sizeof(T));
+    const int64_t ends = total, end_size = int64_t{plan.radix} * quads * 8 * end_quads_;
+    total += 3 * end_size;
+    bytes = (static_cast<size_t>(total) * sizeof(T) + 63) / 64 * 64;
+    table_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+    if (!table_) throw std::bad_alloc();
+    plan.twiddles = table_.get();
+    plan.plain = fill_ends(table_.get() + ends, 1.0, 0.0);
+    plan.scaled = fill_ends(table_.get() + ends + end_size, 1.0 / static_cast<double>(n), 0.0);
+    plan.scaled_times_minus_i =
+        fill_ends(table_.get() + ends + 2 * end_size, 1.0 / static_cast<double>(n), 0.25);
+    fill_stages();
+  }
+
+ private:
+  int64_t m_;
+  Radices radices_;
+  int64_t step_;  // scalars of a complex vector
+  int64_t groups_;
+  int end_quads_;
+  std::unique_ptr<T, Free> table_;
+
+  // How many powers of a node's twiddle the tables keep.
+  int powers(int radix) const { return plan.compact && radix == 4 ? 1 : radix - 1; }
+
   // Complex vectors of `count` quads; angle(q, lane): in turns.
-  const auto put = [](T* to, int count, double scale, const auto& angle) {
+  template <class Angle>
+  static void put(T* to, int count, double scale, const Angle& angle) {
     for (int q = 0; q < count; ++q) {
       for (int lane = 0; lane < 4; ++lane) {
         const double a = kTurn * angle(q, lane);
@@ -118,56 +146,57 @@ std::shared_ptr<const Plan<T>> make_plan(int64_t n, int quads) {
         to[4 * (count + q) + lane] = static_cast<T>(scale * std::sin(a));
       }
     }
-  };
-  // Turns of the branches' nodes: the lanes' split, the first pass, the stages.
-  std::vector<std::vector<double>> turns(static_cast<size_t>(quads));
-  for (int q = 0; q < quads; ++q) turns[static_cast<size_t>(q)] = {(0.25 + q) / quads};
-  const auto split = [&](int radix) {
-    for (auto& branch : turns) {
-      std::vector<double> next;
-      next.reserve(branch.size() * static_cast<size_t>(radix));
-      for (double turn : branch)
-        for (int j = 0; j < radix; ++j) next.push_back((turn + j) / radix);
-      branch.swap(next);
-    }
-  };
+  }
 
-  const T** end_tables[] = {&t.plain, &t.scaled, &t.scaled_times_minus_i};
-  for (int i = 0; i < 3; ++i) {
-    T* to = table + ends + i * end_size;
-    *end_tables[i] = to;
-    for (int r = 0; r < end_radix; ++r)
-      for (int s = 0; s < ends_quads; ++s, to += 8 * ends_quads)
-        put(to, ends_quads, i == 0 ? 1.0 : 1.0 / static_cast<double>(n), [&](int q, int) {
-          return (0.25 + q) / ends_quads * (s + static_cast<double>(r) / end_radix) -
-                 (i == 2 ? 0.25 : 0.0);
+  // The segments' weights, turned back by so many turns.
+  const T* fill_ends(T* const start, double scale, double back) const {
+    const int radix = plan.radix * plan.quads / end_quads_;
+    T* to = start;
+    for (int r = 0; r < radix; ++r)
+      for (int s = 0; s < end_quads_; ++s, to += 8 * end_quads_)
+        put(to, end_quads_, scale, [&](int q, int) {
+          return (0.25 + q) / end_quads_ * (s + static_cast<double>(r) / radix) - back;
+        });
+    return start;
+  }
+
+  void fill_stages() const {
+    // Turns of the branches' nodes: the lanes' split, the first pass, the stages.
+    std::vector<std::vector<double>> turns(static_cast<size_t>(plan.quads));
+    for (int q = 0; q < plan.quads; ++q) turns[static_cast<size_t>(q)] = {(0.25 + q) / plan.quads};
+    const auto split = [&](int radix) {
+      for (auto& branch : turns) {
+        std::vector<double> next;
+        next.reserve(branch.size() * static_cast<size_t>(radix));
+        for (double turn : branch)
+          for (int j = 0; j < radix; ++j) next.push_back((turn + j) / radix);
+        branch.swap(next);
+      }
+    };
+    split(plan.radix);
+    for (int s = 0; s < plan.stages; ++s) {
+      const int radix = plan.stage[s].radix;
+      T* to = table_.get() + plan.stage[s].twiddle;
+      for (size_t node = 0; node < turns[0].size(); ++node)
+        for (int r = 1; r <= powers(radix); ++r, to += step_)
+          put(to, plan.quads, 1.0,
+              [&](int q, int) { return turns[static_cast<size_t>(q)][node] / radix * r; });
+      split(radix);
+    }
+    T* to = table_.get() + plan.middle;
+    for (int64_t g = 0; g < groups_; ++g)
+      for (int r = 1; r <= powers(4); ++r, to += step_)
+        put(to, plan.quads, 1.0, [&](int q, int lane) {
+          const auto node = static_cast<size_t>(std::min(4 * g + lane, m_ - 1));
+          return turns[static_cast<size_t>(q)][node] / 4 * r;
         });
   }
-  split(t.radix);
-  for (int s = 0; s < t.stages; ++s) {
-    const int radix = t.stage[s].radix;
-    T* to = table + t.stage[s].twiddle;
-    const int powers = t.compact && radix == 4 ? 1 : radix - 1;
-    for (size_t node = 0; node < turns[0].size(); ++node)
-      for (int r = 1; r <= powers; ++r, to += step)
-        put(to, quads, 1.0,
-            [&](int q, int) { return turns[static_cast<size_t>(q)][node] / radix * r; });
-    split(radix);
-  }
-  T* to = table + t.middle;
-  for (int64_t g = 0; g < groups; ++g)
-    for (int r = 1; r <= (t.compact ? 1 : 3); ++r, to += step)
-      put(to, quads, 1.0, [&](int q, int lane) {
-        const auto node = static_cast<size_t>(std::min(4 * g + lane, m - 1));
-        return turns[static_cast<size_t>(q)][node] / 4 * r;
-      });
-  return plan;
-}
+};
 
 template <class T>
 struct Cache {
   std::mutex mutex;
-  std::list<std::shared_ptr<const Plan<T>>> plans;  // most recently used first
+  std::list<std::shared_ptr<const Tables<T>>> recent;  // most recently used first
 };
 
 // Leaked on purpose: worker threads may outlive static destruction.
@@ -189,27 +218,6 @@ void unlock_caches() {
 [[maybe_unused]] const int fork_guard = pthread_atfork(lock_caches, unlock_caches, unlock_caches);
 
 }  // namespace
-
-int64_t choose_fft_size(int64_t length, int quads) {
-  const int64_t quantum = 4 * quads, least = std::max<int64_t>(2, (length + quantum - 1) / quantum);
-  // A quarter of padding is always enough from 32 points on; shorter rows take what there is.
-  const int64_t limit = std::max(5 * length / (4 * quantum), least + 2);
-  std::pair<bool, double> best_cost{true, HUGE_VAL};  // whether it pads too much, then time
-  int64_t best = 0;
-  for (int64_t seven = 1; seven <= 7 && seven <= limit; seven *= 7)
-    for (int64_t five = seven; five <= limit; five *= 5)
-      for (int64_t three = five; three <= limit; three *= 3)
-        for (int64_t m = three; m <= limit; m *= 2) {
-          if (m < least) continue;
-          const std::pair<bool, double> cost{4 * quantum * m > 5 * length,
-                                             transform_cost(m, quads)};
-          if (cost < best_cost) {
-            best = m;
-            best_cost = cost;
-          }
-        }
-  return best * quantum;
-}
 
 Method choose_method(int64_t length, int64_t taps, int64_t taps_rev, int quads) {
   if (taps + taps_rev <= kDirectTaps) return {true, 0, 1};
@@ -236,20 +244,20 @@ std::shared_ptr<const Plan<T>> get_plan(int64_t n, int quads) {
   Cache<T>& c = cache<T>();
   try {
     std::lock_guard<std::mutex> lock(c.mutex);
-    auto hit = std::find_if(c.plans.begin(), c.plans.end(), [&](auto& p) {
-      return p->transform.n == n && p->transform.quads == quads;
+    auto hit = std::find_if(c.recent.begin(), c.recent.end(), [&](auto& tables) {
+      return tables->plan.n == n && tables->plan.quads == quads;
     });
-    if (hit != c.plans.end()) {
-      c.plans.splice(c.plans.begin(), c.plans, hit);
+    if (hit != c.recent.end()) {
+      c.recent.splice(c.recent.begin(), c.recent, hit);
     } else {
-      c.plans.push_front(make_plan<T>(n, quads));
-      size_t bytes = c.plans.front()->bytes;
-      auto last = c.plans.begin();
-      while (++last != c.plans.end() && (bytes += (*last)->bytes) < kCachedBytes) {
+      c.recent.push_front(std::make_shared<const Tables<T>>(n, quads));
+      size_t bytes = c.recent.front()->bytes;
+      auto last = c.recent.begin();
+      while (++last != c.recent.end() && (bytes += (*last)->bytes) < kCachedBytes) {
       }
-      c.plans.erase(last, c.plans.end());
+      c.recent.erase(last, c.recent.end());
     }
-    return c.plans.front();
+    return {c.recent.front(), &c.recent.front()->plan};
   } catch (const std::bad_alloc&) {
     return nullptr;
   }

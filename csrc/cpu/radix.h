@@ -1,4 +1,8 @@
-// Vectors of complex numbers, and the butterflies of a transform on them. Part of fft.h.
+// Vectors of complex numbers, and the butterflies of a transform on them.
+#pragma once
+#include "vectors.h"
+
+namespace seqconv::SEQCONV_ISA {
 
 template <class T, int Q = kQuads<T>>
 struct Complex {
@@ -46,6 +50,16 @@ SEQCONV_INLINE Complex<T, Q> times_i(Complex<T, Q> a) {
   return {-a.im, a.re};
 }
 
+// Calls op(Number<R>{}) for the R among kRadices that `radix` is.
+template <int R>
+struct Number {
+  static constexpr int value = R;
+};
+template <int... kRadices, class Op>
+SEQCONV_INLINE void with_radix(int64_t radix, const Op& op) {
+  ((radix == kRadices ? op(Number<kRadices>{}) : void()), ...);
+}
+
 // cos and sin of 2 pi e / R for odd R.
 template <int R>
 struct Roots;
@@ -71,6 +85,50 @@ struct Roots<7> {
 };
 
 // a[j] <- sum_r a[r] exp(2 pi i j r / R)
+template <int R, class T, int Q>
+SEQCONV_INLINE void dft(Complex<T, Q>* a);
+
+// R = 2 h, h odd: the two factors need no twiddles between them (Good and Thomas).
+template <int R, class T, int Q>
+SEQCONV_INLINE void dft_twice_odd(Complex<T, Q>* a) {
+  constexpr int h = R / 2;
+  Complex<T, Q> sum[h], difference[h];
+  SEQCONV_UNROLL
+  for (int r = 0; r < h; ++r) {
+    const Complex<T, Q> x = a[2 * r], y = a[(2 * r + h) % R];
+    sum[r] = x + y;
+    difference[r] = x - y;
+  }
+  dft<h>(sum);
+  dft<h>(difference);
+  SEQCONV_UNROLL
+  for (int j = 0; j < R; ++j) a[j] = j % 2 ? difference[j % h] : sum[j % h];
+}
+
+template <int R, class T, int Q>
+SEQCONV_INLINE void dft_odd(Complex<T, Q>* a) {
+  constexpr int h = (R - 1) / 2;
+  Complex<T, Q> s[h], d[h], sum = a[0];
+  SEQCONV_UNROLL
+  for (int r = 0; r < h; ++r) {
+    s[r] = a[r + 1] + a[R - 1 - r];
+    d[r] = times_i(a[r + 1] - a[R - 1 - r]);
+    sum = sum + s[r];
+  }
+  SEQCONV_UNROLL
+  for (int j = 1; j <= h; ++j) {
+    Complex<T, Q> even = a[0], odd = {};
+    SEQCONV_UNROLL
+    for (int r = 0; r < h; ++r) {
+      even = even + T(Roots<R>::cos[j * (r + 1) % R]) * s[r];
+      odd = odd + T(Roots<R>::sin[j * (r + 1) % R]) * d[r];
+    }
+    a[j] = even + odd;
+    a[R - j] = even - odd;
+  }
+  a[0] = sum;
+}
+
 template <int R, class T, int Q>
 SEQCONV_INLINE void dft(Complex<T, Q>* a) {
   if constexpr (R == 1) {
@@ -99,41 +157,9 @@ SEQCONV_INLINE void dft(Complex<T, Q>* a) {
       a[j + 4] = {even[j].re - scale * b.re, even[j].im - scale * b.im};
     }
   } else if constexpr (R % 2 == 0) {
-    // R = 2 h, h odd: the two factors need no twiddles between them (Good and Thomas).
-    constexpr int h = R / 2;
-    Complex<T, Q> sum[h], difference[h];
-    SEQCONV_UNROLL
-    for (int r = 0; r < h; ++r) {
-      const Complex<T, Q> x = a[2 * r], y = a[(2 * r + h) % R];
-      sum[r] = x + y;
-      difference[r] = x - y;
-    }
-    dft<h>(sum);
-    dft<h>(difference);
-    SEQCONV_UNROLL
-    for (int j = 0; j < R; ++j) a[j] = j % 2 ? difference[j % h] : sum[j % h];
+    dft_twice_odd<R>(a);
   } else {
-    static_assert(R % 2 == 1);
-    constexpr int h = (R - 1) / 2;
-    Complex<T, Q> s[h], d[h], sum = a[0];
-    SEQCONV_UNROLL
-    for (int r = 0; r < h; ++r) {
-      s[r] = a[r + 1] + a[R - 1 - r];
-      d[r] = times_i(a[r + 1] - a[R - 1 - r]);
-      sum = sum + s[r];
-    }
-    SEQCONV_UNROLL
-    for (int j = 1; j <= h; ++j) {
-      Complex<T, Q> even = a[0], odd = {};
-      SEQCONV_UNROLL
-      for (int r = 0; r < h; ++r) {
-        even = even + T(Roots<R>::cos[j * (r + 1) % R]) * s[r];
-        odd = odd + T(Roots<R>::sin[j * (r + 1) % R]) * d[r];
-      }
-      a[j] = even + odd;
-      a[R - j] = even - odd;
-    }
-    a[0] = sum;
+    dft_odd<R>(a);
   }
 }
 
@@ -169,3 +195,5 @@ SEQCONV_INLINE void join_node(Complex<T>* a, const Complex<T>* w) {
   SEQCONV_UNROLL
   for (int r = 1; r < R; ++r) a[r] = times_conj(b[r], w[r]);
 }
+
+}  // namespace seqconv::SEQCONV_ISA

@@ -1,6 +1,10 @@
 // Rows of tensors as the transform reads and writes them: any dtype, any stride, products with
-// gates, zeros outside. Where memory already holds what is wanted nothing is copied. Included
-// inside an instruction set's namespace, after simd.h.
+// gates, zeros outside. Where memory already holds what is wanted nothing is copied.
+#pragma once
+#include "dtypes.h"
+#include "vectors.h"
+
+namespace seqconv::SEQCONV_ISA {
 
 // One row: time t at base + t * stride elements.
 struct Series {
@@ -19,68 +23,28 @@ SEQCONV_INLINE T* contiguous(const Series& s) {
   return s.base && s.dtype == kDtype<T> && s.stride == 1 ? reinterpret_cast<T*>(s.base) : nullptr;
 }
 
-// out[i] = value(i), i < n; value.many(i): as many as a vector has.
+// out[i] = value(at), i < n, where at(x) is x[i], or as many from there on as a vector has.
 template <class T, class Value>
-SEQCONV_INLINE void put(const Value& value, int64_t n, T* out, bool streamed) {
+SEQCONV_INLINE void fill(int64_t n, T* out, bool streamed, const Value& value) {
   int64_t i = 0;
+  const auto one = [&i](const T* x) { return x[i]; };
+  const auto many = [&i](const T* x) { return load_vector(x + i); };
   if (kStreams && streamed) {
-    for (; i < n && reinterpret_cast<uintptr_t>(out + i) % 64; ++i) out[i] = value.one(i);
-    for (; i + kLanes<T> <= n; i += kLanes<T>) stream<T>(out + i, value.many(i));
+    for (; i < n && reinterpret_cast<uintptr_t>(out + i) % 64; ++i) out[i] = value(one);
+    for (; i + kLanes<T> <= n; i += kLanes<T>) stream<T>(out + i, value(many));
   }
-  for (; i + kLanes<T> <= n; i += kLanes<T>)
-    *reinterpret_cast<typename VectorOf<T>::Unaligned*>(out + i) = value.many(i);
-  for (; i < n; ++i) out[i] = value.one(i);
+  for (; i + kLanes<T> <= n; i += kLanes<T>) store_vector(out + i, value(many));
+  for (; i < n; ++i) out[i] = value(one);
 }
 template <class T>
-struct Plain {
-  const T* x;
-  T one(int64_t i) const { return x[i]; }
-  Vec<T> many(int64_t i) const {
-    return *reinterpret_cast<const typename VectorOf<T>::Unaligned*>(x + i);
-  }
-};
-template <class T>
-struct Product {
-  Plain<T> a, b;
-  T one(int64_t i) const { return a.one(i) * b.one(i); }
-  Vec<T> many(int64_t i) const { return a.many(i) * b.many(i); }
-};
-template <class T>
 SEQCONV_INLINE void copy(const T* x, int64_t n, T* out, bool streamed = false) {
-  put<T>(Plain<T>{x}, n, out, streamed);
+  fill(n, out, streamed, [=](const auto& at) { return at(x); });
 }
 // out[i] = a[i] b[i], i < n
 template <class T>
 SEQCONV_INLINE void multiply(const T* a, const T* b, int64_t n, T* out, bool streamed = false) {
-  put<T>(Product<T>{{a}, {b}}, n, out, streamed);
+  fill(n, out, streamed, [=](const auto& at) { return at(a) * at(b); });
 }
-
-// As many conversions as there are instructions for, from the start; how many those were.
-template <class S, class T>
-SEQCONV_INLINE int64_t widen_many(const S*, int64_t, T*) {
-  return 0;
-}
-template <class S, class T>
-SEQCONV_INLINE int64_t narrow_many(const T*, int64_t, S*) {
-  return 0;
-}
-#if SEQCONV_AVX
-SEQCONV_INLINE int64_t widen_many(const Float16* from, int64_t n, float* out) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m256 x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-    _mm256_storeu_ps(out + i, x);
-  }
-  return i;
-}
-SEQCONV_INLINE int64_t narrow_many(const float* from, int64_t n, Float16* to) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-  return i;
-}
-#endif
 
 // out[i] = s[t + i], i < n
 template <class T>
@@ -90,7 +54,7 @@ void read(const Series& s, int64_t t, int64_t n, T* out) {
     using S = typename decltype(tag)::Type;
     const S* from = reinterpret_cast<const S*>(s.base) + t * s.stride;
     if (s.stride == 1) {
-      int64_t i = widen_many(from, n, out);
+      int64_t i = convert_many(from, n, out);
       for (; i < n; ++i) out[i] = static_cast<T>(widen(from[i]));
     } else {
       for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(widen(from[i * s.stride]));
@@ -112,7 +76,7 @@ void write(const Series& s, int64_t t, int64_t n, const T* in) {
     using S = typename decltype(tag)::Type;
     S* to = reinterpret_cast<S*>(s.base) + t * s.stride;
     if (s.stride == 1) {
-      int64_t i = narrow_many(in, n, to);
+      int64_t i = convert_many(in, n, to);
       for (; i < n; ++i) narrow(in[i], to[i]);
     } else {
       for (int64_t i = 0; i < n; ++i) narrow(in[i], to[i * s.stride]);
@@ -120,8 +84,9 @@ void write(const Series& s, int64_t t, int64_t n, const T* in) {
   });
 }
 
-// s[t + i] = a[i] b[i], i < n <= kChunk
 constexpr int64_t kChunk = 512;  // positions converted at a time: bursts that memory likes
+
+// s[t + i] = a[i] b[i], i < n <= kChunk
 template <class T>
 void write_product(const Series& s, int64_t t, int64_t n, const T* a, const T* b) {
   if (T* to = contiguous<T>(s)) return multiply(a, b, n, to + t, s.streamed);
@@ -129,10 +94,6 @@ void write_product(const Series& s, int64_t t, int64_t n, const T* a, const T* b
   multiply(a, b, n, product);
   write(s, t, n, product);
 }
-
-constexpr int64_t kPiece = 64;      // vectors of a child that one of a team takes at a time
-constexpr int64_t kSmall = 2048;    // points of a transform whose row is copied whole, if at all
-constexpr int64_t kCrowded = 8192;  // points of a transform whose ends are far apart
 
 // The real sequence row * gate (if any), zero outside [0, length), read at t + shift.
 template <class T>
@@ -217,200 +178,4 @@ struct Sink {
   }
 };
 
-// The ends of the transform, where a row meets its nodes: R times kEndQuads segments, split R by R
-// by a butterfly and the rest into lanes. kParts neighbouring results are parts of one vector.
-template <int R, class T>
-struct End {
-  static constexpr int kQ = kEndQuads<T>, kParts = kQuads<T> / kQ, kSegments = R * kQ;
-  // Where result j lies, children being `apart` scalars apart.
-  static int64_t place(int j, int64_t apart) { return j / kParts * apart + j % kParts * 4 * kQ; }
-  static Complex<T, kQ> weight(const T* table, int r, int s) {
-    return load<T, kQ>(table + (r * kQ + s) * 8 * kQ, 4 * kQ);
-  }
-  // a[r]: what the segments of a real sequence at x add to child r before its butterfly. Of two
-  // segments the second's weight is the first's times exp(i pi / 4), or minus that in the second
-  // quad.
-  static void put(Complex<T, kQ>& a, const T* table, const T* x, int r, int64_t stride) {
-    const Complex<T, kQ> w = weight(table, r, 0);
-    const Vec<T, kQ> value = repeat<T, kQ>(x + r * stride);
-    a = {value * w.re, value * w.im};
-    if constexpr (kQ == 2) {
-      const Complex<T, kQ> z = weight(table, r, 1);
-      const Vec<T, kQ> other = repeat<T, kQ>(x + (r + R) * stride);
-      a = {a.re + other * z.re, a.im + other * z.im};
-    }
-  }
-  // The same of i turn times the sequence at y, added.
-  static void add(Complex<T, kQ>& a, const T* table, const T* y, T turn, int r, int64_t stride) {
-    for (int s = 0; s < kQ; ++s) {
-      const Complex<T, kQ> w = weight(table, r, s);
-      const Vec<T, kQ> value = turn * repeat<T, kQ>(y + (r + s * R) * stride);
-      a = {a.re - value * w.im, a.im + value * w.re};
-    }
-  }
-  // So many streams a power of two apart would evict each other's lines half used.
-  static bool crowded(const Transform<T>& plan) { return kSegments > 8 && plan.n >= kCrowded; }
-};
-
-// The first pass: children [begin, end) vectors of every child of the root, of the sequence re, or
-// re + turn i im, times the constant folded into `weights`.
-template <int R, bool kComplex, class T>
-void first_pass(const Transform<T>& plan, const T* weights, const Source<T>& re,
-                const Source<T>& im, T turn, T* data, int64_t begin, int64_t end) {
-  using E = End<R, T>;
-  constexpr int kQ = E::kQ;
-  const int64_t apart = 4 * plan.vectors;  // positions from segment to segment
-  const int64_t child = plan.vectors * kStep<T>;
-  T* to = data + begin * kStep<T>;
-  alignas(64) T staging[kComplex ? 2 : 1][E::kSegments][kChunk];
-  const bool crowded = E::crowded(plan);
-  // Vectors up to `direct` have all their segments in memory.
-  const int64_t span = (E::kSegments - 1) * apart;
-  int64_t direct = crowded ? 0 : re.fours(span);
-  if (kComplex && im.fours(span) < direct) direct = im.fours(span);
-  const T* whole_re = direct ? contiguous<T>(re.row) + re.shift : nullptr;
-  const T* whole_im = kComplex && direct ? contiguous<T>(im.row) + im.shift : whole_re;
-  // A short row is cheaper to copy at once than segment by segment.
-  alignas(64) T spare[kComplex ? 2 : 1][kSmall];
-  if (plan.n <= kSmall && direct < plan.vectors && end - begin == plan.vectors) {
-    re.fill(0, plan.n, spare[0]);
-    if (kComplex) im.fill(0, plan.n, spare[kComplex]);
-    whole_re = spare[0];
-    whole_im = spare[kComplex];
-    direct = end;
-  }
-  while (begin < end) {
-    const T *x = staging[0][0], *y = staging[kComplex][0];
-    int64_t stop = end < direct ? end : direct, stride = kChunk;
-    if (begin < direct) {
-      x = whole_re + 4 * begin;
-      y = whole_im + 4 * begin;
-      stride = apart;
-    } else {
-      stop = end < begin + kChunk / 4 ? end : begin + kChunk / 4;
-      for (int g = 0; g < E::kSegments; ++g) {
-        const int64_t t = g * apart + 4 * begin, n = 4 * (stop - begin);
-        re.fill(t, n, staging[0][g]);
-        if (kComplex) im.fill(t, n, staging[kComplex][g]);
-      }
-    }
-    for (int64_t i = 0; i < stop - begin; ++i) {
-      Complex<T, kQ> a[R];
-      SEQCONV_UNROLL
-      for (int r = 0; r < R; ++r) {
-        E::put(a[r], weights, x + 4 * i, r, stride);
-        if constexpr (kComplex) E::add(a[r], weights, y + 4 * i, turn, r, stride);
-      }
-      dft<R>(a);
-      SEQCONV_UNROLL
-      for (int r = 0; r < R; ++r) store(to + E::place(r, child), a[r]);
-      to += kStep<T>;
-    }
-    begin = stop;
-  }
-}
-
-// The last pass: real parts of the inverse times the constant folded into `weights`.
-template <int R, class T>
-void last_pass(const Transform<T>& plan, const T* data, const T* weights, const Sink<T>& sink,
-               int64_t begin, int64_t end) {
-  using E = End<R, T>;
-  constexpr int kQ = E::kQ;
-  const int64_t apart = 4 * plan.vectors, child = plan.vectors * kStep<T>;
-  const T* from = data + begin * kStep<T>;
-  alignas(64) T staging[E::kSegments][kChunk];
-  int64_t direct = E::crowded(plan) ? 0 : sink.fours((E::kSegments - 1) * apart);
-  T* whole = direct ? contiguous<T>(sink.row) + sink.shift : nullptr;
-  alignas(64) T spare[kSmall];
-  const bool spared = plan.n <= kSmall && direct < plan.vectors && end - begin == plan.vectors;
-  if (spared) {
-    whole = spare;
-    direct = end;
-  }
-  while (begin < end) {
-    const bool staged = begin >= direct;
-    T* y = staged ? staging[0] : whole + 4 * begin;
-    const int64_t stride = staged ? kChunk : apart;
-    int64_t stop = end < direct ? end : direct;
-    if (staged) stop = end < begin + kChunk / 4 ? end : begin + kChunk / 4;
-    for (int64_t i = 0; i < stop - begin; ++i) {
-      Complex<T, kQ> a[R];
-      SEQCONV_UNROLL
-      for (int r = 0; r < R; ++r)
-        a[r ? R - r : 0] = load<T, kQ>(from + E::place(r, child));  // as in join_node
-      from += kStep<T>;
-      dft<R>(a);
-      SEQCONV_UNROLL
-      for (int r = 0; r < R; ++r) {
-        Vec<T, kQ> e[kQ];
-        SEQCONV_UNROLL
-        for (int s = 0; s < kQ; ++s) {
-          const Complex<T, kQ> c = E::weight(weights, r, s);
-          e[s] = a[r].re * c.re + a[r].im * c.im;
-        }
-        store_quad_sums<T, kQ>(e, y + r * stride + 4 * i, R * stride);
-      }
-    }
-    for (int g = 0; g < E::kSegments && staged; ++g)
-      sink.take(g * apart + 4 * begin, 4 * (stop - begin), staging[g]);
-    begin = stop;
-  }
-  if (spared) sink.take_all(0, plan.n, spare);
-}
-
-template <class T, class Op>
-SEQCONV_INLINE void with_radix(const Transform<T>& plan, const Op& op) {
-  switch (plan.radix) {
-    case 2:
-      return op(Indices<2>{});
-    case 3:
-      return op(Indices<3>{});
-    case 4:
-      return op(Indices<4>{});
-    case 5:
-      return op(Indices<5>{});
-    default:
-      return op(Indices<7>{});
-  }
-}
-template <int R>
-SEQCONV_INLINE constexpr int radix_of(Indices<R>) {
-  return R;
-}
-// Of the first and last pass, for a plan of radix R.
-template <class T, class Radix>
-constexpr int kEndRadix = radix_of(Radix{}) * kQuads<T> / kEndQuads<T>;
-
-// data <- first pass of re (+ turn i im), times the constant folded into `weights`.
-template <class T>
-void enter(const Transform<T>& plan, Team& team, T* data, const T* weights, const Source<T>& re,
-           const Source<T>* im = nullptr, T turn = 1) {
-  with_radix(plan, [&](auto radix) {
-    constexpr int R = kEndRadix<T, decltype(radix)>;
-    const int64_t piece = team.board ? kPiece : plan.vectors;
-    spread(team, (plan.vectors + piece - 1) / piece, [&](int64_t begin, int64_t end) {
-      end = end * piece < plan.vectors ? end * piece : plan.vectors;
-      // Transposing works on whole groups of four nodes.
-      const int64_t rest = plan.radix * plan.vectors * kStep<T>;
-      for (int64_t i = rest; begin == 0 && i < plan.spectrum; ++i) data[i] = 0;
-      if (im)
-        first_pass<R, true, T>(plan, weights, re, *im, turn, data, begin * piece, end);
-      else
-        first_pass<R, false, T>(plan, weights, re, re, turn, data, begin * piece, end);
-    });
-  });
-}
-
-// sink <- last pass of data.
-template <class T>
-void leave(const Transform<T>& plan, Team& team, const T* data, const T* weights,
-           const Sink<T>& sink) {
-  with_radix(plan, [&](auto radix) {
-    constexpr int R = kEndRadix<T, decltype(radix)>;
-    const int64_t piece = team.board ? kPiece : plan.vectors;
-    spread(team, (plan.vectors + piece - 1) / piece, [&](int64_t begin, int64_t end) {
-      end = end * piece < plan.vectors ? end * piece : plan.vectors;
-      last_pass<R, T>(plan, data, weights, sink, begin * piece, end);
-    });
-  });
-}
+}  // namespace seqconv::SEQCONV_ISA

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "isa.h"
 #include "parallel.h"
 
 namespace seqconv {
@@ -35,7 +36,7 @@ Status for_each(const SsmProblem& p, bool backward, int64_t units, const Op& op)
   const int64_t work = p.heads * p.channels * p.modes * p.length;
   const int threads = work < kSerialWork ? 1 : threads_for(p.threads);
   const size_t bytes = kernel_for(p).scratch_bytes(p, backward);
-  return share_out(units, threads, bytes, [&](int64_t i, char* scratch) {
+  return share_out(units, threads, bytes, [&](int64_t i, char* scratch, bool) {
     const FlushToZero flush;
     op(i, scratch);
   });

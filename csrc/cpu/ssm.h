@@ -10,7 +10,7 @@
 #pragma once
 #include <cstdint>
 
-#include "fftconv.h"
+#include "tensor.h"
 
 namespace seqconv {
 

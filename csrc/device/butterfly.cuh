@@ -3,10 +3,24 @@
 // that size; the twiddles stay. Its gradient gives that of the matrices too. Spectra are in natural
 // order.
 #pragma once
-#include "fftconv.cuh"
+#include "memory.cuh"
+#include "transform.cuh"
 
-// Where the matrix of a radix begins among those of a head: 2, 3, 4, 5, 8 and 16 points, row by
-// row.
+struct ButterflyArgs {
+  i64 batch, channels, length;
+  i64 groups;         // blocks that share the rows of one channel
+  i64 head_channels;  // channels that share the matrices of one head
+  Transform transform;
+  const c32* matrices;   // (head, kMatrices)
+  c32* spectrum;         // (batch, channels, n), the result
+  const c32* dspectrum;  // (batch, channels, n), its gradient
+  c32* pass_inputs;      // (block, pass, n): what each pass began with
+  c32* dmatrices_parts;  // (block, kMatrices): sums of the matrices' gradients
+  Tensor x, dx;
+};
+
+// Where the matrix of a radix begins among those of a head, which has them for 2, 3, 4, 5, 8 and 16
+// points, row by row.
 constexpr int kMatrices = 4 + 9 + 16 + 25 + 64 + 256;
 SEQCONV_DEVICE int matrix_offset(int radix) {
   return radix == 2   ? 0
@@ -36,7 +50,7 @@ SEQCONV_DEVICE void apply(c32 (&z)[R], const c32* m) {
 // The element's place of frequency f: its digits in the order of the passes.
 SEQCONV_DEVICE int position_of(const Transform& t, int f) {
   int at = 0, block = (int)t.n;
-  for (int d = 0; d < (int)t.count; ++d) {
+  for (int d = 0; d < (int)t.passes; ++d) {
     const int radix = radix_of(t, d);
     block /= radix;
     at += f % radix * block;
@@ -45,7 +59,7 @@ SEQCONV_DEVICE int position_of(const Transform& t, int f) {
   return at;
 }
 
-// A pass with its matrix: forwards the matrix, then the twiddles; the adjoint's matrix alone.
+// A pass with its matrix. Forwards the twiddles follow; the adjoint is the matrix alone.
 template <bool kAdjoint>
 SEQCONV_DEVICE void matrix_pass(const Transform& t, Plane plane, int radix, const c32* m,
                                 const c32* twiddles, int block, Team team) {
@@ -72,8 +86,8 @@ struct ButterflyRow {
   int h, first, last;  // rows of the batch
   const c32* matrices;
 };
-// One block for `groups` shares of the batch of every channel.
-SEQCONV_DEVICE ButterflyRow butterfly_row(const Args& a, unsigned char* shared) {
+// Every channel has `groups` blocks, which share the batch.
+SEQCONV_DEVICE ButterflyRow butterfly_row(const ButterflyArgs& a, unsigned char* shared) {
   const int channels = (int)a.channels, h = blockIdx.x % channels, group = blockIdx.x / channels;
   const int share = ((int)a.batch + (int)a.groups - 1) / (int)a.groups, end = (group + 1) * share;
   return {{(int)threadIdx.x, (int)blockDim.x},
@@ -81,23 +95,23 @@ SEQCONV_DEVICE ButterflyRow butterfly_row(const Args& a, unsigned char* shared) 
           h,
           group * share,
           end < (int)a.batch ? end : (int)a.batch,
-          a.matrices + h / (int)a.matrix_channels * kMatrices};
+          a.matrices + h / (int)a.head_channels * kMatrices};
 }
 
-// The row to its spectrum, in the plane; what every pass begins with is kept in `inputs`, unless
-// that is null.
-SEQCONV_DEVICE void butterfly_passes(const Args& a, const ButterflyRow& r, int b, c32* inputs) {
+// Transforms a row in the plane. `inputs` keeps what every pass begins with, unless it is null.
+SEQCONV_DEVICE void butterfly_passes(const ButterflyArgs& a, const ButterflyRow& r, int b,
+                                     c32* inputs) {
   const Transform& t = a.transform;
   const int n = (int)t.n;
-  const i64 row = b * a.u.batch + r.h * a.u.channel;
+  const i64 row = b * a.x.batch + r.h * a.x.channel;
   for (int i = r.team.rank; i < n; i += r.team.size) {
-    const float x = i < (int)a.length ? load_any(a.u.data, a.u.dtype, row + i * a.u.time) : 0.f;
+    const float x = i < (int)a.length ? load_any(a.x.data, a.x.dtype, row + i * a.x.time) : 0.f;
     store_shared(r.plane.at(i), c32{x, 0.f});
   }
   sync_block();
   const c32* twiddles = t.tables + 16;
   int block = n;
-  for (int d = 0; d < (int)t.count; ++d) {
+  for (int d = 0; d < (int)t.passes; ++d) {
     if (inputs != nullptr) {
       for (int i = r.team.rank; i < n; i += r.team.size)
         inputs[(i64)d * n + i] = load_shared(r.plane.at(i));
@@ -111,41 +125,41 @@ SEQCONV_DEVICE void butterfly_passes(const Args& a, const ButterflyRow& r, int b
   }
 }
 
-SEQCONV_DEVICE void butterfly(const Args& a, unsigned char* shared) {
+SEQCONV_DEVICE void butterfly(const ButterflyArgs& a, unsigned char* shared) {
   const ButterflyRow r = butterfly_row(a, shared);
   const Transform& t = a.transform;
   for (int b = r.first; b < r.last; ++b) {
     butterfly_passes(a, r, b, nullptr);
-    c32* out = a.work + (b * a.channels + r.h) * t.n;
+    c32* out = a.spectrum + (b * a.channels + r.h) * t.n;
     for (int f = r.team.rank; f < (int)t.n; f += r.team.size)
       out[f] = load_shared(r.plane.at(position_of(t, f)));
     sync_block();
   }
 }
 
-// From the spectrum's gradient in `work`: the row's, and that of the matrices, summed over the
+// Computes from the spectrum's gradient the row's, and that of the matrices, summed over the
 // block's rows. A thread sums one element of the 16-point matrix and one of the smaller matrix, of
 // which a power of two has at most one.
-SEQCONV_DEVICE void butterfly_backward(const Args& a, unsigned char* shared) {
+SEQCONV_DEVICE void butterfly_backward(const ButterflyArgs& a, unsigned char* shared) {
   const ButterflyRow r = butterfly_row(a, shared);
   const Transform& t = a.transform;
   const int n = (int)t.n, rank = r.team.rank;
-  c32* inputs = a.partial + (i64)blockIdx.x * t.count * n;
+  c32* inputs = a.pass_inputs + (i64)blockIdx.x * t.passes * n;
   c32 sum_of_16{0.f, 0.f}, sum_of_rest{0.f, 0.f};
   int rest = 0;
   for (int b = r.first; b < r.last; ++b) {
     butterfly_passes(a, r, b, inputs);
-    const c32* gradient = a.work + (b * a.channels + r.h) * t.n;
+    const c32* gradient = a.dspectrum + (b * a.channels + r.h) * t.n;
     for (int f = rank; f < n; f += r.team.size)
       store_shared(r.plane.at(position_of(t, f)), gradient[f]);
     sync_block();
     const c32* twiddles = t.tables + 16;
     int block = n;
-    for (int d = 0; d < (int)t.count - 1; ++d) {
+    for (int d = 0; d < (int)t.passes - 1; ++d) {
       twiddles += block;
       block /= radix_of(t, d);
     }
-    for (int d = (int)t.count - 1; d >= 0; --d) {
+    for (int d = (int)t.passes - 1; d >= 0; --d) {
       const int radix = radix_of(t, d), s = block / radix;
       for (int i = rank; i < n; i += r.team.size) {
         c32* at = r.plane.at(i);
@@ -175,13 +189,13 @@ SEQCONV_DEVICE void butterfly_backward(const Args& a, unsigned char* shared) {
         twiddles -= block;
       }
     }
-    if (a.du.data != nullptr) {
-      const i64 row = b * a.du.batch + r.h * a.du.channel;
+    if (a.dx.data != nullptr) {
+      const i64 row = b * a.dx.batch + r.h * a.dx.channel;
       for (int i = rank; i < (int)a.length; i += r.team.size)
-        store_any(a.du.data, a.du.dtype, row + i * a.du.time, load_shared(r.plane.at(i)).re);
+        store_any(a.dx.data, a.dx.dtype, row + i * a.dx.time, load_shared(r.plane.at(i)).re);
     }
   }
-  c32* out = a.partial_matrices + (i64)blockIdx.x * kMatrices;
+  c32* out = a.dmatrices_parts + (i64)blockIdx.x * kMatrices;
   if (rank < 256) out[matrix_offset(16) + rank] = sum_of_16;
   if (rest > 0) out[matrix_offset(rest) + rank] = sum_of_rest;
 }

@@ -1,45 +1,45 @@
-// The kernels: spectra of the taps, convolution, its gradients, and the passes around rows too long
-// for shared memory. Their grid: `groups` blocks of threads for every (kernel per sample, channel).
-// A block goes through its rows, `slots` at a time, each with `row_threads` threads and its own
-// planes.
+// The kernels that make the taps' spectra, convolve, compute the gradients, and take the passes of
+// rows that are too long for shared memory. The grid has `groups` blocks for every channel, and
+// where samples have taps of their own, for every channel of every sample. A block goes through its
+// rows, `slots` at a time. Each slot has `row_threads` threads and planes of its own.
 #pragma once
 #include "skip.cuh"
 
 struct Work {
   Team team;
   int slot;
-  int set, channel, group;  // set: the sample whose kernel it is, or 0
+  int set, channel, group;  // set: the sample whose taps they are, or 0
   int first, last;          // rows of the group
 };
 
-SEQCONV_DEVICE Work work(const Args& a) {
+SEQCONV_DEVICE Work work(const ConvolutionArgs& a) {
   const int slot = threadIdx.x / (int)a.row_threads, channels = (int)a.channels,
             groups = (int)a.groups;
   const int channel = blockIdx.x % channels, group = blockIdx.x / channels % groups,
             set = blockIdx.x / channels / groups;
-  const int rows = (int)((a.per_sample ? 1 : a.batch) * a.blocks),
+  const int rows = (int)((a.per_sample ? 1 : a.batch) * a.windows),
             share = (rows + groups - 1) / groups;
   const int end = (group + 1) * share;
   const Team team{(int)threadIdx.x % (int)a.row_threads, (int)a.row_threads};
   return {team, slot, set, channel, group, group * share, end < rows ? end : rows};
 }
-SEQCONV_DEVICE Place place(const Args& a, const Work& w, int first) {
+SEQCONV_DEVICE Place place(const ConvolutionArgs& a, const Work& w, int first) {
   const int row = first + w.slot;
   int sample = row, window = 0;
-  if (a.blocks > 1) {  // division is slow
-    sample = row / (int)a.blocks;
-    window = row - sample * (int)a.blocks;
+  if (a.windows > 1) {  // division is slow
+    sample = row / (int)a.windows;
+    window = row - sample * (int)a.windows;
   }
   return place(a, a.per_sample ? w.set : sample, w.channel, window, row < w.last);
 }
-SEQCONV_DEVICE int kernel_row(const Args& a, const Work& w, int head) {
+SEQCONV_DEVICE int taps_row(const ConvolutionArgs& a, const Work& w, int head) {
   return (w.set * (int)a.heads + head) * (int)a.channels + w.channel;
 }
-// Of the sums over rows: every slot of a group has its own.
-SEQCONV_DEVICE int sums_row(const Args& a, const Work& w, int head) {
+// The row of sums over rows that a slot writes; every slot of a group has one.
+SEQCONV_DEVICE int sums_row(const ConvolutionArgs& a, const Work& w, int head) {
   const int part = w.group * (int)a.slots + w.slot,
             rows = (int)((a.per_sample ? a.batch : 1) * a.heads * a.channels);
-  return part * rows + kernel_row(a, w, head);
+  return part * rows + taps_row(a, w, head);
 }
 SEQCONV_DEVICE int plane_size(i64 n) { return (int)(n + (n >> 4) + 1); }
 
@@ -47,13 +47,13 @@ template <class Source>
 SEQCONV_DEVICE void forward_passes(const Transform& t, Plane plane, Source source, Team team) {
   first_pass(t, plane, (int)t.n, AllColumns(), source, team);
   sync_block();
-  middle_passes<false>(t, plane, (int)t.n, (int)t.count - 1, AllColumns(), team);
+  middle_passes<false>(t, plane, (int)t.n, (int)t.passes - 1, AllColumns(), team);
 }
-// The sink is made at the end: kept through the passes, it would cost them registers.
+// The sink is made at the end, since it would cost the passes registers.
 template <class MakeSink>
 SEQCONV_DEVICE void inverse_passes(const Transform& t, Plane plane, MakeSink make_sink, Team team) {
   sync_block();
-  middle_passes<true>(t, plane, (int)t.n, (int)t.count - 1, AllColumns(), team);
+  middle_passes<true>(t, plane, (int)t.n, (int)t.passes - 1, AllColumns(), team);
   last_pass(t, plane, (int)t.n, AllColumns(), team);
   sync_block();
   const auto sink = make_sink();
@@ -61,10 +61,10 @@ SEQCONV_DEVICE void inverse_passes(const Transform& t, Plane plane, MakeSink mak
   sync_block();
 }
 
-// Where the spectrum's element at position `at` of the plane is kept. kColumns: neighbours for
-// neighbouring threads of the float32 kernels. kTiles: in the order of the tensor cores' results
-// (tile.cuh), 256 to a tile, and the kernel's spectrum divided by a power of two. kHalfTiles: the
-// same as fp16 pairs, real parts then imaginary ones for every lane.
+// Where the spectrum's element at position `at` of the plane is kept. In kColumns neighbouring
+// threads of the float32 kernels have neighbours. kTiles is the order of the tensor cores' results
+// (tile.cuh), 256 to a tile, and there the taps' spectrum is divided by a power of two. kHalfTiles
+// is the same as fp16 pairs, where every lane has real parts, then imaginary ones.
 enum Order { kColumns = 0, kTiles = 1, kHalfTiles = 2 };
 SEQCONV_DEVICE int spectrum_index(int f, int at, i64 order) {
   if (order == kColumns) return f;
@@ -90,14 +90,14 @@ SEQCONV_DEVICE int exponent_above(float size) {
   return e < -124 ? -124 : e > 125 ? 125 : e;
 }
 
-// One slot for each kernel row.
-struct KernelRow {
+// One slot for each row of taps.
+struct TapsRow {
   Team team;
   int slot;
   i64 row;
   bool real;  // false: a slot without a row, which repeats the last and writes nothing
 };
-SEQCONV_DEVICE KernelRow kernel_row(const Args& a) {
+SEQCONV_DEVICE TapsRow taps_row(const ConvolutionArgs& a) {
   const int slot = threadIdx.x / (int)a.row_threads;
   const i64 rows = (a.per_sample ? a.batch : 1) * a.heads * a.channels,
             row = (i64)blockIdx.x * a.slots + slot;
@@ -105,9 +105,10 @@ SEQCONV_DEVICE KernelRow kernel_row(const Args& a) {
   return {team, slot, row < rows ? row : rows - 1, row < rows};
 }
 
-// The power of two above the kernel's length (its spectrum's root mean square), for tensor cores.
-// The taps are brought near 1 first: their squares may leave float32's range.
-SEQCONV_DEVICE float kernel_scale(const KernelRow& r, const Taps& source, float* shared) {
+// The power of two above the Euclidean norm of the taps, which is the root mean square of their
+// spectrum, for tensor cores. The taps are brought near 1 first: their squares may leave float32's
+// range.
+SEQCONV_DEVICE float taps_divisor(const TapsRow& r, const Taps& source, float* shared) {
   float* mine = shared + r.slot * r.team.size;
   float largest = 0.f;
   for (int t = r.team.rank; t < source.n; t += r.team.size) {
@@ -127,23 +128,23 @@ SEQCONV_DEVICE float kernel_scale(const KernelRow& r, const Taps& source, float*
   const int all = exponent + exponent_above(sqrtf(sum));
   return power_of_two(all < -124 ? -124 : all > 125 ? 125 : all);
 }
-SEQCONV_DEVICE void kernel_scales(const Args& a, unsigned char* shared) {
-  const KernelRow r = kernel_row(a);
-  const float scale = kernel_scale(r, taps(a, r.row), (float*)shared);
-  if (r.real && r.team.rank == 0) a.scales[r.row] = scale;
+SEQCONV_DEVICE void taps_divisors(const ConvolutionArgs& a, unsigned char* shared) {
+  const TapsRow r = taps_row(a);
+  const float scale = taps_divisor(r, taps(a, r.row), (float*)shared);
+  if (r.real && r.team.rank == 0) a.divisors[r.row] = scale;
 }
 
-SEQCONV_DEVICE void spectrum(const Args& a, unsigned char* shared) {
-  const KernelRow r = kernel_row(a);
+SEQCONV_DEVICE void spectrum(const ConvolutionArgs& a, unsigned char* shared) {
+  const TapsRow r = taps_row(a);
   const Transform& t = a.transform;
   const Plane plane{(c32*)shared + r.slot * plane_size(t.n)};
   const Taps source = taps(a, r.row);
-  float scale = __int_as_float((int)a.scale);
+  float scale = (float)a.spectrum_scale;
   if (a.order != kColumns && a.k.dtype == kComplex) {
-    scale /= a.scales[r.row / a.outer];  // the row is one of `outer` pieces of a kernel
+    scale /= a.divisors[r.row / a.outer];  // the row is one of `outer` pieces of a row of taps
   } else if (a.order != kColumns) {
-    const float divisor = kernel_scale(r, source, (float*)shared);
-    if (r.real && r.team.rank == 0) a.scales[r.row] = divisor;
+    const float divisor = taps_divisor(r, source, (float*)shared);
+    if (r.real && r.team.rank == 0) a.divisors[r.row] = divisor;
     scale /= divisor;
   }
   forward_passes(t, plane, source, r.team);
@@ -157,14 +158,14 @@ SEQCONV_DEVICE void spectrum(const Args& a, unsigned char* shared) {
       r.team);
 }
 
-// The sum over the parts, in order, back to the taps.
-SEQCONV_DEVICE void taps_gradient_kernel(const Args& a, unsigned char* shared) {
-  const KernelRow r = kernel_row(a);
+// Adds up the parts in their order and transforms the sum back to the taps.
+SEQCONV_DEVICE void taps_gradients(const ConvolutionArgs& a, unsigned char* shared) {
+  const TapsRow r = taps_row(a);
   const Transform& t = a.transform;
   const i64 rows = (a.per_sample ? a.batch : 1) * a.heads * a.channels;
   const Plane plane{(c32*)shared + r.slot * plane_size(t.n)};
-  const float scale = __int_as_float((int)a.scale);
-  const c32* partial = a.partial + r.row * t.n;
+  const float scale = (float)a.gradient_scale;
+  const c32* partial = a.dk_parts + r.row * t.n;
   middle<kInverseOnly>(
       t, plane,
       [&](int f, int at, c32) {
@@ -186,7 +187,7 @@ SEQCONV_DEVICE void taps_gradient_kernel(const Args& a, unsigned char* shared) {
 
 // y = post_gate * activation(k * (pre_gate u) + skip pre_gate u)
 template <class T>
-SEQCONV_DEVICE void forward(const Args& a, unsigned char* shared) {
+SEQCONV_DEVICE void forward(const ConvolutionArgs& a, unsigned char* shared) {
   const Work w = work(a);
   const Transform& t = a.transform;
   const int size = plane_size(t.n);
@@ -203,7 +204,7 @@ SEQCONV_DEVICE void forward(const Args& a, unsigned char* shared) {
           w.team);
     }
     for (int head = 0; head < (int)a.heads; ++head) {
-      const c32* k = a.spectrum + kernel_row(a, w, head) * t.n;
+      const c32* k = a.spectrum + taps_row(a, w, head) * t.n;
       if (a.heads > 1) {
         middle<kInverseOnly>(
             t, v, [&](int f, int at, c32) { return load_shared(x.at(at)) * k[f]; }, w.team);
@@ -216,20 +217,20 @@ SEQCONV_DEVICE void forward(const Args& a, unsigned char* shared) {
   }
 }
 
-// From x and dv: gradients of u and pre_gate, and of the taps as partial sums of spectra, one for
-// every slot of a group.
+// Computes from x and dv the gradients of u and pre_gate, and those of the taps as sums of spectra,
+// of which every slot of a group has one.
 template <class T>
-SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
+SEQCONV_DEVICE void backward(const ConvolutionArgs& a, unsigned char* shared) {
   const Work w = work(a);
   const Transform& t = a.transform;
   const int size = plane_size(t.n);
   const int stride = (int)a.slots * size;
-  const bool with_dk = a.partial != nullptr,
+  const bool with_dk = a.dk_parts != nullptr,
              with_dx = a.du.data != nullptr || a.dpre_gate.data != nullptr;
   const Plane g{(c32*)shared + w.slot * size}, x{g.data + (with_dk ? stride : 0)};
   const Plane sum{a.heads > 1 ? x.data + stride : g.data};
   for (int first = w.first; first < w.last; first += (int)a.slots) {
-    // made where they are needed: kept, they would cost the butterflies their registers
+    // These are made where they are needed, since they would cost the butterflies registers.
     const auto whole = [&] { return place(a, w, keep_here(first)); };
     const auto outputs = [&] { return inside(a, whole()); };
     const bool begins = first == w.first;
@@ -239,14 +240,14 @@ SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
       const Plane plane = is_x ? x : g;
       forward_passes(t, plane, is_x ? input<T>(a, outputs()) : gradient<T>(a, whole(), signal),
                      w.team);
-      if (!is_x && a.partial_skip != nullptr) {
-        float* mine = a.partial_skip + sums_row(a, w, signal) * a.row_threads + w.team.rank;
+      if (!is_x && a.dskip_parts != nullptr) {
+        float* mine = a.dskip_parts + sums_row(a, w, signal) * a.row_threads + w.team.rank;
         const float dskip =
             skip_sum(gradient<T>(a, whole(), signal), input<T>(a, outputs()), (int)t.n, w.team);
         *mine = begins ? dskip : *mine + dskip;
       }
-      const c32* k = a.spectrum + kernel_row(a, w, is_x ? 0 : signal) * t.n;
-      c32* dk = with_dk && !is_x ? a.partial + sums_row(a, w, signal) * t.n : nullptr;
+      const c32* k = a.spectrum + taps_row(a, w, is_x ? 0 : signal) * t.n;
+      c32* dk = with_dk && !is_x ? a.dk_parts + sums_row(a, w, signal) * t.n : nullptr;
       const auto product = [&](int f, int at, c32 z) {
         if (with_dk) {
           const c32 d = z * conj(load_shared(x.at(at)));
@@ -288,7 +289,7 @@ struct LongWork {
   SomeColumns window;
   int b, head, h, row, part;
 };
-SEQCONV_DEVICE LongWork long_work(const Args& a, int heads) {
+SEQCONV_DEVICE LongWork long_work(const ConvolutionArgs& a, int heads) {
   const int columns = (int)a.columns, lower = (int)a.lower, channels = (int)a.channels;
   const int tiles = lower / columns, tile = blockIdx.x % tiles, row = blockIdx.x / tiles;
   const int b = row / channels / heads;
@@ -302,28 +303,28 @@ SEQCONV_DEVICE LongWork long_work(const Args& a, int heads) {
 }
 
 template <class Source>
-SEQCONV_DEVICE void long_forward(const Args& a, const LongWork& w, unsigned char* shared,
+SEQCONV_DEVICE void long_forward(const ConvolutionArgs& a, const LongWork& w, unsigned char* shared,
                                  Source source) {
   const int points = (int)(a.outer * a.columns);
   const Plane plane{(c32*)shared};
   first_pass(a.transform, plane, points, w.window, source, w.team);
   sync_block();
-  middle_passes<false>(a.transform, plane, points, (int)a.transform.count, w.window, w.team);
-  c32* out = a.work + w.row * a.transform.n;
+  middle_passes<false>(a.transform, plane, points, (int)a.transform.passes, w.window, w.team);
+  c32* out = a.long_rows + w.row * a.transform.n;
   for (int i = w.team.rank; i < points; i += w.team.size)
     out[w.window.global(i)] = load_shared(plane.at(i));
 }
 template <class Sink>
-SEQCONV_DEVICE void long_inverse(const Args& a, const LongWork& w, unsigned char* shared,
+SEQCONV_DEVICE void long_inverse(const ConvolutionArgs& a, const LongWork& w, unsigned char* shared,
                                  Sink sink) {
   const int points = (int)(a.outer * a.columns);
   const Plane plane{(c32*)shared};
-  const c32* in = a.work + w.row * a.transform.n;
+  const c32* in = a.long_rows + w.row * a.transform.n;
   const float scale = 1.f / (float)a.outer;
   for (int i = w.team.rank; i < points; i += w.team.size)
     store_shared(plane.at(i), in[w.window.global(i)]);
   sync_block();
-  middle_passes<true>(a.transform, plane, points, (int)a.transform.count, w.window, w.team);
+  middle_passes<true>(a.transform, plane, points, (int)a.transform.passes, w.window, w.team);
   last_pass(a.transform, plane, points, w.window, w.team);
   sync_block();
   for (int i = w.team.rank; i < points; i += w.team.size)
@@ -331,17 +332,17 @@ SEQCONV_DEVICE void long_inverse(const Args& a, const LongWork& w, unsigned char
 }
 
 template <class T>
-SEQCONV_DEVICE void long_input(const Args& a, unsigned char* shared) {
+SEQCONV_DEVICE void long_input(const ConvolutionArgs& a, unsigned char* shared) {
   const LongWork w = long_work(a, 1);
   long_forward(a, w, shared, input<T>(a, place(a, w.b, w.h, 0, true)));
 }
 template <class T>
-SEQCONV_DEVICE void long_gradient(const Args& a, unsigned char* shared) {
+SEQCONV_DEVICE void long_gradient(const ConvolutionArgs& a, unsigned char* shared) {
   const LongWork w = long_work(a, (int)a.heads);
   const Place p = place(a, w.b, w.h, 0, true);
   const Gated<T> dv = gradient<T>(a, p, w.head);
   long_forward(a, w, shared, dv);
-  if (a.partial_skip == nullptr) return;
+  if (a.dskip_parts == nullptr) return;
   const Gated<T> x = input<T>(a, p);
   float sum = 0.f;
   const int points = (int)(a.outer * a.columns);
@@ -350,23 +351,23 @@ SEQCONV_DEVICE void long_gradient(const Args& a, unsigned char* shared) {
     sum += dv(t) * x(t);
   }
   const i64 row = w.head * a.channels + w.h, rows = a.heads * a.channels;
-  a.partial_skip[(w.part * rows + row) * (i64)blockDim.x + threadIdx.x] = sum;
+  a.dskip_parts[(w.part * rows + row) * (i64)blockDim.x + threadIdx.x] = sum;
 }
-SEQCONV_DEVICE void long_taps(const Args& a, unsigned char* shared) {
+SEQCONV_DEVICE void long_taps(const ConvolutionArgs& a, unsigned char* shared) {
   const LongWork w = long_work(a, (int)a.heads);
   long_forward(a, w, shared, taps(a, w.row));
 }
 template <class T>
-SEQCONV_DEVICE void long_output(const Args& a, unsigned char* shared) {
+SEQCONV_DEVICE void long_output(const ConvolutionArgs& a, unsigned char* shared) {
   const LongWork w = long_work(a, (int)a.heads);
   long_inverse(a, w, shared, Sinks<T>::output(a, place(a, w.b, w.h, 0, true), w.head));
 }
 template <class T>
-SEQCONV_DEVICE void long_input_gradient(const Args& a, unsigned char* shared) {
+SEQCONV_DEVICE void long_input_gradient(const ConvolutionArgs& a, unsigned char* shared) {
   const LongWork w = long_work(a, 1);
   long_inverse(a, w, shared, input_gradient<T>(a, place(a, w.b, w.h, 0, true)));
 }
-SEQCONV_DEVICE void long_taps_gradient(const Args& a, unsigned char* shared) {
+SEQCONV_DEVICE void long_taps_gradient(const ConvolutionArgs& a, unsigned char* shared) {
   const LongWork w = long_work(a, (int)a.heads);
   long_inverse(a, w, shared, taps_gradient(a, w.row));
 }

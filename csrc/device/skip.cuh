@@ -1,9 +1,10 @@
-// The skip's gradient: a sum over samples and time that every thread of the backward pass begins,
-// and that a kernel of its own ends.
+// The skip's gradient is a sum over samples and time. Every thread of the backward pass adds up a
+// part, and a kernel of its own adds up the parts.
 #pragma once
-#include "transform.cuh"
+#include "rows.cuh"
 
-// A thread's part, by a direct sum: its transform would carry the round-off of all other taps.
+// A thread's part. It is a direct sum, since a transform would carry the round-off of all other
+// taps.
 template <class T>
 SEQCONV_DEVICE float skip_sum(Gated<T> dv, Gated<T> x, int n, Team team) {
   float sum = 0.f, lost = 0.f;  // what rounding added to the sum: a small team's sums are long
@@ -19,16 +20,21 @@ SEQCONV_DEVICE float skip_sum(Gated<c32>, Gated<c32>, int, Team) {
   return 0.f;
 }
 
-// The sum of the parts, (part, head, channel, row_threads), for the head and channel of this block.
-// In float64, since they may cancel, and in an order that is always the same. Where one skip serves
-// all heads, they are told as parts.
-SEQCONV_DEVICE void skip_gradient(const Args& a, unsigned char* shared) {
-  const int threads = (int)a.row_threads, count = (int)a.parts * threads;
+struct SkipArgs {
+  i64 parts, heads, channels, threads;  // where one skip serves all heads, heads count as parts
+  const float* dskip_parts;             // (part, head, channel, thread)
+  Tensor dskip;
+};
+
+// Adds up the parts for the head and channel of this block, in float64, since they may cancel, and
+// in an order that is always the same.
+SEQCONV_DEVICE void skip_gradient(const SkipArgs& a, unsigned char* shared) {
+  const int threads = (int)a.threads, count = (int)a.parts * threads;
   const i64 rows = a.heads * a.channels, row = blockIdx.x;
   const Team team{(int)threadIdx.x, (int)blockDim.x};
   double sum = 0.;
   for (int i = team.rank; i < count; i += team.size)
-    sum += a.partial_skip[(i / threads * rows + row) * threads + i % threads];
+    sum += a.dskip_parts[(i / threads * rows + row) * threads + i % threads];
   sum = team_reduce(team, sum, (double*)shared, [](double x, double y) { return x + y; });
   const i64 at = row / a.channels * a.dskip.head + row % a.channels * a.dskip.channel;
   if (team.rank == 0) store_any(a.dskip.data, a.dskip.dtype, at, (float)sum);

@@ -13,22 +13,35 @@
 // elements of k, 165 for 32 modes of 32 elements of its gradient, over the issue rate; or the bytes
 // over the bandwidth, if that is more. Nothing is as large as (h, n, length).
 #pragma once
-#include "problem.cuh"
+#include "memory.cuh"
 
 constexpr int kRowLength = 64, kTileRows = 32, kTile = kTileRows * kRowLength;
-constexpr int kModes = 32;    // whose tables are in shared memory at a time
+constexpr int kModes = 32;    // shared memory holds the tables of so many at a time
 constexpr int kWarpRows = 8;  // rows of a tile that a warp computes: 4 warps
+
+// The arguments. Complex numbers in float64 are pairs.
+struct SsmArgs {
+  i64 heads, channels, length;
+  i64 groups;  // blocks that share the tiles of one channel
+  i64 modes, digits;
+  const double* exponents;     // a: (channels, modes)
+  c32* powers;                 // (channels, modes, digits, 8)
+  const c32* rounded_weights;  // w in float32, for k: (heads, channels, modes)
+  const double* weights;       // w, for the gradients
+  double* sums;                // (group, heads, channels, modes, 4)
+  double *dexponents, *dweights;
+  Tensor k, dk;
+};
 
 struct alignas(16) Two {
   c32 at[2];
 };
 // powers = exp(a p 8^d) for p below 8: one thread for every (channel, mode, digit d)
-SEQCONV_DEVICE void ssm_powers(const Args& a, unsigned char*) {
-  const Exponentials& e = a.exponentials;
+SEQCONV_DEVICE void ssm_powers(const SsmArgs& a, unsigned char*) {
   const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= a.channels * e.modes * e.digits) return;
-  const double* exponent = e.exponents + i / e.digits * 2;
-  const double steps = (double)(1ll << (3 * (i % e.digits)));
+  if (i >= a.channels * a.modes * a.digits) return;
+  const double* exponent = a.exponents + i / a.digits * 2;
+  const double steps = (double)(1ll << (3 * (i % a.digits)));
   // The phase as turns, so that the whole ones drop out exactly: first those of one step, with
   // 1 / (2 pi) as a sum of two numbers, then those of all steps.
   const double high = 0.15915494309189535, low = -9.839338337591243e-18;
@@ -39,7 +52,7 @@ SEQCONV_DEVICE void ssm_powers(const Args& a, unsigned char*) {
   const double size = exp(exponent[0] * steps), re = size * cosine, im = size * sine;
   double x = 1., y = 0.;
   for (int p = 0; p < 8; ++p) {
-    e.powers[8 * i + p] = {(float)x, (float)y};
+    a.powers[8 * i + p] = {(float)x, (float)y};
     const double next = x * re - y * im;
     y = x * im + y * re;
     x = next;
@@ -58,14 +71,13 @@ struct ExponentialsRow {
   int h, first, last;  // tiles
   const c32* powers;   // of the channel's first mode
 };
-// One block for `groups` shares of the tiles of every channel.
-SEQCONV_DEVICE ExponentialsRow exponentials_row(const Args& a) {
-  const Exponentials& e = a.exponentials;
+// Every channel has `groups` blocks, which share its tiles.
+SEQCONV_DEVICE ExponentialsRow exponentials_row(const SsmArgs& a) {
   const int h = blockIdx.x % (int)a.channels, group = blockIdx.x / (int)a.channels;
   const int tiles = (int)((a.length + kTile - 1) / kTile);
   const int share = (tiles + (int)a.groups - 1) / (int)a.groups;
   const int first = group * share, last = first + share;
-  return {h, first, last < tiles ? last : tiles, e.powers + h * e.modes * e.digits * 8};
+  return {h, first, last < tiles ? last : tiles, a.powers + h * a.modes * a.digits * 8};
 }
 
 // Where mode m and position t (a column, or a row) of a table lie.
@@ -77,11 +89,11 @@ struct Table {
 // start(m) exp(a t 8^digit) for kSize values of t. Zero beyond the row, where a mode that grows
 // would overflow and spoil the sums with 0 * inf.
 template <int kSize, class F>
-SEQCONV_DEVICE void fill(const Table& table, const Args& a, const c32* powers, int modes, int digit,
-                         F&& start) {
+SEQCONV_DEVICE void fill(const Table& table, const SsmArgs& a, const c32* powers, int modes,
+                         int digit, F&& start) {
   for (int i = threadIdx.x; i < 8 * modes; i += blockDim.x) {
     const int m = i / 8, low = i % 8;
-    const c32* p = powers + (m * a.exponentials.digits + digit) * 8;
+    const c32* p = powers + (m * a.digits + digit) * 8;
     const c32 z = start(m) * p[low];
     for (int high = 0; high < kSize / 8; ++high) {
       const int t = 8 * high + low;
@@ -95,26 +107,25 @@ struct One {
 };
 
 // A lane computes columns `lane` and `lane + 32` of its warp's rows.
-SEQCONV_DEVICE void ssm_forward(const Args& a, unsigned char* shared) {
-  const Exponentials& e = a.exponentials;
+SEQCONV_DEVICE void ssm_forward(const SsmArgs& a, unsigned char* shared) {
   const ExponentialsRow r = exponentials_row(a);
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * kWarpRows, n = (int)e.modes;
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * kWarpRows, n = (int)a.modes;
   const Table columns{(c32*)shared, kRowLength, 1};
   const Table rows{columns.data + kModes * kRowLength, kTileRows, 1};
   bool filled = false;  // columns, with all modes
   for (int tile = r.first; tile < r.last; ++tile) {
     const i64 begin = (i64)tile * kTile + row * kRowLength;  // of the warp
     for (i64 c = 0; c < a.heads; ++c) {
-      const c32* weights = a.work + (c * a.channels + r.h) * n;
+      const c32* weights = a.rounded_weights + (c * a.channels + r.h) * n;
       float total[kWarpRows][2] = {};  // group by group: thousands of modes would add up errors
       for (int first = 0; first < n; first += kModes) {
         const int modes = n - first < kModes ? n - first : kModes;
-        const c32* powers = r.powers + first * e.digits * 8;
+        const c32* powers = r.powers + first * a.digits * 8;
         sync_block();
         if (!filled) fill<kRowLength>(columns, a, powers, modes, 0, One{});
         filled = n <= kModes;
         fill<kTileRows>(rows, a, powers, modes, 2, [&](int m) {
-          return weights[first + m] * power(powers + m * e.digits * 8, (i64)tile * kTile);
+          return weights[first + m] * power(powers + m * a.digits * 8, (i64)tile * kTile);
         });
         sync_block();
         if (begin >= a.length) continue;
@@ -148,10 +159,9 @@ SEQCONV_DEVICE void ssm_forward(const Args& a, unsigned char* shared) {
 
 // sums = (S_0, S_1) of the block's tiles, S_p = sum_l l^p dk[l] exp(a l). A lane computes one mode
 // of its warp's rows; where there are fewer modes than lanes, lanes share a mode's columns.
-SEQCONV_DEVICE void ssm_backward(const Args& a, unsigned char* shared) {
-  const Exponentials& e = a.exponentials;
+SEQCONV_DEVICE void ssm_backward(const SsmArgs& a, unsigned char* shared) {
   const ExponentialsRow r = exponentials_row(a);
-  const int rank = threadIdx.x, row = rank / 32 * kWarpRows, n = (int)e.modes;
+  const int rank = threadIdx.x, row = rank / 32 * kWarpRows, n = (int)a.modes;
   int lanes = 2;  // a row has 4 columns for each of the others
   while (lanes < kModes && lanes < n) lanes *= 2;
   const int m = rank % lanes, width = kRowLength / 32 * lanes, begin = rank % 32 / lanes * width;
@@ -161,7 +171,7 @@ SEQCONV_DEVICE void ssm_backward(const Args& a, unsigned char* shared) {
   double* results = (double*)gradient;  // (thread, 4), when the last tile is done
   for (int first = 0; first < n; first += kModes) {
     const int modes = n - first < kModes ? n - first : kModes;
-    const c32* powers = r.powers + first * e.digits * 8;
+    const c32* powers = r.powers + first * a.digits * 8;
     fill<kRowLength>(columns, a, powers, modes, 0, One{});
     fill<kTileRows>(rows, a, powers, modes, 2, One{});
     for (i64 c = 0; c < a.heads; ++c) {
@@ -199,7 +209,7 @@ SEQCONV_DEVICE void ssm_backward(const Args& a, unsigned char* shared) {
           s = s + x * z[i];
           s1 = s1 + x * (z1[i] + z[i] * (float)((row + i) * kRowLength));
         }
-        const c32 x = power(powers + m * e.digits * 8, start);
+        const c32 x = power(powers + m * a.digits * 8, start);
         s = s * x;
         s1 = s1 * x + s * (float)start;
         sums[0] += s.re;
@@ -212,7 +222,7 @@ SEQCONV_DEVICE void ssm_backward(const Args& a, unsigned char* shared) {
       sync_block();
       if (rank < modes) {
         const i64 part = blockIdx.x / (int)a.channels;
-        double* out = e.sums + (((part * a.heads + c) * a.channels + r.h) * n + first + rank) * 4;
+        double* out = a.sums + (((part * a.heads + c) * a.channels + r.h) * n + first + rank) * 4;
         for (int i = 0; i < 4; ++i) {
           double sum = 0.;
           for (int thread = rank; thread < (int)blockDim.x; thread += lanes)
@@ -226,22 +236,21 @@ SEQCONV_DEVICE void ssm_backward(const Args& a, unsigned char* shared) {
 
 // dw = conj(S_0) and da = sum_c conj(w S_1), with the blocks' sums added in order: one thread for
 // every (channel, mode)
-SEQCONV_DEVICE void ssm_gradients(const Args& a, unsigned char*) {
-  const Exponentials& e = a.exponentials;
-  const i64 count = a.channels * e.modes, i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+SEQCONV_DEVICE void ssm_gradients(const SsmArgs& a, unsigned char*) {
+  const i64 count = a.channels * a.modes, i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= count) return;
   double re = 0., im = 0.;
   for (i64 c = 0; c < a.heads; ++c) {
     double sum[4] = {};
     for (i64 part = 0; part < a.groups; ++part)
-      for (int j = 0; j < 4; ++j) sum[j] += e.sums[((part * a.heads + c) * count + i) * 4 + j];
+      for (int j = 0; j < 4; ++j) sum[j] += a.sums[((part * a.heads + c) * count + i) * 4 + j];
     const i64 at = 2 * (c * count + i);
-    const double x = e.weights[at], y = e.weights[at + 1];
-    e.dweights[at] = sum[0];
-    e.dweights[at + 1] = -sum[1];
+    const double x = a.weights[at], y = a.weights[at + 1];
+    a.dweights[at] = sum[0];
+    a.dweights[at + 1] = -sum[1];
     re += x * sum[2] - y * sum[3];
     im -= x * sum[3] + y * sum[2];
   }
-  e.dexponents[2 * i] = re;
-  e.dexponents[2 * i + 1] = im;
+  a.dexponents[2 * i] = re;
+  a.dexponents[2 * i + 1] = im;
 }

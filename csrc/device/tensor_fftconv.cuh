@@ -1,5 +1,5 @@
-// The convolution and its gradients on tensor cores: the passes of tensor.cuh between reading and
-// writing, with the grid and the work of fftconv.cuh's kernels.
+// The convolution and its gradients on tensor cores, by the passes of tensor.cuh. The grid and the
+// work of a block are those of the kernels in fftconv.cuh.
 #pragma once
 #include "tensor.cuh"
 
@@ -14,13 +14,13 @@ struct FixedTransform {
   }
 };
 
-// A slot's planes; after all of them the room of team_max.
+// A slot's planes, and its room for team_max, which lies behind all planes.
 struct TensorShared {
   HalfPlane x, g;  // g is x where one is enough
   float* largest;
 };
-SEQCONV_DEVICE TensorShared tensor_shared(const Args& a, const Transform& t, const Work& w,
-                                          unsigned char* shared, int planes) {
+SEQCONV_DEVICE TensorShared tensor_shared(const ConvolutionArgs& a, const Transform& t,
+                                          const Work& w, unsigned char* shared, int planes) {
   const int size = half_plane_size((int)t.n);
   unsigned short* first = (unsigned short*)shared + w.slot * planes * size;
   float* largest = (float*)((unsigned short*)shared + (int)a.slots * planes * size);
@@ -28,7 +28,7 @@ SEQCONV_DEVICE TensorShared tensor_shared(const Args& a, const Transform& t, con
           largest + w.slot * (w.team.size / 32)};
 }
 
-// A row of results that is written, and what it is multiplied by, or null.
+// A row that results are written to, and the row that they are multiplied by, or null.
 template <class T>
 struct Product {
   T* to;
@@ -58,18 +58,18 @@ template <class T, int kProducts>
 struct Fours {
   bool fit;  // 4 neighbours lie wholly inside or outside of the row, and well in memory
   Product<T> products[kProducts];
-  float* wide;    // or null: the gradient of what comes before the activation, of products[0].by
+  float* dv;      // or null: the gradient of what comes before the activation, of products[0].by
   const T* gate;  // times this, or null
   i64 activation;
 
-  // Where there is nothing but the convolution itself: half the instructions.
+  // The row of a call that does nothing but convolve, which takes half the instructions, or null.
   SEQCONV_DEVICE T* plain_row() const {
     const bool alone = kProducts == 1 || products[kProducts - 1].to == nullptr;
-    const bool plain = products[0].by == nullptr && wide == nullptr && activation == kNone;
+    const bool plain = products[0].by == nullptr && dv == nullptr && activation == kNone;
     return fit && alone && plain ? products[0].to : nullptr;
   }
   SEQCONV_DEVICE void operator()(int t, float (&v)[4]) const {
-    if (wide != nullptr) {
+    if (dv != nullptr) {
       const Four<T> g = *(const Four<T>*)(products[0].by + t);
       Four<T> factor{};
       if (gate != nullptr) factor = *(const Four<T>*)(gate + t);
@@ -79,7 +79,7 @@ struct Fours {
         out.at[i] = to_float(g.at[i]) * slope(v[i], activation);
         if (gate != nullptr) out.at[i] *= to_float(factor.at[i]);
       }
-      *(Four<float>*)(wide + t) = out;
+      *(Four<float>*)(dv + t) = out;
     }
     if (activation != kNone && products[0].to != nullptr) {
 #pragma unroll
@@ -91,7 +91,7 @@ struct Fours {
   }
 };
 
-// Takes 4 results. A plain row needs its address alone, which stays in a register; everything else
+// Takes 4 results. A plain row needs its address alone, which stays in a register. Everything else
 // is made anew for each tile.
 template <class T, class MakeFours, class MakeSink>
 struct Results {
@@ -134,7 +134,7 @@ SEQCONV_DEVICE Results<T, MakeFours, MakeSink> results(const Place& p, float sca
 }
 
 template <class T, class Number, class Known = AnyTransform>
-SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
+SEQCONV_DEVICE void tensor_forward(const ConvolutionArgs& a, unsigned char* shared) {
   const Work work_ = work(a);
   const Warp w = warp_of(work_.team);
   const Transform t = Known::of(a.transform);
@@ -145,8 +145,7 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
         stage(x, (int)t.n, input<T>(a, place(a, work_, first)), s.largest, work_.team);
     tensor_forward_passes<Number>(t, x, w);
     for (int head = 0; head < (int)a.heads; ++head) {
-      const u32* k =
-          (const u32*)a.spectrum + kernel_row(a, work_, head) * t.n * (sizeof(Number) / 4);
+      const u32* k = (const u32*)a.spectrum + taps_row(a, work_, head) * t.n * (sizeof(Number) / 4);
       tensor_inverse<Number>(
           t, v, w,
           [&](int tile, const Matrix& f, const auto& twiddles) {
@@ -162,14 +161,14 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
               const Tensor &to = is_gradient ? a.dpost_gate : a.y,
                            &by = is_gradient ? a.dy : a.post_gate;
               const Product<T> y{shifted<T>(to, p, head), shifted<T>(by, p, head)};
-              float* wide = a.wide == nullptr ? nullptr : a.wide + wide_row(a, p, head);
-              const T* gate = wide == nullptr ? nullptr : shifted<T>(a.post_gate, p, head);
-              const bool fit = ends_in_fours(p) && well_placed(y, to, by) && aligned(wide, 1, 16) &&
+              float* dv = a.dv == nullptr ? nullptr : a.dv + dv_row(a, p, head);
+              const T* gate = dv == nullptr ? nullptr : shifted<T>(a.post_gate, p, head);
+              const bool fit = ends_in_fours(p) && well_placed(y, to, by) && aligned(dv, 1, 16) &&
                                aligned(gate, a.post_gate.time, 8);
-              return Fours<T, 1>{fit, {y}, wide, gate, a.activation};
+              return Fours<T, 1>{fit, {y}, dv, gate, a.activation};
             };
             return results<T>(inside(a, place(a, work_, first)),
-                              power_of_two(exponent) * a.scales[kernel_row(a, work_, head)], fours,
+                              power_of_two(exponent) * a.divisors[taps_row(a, work_, head)], fours,
                               [&] {
                                 const Place p = inside(a, place(a, work_, keep_here(first)));
                                 return Sinks<T>::output(a, p, head);
@@ -179,18 +178,19 @@ SEQCONV_DEVICE void tensor_forward(const Args& a, unsigned char* shared) {
   }
 }
 
-// One head: several would need a third plane for the sum of their gradients. Where there is `work`,
-// one plane does for x and then for dv: x's spectrum waits there, in room of the slot's own that
-// it uses for every row.
+// There is one head only, since several would need a third plane for the sum of their gradients.
+// With `x_spectra` one plane serves x and then dv. x's spectrum waits there, where each slot has
+// room for one row.
 template <class T, class Number, class Known = AnyTransform>
-SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
+SEQCONV_DEVICE void tensor_backward(const ConvolutionArgs& a, unsigned char* shared) {
   const Work work_ = work(a);
   const Warp w = warp_of(work_.team);
   const Transform t = Known::of(a.transform);
-  const bool with_dk = a.partial != nullptr;
-  const TensorShared s = tensor_shared(a, t, work_, shared, with_dk && a.work == nullptr ? 2 : 1);
+  const bool with_dk = a.dk_parts != nullptr;
+  const TensorShared s =
+      tensor_shared(a, t, work_, shared, with_dk && a.x_spectra == nullptr ? 2 : 1);
   const int sums = sums_row(a, work_, 0);
-  const auto aside = [&](i64 at) { return (u32*)a.work + at * (sizeof(Number) / 4); };
+  const auto aside = [&](i64 at) { return a.x_spectra + at * (sizeof(Number) / 4); };
   for (int first = work_.first; first < work_.last; first += (int)a.slots) {
     const bool begins = first == work_.first;
     float up_x = 1.f, up_g = 1.f;  // what undoes the scaling of x and dv
@@ -201,11 +201,11 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
       const float up = power_of_two(stage(plane, (int)t.n, source, s.largest, work_.team));
       signal == 0 ? up_x = up : up_g = up;
       tensor_forward_passes<Number>(t, plane, w);
-      if (signal == 0 && a.work != nullptr) put_aside<Number>(t, plane, aside(sums * t.n), w);
+      if (signal == 0 && a.x_spectra != nullptr) put_aside<Number>(t, plane, aside(sums * t.n), w);
     }
-    if (a.partial_skip != nullptr) {
+    if (a.dskip_parts != nullptr) {
       const Place p = place(a, work_, first);
-      float* mine = a.partial_skip + sums * a.row_threads + work_.team.rank;
+      float* mine = a.dskip_parts + sums * a.row_threads + work_.team.rank;
       const float dskip =
           skip_sum(gradient<T>(a, p, 0), input<T>(a, inside(a, p)), (int)t.n, work_.team);
       *mine = begins ? dskip : *mine + dskip;
@@ -216,10 +216,10 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
           Result<Number> z = inner_forward<Number>(t, s.g, tile, f, twiddles, w);
           if (with_dk) {
             const i64 at = sums * t.n + tile * 256;
-            const Result<Number> x = a.work != nullptr
+            const Result<Number> x = a.x_spectra != nullptr
                                          ? load_result<Number>(aside(at), w.lane)
                                          : inner_forward<Number>(t, s.x, tile, f, twiddles, w);
-            c32x2* dk = (c32x2*)(a.partial + at) + w.lane * 4;
+            c32x2* dk = (c32x2*)(a.dk_parts + at) + w.lane * 4;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               Pair re = to_pair(z.re[e >> 1][e & 1]), im = to_pair(z.im[e >> 1][e & 1]);
@@ -230,7 +230,7 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
             }
           }
           const u32* k = (const u32*)a.spectrum +
-                         (kernel_row(a, work_, 0) * t.n + tile * 256) * (sizeof(Number) / 4);
+                         (taps_row(a, work_, 0) * t.n + tile * 256) * (sizeof(Number) / 4);
           multiply<true>(z, load_spectrum(k, w.lane, Number{}));
           return z;
         },
@@ -244,7 +244,7 @@ SEQCONV_DEVICE void tensor_backward(const Args& a, unsigned char* shared) {
             return Fours<T, 2>{fit, {du, dpre}, nullptr, nullptr, kNone};
           };
           return results<T>(
-              inside(a, place(a, work_, first)), up_g * a.scales[kernel_row(a, work_, 0)], fours,
+              inside(a, place(a, work_, first)), up_g * a.divisors[taps_row(a, work_, 0)], fours,
               [&] { return input_gradient<T>(a, inside(a, place(a, work_, keep_here(first)))); });
         });
   }

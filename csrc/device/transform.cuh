@@ -5,15 +5,26 @@
 // and one complex transform of n points does the rest, without padding. With n = r_0 r_1 ... and
 // s_d = r_{d+1} r_{d+2} ..., pass d takes the r_d points at distance s_d and multiplies the result
 // p of column j by W^{pj}, W = exp(-2 pi i / (r_d s_d)). The twist is part of pass 0: w^{i s_0} at
-// its inputs, w^j in its twiddles. The order that the passes leave is kept: only the product with
-// the kernel's spectrum, which has the same order, happens there. The last radix is 16.
+// its inputs, w^j in its twiddles. Nothing is reordered behind the passes, since only the product
+// with the taps' spectrum, which has the same order, happens there. The last radix is 16.
 //
-// The inverse is the mirror image, unscaled: the kernel's spectrum carries the factor 1/n.
+// The inverse is the mirror image. It has no scale, since the taps' spectrum carries the factor
+// 1/n.
 #pragma once
-#include "problem.cuh"
+#include "radix.cuh"
 
-// A row's place in shared memory, one element wider every 16, so that columns of 16 neighbours meet
-// no bank twice.
+// A transform of n points, which is the product of the radices.
+struct Transform {
+  i64 n, passes;
+  i64 radices;  // of one byte each, the first in the lowest byte
+  // The constants of the passes, which seqconv/backends/cuda/tables.py makes. In float32 these are
+  // 16 factors for the first inputs, then a table of twiddles for each pass but the last.
+  // half_plane.cuh says what they are for tensor cores.
+  const c32* tables;
+};
+
+// A row's place in shared memory. It is one element wider every 16, so that columns of 16
+// neighbours meet no bank twice.
 struct Plane {
   c32* data;
   SEQCONV_DEVICE c32* at(int i) const { return data + i + (i >> 4); }
@@ -23,7 +34,8 @@ struct Team {
   int rank, size;  // of the threads that share a row
 };
 
-// op over the team's values, the same in all threads; `shared` has room for each.
+// Combines the team's values by op, with the same result in all threads. `shared` has room for
+// each.
 template <class T, class Op>
 SEQCONV_DEVICE T team_reduce(Team team, T value, T* shared, Op op) {
   store_shared(shared + team.rank, value);
@@ -62,8 +74,8 @@ struct SomeColumns {
   }
 };
 
-// Pass 0 from where the row comes from: kRadix points at distance s, s * kRadix of them in the
-// plane.
+// Pass 0, which reads the row from its source. It takes kRadix points at distance s, and the plane
+// holds s * kRadix points.
 template <class Source, class Columns>
 SEQCONV_DEVICE void first_pass(const Transform& t, Plane plane, int points, Columns columns,
                                Source source, Team team) {
@@ -114,7 +126,7 @@ SEQCONV_DEVICE void last_pass(const Transform& t, Plane plane, int points, Colum
   });
 }
 
-// One pass in the middle: blocks of `block` points in the plane, each of `block / R` columns.
+// One pass in the middle, over blocks of `block` points in the plane with `block / R` columns each.
 template <bool kInverse, class Columns>
 SEQCONV_DEVICE void pass(int radix, const c32* twiddles, int distance, Plane plane, int points,
                          int block, Columns columns, Team team) {

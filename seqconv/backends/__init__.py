@@ -77,18 +77,20 @@ def recorded(backend: Backend | None):
         _recorded.backend = before
 
 
-def choose(request: Request) -> Backend:
+def choose(operator: str, inputs, options: tuple) -> Backend:
     """The backend that carries out a call."""
     backend = getattr(_recorded, "backend", None) or _asked
     if backend is None:
-        first = request.inputs[0]  # device.type takes five times as long as these
+        first = inputs[0]  # device.type takes five times as long as these
         backend = cpu if first.is_cpu else gpu if first.is_cuda else fallback
-    return backend if backend.why_not(request) is None else fallback
+    if operator in backend.always or backend.why_not(Request(operator, inputs, options)) is None:
+        return backend
+    return fallback
 
 
 def explain(request: Request) -> Explanation:
     """Which backend carries out a call, how, and why not a faster one. Computes nothing."""
-    backend = choose(request)
+    backend = choose(*request)
     if backend is not fallback:
         return backend.explain(request)
     kind = request.inputs[0].device.type

@@ -70,6 +70,7 @@ if (
     )
 
 name = "cpu"
+always = frozenset() if missing else frozenset(("fftconv", "ssm"))
 
 
 def compiler() -> str:
@@ -162,7 +163,9 @@ def fftconv(y: Tensor, inputs, activation: str) -> None:
 
 
 def fftconv_gradients(grads, dy: Tensor, inputs, activation: str) -> None:
-    zero_unreached(grads.k, grads.k_rev, dy.shape[-1])
+    length = dy.shape[-1]
+    if inputs.k.shape[-1] > length or inputs.k_rev is not None:
+        zero_unreached(grads.k, grads.k_rev, length)
     _call(_C.backward, (*inputs, dy, *grads), activation)
 
 
@@ -213,7 +216,7 @@ def butterfly_gradients(grads, dz: Tensor, inputs, radices: tuple[int, ...]) -> 
 
 
 def _ssm(function_of: Tensor, inputs, *rest) -> None:
-    a, w = (t.contiguous() for t in inputs)
+    a, w = inputs.a.contiguous(), inputs.w.contiguous()
     heads, channels, modes, _ = w.shape
     asked = torch.get_num_threads() if threaded else 1
     single = function_of.dtype == torch.float32

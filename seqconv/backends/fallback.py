@@ -8,6 +8,7 @@ from seqconv.backends.pack import reach
 from seqconv.backends.protocol import Explanation, Request
 
 name = "reference"
+always = frozenset(("fftconv", "ssm", "butterfly"))
 
 
 def why_not(request: Request) -> None:

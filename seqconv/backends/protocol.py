@@ -50,6 +50,9 @@ class Backend(Protocol):
     """
 
     name: str
+    always: frozenset[
+        str
+    ]  # operators that it carries out whatever the call, so that nobody need ask
 
     def why_not(self, request: Request) -> str | None:
         """Why this backend cannot carry out the call, or None if it can."""

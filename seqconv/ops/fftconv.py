@@ -7,7 +7,7 @@ from torch import Tensor
 from seqconv import backends
 from seqconv.backends.protocol import Explanation, Request
 from seqconv.ops.checks import FLOATS, check_choice, check_shape, check_tensor
-from seqconv.ops.inputs import Inputs, empty_gradients, empty_output
+from seqconv.ops.inputs import IS_SIGNAL, Inputs
 from seqconv.ops.register import Operator
 from seqconv.ops.transforms import composed, raw_bwd_vmap, raw_fwd_vmap
 
@@ -18,15 +18,51 @@ NARROW = tuple(d for d in FLOATS if d != torch.float64)
 NARROW_WHY = " (no wider than float32 unless u is float64)"
 
 
+def _empty(like: Tensor, shape, channels_last: bool) -> Tensor:
+    """(batch, ..., channels, length); channels_last puts the channels innermost in memory."""
+    if not channels_last:
+        return like.new_empty(shape)
+    strides, step = [1], 1
+    for size in (*shape[-2:0:-1], shape[-1]):  # of channels, any heads, length; then batch
+        step = step * max(size, 1)
+        strides.append(step)
+    channels_and_heads, length, batch = strides[:-2], strides[-2], strides[-1]
+    return like.new_empty_strided(shape, (batch, *reversed(channels_and_heads), length))
+
+
+def _empty_output(inputs: Inputs, channels_last: bool) -> Tensor:
+    u, k = inputs[:2]
+    if k.dim() > 2:
+        batch, channels, length = u.shape
+        return _empty(u, (batch, k.shape[-3], channels, length), channels_last)
+    if channels_last:
+        return _empty(u, u.shape, True)
+    # in half of new_empty's time
+    return torch.empty_like(u, memory_format=torch.contiguous_format)
+
+
+def _empty_gradients(inputs: Inputs, channels_last: bool, wanted) -> Inputs:
+    """One tensor per input; None where none is wanted."""
+    grads = []
+    for like, want, signal in zip(inputs, wanted, IS_SIGNAL, strict=True):
+        if like is None or not want:
+            grads.append(None)
+        elif channels_last and signal:
+            grads.append(_empty(like, like.shape, True))
+        else:
+            grads.append(torch.empty_like(like, memory_format=torch.contiguous_format))
+    return Inputs(*grads)
+
+
 def _forward(backend, inputs: Inputs, activation: str, channels_last: bool) -> Tensor:
-    y = empty_output(inputs, channels_last)
+    y = _empty_output(inputs, channels_last)
     if y.numel():
         backend.fftconv(y, inputs, activation)
     return y
 
 
 def _gradients(backend, dy, inputs: Inputs, activation, channels_last, wanted) -> Inputs:
-    grads = empty_gradients(inputs, channels_last, wanted)
+    grads = _empty_gradients(inputs, channels_last, wanted)
     if dy.numel():
         backend.fftconv_gradients(grads, dy, inputs, activation)
         return grads
@@ -40,8 +76,8 @@ operator = Operator(
     composed,
     forward=_forward,
     gradients=_gradients,
-    empty=lambda inputs, activation, channels_last: empty_output(inputs, channels_last),
-    empty_gradients=lambda inputs, activation, *rest: empty_gradients(inputs, *rest),
+    empty=lambda inputs, activation, channels_last: _empty_output(inputs, channels_last),
+    empty_gradients=lambda inputs, activation, *rest: _empty_gradients(inputs, *rest),
     vmap=raw_fwd_vmap,
     gradients_vmap=raw_bwd_vmap,
 )
@@ -124,10 +160,10 @@ def _check(inputs: Inputs, *options) -> None:
         _validate(*inputs, *options)
         return
     try:
-        known = (
-            *options,
-            *[None if t is None else (t.dtype, t.shape, t.device, t.layout) for t in inputs],
-        )
+        found = list(options)
+        for t in inputs:
+            found.append(None if t is None else (t.dtype, t.shape, t.device, t.layout))
+        known = tuple(found)
         if known in _passed:
             return
     except (AttributeError, TypeError, RuntimeError):  # no tensors, symbols for sizes, nested ones
@@ -142,16 +178,19 @@ def _check(inputs: Inputs, *options) -> None:
 def _prepare(inputs: Inputs, mode: str, layout: str) -> Inputs:
     """What the operator takes: blh as a view, gates in u's dtype, and a circular kernel as a two-sided one."""
     u, k, k_rev, skip, pre_gate, post_gate = inputs
-    gates = [g if g is None else g.to(u.dtype) for g in (pre_gate, post_gate)]
-    if layout == "blh":
-        u, *gates = (t if t is None else t.movedim(1, -1) for t in (u, *gates))
+    signals = [u, pre_gate, post_gate]
+    for i, t in enumerate(signals):
+        if t is not None:
+            t = t if t.dtype == u.dtype else t.to(u.dtype)  # allowed under autocast
+            signals[i] = t.movedim(1, -1) if layout == "blh" else t
+    u, pre_gate, post_gate = signals
     if mode == "circular":
         # Tap j of a circular kernel is also lag j - length. In float32, so that its gradient is
         # rounded once.
         k = k.to(torch.promote_types(k.dtype, torch.float32))
         k = F.pad(k, (0, u.shape[-1] - k.shape[-1]))
         k_rev = k[..., 1:].flip(-1)
-    return Inputs(u, k, k_rev, skip, *gates)
+    return Inputs(u, k, k_rev, skip, pre_gate, post_gate)
 
 
 def _validate(u, k, k_rev, skip, pre_gate, post_gate, activation, mode, layout) -> bool:

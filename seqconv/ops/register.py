@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from seqconv.backends import choose, recorded
-from seqconv.backends.protocol import Backend, Request
+from seqconv.backends.protocol import Backend
 
 library = torch.library.Library("seqconv", "DEF")
 
@@ -61,6 +61,12 @@ def _unwatched(tensors) -> bool:
     if not (tensors[0].is_cpu or tensors[0].is_cuda):  # device.type takes five times as long
         return False
     return not (_modes() or _profiled() or _tracing())
+
+
+def _recording():
+    """A context in which torch records gradients also inside an operator, below its Autograd kernel."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    return torch._C._SetExcludeDispatchKeyGuard(key, False)
 
 
 def _as_node(t: Tensor | None) -> Tensor | None:
@@ -142,18 +148,20 @@ class Operator:
         if transforms_active() or forward_ad._current_level >= 0:
             return self.plain(inputs, *options)
         if _needs_gradient(inputs):
-            return _Differentiable.apply(self, inputs, options, *inputs)
-        return self._run(self._choose(inputs, options), inputs, options)
+            return _Differentiable.apply((self, inputs, options), *inputs)
+        return self._run(inputs, options)[1]
 
     def _choose(self, inputs, options) -> Backend | None:
-        return choose(Request(self.name, inputs, options)) if self.chooses else None
+        return choose(self.name, inputs, options) if self.chooses else None
 
-    def _run(self, backend, inputs, options) -> Tensor:
-        """The forward pass, whose derivative nobody asks the raw operator for."""
-        if _unwatched(inputs):
-            return self.forward(backend, inputs, *options)
+    def _run(self, inputs, options) -> tuple[Backend | None, Tensor]:
+        """The chosen backend and the result, whose derivative nobody asks the raw operator for."""
+        unwatched = _unwatched(inputs)
+        backend = choose(self.name, inputs, options) if self.chooses else None
+        if unwatched:
+            return backend, self.forward(backend, inputs, *options)
         with below_autograd(), recorded(backend):
-            return self.fwd(*self._flat(inputs), *options)
+            return backend, self.fwd(*self._flat(inputs), *options)
 
     def _run_gradients(self, backend, dy, inputs, options, wanted):
         """The gradients, None for what is not wanted; nobody asks for their own derivative."""
@@ -211,16 +219,16 @@ class Operator:
     def _refuse_transforms(self, tensors) -> None:
         if transformed(tensors):
             raise RuntimeError(
-                f"seqconv::{self.name}: torch.func transforms and forward-mode differentiation work through the "
-                "functions and layers of seqconv in eager mode only, not inside torch.compile and not on the raw "
-                "operator"
+                f"seqconv::{self.name}: torch.func transforms and forward-mode differentiation work "
+                "through seqconv.fftconv and the layers in eager mode only, not inside torch.compile and not on the "
+                "raw operator"
             )
 
     def _record_forward(self, *args):
         inputs, options = self._split(args)
         self._refuse_transforms(inputs)
         if _needs_gradient(inputs):
-            return _Differentiable.apply(self, inputs, options, *inputs)
+            return _Differentiable.apply((self, inputs, options), *inputs)
         with below_autograd():
             return self.fwd(*args)
 
@@ -242,40 +250,42 @@ class Operator:
 
     def _plain_gradients(self, backend, dy, inputs, *options):
         *options, wanted = options
-        with torch.enable_grad():
+        with torch.enable_grad(), _recording():
             pairs = zip(inputs, wanted, strict=True)
             own = [t if t is None else t.detach().requires_grad_(want) for t, want in pairs]
             asked = [t for t, want in zip(own, wanted, strict=True) if want]
             y = self.plain(self.name_inputs(own), *options)
             found = iter(torch.autograd.grad(y, asked, dy, materialize_grads=True))
-        return [next(found) if want else None for want in wanted]
+        whole = {"memory_format": torch.contiguous_format}
+        return [next(found).clone(**whole) if want else None for want in wanted]
 
 
 def _empty_like(inputs, *options) -> list[Tensor | None]:
     *_, wanted = options
-    pairs = zip(inputs, wanted, strict=True)
-    return [None if t is None or not want else torch.empty_like(t) for t, want in pairs]
+    pairs, whole = zip(inputs, wanted, strict=True), {"memory_format": torch.contiguous_format}
+    return [None if t is None or not want else torch.empty_like(t, **whole) for t, want in pairs]
 
 
 class _Differentiable(Function):
     @staticmethod
-    def forward(ctx, operator, inputs, options, *tensors):
+    def forward(ctx, call, *tensors):
+        operator, inputs, options = call
         ctx.save_for_backward(*tensors)
         ctx.operator, ctx.options = operator, options
-        ctx.backend = operator._choose(inputs, options)
-        return operator._run(ctx.backend, inputs, options)
+        ctx.backend, y = operator._run(inputs, options)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        operator, options, wanted = ctx.operator, ctx.options, ctx.needs_input_grad[3:]
+        operator, options, wanted = ctx.operator, ctx.options, ctx.needs_input_grad[1:]
         inputs = operator.name_inputs(ctx.saved_tensors)
-        if torch.compiler.is_compiling() or transformed((dy, *inputs)):
+        if torch.compiler.is_compiling() or transforms_active() or forward_ad._current_level >= 0:
             grads = operator.raw_gradients(dy, inputs, options, wanted)
         elif torch.is_grad_enabled():
             grads = _Gradient.apply(operator, ctx.backend, options, wanted, dy, *inputs)
         else:
             grads = operator._run_gradients(ctx.backend, dy, inputs, options, wanted)
-        return (None, None, None, *grads)
+        return (None, *grads)
 
 
 class _Gradient(Function):

@@ -202,6 +202,11 @@ def ssm_kernel(
     _validate(log_dt, A, B, C, discretization, backend)
     check_length("ssm_kernel", length)
     single = C.dtype != torch.float64
+    return kernel_of_system(log_dt, A, B, C, length, single, discretization, backend)
+
+
+def kernel_of_system(log_dt, A, B, C, length, single, discretization, backend) -> Tensor:
+    """`ssm_kernel` of arguments that are known to be right; float32 if `single`, else float64."""
     if discretization != "dss_softmax":
         modes = weighted_modes(log_dt, A, B, C, discretization)
         return mode_sum(*modes, length, single, backend)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.micro import contenders, fftconv, gate, overhead, report, timing
+from bench import files
+from bench.micro import contenders, measure, overhead, timing
 from bench.micro.contenders import Case
 from bench.micro.requirements import requirements
+from bench.micro.worker import ALLOCATORS
 from seqconv import backends
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +69,7 @@ def test_a_wrong_result_gets_no_time(monkeypatch, fault):
 
     monkeypatch.setitem(contenders.CONTENDERS, "seqconv", ("seqconv", broken))
     case = Case(channels=2, length=500)
-    rows = fftconv.measure(case, ["seqconv", "torch.fft"], 0.01, timing.Clock("cpu"), 1e9)
+    rows = measure.measure(case, ["seqconv", "torch.fft"], 0.01, timing.Clock("cpu"), 1e9)
     rows = {row["contender"]: row for row in rows}
     assert not rows["seqconv"]["gate"] and rows["seqconv"]["median"] is None
     assert rows["torch.fft"]["gate"] and rows["torch.fft"]["median"] > 0
@@ -80,7 +82,7 @@ def test_who_cannot_compete_says_why(monkeypatch):
     monkeypatch.setitem(contenders.CONTENDERS, "ducc0", ("ducc0", broken))
     asked = ["seqconv", "scipy.fft", "ducc0"]  # not pyfftw, which does not do it either
     case = Case("gated", channels=2, length=64)
-    rows = fftconv.measure(case, asked, 0.01, timing.Clock("cpu"), 1e9)
+    rows = measure.measure(case, asked, 0.01, timing.Clock("cpu"), 1e9)
     absent = {r["contender"]: r.get("absent") for r in rows}
     assert absent == {
         "seqconv": None,
@@ -111,15 +113,24 @@ def test_who_was_asked_for_and_is_not_there_is_named_and_nobody_else():
         assert alone.returncode == 1 and "none of them is there" in alone.stderr
 
 
-def test_cases_are_compared_per_element_and_with_their_own_threads():
-    case, longer = Case(channels=64, length=1024), Case(channels=1024, length=1024)
-    clock, before = timing.Clock("cpu"), torch.get_num_threads()
-    beside = [(longer, 2, 0.5), (case, 1, 0.5)]
-    (row,) = fftconv.measure(case, ["seqconv"], 0.2, clock, 1e9, beside)
-    low, middle, high = row["beside"]
-    assert low <= middle <= high
-    assert 0.3 < middle < 3.3  # a ratio of times per call would be 1/4 of it or less
-    assert torch.get_num_threads() == before
+def test_cases_are_compared_per_element_and_with_their_own_threads(monkeypatch):
+    case, longer = Case(channels=8, length=64), Case(channels=128, length=64)
+    usual, threads = torch.get_num_threads(), {}
+
+    def timed(functions, budget, clock, before):
+        for name in functions:
+            before[name]()
+            threads[name] = torch.get_num_threads()
+        elements = {"beside 0": longer.elements, "beside 1": case.elements}
+        return {name: [1e-9 * elements.get(name, case.elements)] * 5 for name in functions}
+
+    monkeypatch.setattr(measure, "interleaved", timed)
+    beside = [(longer, usual + 1, 0.5), (case, usual + 2, 0.5)]
+    (row,) = measure.measure(case, ["seqconv"], 0.2, timing.Clock("cpu"), 1e9, beside)
+    assert row["beside"] == pytest.approx((1, 1, 1))  # a ratio of times per call would be 1/4
+    own = {"beside 0": usual + 1, "beside 1": usual + 2}
+    assert threads == {"torch.fft": usual, "seqconv": usual} | own
+    assert torch.get_num_threads() == usual
 
 
 @pytest.mark.parametrize("mode", ["causal", "two_sided", "gated", "heads"])
@@ -131,7 +142,7 @@ def test_every_contender_is_right_where_it_competes(mode, layout):
     forward = Case(mode, layout=layout, channels=3, length=200)
     for op in (case, forward):
         tensors, dy = op.tensors("cpu")
-        exact = gate.oracle(op, tensors, dy)
+        exact = measure.oracle(op, tensors, dy)
         for name in (
             "seqconv",
             "torch.fft",
@@ -145,8 +156,8 @@ def test_every_contender_is_right_where_it_competes(mode, layout):
                 continue
             function = contenders.make(name, op, "cpu")
             if function is not None:
-                results = gate.call(op, function, tensors, dy)
-                assert gate.errors(op, results, exact)[0] < 1e-6, name
+                results = measure.call(op, function, tensors, dy)
+                assert measure.errors(op, results, exact)[0] < 1e-6, name
 
 
 def test_every_case_is_compiled_anew(monkeypatch):
@@ -193,7 +204,7 @@ def test_peak_memory_counts_temporaries():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={"PATH": "", **fftconv.ALLOCATORS["returning"]},
+        env={"PATH": "", **ALLOCATORS["returning"]},
         check=True,
     )
     if result.stdout.strip() != "None":
@@ -208,21 +219,21 @@ def test_bytes_and_flops():
 
 def test_results_survive_a_torn_line(tmp_path):
     path = tmp_path / "r.jsonl"
-    report.append(path, {"a": 1})
+    files.append(path, {"a": 1})
     with open(path, "a") as file:
         file.write('{"a": 2, "b"')
-    assert report.read([path]) == [{"a": 1}]
-    report.append(path, {"a": 3})
-    assert report.read([path]) == [{"a": 1}, {"a": 3}]
+    assert files.read([path]) == [{"a": 1}]
+    files.append(path, {"a": 3})
+    assert files.read([path]) == [{"a": 1}, {"a": 3}]
 
 
 def test_readme_section_is_replaced_whole(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("before\n<!-- bench -->\nold\n<!-- end of bench -->\nafter\n")
-    report.replace_between(path, "bench", "new")
+    files.replace_between(path, "bench", "new")
     assert path.read_text() == "before\n<!-- bench -->\nnew\n<!-- end of bench -->\nafter\n"
-    with pytest.raises(ValueError, match="wanted"):
-        report.replace_between(path, "other", "new")
+    with pytest.raises(ValueError, match="must hold one"):
+        files.replace_between(path, "other", "new")
 
 
 def test_a_missed_requirement_says_what_the_floors_allow():
@@ -256,7 +267,7 @@ def test_what_python_takes_is_measured_by_parts(monkeypatch, capsys):
     assert float(cells["of it: backend"][1]) < float(cells["forward"][1])
     assert backends._asked is usual
 
-    monkeypatch.setattr(overhead.Bare, "forward", lambda *_: None)
-    monkeypatch.setattr(overhead.Bare, "backward", lambda *_: None)
+    monkeypatch.setattr(overhead.Bare, "fftconv", lambda *_: None)
+    monkeypatch.setattr(overhead.Bare, "fftconv_gradients", lambda *_: None)
     with pytest.raises(AssertionError, match="another road"):
         overhead.measure(torch.float32, 0)

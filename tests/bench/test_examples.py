@@ -4,11 +4,11 @@ import importlib
 
 import pytest
 
-pytestmark = pytest.mark.slow
 EXAMPLES = {"transformer_encoder": 0.1, "checkpointing": 0.8, "bert": 0.75, "gpt2": 0.6}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in EXAMPLES][1:]
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", ["transformer_encoder", *SLOW])
 def test_example(name, capsys):
     if name in ("bert", "gpt2"):
         pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from emulated import build
 
-from bench.micro.records import ROOT
+from bench.facts import ROOT
 from bench.on_gpu import (
     ceilings,
     limits,
@@ -78,7 +78,7 @@ def test_the_whole_of_it_runs_dry(emulator, bare, tmp_path):
 BROKEN = """
 import torch
 from emulated import Emulator, build
-from seqconv.backends.cuda.arguments import _PLACES
+from seqconv.backends.cuda.arguments import CONVOLUTION
 
 class Broken(Emulator):
     def launch(self, kernel, grid, threads, shared, arguments):
@@ -89,11 +89,12 @@ def device():
     return Broken(build())
 """
 FAULTS = {  # what a device of BROKEN does -> a kind of call that is wrong then
-    "drop the skip": "if kernel == 'spectrum': arguments[_PLACES['skip']] = 0",
+    "drop the skip": "if kernel == 'spectrum': arguments[CONVOLUTION.places['skip']] = 0",
     "write nothing": "if 'forward' in kernel: return",
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_result_is_red_and_gets_no_time(emulator, tmp_path, fault):
     (tmp_path / "broken.py").write_text(BROKEN.format(fault=FAULTS[fault]))

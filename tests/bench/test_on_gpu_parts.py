@@ -9,14 +9,13 @@ import pytest
 import torch
 from emulated import Emulator
 
+from bench.facts import commit
 from bench.micro import contenders, timing
 from bench.micro.contenders import Case
-from bench.micro.records import commit
 from bench.on_gpu import (
     benchmark,
     ceilings,
     compiled,
-    constants,
     facts,
     machine,
     profile,
@@ -29,7 +28,7 @@ from bench.on_gpu.log import Log
 from bench.on_gpu.steps import ABSENT, RIGHT
 from seqconv import fftconv, use_backend
 from seqconv.backends.cuda import driver, kernels
-from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.problem import H100
 
 # ---- the few lines that only a GPU would run ----
 
@@ -300,8 +299,8 @@ def test_wrong_or_no_results_leave_the_readme_alone(tmp_path, wrong, capsys):
 
 
 def test_nothing_is_compared_that_was_not_measured():
-    assert constants.table([], []) == []
-    assert constants.of_call([{}]) == {}
+    assert report.constants([], []) == []
+    assert report.of_call([{}]) == {}
 
 
 def test_the_kernels_of_the_ceilings_compile_and_are_found_prebuilt(tmp_path, monkeypatch):

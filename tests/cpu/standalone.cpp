@@ -10,6 +10,7 @@
 
 #include "cpu/butterfly.h"
 #include "cpu/fftconv.h"
+#include "cpu/isa.h"
 #include "cpu/ssm.h"
 
 using seqconv::Dtype;
@@ -18,29 +19,25 @@ using seqconv::Tensor;
 
 namespace {
 
-template <class T> struct Run {
+template <class T>
+struct Run {
   int64_t batch = 2, channels = 3, length, taps, taps_rev;
   std::vector<T> u, k, k_rev, skip, dy, y, du, dk, dk_rev, dskip;
   double worst = 0;
 
-  Tensor signal(std::vector<T> &x) const {
-    return tensor(x, channels * length, length, 1);
-  }
-  Tensor kernel(std::vector<T> &x, int64_t count) const {
-    return tensor(x, 0, count, 1);
-  }
-  static Tensor tensor(std::vector<T> &x, int64_t b, int64_t c, int64_t t) {
+  Tensor signal(std::vector<T>& x) const { return tensor(x, channels * length, length, 1); }
+  Tensor kernel(std::vector<T>& x, int64_t count) const { return tensor(x, 0, count, 1); }
+  static Tensor tensor(std::vector<T>& x, int64_t b, int64_t c, int64_t t) {
     Tensor result;
-    if (x.empty())
-      return result;
-    result.data = reinterpret_cast<char *>(x.data());
+    if (x.empty()) return result;
+    result.data = reinterpret_cast<char*>(x.data());
     result.dtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
     const int64_t stride[] = {b, 0, c, t};
     std::memcpy(result.stride, stride, sizeof stride);
     return result;
   }
 
-  void compare(const std::vector<T> &value, const std::vector<double> &wanted) {
+  void compare(const std::vector<T>& value, const std::vector<double>& wanted) {
     double error = 0, norm = 0;
     for (size_t i = 0; i < wanted.size(); ++i) {
       error += std::pow(static_cast<double>(value[i]) - wanted[i], 2);
@@ -52,20 +49,15 @@ template <class T> struct Run {
   double operator()() {
     std::mt19937 random(1);
     std::normal_distribution<double> normal;
-    const auto fill = [&](std::vector<T> &x, int64_t count) {
+    const auto fill = [&](std::vector<T>& x, int64_t count) {
       x.resize(static_cast<size_t>(count));
-      for (T &value : x)
-        value = static_cast<T>(normal(random));
+      for (T& value : x) value = static_cast<T>(normal(random));
     };
     const int64_t rows = batch * channels * length;
-    for (auto *x : {&u, &dy, &y, &du})
-      fill(*x, rows);
-    for (auto *x : {&k, &dk})
-      fill(*x, channels * taps);
-    for (auto *x : {&k_rev, &dk_rev})
-      fill(*x, channels * taps_rev);
-    for (auto *x : {&skip, &dskip})
-      fill(*x, channels);
+    for (auto* x : {&u, &dy, &y, &du}) fill(*x, rows);
+    for (auto* x : {&k, &dk}) fill(*x, channels * taps);
+    for (auto* x : {&k_rev, &dk_rev}) fill(*x, channels * taps_rev);
+    for (auto* x : {&skip, &dskip}) fill(*x, channels);
     Problem p{};
     p.batch = batch;
     p.heads = 1;
@@ -85,27 +77,21 @@ template <class T> struct Run {
     p.dk = kernel(dk, taps);
     p.dk_rev = kernel(dk_rev, taps_rev);
     p.dskip = tensor(dskip, 0, 1, 0);
-    if (seqconv::forward(p) != seqconv::Status::kOk)
-      return HUGE_VAL;
-    if (seqconv::backward(p) != seqconv::Status::kOk)
-      return HUGE_VAL;
+    if (seqconv::forward(p) != seqconv::Status::kOk) return HUGE_VAL;
+    if (seqconv::backward(p) != seqconv::Status::kOk) return HUGE_VAL;
 
-    std::vector<double> y64(y.size()), du64(y.size()), dk64(k.size()),
-        dk_rev64(k_rev.size());
+    std::vector<double> y64(y.size()), du64(y.size()), dk64(k.size()), dk_rev64(k_rev.size());
     for (int64_t row = 0; row < batch * channels; ++row) {
       const int64_t c = row % channels;
       for (int64_t t = 0; t < length; ++t) {
         for (int64_t s = 0; s < length; ++s) {
           const int64_t lag = t - s;
-          if (lag >= taps || -lag > taps_rev)
-            continue;
+          if (lag >= taps || -lag > taps_rev) continue;
           const auto to = static_cast<size_t>(row * length + t);
           const auto from = static_cast<size_t>(row * length + s);
-          const auto tap = static_cast<size_t>(
-              lag >= 0 ? c * taps + lag : c * taps_rev - lag - 1);
+          const auto tap = static_cast<size_t>(lag >= 0 ? c * taps + lag : c * taps_rev - lag - 1);
           double weight = static_cast<double>(lag >= 0 ? k[tap] : k_rev[tap]);
-          if (lag == 0)
-            weight += static_cast<double>(skip[static_cast<size_t>(c)]);
+          if (lag == 0) weight += static_cast<double>(skip[static_cast<size_t>(c)]);
           y64[to] += weight * static_cast<double>(u[from]);
           du64[from] += weight * static_cast<double>(dy[to]);
           (lag >= 0 ? dk64 : dk_rev64)[tap] +=
@@ -116,8 +102,7 @@ template <class T> struct Run {
     compare(y, y64);
     compare(du, du64);
     compare(dk, dk64);
-    if (taps_rev)
-      compare(dk_rev, dk_rev64);
+    if (taps_rev) compare(dk_rev, dk_rev64);
     return worst;
   }
 };
@@ -130,10 +115,9 @@ bool check(int64_t length, int64_t taps, int64_t taps_rev, double limit) {
   run.taps_rev = taps_rev;
   const double worst = run();
   const bool fine = worst < limit;
-  std::printf("%s length %5ld taps %5ld + %5ld: %.1e%s\n",
-              sizeof(T) == 4 ? "float " : "double", static_cast<long>(length),
-              static_cast<long>(taps), static_cast<long>(taps_rev), worst,
-              fine ? "" : "  WRONG");
+  std::printf("%s length %5ld taps %5ld + %5ld: %.1e%s\n", sizeof(T) == 4 ? "float " : "double",
+              static_cast<long>(length), static_cast<long>(taps), static_cast<long>(taps_rev),
+              worst, fine ? "" : "  WRONG");
   return fine;
 }
 
@@ -144,20 +128,15 @@ bool check_ssm(int64_t heads, int64_t modes, int64_t length, double limit) {
   const int64_t channels = 2;
   std::mt19937 random(2);
   std::normal_distribution<double> normal;
-  std::vector<double> a(static_cast<size_t>(2 * channels * modes)),
-      da(a.size());
-  std::vector<double> w(static_cast<size_t>(2 * heads * channels * modes)),
-      dw(w.size());
-  std::vector<T> k(static_cast<size_t>(heads * channels * length)),
-      dk(k.size());
+  std::vector<double> a(static_cast<size_t>(2 * channels * modes)), da(a.size());
+  std::vector<double> w(static_cast<size_t>(2 * heads * channels * modes)), dw(w.size());
+  std::vector<T> k(static_cast<size_t>(heads * channels * length)), dk(k.size());
   for (size_t i = 0; i < a.size(); i += 2) {
     a[i] = -1e-3 * std::fabs(normal(random));
     a[i + 1] = normal(random);
   }
-  for (double &x : w)
-    x = normal(random);
-  for (T &x : dk)
-    x = static_cast<T>(normal(random));
+  for (double& x : w) x = normal(random);
+  for (T& x : dk) x = static_cast<T>(normal(random));
   seqconv::SsmProblem p{};
   p.heads = heads;
   p.channels = channels;
@@ -167,8 +146,8 @@ bool check_ssm(int64_t heads, int64_t modes, int64_t length, double limit) {
   p.threads = 1;
   p.a = a.data();
   p.w = w.data();
-  p.k = reinterpret_cast<char *>(k.data());
-  p.dk = reinterpret_cast<const char *>(dk.data());
+  p.k = reinterpret_cast<char*>(k.data());
+  p.dk = reinterpret_cast<const char*>(dk.data());
   p.dk_stride[0] = channels * length;
   p.dk_stride[1] = length;
   p.dk_stride[2] = 1;
@@ -198,8 +177,7 @@ bool check_ssm(int64_t heads, int64_t modes, int64_t length, double limit) {
   }
   Run<T> run{};
   run.compare(k, k64);
-  const auto distance = [](const std::vector<double> &x,
-                           const std::vector<double> &y) {
+  const auto distance = [](const std::vector<double>& x, const std::vector<double>& y) {
     double error = 0, norm = 0;
     for (size_t i = 0; i < x.size(); ++i) {
       error += (x[i] - y[i]) * (x[i] - y[i]);
@@ -207,13 +185,11 @@ bool check_ssm(int64_t heads, int64_t modes, int64_t length, double limit) {
     }
     return std::sqrt(error / std::fmax(norm, 1e-300));
   };
-  const double worst =
-      std::fmax(run.worst, std::fmax(distance(da, da64), distance(dw, dw64)));
+  const double worst = std::fmax(run.worst, std::fmax(distance(da, da64), distance(dw, dw64)));
   const bool fine = ok && worst < limit;
   std::printf("%s ssm, %ld heads, %3ld modes, length %5ld: %.1e%s\n",
               sizeof(T) == 4 ? "float " : "double", static_cast<long>(heads),
-              static_cast<long>(modes), static_cast<long>(length), worst,
-              fine ? "" : "  WRONG");
+              static_cast<long>(modes), static_cast<long>(length), worst, fine ? "" : "  WRONG");
   return fine;
 }
 
@@ -238,36 +214,30 @@ bool check_butterfly(int64_t n, int64_t length, double limit) {
   p.threads = 1;
   const auto some = [&](int64_t count) {
     std::vector<T> out(static_cast<size_t>(count));
-    for (T &value : out)
-      value = static_cast<T>(normal(random));
+    for (T& value : out) value = static_cast<T>(normal(random));
     return out;
   };
   const int64_t rows = p.batch * p.channels;
-  std::vector<T> x = some(rows * length),
-                 matrices = some(2 * p.heads * p.elements()),
-                 dz = some(2 * rows * n), z(dz.size()), dx(x.size()),
-                 dmatrices(matrices.size()), twiddles(1);
+  std::vector<T> x = some(rows * length), matrices = some(2 * p.heads * p.elements()),
+                 dz = some(2 * rows * n), z(dz.size()), dx(x.size()), dmatrices(matrices.size()),
+                 twiddles(1);
   const auto twiddle = [](int64_t p, int64_t j, int64_t radix, int64_t s) {
-    return std::polar(1.0, -2 * M_PI * static_cast<double>(p * j) /
-                               static_cast<double>(radix * s));
+    return std::polar(1.0, -2 * M_PI * static_cast<double>(p * j) / static_cast<double>(radix * s));
   };
-  for (int64_t d = 0, s = n; d + 1 < static_cast<int64_t>(radices.size());
-       ++d) {
+  for (int64_t d = 0, s = n; d + 1 < static_cast<int64_t>(radices.size()); ++d) {
     const int64_t radix = radices[static_cast<size_t>(d)];
     s /= radix;
-    if (d == 0)
-      twiddles.clear();
+    if (d == 0) twiddles.clear();
     for (const bool imaginary : {false, true})
       for (int64_t e = 0; e < s * radix; ++e) {
         const Complex w = twiddle(e % radix, e / radix, radix, s);
         twiddles.push_back(static_cast<T>(imaginary ? w.imag() : w.real()));
       }
   }
-  const auto tensor = [&](std::vector<T> &of) {
+  const auto tensor = [&](std::vector<T>& of) {
     seqconv::Tensor t;
-    t.data = reinterpret_cast<char *>(of.data());
-    t.dtype =
-        sizeof(T) == 8 ? seqconv::Dtype::kFloat64 : seqconv::Dtype::kFloat32;
+    t.data = reinterpret_cast<char*>(of.data());
+    t.dtype = sizeof(T) == 8 ? seqconv::Dtype::kFloat64 : seqconv::Dtype::kFloat32;
     t.stride[0] = p.channels * length;
     t.stride[2] = length;
     t.stride[3] = 1;
@@ -275,26 +245,24 @@ bool check_butterfly(int64_t n, int64_t length, double limit) {
   };
   p.x = tensor(x);
   p.dx = tensor(dx);
-  p.matrices = reinterpret_cast<const char *>(matrices.data());
-  p.twiddles = reinterpret_cast<const char *>(twiddles.data());
-  p.z = reinterpret_cast<char *>(z.data());
-  p.dz = reinterpret_cast<const char *>(dz.data());
-  p.dmatrices = reinterpret_cast<char *>(dmatrices.data());
+  p.matrices = reinterpret_cast<const char*>(matrices.data());
+  p.twiddles = reinterpret_cast<const char*>(twiddles.data());
+  p.z = reinterpret_cast<char*>(z.data());
+  p.dz = reinterpret_cast<const char*>(dz.data());
+  p.dmatrices = reinterpret_cast<char*>(dmatrices.data());
   const bool ok = seqconv::butterfly_forward(p) == seqconv::Status::kOk &&
                   seqconv::butterfly_backward(p) == seqconv::Status::kOk;
   double error = 0, norm = 0;
   for (int64_t row = 0; row < rows; ++row) {
     std::vector<Complex> now(static_cast<size_t>(n)), next(now.size());
     for (int64_t t = 0; t < length; ++t)
-      now[static_cast<size_t>(t)] =
-          static_cast<double>(x[static_cast<size_t>(row * length + t)]);
+      now[static_cast<size_t>(t)] = static_cast<double>(x[static_cast<size_t>(row * length + t)]);
     int64_t b = 1, s = n;
     for (const int64_t radix : radices) {
       s /= radix;
-      const int64_t first =
-          (row % p.channels / 2 * p.elements() +
-           (radix == radices[0] ? 0 : radices[0] * radices[0])) *
-          2;
+      const int64_t first = (row % p.channels / 2 * p.elements() +
+                             (radix == radices[0] ? 0 : radices[0] * radices[0])) *
+                            2;
       for (int64_t j = 0; j < s; ++j)
         for (int64_t q = 0; q < radix; ++q)
           for (int64_t m = 0; m < b; ++m) {
@@ -305,21 +273,19 @@ bool check_butterfly(int64_t n, int64_t length, double limit) {
                              static_cast<double>(matrices[at + 1])) *
                      now[static_cast<size_t>((i * s + j) * b + m)];
             }
-            next[static_cast<size_t>((j * radix + q) * b + m)] =
-                sum * twiddle(q, j, radix, s);
+            next[static_cast<size_t>((j * radix + q) * b + m)] = sum * twiddle(q, j, radix, s);
           }
       now.swap(next);
       b *= radix;
     }
     for (int64_t f = 0; f < n; ++f) {
       const auto at = static_cast<size_t>(2 * (row * n + f));
-      error += std::norm(
-          now[static_cast<size_t>(f)] -
-          Complex(static_cast<double>(z[at]), static_cast<double>(z[at + 1])));
+      error += std::norm(now[static_cast<size_t>(f)] -
+                         Complex(static_cast<double>(z[at]), static_cast<double>(z[at + 1])));
       norm += std::norm(now[static_cast<size_t>(f)]);
     }
   }
-  const auto dot = [](const std::vector<T> &a, const std::vector<T> &b) {
+  const auto dot = [](const std::vector<T>& a, const std::vector<T>& b) {
     double sum = 0;
     for (size_t i = 0; i < a.size(); ++i)
       sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
@@ -328,19 +294,18 @@ bool check_butterfly(int64_t n, int64_t length, double limit) {
   // near to one in units of the largest that dot(z, dz) can be
   const double wanted = dot(z, dz), size = std::sqrt(dot(z, z) * dot(dz, dz));
   const double passes = static_cast<double>(radices.size());
-  const double worst = std::fmax(
-      std::sqrt(error / norm),
-      std::fmax(std::fabs(dot(x, dx) - wanted),
-                std::fabs(dot(matrices, dmatrices) - passes * wanted)) /
-          size);
+  const double worst = std::fmax(std::sqrt(error / norm),
+                                 std::fmax(std::fabs(dot(x, dx) - wanted),
+                                           std::fabs(dot(matrices, dmatrices) - passes * wanted)) /
+                                     size);
   const bool fine = ok && worst < limit;
   std::printf("%s butterfly, %5ld points, length %5ld: %.1e%s\n",
-              sizeof(T) == 4 ? "float " : "double", static_cast<long>(n),
-              static_cast<long>(length), worst, fine ? "" : "  WRONG");
+              sizeof(T) == 4 ? "float " : "double", static_cast<long>(n), static_cast<long>(length),
+              worst, fine ? "" : "  WRONG");
   return fine;
 }
 
-} // namespace
+}  // namespace
 
 int main() {
   std::printf("instruction set: %s\n", seqconv::isa());

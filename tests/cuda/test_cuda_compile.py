@@ -1,4 +1,4 @@
-"""The CUDA kernels through the real compilers, which need no GPU: NVRTC for several architectures, nvcc where it is."""
+"""The real compilers compile the CUDA kernels without a GPU: NVRTC for several architectures, nvcc if installed."""
 
 import io
 import os
@@ -23,7 +23,7 @@ REGISTERS = 65536  # of a multiprocessor
 # Where 512 threads leave 128, and the compiler takes them, it must not have to spill any.
 CEILINGS = {
     "spectrum": 120,
-    "kernel_scales": 40,
+    "taps_divisors": 40,
     "taps_gradient": 124,
     "skip_gradient": 40,
     "long_taps": 120,
@@ -52,8 +52,8 @@ BEFORE_13_5 = {
 
 
 def allowed(name: str, arch: str) -> tuple[int, int]:
-    """The most registers a thread, the largest spill."""
-    _, threads, blocks = kernels.KERNELS[name]
+    """The most registers that a thread may take, and the largest spill."""
+    _, _, threads, blocks = kernels.KERNELS[name]
     release = tuple(map(int, compiler.version().split(".")[:2]))
     if release < (13, 5) and (arch, name) in BEFORE_13_5:
         return BEFORE_13_5[arch, name]
@@ -62,7 +62,7 @@ def allowed(name: str, arch: str) -> tuple[int, int]:
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Every kernel for sm_90 by the installed NVRTC; of the rest a sample that SEQCONV_COMPILE moves, or "all".
+    """Every kernel for sm_90, and of other architectures a sample that SEQCONV_COMPILE moves, or "all".
 
     With another NVRTC (SEQCONV_NVRTC) everything is sampled. `make device-compilers` compiles all by each of them.
     """
@@ -93,7 +93,7 @@ def test_compiles_within_its_resources(arch, name):
     used = resources(name, arch)
     registers, spills = allowed(name, arch)
     assert used["registers"] <= registers and used["spills"] <= spills, (used, registers, spills)
-    _, threads, blocks = kernels.KERNELS[name]
+    _, _, threads, blocks = kernels.KERNELS[name]
     assert used["registers"] * threads * blocks <= REGISTERS
     assert used["shared"] == 0  # all of it is dynamic, and planned
 
@@ -104,7 +104,7 @@ def ptx(name: str) -> str:
 
 @pytest.mark.parametrize("mode", ["fast", "accurate"])
 def test_matrix_instructions(mode):
-    """As many tensor core instructions as products in the source: the loops are over tiles, and nothing is repeated."""
+    """There are as many tensor core instructions as products in the source: loops go over tiles, and repeat no code."""
     there = 4 + 8 + (4 + 8) + 8  # outer passes of a real row and of a complex one, the inner two
     back = 8 + (4 + 8) + 8 + 4  # the inner two, outer passes, the real end of those
     # x's inner two, with a plane for x and without one
@@ -115,7 +115,7 @@ def test_matrix_instructions(mode):
 
 @pytest.mark.parametrize("n, passes", [(4096, 1), (32768, 2)])
 def test_matrix_instructions_of_a_known_length(n, passes):
-    """Only those of its passes: the conditions on the transform were decided when it was compiled."""
+    """It has those of its passes only, since the conditions on the transform are decided when it is compiled."""
     each = 4 + 8 * (passes - 1) + 2 * 8
     text = ptx(f"tensor_forward_bf16_fast_{n}")
     assert text.count("mma.sync.aligned.m16n8k16") == 2 * each
@@ -124,7 +124,8 @@ def test_matrix_instructions_of_a_known_length(n, passes):
 def test_source_is_one_text_without_includes():
     for name in NAMES:
         text = kernels.source(name)
-        assert "#include" not in text and f" {name}(const Args a)" in text
+        told = kernels.KERNELS[name].arguments
+        assert "#include" not in text and f" {name}(const {told} a)" in text
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
@@ -147,17 +148,17 @@ def test_compiles_with_nvcc(name, tmp_path):
 
 
 def test_prebuild_into_a_folder_is_found(tmp_path, monkeypatch, capsys):
-    """What prebuild writes is what the loader finds, also for a later minor version, and only for this source."""
-    asked = ["--arch", "sm_80", "--out", str(tmp_path), "--kernels", "^kernel_scales$"]
+    """The loader finds what prebuild writes, also for a later minor version, but not for another source."""
+    asked = ["--arch", "sm_80", "--out", str(tmp_path), "--kernels", "^taps_divisors$"]
     assert prebuild.main(asked) == 0
     assert "1 kernels" in capsys.readouterr().out
     monkeypatch.setenv("SEQCONV_CUBINS", str(tmp_path))
-    code = compiler.find_prebuilt("kernel_scales", 8, 0)
-    assert code and code[:4] == b"\x7fELF" and compiler.find_prebuilt("kernel_scales", 8, 6) == code
-    assert compiler.find_prebuilt("kernel_scales", 9, 0) is None
+    code = compiler.find_prebuilt("taps_divisors", 8, 0)
+    assert code and code[:4] == b"\x7fELF" and compiler.find_prebuilt("taps_divisors", 8, 6) == code
+    assert compiler.find_prebuilt("taps_divisors", 9, 0) is None
     assert compiler.find_prebuilt("spectrum", 8, 0) is None
     monkeypatch.setattr(kernels, "source", lambda name: "another state of the source")
-    assert compiler.find_prebuilt("kernel_scales", 8, 0) is None
+    assert compiler.find_prebuilt("taps_divisors", 8, 0) is None
 
 
 def test_prebuild_refuses_what_it_does_not_know(capsys):
@@ -176,11 +177,12 @@ def test_prebuild_refuses_what_it_does_not_know(capsys):
         assert capsys.readouterr().err.startswith("seqconv: ")
 
 
+@pytest.mark.slow
 def test_cache_is_safe_under_concurrent_processes(tmp_path):
     """Several processes that compile the same kernel into one empty cache all get the same code."""
     script = (
         "import sys, hashlib; from seqconv.backends.cuda import compiler;"
-        "print(hashlib.sha256(compiler.compile_kernel('kernel_scales', 'sm_90')).hexdigest())"
+        "print(hashlib.sha256(compiler.compile_kernel('taps_divisors', 'sm_90')).hexdigest())"
     )
     command = [sys.executable, "-c", script]
     environment = {"SEQCONV_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin"}
@@ -197,12 +199,12 @@ def test_prebuild_fills_the_cache(tmp_path, monkeypatch, capsys):
     """What it compiled is not compiled again, and another state of the source is another entry."""
     monkeypatch.setenv("SEQCONV_CACHE", str(tmp_path))
     entries = lambda: [p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size > 1000]  # noqa: E731
-    assert prebuild.main(["--arch", "sm_90", "--kernels", "^kernel_scales$"]) == 0
+    assert prebuild.main(["--arch", "sm_90", "--kernels", "^taps_divisors$"]) == 0
     capsys.readouterr()
     assert len(entries()) == 1
     before = [p.stat().st_ino for p in entries()]
-    code = compiler.compile_kernel("kernel_scales", "sm_90")
+    code = compiler.compile_kernel("taps_divisors", "sm_90")
     assert code[:4] == b"\x7fELF" and [p.stat().st_ino for p in entries()] == before
     usual = kernels.source
     monkeypatch.setattr(kernels, "source", lambda name: usual(name) + "// another state\n")
-    assert compiler.compile_kernel("kernel_scales", "sm_90") and len(entries()) == 2
+    assert compiler.compile_kernel("taps_divisors", "sm_90") and len(entries()) == 2

@@ -1,4 +1,4 @@
-"""Where machine code comes from: prebuilt files, the cache, NVRTC; and what is said where there is none."""
+"""Machine code comes from prebuilt files, the cache or NVRTC. Where there is none, the error says what to do."""
 
 import io
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 from accuracy import rel_l2
 from emulated import Emulator, as_backend, build
-from test_cuda_launch import Device, Driver
+from fake_driver import Device, Driver
 
 from seqconv import __main__, fftconv, prebuild, reference
 from seqconv.backends.cuda import compiler, driver, kernels
@@ -19,7 +19,7 @@ from seqconv.backends.cuda import compiler, driver, kernels
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache before a compiler that only counts."""
+    """An empty cache, and a compiler that only counts its calls."""
     compiled = []
 
     def compile_source(source, arch, kind="cubin", **_):
@@ -35,7 +35,7 @@ def cache(tmp_path, monkeypatch):
 def test_what_was_compiled_is_kept_by_all_that_it_depends_on(cache, monkeypatch):
     first = compiler.compile_kernel("spectrum", "sm_90")
     assert compiler.compile_kernel("spectrum", "sm_90") == first and len(cache.compiled) == 1
-    assert compiler.compile_kernel("kernel_scales", "sm_90") != first
+    assert compiler.compile_kernel("taps_divisors", "sm_90") != first
     assert compiler.compile_kernel("spectrum", "sm_80") != first
     monkeypatch.setattr(compiler, "version", lambda: "13.5.38")
     assert compiler.compile_kernel("spectrum", "sm_90") != first
@@ -99,7 +99,7 @@ def test_the_cache_keeps_what_was_used_last(cache, monkeypatch):
 
 
 def test_other_users_may_read_what_is_kept(cache):
-    """As the umask has it: SEQCONV_CACHE may name a folder that a group shares."""
+    """The umask decides, since SEQCONV_CACHE may name a folder that a group shares."""
     usual = os.umask(0o022)
     try:
         compiler.compile_kernel("spectrum", "sm_90")
@@ -110,7 +110,7 @@ def test_other_users_may_read_what_is_kept(cache):
 
 
 def test_what_another_user_keeps_stays(cache, monkeypatch, recwarn):
-    """In a folder of many users nobody may delete the files of another; this is no reason to warn."""
+    """In a folder of many users nobody may delete the files of others, which is no reason to warn."""
 
     def refuse(*_, **__):
         raise PermissionError("not yours")
@@ -118,7 +118,7 @@ def test_what_another_user_keeps_stays(cache, monkeypatch, recwarn):
     compiler.compile_kernel("spectrum", "sm_90")
     monkeypatch.setattr(compiler, "CACHE_BYTES", 0)
     monkeypatch.setattr(Path, "unlink", refuse)
-    compiler.compile_kernel("kernel_scales", "sm_90")
+    compiler.compile_kernel("taps_divisors", "sm_90")
     assert not recwarn.list and len(list(cache.folder.iterdir())) == 2
 
 
@@ -139,7 +139,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_nothing_else(cache, monkeypa
 
 @pytest.fixture
 def bare(monkeypatch):
-    """No NVRTC anywhere, and no cuda.core."""
+    """There is no NVRTC anywhere, and no cuda.core."""
 
     def missing():
         raise compiler.NoCompiler("NVRTC is missing: pip install nvidia-cuda-nvrtc")
@@ -150,7 +150,7 @@ def bare(monkeypatch):
 
 
 def test_prebuilt_kernels_need_no_compiler(bare, tmp_path, monkeypatch):
-    """Those that are there run; one that is not is named, with the folders and both ways to it."""
+    """The kernels that are there run. The error names one that is not, the folders, and both ways to get it."""
     monkeypatch.setenv("SEQCONV_CUBINS", str(tmp_path))
     for name in ("spectrum", "forward_f32"):
         code = b"\x7fELF " + name.encode()
@@ -242,7 +242,7 @@ def test_machine_code_or_its_text(nvrtc):
 
 
 def test_another_nvrtc_is_taken_or_refused(nvrtc, tmp_path):
-    """SEQCONV_NVRTC: no such file, and a library that the bindings do not take, are errors, never another compiler."""
+    """A SEQCONV_NVRTC that is no file, or that the bindings do not take, is an error and leads to no other compiler."""
     unit, other = tmp_path / "other.cpp", tmp_path / "libother.so"
     unit.write_text('extern "C" int nvrtcVersion(int* a, int* b) { *a = 4; *b = 2; return 0; }')
     subprocess.run(["g++", "-shared", "-fPIC", str(unit), "-o", str(other)], check=True)

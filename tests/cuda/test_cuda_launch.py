@@ -1,154 +1,21 @@
-"""The road from tensors to the CUDA driver, on a recording driver that runs each launch in the emulator."""
+"""Calls from tensors down to the CUDA driver, where a recording driver runs each launch in the emulator."""
 
-import ctypes
 import os
 import subprocess
 import sys
 import threading
-from array import array
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accuracy import rel_l2
 from cases import Case, double
-from emulated import HERE, Emulator, as_backend, build
-from torch._subclasses.fake_tensor import FakeTensorMode
+from emulated import HERE, Emulator, as_backend
+from fake_driver import Device, Driver
 
-import seqconv
 from seqconv import backends, fftconv, reference
-from seqconv.backends.cuda import compiler, convolution, driver, gpu, kernels, tables
-from seqconv.backends.cuda.plan import longest
-from seqconv.backends.protocol import Request
+from seqconv.backends.cuda import compiler, convolution, driver, gpu, kernels
 from seqconv.ops.fftconv import operator
 from seqconv.ops.inputs import Inputs
-
-ATTRIBUTES = {
-    "COMPUTE_CAPABILITY_MAJOR": 9,
-    "COMPUTE_CAPABILITY_MINOR": 0,
-    "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": 232448,
-    "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR": 233472,
-    "MULTIPROCESSOR_COUNT": 132,
-    "CLOCK_RATE": 1755000,
-    "MEMORY_CLOCK_RATE": 2619000,
-    "GLOBAL_MEMORY_BUS_WIDTH": 5120,
-}
-
-
-class Driver:
-    """The functions of cuda.bindings.driver that the package calls, with their signatures and statuses."""
-
-    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
-    CUdevice_attribute = SimpleNamespace(**{f"CU_DEVICE_ATTRIBUTE_{n}": n for n in ATTRIBUTES})
-
-    def __init__(self, emulator: Emulator):
-        self.emulator, self.names, self.launches, self.limits, self.status = emulator, {}, [], {}, 0
-        self.attributes, self.thread = dict(ATTRIBUTES), threading.local()
-        self.memory, self.tried, self.full = {}, 0, 0
-        self.copying = self.running = False
-
-    def cuLibraryLoadData(self, code, *options):
-        assert code[:4] == b"\x7fELF" and options == ([], [], 0, [], [], 0)
-        return 0, code
-
-    def cuLibraryGetKernel(self, library, name):
-        assert name in library
-        handle = len(self.names) + 1000
-        self.names[handle] = name.decode()
-        return 0, handle
-
-    def cuDeviceGet(self, index):
-        return 0, f"device {index}"
-
-    def cuDeviceGetAttribute(self, attribute, device):
-        return 0, self.attributes[attribute]
-
-    def cuCtxGetCurrent(self):
-        return 0, getattr(self.thread, "context", 0)
-
-    def cuDevicePrimaryCtxRetain(self, device):
-        return 0, 5
-
-    def cuCtxSetCurrent(self, context):
-        self.thread.context = context
-        return (0,)
-
-    def cuKernelSetAttribute(self, attribute, value, kernel, device):
-        assert (attribute, device) == ("shared", "device 0")
-        self.limits[self.names[kernel]] = value
-        return (0,)
-
-    def CUfunction(self, handle):
-        return handle
-
-    def cuMemAlloc(self, size):
-        assert self.thread.context == 5 and size
-        self.tried += 1
-        if self.tried <= self.full:
-            return 2, None
-        buffer = (ctypes.c_char * size)()
-        self.memory[ctypes.addressof(buffer)] = buffer
-        return 0, ctypes.addressof(buffer)
-
-    def cuMemcpyHtoDAsync(self, to, address, size, stream):
-        assert len(self.memory[to]) == size and stream == 77
-        ctypes.memmove(to, address, size)
-        self.copying = True
-        return (0,)
-
-    def cuStreamSynchronize(self, stream):
-        assert stream == 77
-        self.copying = False
-        return (0,)
-
-    def cuCtxSynchronize(self):
-        self.running = False
-        return (0,)
-
-    def cuMemFree(self, address):
-        assert not self.running
-        self.memory.pop(address)
-        return (0,)
-
-    def cuLaunchKernel(self, f, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
-        name = self.names[f]
-        assert self.thread.context == 5  # of this thread: else 201, invalid context
-        assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0) and shared <= self.limits[name]
-        assert not self.copying  # a table, which other streams read too
-        self.launches.append((name, gx, bx, shared, stream))
-        self.running = True
-        if self.status:
-            return (self.status,)
-        size = self.emulator.library.arguments_size()
-        address = ctypes.c_void_p.from_address(parameters).value
-        copied = array("q", ctypes.string_at(address, size))
-        self.emulator.launch(name, gx, bx, shared, copied)
-        return (0,)
-
-
-class Device(driver.Device):
-    """On tensors of the CPU: what torch would say of a CUDA stream is given."""
-
-    stream, capturing = 77, False
-
-    def _stream(self):
-        return self.stream
-
-    def _capturing(self):
-        return self.capturing
-
-
-@pytest.fixture(scope="module")
-def library():
-    return build()
-
-
-@pytest.fixture
-def device(library, monkeypatch):
-    fake = Driver(Emulator(library))
-    # The code need not be right here, only its name inside: test_cuda_compile compiles all of it.
-    monkeypatch.setattr(driver, "find_prebuilt", lambda name, *_: b"\x7fELF " + name.encode())
-    return Device(0, fake)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +43,7 @@ def test_results_through_the_driver(device, case):
 
 
 def test_any_strides(device):
-    """Slices, transposes, expanded batches, negative views: read as they lie, by their strides."""
+    """Slices, transposes, expanded batches and negative views are read in place by their strides."""
     k = torch.randn(3, 2 * 200)[:, ::2]
     for u in (
         torch.randn(2, 3, 400)[..., ::2],
@@ -221,7 +88,7 @@ def test_a_failing_launch_raises(device):
 
 
 def test_a_thread_that_has_not_used_the_device_yet(device):
-    """The gradient in a thread of its own, whose first use of the driver it is."""
+    """The gradient is computed in a thread of its own, which has not used the driver before."""
     u, k = torch.randn(2, 2, 300, requires_grad=True), torch.randn(2, 300)
     with as_backend(device):
         y = fftconv(u, k)
@@ -240,8 +107,8 @@ def test_first_call_inside_a_graph_capture_says_so(device):
 
 
 def test_scratch_of_long_rows_is_bounded(device, monkeypatch):
-    """Channels are taken in turn where the passes between would need more than WORK_BYTES."""
-    monkeypatch.setattr(convolution, "WORK_BYTES", 1 << 20)
+    """Channels are taken in turn where the passes between would need more than SCRATCH_BYTES."""
+    monkeypatch.setattr(convolution, "SCRATCH_BYTES", 1 << 20)
     device.limits = device.limits.__class__(shared=20000, shared_total=20000, tensor_cores=False)
     case = Case(2, 5, 9000, 9000, heads=2, skip="ch", activation="silu", post_gate=True)
     tensors = case.tensors()
@@ -254,7 +121,7 @@ def test_scratch_of_long_rows_is_bounded(device, monkeypatch):
 
 
 def test_compile_and_functorch_take_the_same_kernels(device):
-    """The operator is the same object on every device: what wraps it needs no CUDA code."""
+    """The operator is the same object on every device, so that what wraps it needs no CUDA code."""
     u, k = torch.randn(2, 3, 64), torch.randn(3, 64)
     with as_backend(device):
         y = torch.compile(fftconv, backend="eager", fullgraph=True)(u, k)
@@ -268,127 +135,8 @@ def test_compile_and_functorch_take_the_same_kernels(device):
     torch.testing.assert_close(mapped, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def fresh(monkeypatch):
-    """What is known of devices is forgotten before and after."""
-    known = driver.device
-    monkeypatch.setattr(driver, "_failures", {})
-    known.cache_clear()
-    yield
-    known.cache_clear()
-
-
-class Row:
-    """What the choice of a backend asks a tensor."""
-
-    is_cpu, is_cuda = False, True
-    device = torch.device("cuda", 0)
-
-    def __init__(self, length: int, dtype=torch.float32):
-        self.shape, self.dtype = (1, 1, length), dtype
-
-
-def why_not(row: Row) -> str | None:
-    return gpu.why_not(Request("fftconv", Inputs(row, *[None] * 5), ("none", False)))
-
-
-def test_why_there_is_no_kernel(monkeypatch, fresh):
-    assert "float64" in why_not(Row(5, torch.float64))
-    monkeypatch.setattr(driver, "packages_reason", lambda: "No module: pip install cuda-python")
-    assert "pip install cuda-python" in why_not(Row(5))
-
-
-def test_rows_without_a_plan_take_the_fallback(device, monkeypatch, fresh):
-    monkeypatch.setattr(driver, "device", lambda index: device)
-    most = longest(device.limits)
-    assert most > 1 << 26 and why_not(Row(most)) is None
-    assert str(most) in why_not(Row(most + 1))
-
-
-def test_failures_are_tried_again_but_not_for_ever(monkeypatch, fresh):
-    """A device that failed once, out of memory perhaps, is not given up; a capture is an error, not a fallback."""
-    calls = []
-
-    def failing(index):
-        calls.append(index)
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr(driver, "device", failing)
-    assert [driver.reason(0) for _ in range(5)] == ["no memory"] * 5 and len(calls) == 3
-
-    def captured(index):
-        raise tables.CaptureError(tables.FIRST_CALL)
-
-    monkeypatch.setattr(driver, "device", captured)
-    with pytest.raises(RuntimeError, match="once before the capture"):
-        driver.reason(1)
-    monkeypatch.setattr(driver, "device", lambda index: device)
-    assert driver.reason(1) is None
-
-
-@pytest.mark.parametrize(
-    "version, wanted", [(13000, ""), (12040, "cuda-python<13"), (11080, "update")]
-)
-def test_a_driver_older_than_the_compiler(monkeypatch, fresh, version, wanted):
-    """Machine code of a later CUDA does not load: what is said names the way out."""
-    bindings = pytest.importorskip("cuda.bindings.driver")
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-    monkeypatch.setattr(bindings, "cuDriverGetVersion", lambda: (0, version))
-    monkeypatch.setattr(nvrtc, "nvrtcVersion", lambda: (0, 13, 5))
-
-    def failing(index):
-        raise RuntimeError("seqconv: CUDA driver: 218")
-
-    monkeypatch.setattr(driver, "device", failing)
-    reason = driver.reason(0)
-    assert reason.startswith("seqconv: CUDA driver: 218") and wanted in reason
-    assert ("nvrtc-cu12" in reason) == (version == 12040)
-    assert ("update" in reason) == (version < 13000)
-
-
-def test_tables_lie_outside_of_torchs_pools(device):
-    """The driver's own memory, tried twice, freed when nothing uses it any more and the device has come to rest."""
-    memory = device.driver.memory
-    device.driver.full = 1
-    table = device.table(tables.build, 512, (2, 16, 16), 2, True)
-    assert list(memory) == [int(table)] and device.driver.tried == 2
-    words = tables.build(512, (2, 16, 16), 2, True)
-    assert memory[int(table)].raw == words.numpy().tobytes()
-    for n in range(64):
-        device.table(torch.zeros, n + 1)
-    assert len(memory) == 65  # `table` may be part of a call that is still to be launched
-    device.driver.running = True
-    del table
-    assert len(memory) == 64
-    device.driver.tried, device.driver.full = 0, 2
-    with pytest.raises(RuntimeError, match="CUDA driver: 2"):
-        device.table(torch.ones, 3)
-    assert len(memory) == 64 and len(device.table.recent) == 64
-
-
-def test_tables_in_a_graph_are_kept(device):
-    """A captured graph knows addresses only: its tables outlive any number of others."""
-    device.table(torch.zeros, 5)
-    device.capturing = True
-    kept = int(device.table(torch.zeros, 5))
-    with pytest.raises(RuntimeError, match="once before the capture"):
-        device.table(torch.zeros, 6)
-    device.capturing = False
-    for n in range(80):
-        device.table(torch.ones, n + 1)
-    assert len(device.driver.memory) == 65 and int(device.table(torch.zeros, 5)) == kept
-
-
-def test_explain_shows_the_plan(device):
-    device.arch = "sm_90"
-    with as_backend(device):
-        text = str(seqconv.explain(torch.randn(8, 4, 5000).bfloat16(), torch.randn(4, 5000)))
-    assert "tensor cores" in text and "5120" in text and "sm_90" in text
-    assert "predicted lower bound" in text
-
-
 def test_the_road_of_a_cuda_tensor(library, monkeypatch, fresh):
-    """Through the package's own questions to torch: which device, which stream, is it capturing."""
+    """The package itself asks torch for the device and the stream, and whether it is capturing."""
     asked = []
 
     class Current:
@@ -440,7 +188,7 @@ def test_the_road_of_a_cuda_tensor(library, monkeypatch, fresh):
 
 
 def test_devices_of_two_kinds(library, monkeypatch):
-    """Each asks for machine code of its own architecture."""
+    """Each device asks for the machine code of its own architecture."""
     asked = []
 
     def found(name, major, minor):
@@ -456,19 +204,6 @@ def test_devices_of_two_kinds(library, monkeypatch):
         with as_backend(Device(0, fake)):
             fftconv(torch.randn(1, 2, 300), torch.randn(2, 300))
     assert asked == [(9, 0)] * 2 + [(8, 6)] * 2
-
-
-def test_explain_tells_a_cuda_tensor_what_it_takes(device, monkeypatch):
-    with FakeTensorMode():  # a CUDA tensor without a device
-        u, k = torch.empty(2, 3, 500, device="cuda:0"), torch.empty(3, 500, device="cuda:0")
-        monkeypatch.setattr(driver, "reason", lambda index: "pip install cuda-python")
-        found = seqconv.explain(u, k)
-        assert found.backend == "reference" and "cuda-python" in found.fallback
-        monkeypatch.setattr(driver, "reason", lambda index: None)
-        monkeypatch.setattr(driver, "device", lambda index: device)
-        assert "float64" in seqconv.explain(u.double(), k.double()).fallback
-        found = seqconv.explain(u, k)
-        assert (found.backend, found.fallback) == ("cuda", None) and "512 points" in found.plan
 
 
 def test_every_kernel_has_an_entry(library):
@@ -504,8 +239,9 @@ print("launched", len(device._kernels), "kernels")
 """
 
 
+@pytest.mark.slow
 def test_real_bindings_and_machine_code(library, tmp_path):
-    """NVRTC's code through the real cuda.bindings into the tests' own driver library, launched in the emulator."""
+    """The real cuda.bindings load NVRTC's code into the tests' driver library, which launches it in the emulator."""
     if compiler.compiler_reason():
         pytest.skip(compiler.compiler_reason())
     source = HERE / "libcuda.cpp"

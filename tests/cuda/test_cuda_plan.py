@@ -1,4 +1,4 @@
-"""The planner: a pure function, so thousands of problems on several devices."""
+"""The planner is a pure function. So it is tested with thousands of problems on several devices."""
 
 import math
 import random
@@ -7,21 +7,10 @@ from dataclasses import replace
 import pytest
 
 from seqconv.backends.cuda import kernels
-from seqconv.backends.cuda.plan import (
-    H100,
-    MAX_PARTS,
-    MAX_PASSES,
-    MAX_THREADS,
-    RADICES,
-    WIDE,
-    Limits,
-    Problem,
-    factor,
-    longest,
-    make_plan,
-    sizes,
-    torch_fft_seconds,
-)
+from seqconv.backends.cuda.cost import LAUNCH
+from seqconv.backends.cuda.lengths import MAX_PASSES, RADICES, factor, sizes
+from seqconv.backends.cuda.plan import MAX_PARTS, MAX_THREADS, PIECE, longest, make_plan
+from seqconv.backends.cuda.problem import H100, Limits, Problem
 
 DEVICES = {
     "h100": H100,
@@ -63,7 +52,9 @@ def test_every_problem_has_a_valid_plan(limits):
             if plan.windows == 1:
                 assert plan.n >= problem.length and plan.lead == 0
             else:
-                assert plan.lead % WIDE == plan.step % WIDE == 0 and past <= plan.lead < past + WIDE
+                assert (
+                    plan.lead % PIECE == plan.step % PIECE == 0 and past <= plan.lead < past + PIECE
+                )
                 assert plan.windows * plan.step >= problem.length
                 assert plan.lead + plan.step + future <= plan.n
                 assert (plan.windows - 1) * plan.step < problem.length
@@ -82,6 +73,18 @@ def test_every_problem_has_a_valid_plan(limits):
                 assert problem.element == 2 and limits.tensor_cores and plan.row_threads % 32 == 0
                 assert plan.radices[-2:] == (16, 16) and not (backward and problem.heads > 1)
             assert plan.seconds > 0 and str(plan)
+
+
+def torch_fft_seconds(problem: Problem, limits: Limits = H100, backward: bool = False) -> float:
+    """The time of the torch.fft formulation by the same model.
+
+    It computes in float32 and moves about 84 bytes for every input sample (padding, rfft, product, irfft, crop), three
+    times that in backward, in ten launches, or thirteen to put the taps of the future in place.
+    """
+    samples = problem.batch * problem.channels * problem.length
+    launches = 13 if problem.taps_rev else 10
+    traffic = 84 * samples * (1 + problem.heads) / 2 + 48 * problem.taps_rows * problem.length
+    return (3 if backward else 1) * (traffic / limits.bandwidth + launches * LAUNCH)
 
 
 @pytest.mark.parametrize("limits", DEVICES.values(), ids=DEVICES)
@@ -132,7 +135,7 @@ def test_one_pass_up_to_32768_points():
 
 
 def test_warps_of_a_row():
-    """Few, which share out what every warp has to set up, where rows keep the device busy; else more."""
+    """Few warps share what each has to set up where rows keep the device busy. Otherwise there are more."""
     for length, most in ((256, 1), (1024, 1), (2048, 2), (4096, 4), (8192, 8), (32768, 16)):
         many = make_plan(Problem(64, 1, 768, length, length, 0, False, 2))
         assert many.row_threads == 32 * most and many.threads >= 256

@@ -1,4 +1,4 @@
-"""Calls that differ in addresses only share their launches; nothing else does."""
+"""Calls that differ in addresses only share their launches, and others do not."""
 
 import sys
 import threading
@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case
-from emulated import Emulator, as_backend, build, forget_recipes
+from emulated import Emulator, as_backend, forget_recipes
 
 from seqconv import fftconv
 from seqconv.backends.cuda import convolution
-from seqconv.backends.cuda.arguments import _PLACES
-from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.arguments import CONVOLUTION
+from seqconv.backends.cuda.problem import H100
+from seqconv.backends.cuda.recipe import Recipe
 from seqconv.backends.cuda.tables import CaptureError, Tables
 from seqconv.backends.cuda.tables import build as build_table
 
@@ -25,11 +26,6 @@ CASES = [
     Case(2, 4, 300, 300, heads=2, skip="h", per_sample=True, dtype=torch.bfloat16),
     Case(3, 2, 1024, 1024, skip="h", dtype=torch.float16, mode="circular"),
 ]
-
-
-@pytest.fixture(scope="module")
-def library():
-    return build()
 
 
 def results(device, case: Case, seed: int) -> list:
@@ -49,7 +45,7 @@ def same(some, others) -> bool:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_second_call_prepares_nothing(library, case, monkeypatch):
-    """And gives, for other numbers at other addresses, the bits of a first one."""
+    """It gives for other numbers at other addresses the same bits as a first call."""
     device = Emulator(library)
     first = results(device, case, 1)
     launched = list(device.launches)
@@ -68,12 +64,12 @@ def test_a_second_call_prepares_nothing(library, case, monkeypatch):
 
 @pytest.mark.parametrize("layout", ["bhl", "blh"])
 def test_channels_in_turn(library, layout, monkeypatch):
-    """Long rows, some channels at a time: one recipe for all parts of one size, at addresses further on."""
+    """Long rows take some channels at a time. One recipe serves all parts of one size, at addresses further on."""
     case = Case(2, 5, 9000, 9000, skip="h", activation="silu", post_gate=True, layout=layout)
     limits = replace(SMALL, tensor_cores=False)
     whole = results(Emulator(library, limits), case, 0)
     forget_recipes()
-    monkeypatch.setattr(convolution, "WORK_BYTES", 1 << 21)
+    monkeypatch.setattr(convolution, "SCRATCH_BYTES", 1 << 21)
     device = Emulator(library, limits)
     assert same(whole, results(device, case, 0)) and same(whole, results(device, case, 0))
     known = convolution._backward.cache_info()
@@ -175,7 +171,7 @@ def test_other_gradients_are_prepared_anew(library, wanted):
 
 
 def test_lazy_tensors_behind_a_recipe(library):
-    """Negated and all-zero tensors that have no memory of their own yet, where others have gone before."""
+    """Negated and all-zero tensors may have no memory of their own yet when a recipe is there already."""
     negated = torch.imag(torch.randn(2, 3, 300, dtype=torch.complex64).conj())
     zeros = torch._efficientzerotensor((2, 3, 300))
     assert negated.is_neg() and zeros.data_ptr() == 0
@@ -199,7 +195,8 @@ class Slow:
         time.sleep(1e-4)
         u, y = self.mine.addresses
         if kernel.startswith("forward"):
-            self.wrong += [arguments[_PLACES["u"]] != u or arguments[_PLACES["y"]] != y]
+            places = CONVOLUTION.places
+            self.wrong += [arguments[places["u"]] != u or arguments[places["y"]] != y]
 
 
 def test_threads_that_run_one_recipe():
@@ -222,7 +219,7 @@ def test_threads_that_run_one_recipe():
 
 
 class Capturing(Emulator):
-    """Its tables are its own, and it may be capturing."""
+    """A device with tables of its own, which may be capturing."""
 
     capturing = False
 
@@ -232,7 +229,7 @@ class Capturing(Emulator):
 
 
 def test_captures_keep_the_tables_of_a_recipe(library):
-    """A recipe holds no table: what is in a graph is kept, what was dropped meanwhile is an error before any launch."""
+    """A recipe holds no tables. Those of a graph are kept, and one that was dropped is an error before any launch."""
     device = Capturing(library)
     with as_backend(device):
         device.capturing = True
@@ -265,8 +262,9 @@ def test_recipes_are_bounded():
         assert 64 <= kept.cache_info().maxsize <= 4096
 
 
-def test_scratch_is_used_again(library):
+def test_scratch_is_used_again(library, monkeypatch):
     """A gradient behind an activation makes the taps' spectra twice, one after the other, in the same memory."""
+    monkeypatch.setattr(convolution, "Recipe", Recipe)  # without bands
     case = Case(2, 3, 300, 300, activation="gelu")
     results(Emulator(library), case, 0)
     sizes = []
@@ -279,7 +277,7 @@ def test_scratch_is_used_again(library):
 
 
 def calls(function) -> int:
-    """Python functions that it enters, of three times the fewest."""
+    """How many Python functions it enters, which is the fewest of three times."""
     found = []
 
     def profile(frame, event, argument):
@@ -303,9 +301,10 @@ class Nothing(Slow):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_a_call_costs(dtype):
+def test_what_a_call_costs(dtype, monkeypatch):
     """In entered functions, which no load of the machine changes. Planning and packing for every call took 98 and
     258 of them; 42 of the latter are torch's own for a Function that does nothing."""
+    monkeypatch.setattr(convolution, "Recipe", Recipe)  # without bands
     leaves = [t.requires_grad_() for t in inputs(u=HALF["u"].to(dtype)).values()]
     dy = torch.ones(2, 3, 300, dtype=dtype)
     with as_backend(Nothing()):

@@ -1,4 +1,4 @@
-"""The skip's gradient on a device: the end of its sum, by itself and behind every plan of the backward pass."""
+"""The skip's gradient on a device: the kernel that ends its sum, alone and behind every plan of the backward pass."""
 
 from dataclasses import replace
 
@@ -12,15 +12,15 @@ from seqconv import reference
 from seqconv.backends.cuda import convolution
 from seqconv.backends.cuda.arguments import arguments
 from seqconv.backends.cuda.convolution import SKIP_THREADS
-from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.problem import H100
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def added_up(device, partial: torch.Tensor, dskip: torch.Tensor) -> torch.Tensor:
     parts, heads, channels, threads = partial.shape
-    fields = {"parts": parts, "heads": heads, "channels": channels, "row_threads": threads}
-    told = arguments(**fields, partial_skip=partial, dskip=dskip)
+    sizes = {"parts": parts, "heads": heads, "channels": channels, "threads": threads}
+    told = arguments("skip_gradient", **sizes, dskip_parts=partial, dskip=dskip)
     device.launch("skip_gradient", heads * channels, SKIP_THREADS, 8 * SKIP_THREADS, told)
     return dskip
 
@@ -28,7 +28,7 @@ def added_up(device, partial: torch.Tensor, dskip: torch.Tensor) -> torch.Tensor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 32), (5, 1, 3, 48), (7, 3, 2, 288), (2, 2, 5, 512)])
 def test_sums_in_float64(machine, shape, dtype):
-    """Parts of 1 beside others of a million times as much, which cancel: float32 would lose them."""
+    """Parts of 1 stand beside others of a million times as much, which cancel. Float32 would lose the former."""
     partial = torch.randn(shape)
     large = 2.0**24 * torch.randn(shape[1:3]).sign()
     partial[0, :, :, 0] += large
@@ -69,8 +69,8 @@ PLANS = {
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan(machine, plan, monkeypatch):
-    """For one skip of all heads and for one of each, where gradients lie apart, in any dtype, to the bit however
-    the threads come and whether all channels go at once or some at a time."""
+    """One skip serves all heads, or each has its own. The gradients lie apart and have any dtype. They are the same to
+    the bit in every order of the threads, and whether all channels go at once or some at a time."""
     case, limits = PLANS[plan]
     for skip in ("h", "ch") if case.heads else ("h",):
         tensors = replace(case, skip=skip).tensors()
@@ -91,7 +91,7 @@ def test_every_plan(machine, plan, monkeypatch):
             (7, torch.float32, 1),
             (1, torch.bfloat16, 1 << 28),
         ):
-            monkeypatch.setattr(convolution, "WORK_BYTES", most)
+            monkeypatch.setattr(convolution, "SCRATCH_BYTES", most)
             forget_recipes()
             memory = torch.full((*leaf.shape[:-1], 3, 2 * leaf.shape[-1]), 7.0, dtype=dtype)
             dskip = memory[..., 1, ::2]

@@ -1,17 +1,17 @@
 """The kernels of sums of exponentials on the host, against the dense formula in float64."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from accuracy import rel_l2
 from emulated import as_backend
-from test_cuda_launch import Device, Driver
+from fake_driver import Device, Driver
+from ssm_cases import SIZES, check, dense, problem, results
 
 from seqconv import reference, ssm_kernel
 from seqconv.backends.cuda import driver, kernels, ssm
-from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.problem import H100
 
 FEW = replace(H100, processors=1)  # several tiles for every block
 
@@ -21,60 +21,7 @@ def device(machine):
     return machine.device()
 
 
-def dense(a, w, length):
-    """The definition: (c, h, length) from every term of it, in float64."""
-    t = torch.arange(length, dtype=torch.float64, device=a.device)
-    terms = torch.exp(torch.view_as_complex(a)[..., None] * t)  # (h n l)
-    return (torch.view_as_complex(w)[..., None] * terms).real.sum(-2)
-
-
-def problem(c, h, n, decay=(1e-4, 0.3), turn=3.0):
-    """Modes of any damping, log-uniform between the two, and of any frequency up to `turn`."""
-    low, high = map(math.log, decay)
-    re = -torch.exp(low + (high - low) * torch.rand(h, n, dtype=torch.float64))
-    im = turn * torch.rand(h, n, dtype=torch.float64)
-    return torch.stack([re, im], -1), torch.randn(c, h, n, 2, dtype=torch.float64)
-
-
 PRODUCTS = ("ssm_forward", "ssm_backward")
-
-
-def results(device, a, w, dk):
-    k, da, dw = dk.new_empty(dk.shape), torch.full_like(a, torch.nan), torch.full_like(w, torch.nan)
-    ssm.forward(device, k, a, w)
-    ssm.backward(device, da, dw, dk, a, w)
-    return k, da, dw
-
-
-def expected(a, w, dk):
-    a, w = a.clone().requires_grad_(), w.clone().requires_grad_()
-    k = dense(a, w, dk.shape[-1])
-    return k.detach(), *torch.autograd.grad(k, (a, w), dk.double())
-
-
-def check(device, a, w, dk, bound=5e-7):
-    found, exact = results(device, a, w, dk), expected(a, w, dk)
-    for name, value, oracle in zip(("k", "da", "dw"), found, exact, strict=True):
-        assert torch.isfinite(value).all(), name
-        if oracle.any():  # position 0 alone leaves nothing of da
-            assert rel_l2(value, oracle) < bound, name
-        else:
-            assert not value.any(), name
-    return found
-
-
-SIZES = [
-    (1, 1, 1, 1),
-    (2, 3, 2, 2),
-    (1, 3, 3, 63),
-    (2, 1, 32, 64),
-    (1, 1, 33, 65),
-    (2, 2, 100, 1000),
-    (1, 3, 4, 2047),
-    (2, 1, 5, 2049),
-    (2, 3, 17, 5000),
-    (1, 1, 3001, 130),
-]
 
 
 @pytest.mark.parametrize("c, h, n, length", SIZES)
@@ -89,7 +36,7 @@ def test_no_position_at_all(device):
 
 
 def test_long_rows_of_barely_damped_modes(device):
-    """Phases of more than a million turns; a gradient that every position adds to in the same direction."""
+    """Phases make more than a million turns, and every position adds to the gradient in the same direction."""
     length = 65536
     a, w = problem(1, 1, 5, decay=(1e-6, 1.1e-6))
     a[..., 1] = torch.tensor([0.0, 1e-5, 3.1, 77.7, 130.0])
@@ -99,7 +46,7 @@ def test_long_rows_of_barely_damped_modes(device):
 
 
 def test_a_phase_is_reduced_exactly(device):
-    """Of any size in one step: here all of the oracle's products are exact too."""
+    """It may have any size in one step. Here all of the oracle's products are exact too."""
     a = torch.tensor([[[-(2.0**-20), 100000000.5]]], dtype=torch.float64)
     w = torch.tensor([[[[0.75, -0.5]]]], dtype=torch.float64)
     check(device, a, w, torch.randn(1, 1, 65536))
@@ -115,7 +62,7 @@ def test_a_row_of_two_million(machine):
 
 
 def test_vanished_and_growing_modes(device):
-    """exp(a l) below float32's range is zero, also times a weight; beyond the row it never overflows."""
+    """exp(a l) below float32's range is zero, also times a weight. Beyond the row it never overflows."""
     a = torch.tensor([[[-1000.0, 2.0], [-0.1, 1.0], [-3.0, 0.5]]], dtype=torch.float64)
     w = torch.randn(1, 1, 3, 2, dtype=torch.float64)
     check(device, a, w, torch.randn(1, 1, 3000))
@@ -141,7 +88,7 @@ def test_modes_do_not_meet(device):
 
 
 def test_blocks_share_the_length(machine):
-    """A block for every tile where they are few, and else several tiles for every block."""
+    """Every tile has a block where tiles are few. Otherwise every block has several tiles."""
     a, w = problem(2, 17, 3)
     dk = torch.randn(2, 17, 5000)
     for limits, shares in ((H100, 3), (FEW, 1)):
@@ -151,7 +98,7 @@ def test_blocks_share_the_length(machine):
 
 
 def run(machine, order=0, **options):
-    """Several tiles and heads to a block, one group of modes and two."""
+    """A block has several tiles and heads, and one group of modes or two."""
     torch.manual_seed(0)
     found = []
     for n in (3, 35):
@@ -182,7 +129,7 @@ def test_every_barrier_is_needed(emulator):
 
 
 def test_through_the_driver_with_any_strides(emulator, monkeypatch):
-    """A gradient is read as it lies: transposed, expanded, a slice, lazily negated or zero."""
+    """A gradient is read in place, whether it is transposed, expanded, a slice, lazily negated or zero."""
     monkeypatch.setattr(driver, "find_prebuilt", lambda name, *_: b"\x7fELF " + name.encode())
     device = Device(0, Driver(emulator.device()))
     a, w = problem(2, 3, 4)
@@ -201,7 +148,7 @@ def test_through_the_driver_with_any_strides(emulator, monkeypatch):
 
 
 def test_memory_does_not_grow_with_modes_times_length(machine, monkeypatch):
-    """What is allocated beside the results: 64 bytes for each digit of a mode, 32 for a block's sums of one."""
+    """Beside the results, 64 bytes are allocated for each digit of a mode, and 32 for a block's sums of one."""
     sizes, empty = [], torch.empty
 
     def counted(*args, **options):
@@ -221,7 +168,7 @@ def test_memory_does_not_grow_with_modes_times_length(machine, monkeypatch):
 
 
 def test_the_operator_on_cudas_road(machine):
-    """ssm_kernel from its parameters to their gradients, with the emulator in the driver's place."""
+    """ssm_kernel runs from its parameters to their gradients, with the emulator in the driver's place."""
     device = machine.device()
     inputs = [torch.randn(3) - 3, torch.randn(3, 4, 2), torch.randn(2, 3, 4, 2)]
     inputs[1][..., 0] = -inputs[1][..., 0].abs()

@@ -1,5 +1,7 @@
-"""The CUDA kernels themselves, run on the host, as source in the emulator and as PTX: every dtype, mode and engine
-against float64, in several thread orders, with races looked for."""
+"""The CUDA kernels run on the host, as source in the emulator and as PTX on its machine.
+
+Every dtype, mode and engine is compared with float64 in several orders of threads, and races are looked for.
+"""
 
 import contextlib
 import math
@@ -7,13 +9,15 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
-import test_fftconv
 import torch
 from accuracy import rel_l2
 from cases import Case, double
 from device_cases import (
     A100,
     FEW,
+    LENGTHS,
+    LONG,
+    OPTIONS,
     ORDERS,
     SMALL,
     TURING,
@@ -26,11 +30,12 @@ from device_cases import (
 )
 from emulated import as_backend, forget_recipes
 from judge import ROUNDING, STATED
-from test_fftconv import CASES
+from operator_cases import CASES, PROPERTIES
 
 from seqconv import fftconv, reference
 from seqconv.backends.cuda import convolution, kernels
-from seqconv.backends.cuda.plan import H100, Limits, Problem, make_plan
+from seqconv.backends.cuda.plan import make_plan
+from seqconv.backends.cuda.problem import H100, Limits, Problem
 from seqconv.backends.cuda.recipe import Recipe
 
 
@@ -42,22 +47,15 @@ def test_the_operators_cases(machine, case):
         assert device.launches
 
 
-LENGTHS = (1, 2, 15, 16, 17, 31, 33, 127, 255, 256, 257, 513, 1000, 2049, 5000, 14113)
-OPTIONS = (
-    {"skip": "h"},
-    {"taps_rev": -1, "skip": "h", "pre_gate": True},
-    {"mode": "circular", "post_gate": True},
-    {"skip": "h", "activation": "gelu", "post_gate": True, "pre_gate": True},
-    {"layout": "blh", "activation": "silu", "taps_rev": -1},
-    {"heads": 2, "skip": "ch", "activation": "silu"},
-)
+SUMS = [  # mode and dtype; float32 has one way of adding up
+    *[("fast", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)],
+    *[("accurate", dtype) for dtype in (torch.float16, torch.bfloat16)],
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode, dtype", SUMS, indirect=["mode"], ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_edge_lengths(machine, mode, dtype, length):
-    if dtype == torch.float32 and mode == "accurate":
-        return
     which = (
         LENGTHS.index(length) + [torch.float32, torch.float16, torch.bfloat16].index(dtype)
     ) % 6
@@ -75,7 +73,7 @@ def test_edge_lengths(machine, mode, dtype, length):
 
 @pytest.mark.parametrize("n", kernels.FIXED)
 def test_kernels_that_know_their_length(machine, n, monkeypatch):
-    """Within what is stated, and to the bit what the kernel for any length gives."""
+    """They are as exact as is stated, and give the same bits as the kernel for any length."""
     dtype = (torch.float16, torch.bfloat16)[n.bit_length() % 2]
     case = Case(2, 1, n - 1, n - 1, taps_rev=n - 2, skip="h", dtype=dtype)
     device = machine.device(FEW)
@@ -93,7 +91,7 @@ def test_kernels_that_know_their_length(machine, n, monkeypatch):
 
 @pytest.mark.parametrize("length", [16384, 32768, 51200])
 def test_longest_single_passes(machine, mode, length):
-    """One launch for a whole row of 16-bit numbers, at exactly the row's own length, two-sided too."""
+    """One launch takes a whole row of 16-bit numbers by a transform of the row's length, and two-sided rows too."""
     case = Case(1, 140, length, length, taps_rev=length - 1, skip="h", dtype=torch.bfloat16)
     device = machine.device(FEW)
     tensors = case.tensors()
@@ -131,7 +129,7 @@ def test_longest_single_passes(machine, mode, length):
 
 
 def test_taps_gradients_in_pieces(machine, mode):
-    """Of rows that fit twice as fp16 numbers, and not once as the float32 numbers of the taps."""
+    """The rows fit twice as fp16 numbers, but the taps do not fit once as float32 numbers."""
     case = Case(2, 1, 1024, 1024, taps_rev=1023, skip="h", dtype=torch.float16)
     device = machine.device(Limits(shared=8500, shared_total=64000, processors=1))
     check(device, case, mode)
@@ -152,7 +150,7 @@ ONE_PLANE = [
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ONE_PLANE, ids=str)
 def test_one_plane_for_two_spectra(machine, mode, dtype, case, monkeypatch):
-    """Gradients in one pass where the block's memory holds a row only once, and no row of float32 taps."""
+    """Gradients take one pass where the block's memory holds a row only once, and no row of float32 taps."""
     case, plans = replace(case, dtype=dtype), []
 
     def noted(problem, limits, backward=False):
@@ -187,8 +185,10 @@ def test_one_plane_for_two_spectra(machine, mode, dtype, case, monkeypatch):
     ids=str,
 )
 def test_one_plane_or_two_give_the_same(machine, mode, monkeypatch, case):
-    """To the bit, in any number of slots and groups: what waits in global memory is not rounded. Every slot
-    has room of its own, none of which is left as NaN: blocks that share it meet on a GPU only."""
+    """The bits are the same with any number of slots and groups, since what waits in global memory is not rounded.
+
+    Every slot has room of its own, of which nothing is left as NaN. Blocks that share room would meet on a GPU only.
+    """
     two = results(machine, case, FEW, 0)
     empty, scratch, pieces, filled = Recipe.empty, convolution._Prepared.scratch, {}, []
 
@@ -220,7 +220,7 @@ def test_one_plane_or_two_give_the_same(machine, mode, monkeypatch, case):
     "limits", [FEW, OnePlane(processors=1), one_plane(1024)], ids=["2", "1", "pieces"]
 )
 def test_gradients_of_some_arguments_are_those_of_all(machine, mode, wanted, limits):
-    """Also where none of the taps is wanted, whose spectra of x are left out."""
+    """This holds too where no gradient of taps is wanted, and x's spectra are left out."""
     torch.manual_seed(0)
     case = Case(3, 2, 1000, 1000, taps_rev=5, skip="h", dtype=torch.bfloat16)
     tensors, dy = case.tensors(), torch.randn(3, 2, 1000).to(case.dtype)
@@ -240,7 +240,7 @@ def test_gradients_of_some_arguments_are_those_of_all(machine, mode, wanted, lim
 
 
 def test_scratch_of_long_gradients_is_bounded():
-    """Of 768 channels some at a time; a call forward has only spectra."""
+    """768 channels go some at a time. A call forward needs scratch for spectra only."""
     for per_sample in (False, True):
         problem = Problem(64, 1, 768, 32768, 32768, 0, per_sample, 2)
         plans = [make_plan(problem, H100, backward=b) for b in (False, True)]
@@ -252,26 +252,6 @@ def test_scratch_of_long_gradients_is_bounded():
         assert list(convolution._slices(problem, plans[:1])) == [(0, 768)]
 
 
-LONG = [
-    Case(
-        2,
-        2,
-        20000,
-        20000,
-        taps_rev=19999,
-        skip="h",
-        activation="gelu",
-        pre_gate=True,
-        post_gate=True,
-    ),
-    Case(2, 2, 9000, 9000, heads=2, skip="ch", activation="gelu"),
-    Case(2, 2, 9000, 9000, heads=2, per_sample=True, skip="ch"),
-    Case(2, 2, 9001, 9001, mode="circular", skip="h", layout="blh"),
-    Case(3, 2, 12288, 12288, skip="h", dtype=torch.bfloat16, post_gate=True),
-    Case(1, 1, 65537, 65537, dtype=torch.float16),
-]
-
-
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_three_passes(machine, case):
     device = machine.device(replace(SMALL, tensor_cores=False))
@@ -279,6 +259,10 @@ def test_three_passes(machine, case):
     assert any(kernel.startswith("long") for kernel, *_ in device.launches)
 
 
+# The PTX machine takes half a minute.
+@pytest.mark.parametrize(
+    "machine", ["emulator", pytest.param("ptx", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_row_of_a_million(machine):
     case = Case(1, 1, (1 << 20) - 3, (1 << 20) - 3, skip="h")
     device = machine.device()
@@ -296,7 +280,7 @@ def test_other_devices(machine, limits, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_windows(machine, dtype):
-    """Kernels much shorter than the row: several transforms to a row, in forward and backward."""
+    """Where taps are much fewer than steps, a row takes several transforms, forward and backward."""
     for length, taps, options in (
         (20001, 65, {"taps_rev": 30, "pre_gate": True}),
         (20001, 65, {"activation": "gelu", "pre_gate": True, "post_gate": True}),
@@ -312,7 +296,7 @@ def test_windows(machine, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_hard_signals(machine, mode, dtype):
-    """Energy in one frequency, one sample or one row; sizes at the ends of the dtype's range; values beside zeros."""
+    """The energy is in one frequency, one sample or one row, and sizes are at the ends of the dtype's range."""
     n = 1000
     t = torch.arange(n)
     signals = [
@@ -354,7 +338,7 @@ def test_kernels_of_any_size(machine, mode, scale):
 
 
 def test_rows_do_not_meet(machine):
-    """A NaN spoils its own row of (sample, channel), however many rows a block holds."""
+    """A NaN spoils its own row of (sample, channel) only, however many rows a block holds."""
     for dtype in (torch.float32, torch.bfloat16):
         u, k = torch.randn(9, 2, 256).to(dtype), torch.randn(2, 256)
         with as_backend(machine.device(FEW)):
@@ -364,28 +348,6 @@ def test_rows_do_not_meet(machine):
         assert y[3, 1].isnan().any()
         y[3, 1] = clean[3, 1]
         assert torch.equal(y, clean)
-
-
-# What test_fftconv asks of the operator besides accuracy, for tensors of any device.
-PROPERTIES = {
-    f"{function.__name__}-{argument}": (function, (argument,) if argument else ())
-    for function, values in (
-        (
-            test_fftconv.test_gradient_of_one_argument_alone,
-            ["u", "k", "k_rev", "skip", "post_gate"],
-        ),
-        (test_fftconv.test_gradients_without_gates_or_kernel_gradient, [None]),
-        (test_fftconv.test_unknown_taps_do_not_matter, [None]),
-        (test_fftconv.test_the_future_moves_the_past_by_roundoff_only, [1.0, 1e6]),
-        (test_fftconv.test_extremes_stay_finite, [None]),
-        (test_fftconv.test_strides, ["every other", "transposed", "negated"]),
-        (test_fftconv.test_expanded_inputs_and_gradients, [None]),
-        (test_fftconv.test_blh_output_is_contiguous, [None]),
-        (test_fftconv.test_only_inputs_are_saved, [None]),
-        (test_fftconv.test_inputs_are_not_written, [None]),
-    )
-    for argument in values
-}
 
 
 @pytest.mark.parametrize("name", PROPERTIES)

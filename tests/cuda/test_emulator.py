@@ -1,19 +1,21 @@
-"""The emulator of tests/device: what it must notice, and what it counts."""
+"""What the emulator of tests/helpers/device must notice, and what it counts."""
 
 import ctypes
+import math
 
 import pytest
 import torch
 from cases import Case
 from device_cases import FEW, ORDERS, results
-from emulated import as_backend
+from emulated import Emulator, as_backend
+from guarded import BAND, Overrun
 
 from seqconv import fftconv
-from seqconv.backends.cuda.arguments import arguments
+from seqconv.backends.cuda.arguments import CONVOLUTION
 
 
 def test_every_barrier_is_needed(emulator):
-    """Each left out in turn: a race is found, or the result is another one."""
+    """Each barrier is left out in turn. Then a race is found, or the result is another one."""
     right = [results(emulator, case, limits, 0) for case, limits in ORDERS]
     visited = emulator.library.emulator_visited().decode().split()
     others = ("butterfly", "ssm")  # test_cuda_butterfly's and test_cuda_ssm's
@@ -53,7 +55,7 @@ def test_the_emulator_notices(emulator, which):
 
 
 def test_tensor_core_instructions_match_the_formula(emulator, mode):
-    """16 x 16 complex products: 8 instructions, 4 where one side is real; a pass there and one back for each radix."""
+    """Each radix has a pass there and one back. A complex product takes 8 instructions, or 4 where one side is real."""
     for length, outer in ((256, 0), (4096, 1), (8192, 2)):
         case = Case(1, 1, length, length, dtype=torch.float16)
         before = emulator.library.tensor_products()
@@ -64,5 +66,21 @@ def test_tensor_core_instructions_match_the_formula(emulator, mode):
         assert emulator.library.tensor_products() - before == expected
 
 
-def test_arguments_match_the_kernels(emulator):
-    assert emulator.library.arguments_size() == 8 * len(arguments())
+@pytest.mark.parametrize("step", [-BAND // 4, -1, 2, 1 + BAND // 4], ids=str)
+def test_a_step_beside_a_piece_of_scratch_memory(emulator, step):
+    """Something is written a few elements before or behind the two divisors of two rows of taps."""
+    seen = []
+
+    class Beside(Emulator):
+        def launch(self, kernel, grid, threads, shared, arguments):
+            super().launch(kernel, grid, threads, shared, arguments)
+            if kernel == "spectrum":
+                divisors = arguments[CONVOLUTION.places["divisors"]]
+                at = ctypes.c_float.from_address(divisors + 4 * step)
+                seen.append(at.value)
+                at.value = 1.0
+
+    case = Case(2, 2, 1024, 1024, dtype=torch.bfloat16)
+    with as_backend(Beside(emulator.library)), pytest.raises(Overrun, match="spectrum wrote"):
+        case.run(fftconv, case.tensors())
+    assert len(seen) == 1 and math.isnan(seen[0])

@@ -1,12 +1,11 @@
-"""The PTX machine's asynchronous copies and mbarriers: right when waited for, at any time they may happen, and a fault
-otherwise."""
+"""The PTX machine's asynchronous copies and mbarriers.
+
+They are right when the program waits for them, whenever they happen. Otherwise they are a fault.
+"""
 
 import pytest
 import torch
-
-pytest.importorskip("ptx_device")
-
-from test_ptx_machine import OWN, WORD, run, stores
+from ptx_text import OWN, WORD, run, stores
 
 COPIES = [0, 1, 2]  # at once, as late as possible, the last first
 FIRST = "setp.ne.u32 %p1, %r1, 0;\n@%p1 bra {label};\n"
@@ -93,7 +92,7 @@ OWN_PIECE = "ld.shared.v4.u32 {%r10,%r11,%r12,%r13}, [%r8];" + stores(
 
 @pytest.mark.parametrize("copies", COPIES)
 def test_pieces(copies):
-    """cp.async: bytes that are not read become zero; others see a piece after a wait and a barrier."""
+    """Bytes that cp.async does not read become zero. Other threads see a piece after a wait and a barrier."""
     for more, kept in (("", 4), (", 8", 2), (", 0", 0)):
         body = PIECE.format(more=more) + COMMIT + AWAIT + OWN_PIECE
         expected = given()[:, :4].clone()
@@ -125,7 +124,7 @@ def test_pieces_that_go_wrong(body, message, copies):
 
 
 def test_more_arrivals_than_counted():
-    """The first arrival completes the phase of a count of one; a count of two is overrun by 64 threads in its last."""
+    """With a count of one the first arrival completes the phase. 64 threads overrun a count of two in the last."""
     arrive = "mbarrier.arrive.shared.b64 _, [%r3+512];\n"
     run(MAKE + arrive, threads=64)
     with pytest.raises(RuntimeError, match="more arrivals at an mbarrier"):

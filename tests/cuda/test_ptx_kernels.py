@@ -1,20 +1,22 @@
-"""Every CUDA kernel as NVRTC compiles it, run on the PTX machine: right, without any fault, and however the tensor
-cores round their sums."""
+"""The PTX machine runs every CUDA kernel as NVRTC compiles it.
+
+The results are right, without any fault, and however the tensor cores round their sums.
+"""
 
 import os
 from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
-import test_cuda_butterfly
-import test_cuda_ssm
+import ssm_cases
 import torch
+from butterfly_cases import check_learned_matrices
 from cases import Case
 from device_cases import A100, FEW, SMALL, TURING, check, one_plane, planned, run
 from judge import sums
 
 from seqconv.backends.cuda import convolution, kernels
-from seqconv.backends.cuda.plan import H100
+from seqconv.backends.cuda.problem import H100
 
 ptx_device = pytest.importorskip("ptx_device")
 if ptx_device.compiler.compiler_reason():
@@ -26,7 +28,7 @@ GATED = {"pre_gate": True, "post_gate": True, "activation": "gelu", "skip": "h"}
 
 
 def cases() -> list[tuple[Case, object, str]]:
-    """(problem, limits of the device, mode): together they launch every kernel of the convolution."""
+    """(problem, limits of the device, mode). Together they launch every kernel of the convolution."""
     found = []
     for n in kernels.FIXED:
         later = n - 1 if n < 16384 else None
@@ -66,7 +68,7 @@ ASKED = os.environ.get("SEQCONV_COMPILE", "0")  # as in test_cuda_compile.py
 
 
 def some(things, count: int) -> list:
-    """`count` of the things, others at each commit; or all of them."""
+    """`count` of the things, which are others at each commit, or all of them."""
     things = list(things)
     if ASKED == "all":
         return things
@@ -75,14 +77,18 @@ def some(things, count: int) -> list:
 
 # The installed NVRTC is proved by all cases, another one by some at each commit.
 CASES = some(cases(), 4) if os.environ.get("SEQCONV_NVRTC") else cases()
-ids = [
-    f"{case}-{mode}" + f"-{limits.shared}" * (limits.shared < 1 << 17)
-    for case, limits, mode in CASES
-]
+
+
+def marked(case: Case, limits, mode: str):
+    """Slow are float16's cases beside bfloat16's, rows of which one takes seconds, and all but one known length."""
+    known = case.length in kernels.FIXED
+    slow = case.length > 10000 or (case.length > 1024 if known else case.dtype == torch.float16)
+    name = f"{case}-{mode}" + f"-{limits.shared}" * (limits.shared < 1 << 17)
+    return pytest.param(case, limits, mode, id=name, marks=[pytest.mark.slow] * slow)
 
 
 class Recording(ptx_device.PtxDevice):
-    """Only notes which kernels would run."""
+    """A device that only notes which kernels would run."""
 
     def launch(self, kernel, grid, threads, shared, arguments):
         self.launches.append((kernel, grid, threads, shared))
@@ -99,9 +105,9 @@ def test_the_cases_launch_every_kernel():
     assert found == set(kernels.KERNELS) - others
 
 
-@pytest.mark.parametrize("case, limits, mode", CASES, ids=ids)
+@pytest.mark.parametrize("case, limits, mode", [marked(*c) for c in CASES])
 def test_kernels(case, limits, mode):
-    """Within what is stated, in another order of threads, too; on tensor cores however sums are rounded."""
+    """Results are as exact as is stated, in another order of threads too, and however tensor cores round sums."""
     with sums(mode), patch.object(convolution, "make_plan", planned):
         first = ptx_device.PtxDevice(limits)
         check(first, case, mode)
@@ -112,12 +118,12 @@ def test_kernels(case, limits, mode):
 
 @pytest.mark.parametrize("order", [0, 2])
 def test_sums_of_exponentials(order):
-    a, w = test_cuda_ssm.problem(2, 3, 17)
+    a, w = ssm_cases.problem(2, 3, 17)
     device = ptx_device.PtxDevice(FEW, order)
-    test_cuda_ssm.check(device, a, w, torch.randn(2, 3, 5000))
+    ssm_cases.check(device, a, w, torch.randn(2, 3, 5000))
     few = {name for name, *_ in device.launches}
     device = ptx_device.PtxDevice(H100, order)
-    test_cuda_ssm.check(device, *test_cuda_ssm.problem(1, 1, 5), torch.randn(1, 1, 300))
+    ssm_cases.check(device, *ssm_cases.problem(1, 1, 5), torch.randn(1, 1, 300))
     few |= {name for name, *_ in device.launches}
     assert few == {name for name in kernels.KERNELS if name.startswith("ssm")}
 
@@ -125,7 +131,7 @@ def test_sums_of_exponentials(order):
 @pytest.mark.parametrize("radices", [(16, 16, 8), (16, 2)], ids=str)
 def test_learned_butterfly(radices):
     device = ptx_device.PtxDevice(FEW)
-    test_cuda_butterfly.test_learned_matrices_and_their_gradients(device, radices, torch.bfloat16)
+    check_learned_matrices(device, radices, torch.bfloat16)
     assert {name for name, *_ in device.launches} == {"butterfly", "butterfly_backward"}
 
 
@@ -145,10 +151,11 @@ EVERYWHERE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", some(OTHERS, 1))
 def test_other_architectures(arch):
     for case in EVERYWHERE:
         check(ptx_device.PtxDevice(replace(OTHERS[arch], processors=1), arch=arch), case)
     device = ptx_device.PtxDevice(FEW, arch=arch)
-    test_cuda_ssm.check(device, *test_cuda_ssm.problem(2, 3, 17), torch.randn(2, 3, 3000))
-    test_cuda_butterfly.test_learned_matrices_and_their_gradients(device, (16, 8), torch.float32)
+    ssm_cases.check(device, *ssm_cases.problem(2, 3, 17), torch.randn(2, 3, 3000))
+    check_learned_matrices(device, (16, 8), torch.float32)

@@ -1,68 +1,20 @@
-"""The PTX machine itself: what instructions compute, and each fault that it must report."""
+"""What the instructions of the PTX machine compute, and each fault that it must report."""
 
+import ptx_device
 import pytest
 import torch
-
-ptx_device = pytest.importorskip("ptx_device")
-
-HEAD = """.version 8.0
-.target sm_90
-.address_size 64
-.extern .shared .align 128 .b8 shared[];
-.visible .entry k(
-\t.param .align 8 .b8 k_param_0[16]
-)
-.maxntid 512, 1, 1
-{
-.reg .pred %p<9>; .reg .b16 %h<9>; .reg .b32 %r<99>; .reg .f32 %f<99>; .reg .b64 %d<9>;
-ld.param.u64 %d1, [k_param_0]; ld.param.u64 %d2, [k_param_0+8];
-mov.u32 %r1, %tid.x; mul.wide.u32 %d3, %r1, 64; add.s64 %d1, %d1, %d3; add.s64 %d2, %d2, %d3;
-shl.b32 %r2, %r1, 2; mov.u32 %r3, shared; add.s32 %r2, %r2, %r3;
-"""  # d1, d2: the thread's 16 words of the input and of the output; r2: a word of shared memory of its own
-WORD = torch.int32
-
-
-def run(
-    body,
-    given=None,
-    threads=32,
-    grid=1,
-    order=0,
-    shared=1024,
-    races=3,
-    copies=0,
-    mma=0,
-    bounded=True,
-    rows=None,
-):
-    """The output, 16 words for every thread, of a kernel that reads `given`."""
-    rows = threads if rows is None else rows
-    given = torch.zeros(rows, 16, dtype=WORD) if given is None else given
-    out = torch.zeros(rows, 16, dtype=WORD)
-    arguments = torch.tensor([given.data_ptr(), out.data_ptr()])
-    options = ptx_device.Launch(grid, threads, shared, order, races, mma, copies)
-    program = ptx_device.Program(HEAD + body + "\nret;\n}\n")
-    program.launch(options, arguments.data_ptr(), ptx_device.living_memory() if bounded else [])
-    return out
-
-
-def loads(*names: str, kind: str = "u32") -> str:
-    return "".join(f"ld.global.{kind} {name}, [%d1+{4 * i}];\n" for i, name in enumerate(names))
-
-
-def stores(*names: str, kind: str = "u32") -> str:
-    return "".join(f"st.global.{kind} [%d2+{4 * i}], {name};\n" for i, name in enumerate(names))
+from ptx_text import HEAD, OWN, WORD, loads, run, stores
 
 
 def rows_of(*parts: torch.Tensor) -> torch.Tensor:
-    """What each thread reads: the parts one after another, as words."""
+    """What each thread reads, which is the parts one after another as words."""
     words = torch.cat([part.contiguous().view(WORD) for part in parts], 1)
     return torch.nn.functional.pad(words, (0, 16 - words.shape[1])).contiguous()
 
 
 # ---- matrix products, against the layouts that CUTLASS gives (MMA_Traits<SM80_16x8x16_F32F16F16F32_TN>) ----
 def strided(thread: tuple, value: tuple) -> torch.Tensor:
-    """CuTe's layout ((shapes), (strides)) of threads and of the values of a thread: an index for each of them."""
+    """An index for each value of each thread, by CuTe's layout ((shapes), (strides)) of both."""
 
     def index(i: int, shape: tuple, stride: tuple) -> int:
         total = 0
@@ -90,7 +42,7 @@ PRODUCTS = {
 @pytest.mark.parametrize("mma", [0, 1, 2], ids=["exact", "in order", "pessimistic"])
 @pytest.mark.parametrize("kind", PRODUCTS)
 def test_matrix_product(kind, mma):
-    """Exact sums are rounded once; the others stay within what they may lose, and do lose something."""
+    """Exact sums are rounded once. The others stay within what they may lose, and do lose something."""
     dtype, sums = PRODUCTS[kind]
     a, b, c = (
         torch.randn(16, 16).to(dtype),
@@ -178,7 +130,7 @@ def test_conversions_and_pairs():
 
 @pytest.mark.parametrize("by, clamp", [(5, 31), (16, 31), (16, 0x100F), (3, 0x1C1F)])
 def test_shuffle(by, clamp):
-    """shfl.bfly: lanes beyond the segment's clamp keep their own value, and say so."""
+    """In shfl.bfly, lanes beyond the segment's clamp keep their own value and say so."""
     body = f"shfl.sync.bfly.b32 %r5|%p1, %r1, {by}, {clamp}, -1; selp.u32 %r6, 1, 0, %p1;\n"
     out = run(body + stores("%r5", "%r6"))
     lane = torch.arange(32)
@@ -213,7 +165,6 @@ def test_integers(text):
 
 # ---- faults ----
 TO_NEIGHBOUR = "xor.b32 %r4, %r2, 4; ld.shared.u32 %r5, [%r4];"
-OWN = "st.shared.u32 [%r2], %r1; "
 HALF = "setp.lt.u32 %p1, %r1, 16;\n@%p1 bra L1;\n"
 PRODUCT = "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 "
 PRODUCT += "{%r20,%r21}, {%r10,%r11,%r12,%r13}, {%r14,%r15}, {%r20,%r21};"
@@ -295,7 +246,7 @@ FAULTS = {
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_reported(name, order):
-    """With kernel, block, thread and the line of the PTX."""
+    """Faults are reported with kernel, block, thread and the line of the PTX."""
     body, message = FAULTS[name]
     with pytest.raises(RuntimeError, match=message) as error:
         run(body, threads=64, order=order)
@@ -304,7 +255,7 @@ def test_faults_are_reported(name, order):
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_what_is_ordered_is_no_fault(order):
-    """Barriers of blocks and of warps, named ones, and lanes that meet in one collective after different ways."""
+    """These are barriers of blocks and of warps, named ones, and lanes that reach one collective on different ways."""
     assert run(OWN + "bar.warp.sync -1; " + TO_NEIGHBOUR + stores("%r5"), threads=64, order=order)[
         :, 0
     ].tolist() == [i ^ 1 for i in range(64)]
@@ -341,6 +292,6 @@ def test_memory_that_is_not_mapped():
      "mov.f32 %f1, 0.5;", "L1: mov.u32 %r5, 0;\nL1: mov.u32 %r5, 1;", "ld.global.nc.u32 %r5, [%d1];"],
 )  # fmt: skip
 def test_what_is_unknown_is_refused(text):
-    """Nothing is skipped or guessed."""
+    """The reader neither skips nor guesses anything."""
     with pytest.raises(RuntimeError, match=r"line \d+"):
         ptx_device.Program(HEAD + text + "\nret;\n}\n")

@@ -1,5 +1,8 @@
-"""Whether the PTX machine's tests can fail: mistakes planted in the inline assembly and in the PTX, one at a time, each
-of which must be reported as a fault or give a wrong result."""
+"""Whether the tests on the PTX machine can fail.
+
+Mistakes are planted in the inline assembly, in the PTX and in the source, one at a time. Each of them must be reported
+as a fault or give a wrong result.
+"""
 
 import re
 from dataclasses import replace
@@ -10,17 +13,18 @@ import torch
 from accuracy import rel_l2
 from cases import Case, double, oracle
 from device_cases import FEW
-from emulated import as_backend
+from emulated import as_backend, forget_recipes
 from judge import ROUNDING, STATED
 
 from seqconv import fftconv
-from seqconv.backends.cuda import kernels
+from seqconv.backends.cuda import convolution, kernels
+from seqconv.backends.cuda.recipe import Recipe
 
 ptx_device = pytest.importorskip("ptx_device")
 if ptx_device.compiler.compiler_reason():
     pytest.skip(ptx_device.compiler.compiler_reason(), allow_module_level=True)
 
-# Through kernels that know their length: one round of rows for every block, and several; several heads.
+# These run kernels that know their length, with one round of rows for every block, with several, and with two heads.
 CASE = Case(3, 1, 1024, 1024, taps_rev=1023, skip="h", dtype=torch.bfloat16)
 ROUNDS, HEADS = replace(CASE, batch=40), replace(CASE, batch=5, heads=2)
 FORWARD, BACKWARD = "tensor_forward_bf16_fast_1024", "tensor_backward_bf16_fast_1024"
@@ -59,7 +63,7 @@ def test_without_a_mistake_all_is_right(order):
     assert outcome(order=order) == "right"
 
 
-# Of csrc/device/mma.cuh and compat.cuh.
+# The assembly stands in csrc/device/mma.cuh and compat.cuh.
 ASSEMBLY = {
     "pack: operands swapped": (': "f"(y), "f"(x));', ': "f"(x), "f"(y));'),
     "ldmatrix without .trans": ("m8n8.x4.trans.shared", "m8n8.x4.shared"),
@@ -77,7 +81,7 @@ ASSEMBLY = {
 
 @pytest.mark.parametrize("name", ASSEMBLY)
 def test_mistakes_in_the_assembly(name):
-    """unpack is met in float32 sums only, and there on the way out of the spectra."""
+    """unpack runs in sums in float32 only, where spectra are read."""
     before, after = ASSEMBLY[name]
     assert kernels.headers().count(before) >= 1
     backward = name.startswith("unpack")
@@ -92,7 +96,7 @@ def swap(pattern: str, template: str):
 
 
 def only(change):
-    """The change made in the two kernels alone that know their length."""
+    """Makes the change in the two kernels that know their length, and in no other."""
     return lambda kernel, text: change(text) if kernel in (FORWARD, BACKWARD) else text
 
 
@@ -124,10 +128,13 @@ def test_mistakes_in_the_ptx(name):
     assert outcome(alter=only(change)) != "right"
 
 
-@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("kernel", [FORWARD, pytest.param(BACKWARD, marks=pytest.mark.slow)])
 def test_barriers_are_needed(kernel):
-    """Each that runs is left out in turn: a race, something unwritten or a wrong result. Two may be spared: before a
-    team of one warp writes again, and where the next round meets another one. test_emulator.py needs every one."""
+    """Each barrier that runs is left out in turn, which gives a race, something unwritten or a wrong result.
+
+    Two may be spared: the one before a team of one warp writes again, and one where the next round meets another one.
+    test_emulator.py needs every one.
+    """
     ptx = ptx_device.ptx_of(kernels.source(kernel), "sm_90")
     cases = (CASE, ROUNDS, HEADS) if kernel == FORWARD else (CASE, ROUNDS)
     assert {outcome(case) for case in cases} == {"right"}
@@ -147,9 +154,29 @@ def test_barriers_are_needed(kernel):
     assert count >= 6 and spared <= 2
 
 
+SUM = "*mine = begins ? dskip : *mine + dskip;"
+BESIDE = {  # the gradient's kernel also touches one element beside a piece of scratch memory; its results are right
+    "written behind": (SUM, f"{SUM} a.divisors[1] = 0.f;"),
+    "written before": (SUM, f"{SUM} a.dskip_parts[-1] = 0.f;"),
+    "read behind": (SUM, f"{SUM} if (a.divisors[1] == 1e30f) *mine = 0.f;"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_step_beside_a_piece_of_scratch_memory(name, monkeypatch):
+    """In one allocation without bands between the pieces nobody notices it. With bands it is a fault."""
+    before, after = BESIDE[name]
+    assert kernels.headers().count(before) >= 1
+    change = only(lambda source: source.replace(before, after))
+    assert "outside of global memory" in outcome(change=change)
+    monkeypatch.setattr(convolution, "Recipe", Recipe)
+    forget_recipes()
+    assert outcome(change=change, races="shared") == "right"
+
+
 @pytest.mark.parametrize("short", ["shared", "table"])
 def test_memory_that_is_too_small(short, monkeypatch):
-    """A few bytes less than planned, of a block's memory or of a table's."""
+    """A block's memory or a table has a few bytes less than planned."""
     device = ptx_device.PtxDevice
     if short == "shared":
         usual = device.launch

@@ -1,4 +1,4 @@
-"""Problems for the CUDA kernels on the host, and devices of several kinds."""
+"""Problems for the CUDA kernels on the host, and the limits of several kinds of devices."""
 
 from dataclasses import replace
 from unittest.mock import patch
@@ -10,21 +10,23 @@ from judge import judge
 
 from seqconv import fftconv
 from seqconv.backends.cuda import convolution
-from seqconv.backends.cuda.plan import H100, Limits, make_plan, tensor_bytes
+from seqconv.backends.cuda.lengths import tensor_bytes
+from seqconv.backends.cuda.plan import make_plan
+from seqconv.backends.cuda.problem import H100, Limits
 
 A100 = Limits(shared=166912, shared_total=167936, processors=108, clock=1.41e9, bandwidth=1.55e12)
 TURING = Limits(65536, 65536, 40, 1.59e9, 3.2e11, tensor_cores=False)
-# Long rows at lengths that an emulator can afford; several rows for every block.
+# With these limits rows that an emulator can afford are long, and every block has several rows.
 SMALL = Limits(shared=20000, shared_total=20000, processors=1)
 FEW = replace(H100, processors=1)
 
 
 class OnePlane(Limits):
-    """Gradients on tensor cores take one plane even where two fit."""
+    """Limits with which gradients on tensor cores take one plane even where two fit."""
 
 
 def planned(problem, limits, backward=False):
-    """make_plan, with one plane for gradients where the limits say so."""
+    """The plan of make_plan, with one plane for gradients where the limits are OnePlane."""
     plan = make_plan(problem, limits, backward)
     if not (backward and isinstance(limits, OnePlane)):
         return plan
@@ -33,7 +35,7 @@ def planned(problem, limits, backward=False):
 
 
 def one_plane(n: int) -> Limits:
-    """Where gradients of 16-bit rows of n points take one pass, but not with two planes."""
+    """Limits with which gradients of 16-bit rows of n points take one pass, but only with one plane."""
     return Limits(shared=tensor_bytes(n) + 256, shared_total=tensor_bytes(n) + 256, processors=1)
 
 
@@ -49,7 +51,7 @@ def check(device, case: Case, mode: str = "fast"):
 
 
 def compare(case: Case, *results):
-    """All of `judge`'s verdicts; results as it takes them."""
+    """Asserts that all verdicts of `judge` are right. It takes the results as they are here."""
     for verdict in judge(case, *results):
         assert verdict.right, verdict
 
@@ -58,6 +60,36 @@ def case_inputs(case: Case):
     tensors = case.tensors()
     return tensors["u"], tensors["k"], tensors["k_rev"]
 
+
+# Lengths about the edges of plans, and options to go with each.
+LENGTHS = (1, 2, 15, 16, 17, 31, 33, 127, 255, 256, 257, 513, 1000, 2049, 5000, 14113)
+OPTIONS = (
+    {"skip": "h"},
+    {"taps_rev": -1, "skip": "h", "pre_gate": True},
+    {"mode": "circular", "post_gate": True},
+    {"skip": "h", "activation": "gelu", "post_gate": True, "pre_gate": True},
+    {"layout": "blh", "activation": "silu", "taps_rev": -1},
+    {"heads": 2, "skip": "ch", "activation": "silu"},
+)
+
+LONG = [
+    Case(
+        2,
+        2,
+        20000,
+        20000,
+        taps_rev=19999,
+        skip="h",
+        activation="gelu",
+        pre_gate=True,
+        post_gate=True,
+    ),
+    Case(2, 2, 9000, 9000, heads=2, skip="ch", activation="gelu"),
+    Case(2, 2, 9000, 9000, heads=2, per_sample=True, skip="ch"),
+    Case(2, 2, 9001, 9001, mode="circular", skip="h", layout="blh"),
+    Case(3, 2, 12288, 12288, skip="h", dtype=torch.bfloat16, post_gate=True),
+    Case(1, 1, 65537, 65537, dtype=torch.float16),
+]
 
 ORDERS = [
     (Case(5, 3, 1000, 1000, heads=2, skip="h", activation="gelu"), FEW),
@@ -78,7 +110,7 @@ ORDERS = [
 
 
 def results(machine, case: Case, limits: Limits, order: int, **options):
-    """y and the gradients on a device of the emulator or of the PTX machine; options: of that device."""
+    """y and the gradients on a device of the emulator or of the PTX machine, which takes the options."""
     torch.manual_seed(0)
     with patch.object(convolution, "make_plan", planned):
         _, y, grads, _ = run(machine.device(limits, order, **options), case)

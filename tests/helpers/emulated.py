@@ -1,7 +1,6 @@
-"""Builds csrc/device for the host and runs its kernels in the emulator, behind the interface of a device."""
+"""Builds csrc/device for the host, and runs its kernels in the emulator, which has the interface of a device."""
 
 import ctypes
-import hashlib
 import os
 import subprocess
 import tempfile
@@ -9,53 +8,52 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kept import kept
+
 from seqconv import use_backend
 from seqconv.backends.cuda import Cuda, convolution, kernels
-from seqconv.backends.cuda.plan import H100, Limits
+from seqconv.backends.cuda.problem import H100, Limits
 from seqconv.backends.cuda.tables import Tables
 
 HERE = Path(__file__).parent / "device"
 FLAGS = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-ENTRY = """
-extern "C" const char* emulate_{name}(const void* arguments, unsigned grid, unsigned threads, size_t shared,
-                                      unsigned order, const char* without) {{
-  return guarded([&] {{
-    const Args& a = *(const Args*)arguments;
-    emulator::launch(grid, threads, {{order, shared, without}}, [&] {{ {body}(a, emulator::block().shared.data); }});
-  }});
-}}
-"""
 
 
 def build(*extra: str) -> ctypes.CDLL:
-    """The kernels as a shared library, built once for each state of the sources."""
+    """The kernels as a shared library, which is built once for each state of the sources."""
     text = (HERE / "host.cpp").read_text() + "".join(
-        ENTRY.format(name=name, body=body) for name, (body, _, _) in kernels.KERNELS.items()
+        f"ENTRY({name}, {kernel.arguments}, {kernel.body})\n"
+        for name, kernel in kernels.KERNELS.items()
     )
     asked = os.environ.get("SEQCONV_EMULATOR_FLAGS", "").split()  # sanitizers
     flags = [*FLAGS, *(["-mf16c"] if os.uname().machine == "x86_64" else []), *asked, *extra]
     compiler = os.environ.get("CXX", "g++")
-    headers = [*sorted(kernels.folder().iterdir()), HERE / "emulator.h"]
+    headers = [*sorted(kernels.folder().glob("*.cuh")), *sorted(HERE.glob("*.h"))]
     state = (text, flags, compiler, [path.read_bytes() for path in headers])
-    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-    target = Path(tempfile.gettempdir()) / f"seqconv-emulator-{os.getuid()}-{key}.so"
-    if not target.exists():
+
+    def make(path: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            unit, made = Path(folder) / "host.cpp", Path(folder) / "host.so"
+            unit = Path(folder) / "host.cpp"
             unit.write_text(text)
             includes = [f"-I{HERE}", f"-I{kernels.folder()}", "-shared", "-fPIC"]
-            subprocess.run([compiler, *flags, *includes, str(unit), "-o", str(made)], check=True)
-            os.replace(made, target)
-    library = ctypes.CDLL(str(target))
+            subprocess.run([compiler, *flags, *includes, str(unit), "-o", str(path)], check=True)
+
+    library = ctypes.CDLL(str(kept("emulator.so", state, make)))
     library.emulator_visited.restype = ctypes.c_char_p
-    library.arguments_size.restype = ctypes.c_size_t
     library.tensor_products.restype = ctypes.c_long
     return library
 
 
+def arguments_size(library: ctypes.CDLL, kernel: str) -> int:
+    """The bytes of the structure that the kernel takes."""
+    size = getattr(library, f"arguments_of_{kernel}")
+    size.restype = ctypes.c_size_t
+    return size()
+
+
 @dataclass
 class Emulator:
-    """A device whose kernels run on the host; order and without as in emulator.h."""
+    """A device whose kernels run on the host. order and without are those of Options in device/block.h."""
 
     library: ctypes.CDLL
     limits: Limits = H100
@@ -66,20 +64,22 @@ class Emulator:
     table = Tables(lambda words: words, lambda: False)
 
     def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments) -> None:
-        assert 0 < threads <= kernels.KERNELS[kernel][1] and 0 < grid < 1 << 31
+        assert 0 < threads <= kernels.KERNELS[kernel].threads and 0 < grid < 1 << 31
         assert shared <= self.limits.shared
         self.launches.append((kernel, grid, threads, shared))
         run = getattr(self.library, f"emulate_{kernel}")
         run.restype = ctypes.c_char_p
         without = self.without.encode()
-        address = ctypes.c_void_p(arguments.buffer_info()[0])
+        address, count = arguments.buffer_info()
+        assert count * arguments.itemsize == arguments_size(self.library, kernel)
+        address = ctypes.c_void_p(address)
         error = run(address, grid, threads, ctypes.c_size_t(shared), self.order, without)
         if error:
             raise RuntimeError(f"{kernel}: {error.decode()}")
 
 
 class EmulatorLibrary:
-    """The kernels as source, where tests ask for devices that run them."""
+    """Makes devices that run the kernels' source, where tests ask for a machine."""
 
     name = "emulator"
 
@@ -91,13 +91,13 @@ class EmulatorLibrary:
 
 
 def forget_recipes() -> None:
-    """For a test that changes what they are made by: the planner, the list of kernels, the bound on scratch."""
+    """Forgets all recipes, for tests that change what makes them, such as the planner or the list of kernels."""
     convolution._forward.cache_clear()
     convolution._backward.cache_clear()
 
 
 def device() -> Emulator:
-    """An H100's stand-in: what `python -m bench.on_gpu --dry` runs on."""
+    """What stands for an H100 where `python -m bench.on_gpu --dry` runs."""
     return Emulator(build())
 
 

@@ -1,4 +1,4 @@
-"""What results of the CUDA kernels may differ from float64 by."""
+"""By how much the results of the CUDA kernels may differ from float64."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,16 +10,19 @@ from cases import Case, double, oracle
 from seqconv import reference
 from seqconv.backends.cuda.plan import OPERAND_ERROR
 
-# Relative L2 error of the tensor cores' fp16 operands, beside the rounding of the stored result;
-# behind an activation, which may leave little of its input, and in gradients, where two such
-# transforms meet, twice that. The largest error over the root mean square stays below 8 times it.
+# The relative L2 error of the tensor cores' fp16 operands. The rounding of the stored result comes on top. Twice as
+# much is allowed behind an activation, which may leave little of its input, and in gradients, where two such
+# transforms meet. The largest error over the root mean square stays below 8 times this.
 STATED = {"fast": OPERAND_ERROR[True], "accurate": OPERAND_ERROR[False]}
-ROUNDING = {torch.float16: 2.9e-4, torch.bfloat16: 2.3e-3}  # of a result, at most
+ROUNDING = {
+    torch.float16: 2.9e-4,
+    torch.bfloat16: 2.3e-3,
+}  # the largest error that storing a result adds
 
 
 @contextmanager
 def sums(mode: str):
-    """Whether products on tensor cores may be summed in fp16 ("fast") or not ("accurate"): torch's own switches."""
+    """Sets torch's own switches so that tensor cores may sum products in fp16 ("fast") or must not ("accurate")."""
     matmul = torch.backends.cuda.matmul
     names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
     usual = [getattr(matmul, name) for name in names]
@@ -34,7 +37,7 @@ def sums(mode: str):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one result: both errors, and what is allowed."""
+    """Both errors of one result, and what is allowed."""
 
     name: str
     l2: float
@@ -54,7 +57,7 @@ class Verdict:
 
 
 def judge(case: Case, tensors, y, grads, dy, mode: str, on_tensor_cores: bool) -> list[Verdict]:
-    """Against float64: at float32's price where the radix kernels compute, else within what is stated."""
+    """Judges results against float64. Radix kernels must be as exact as float32, and others as exact as is stated."""
     exact, definition = oracle(case)
     y64, grads64, _ = exact.with_gradients(definition, double(tensors), dy.double())
     y_fft, grads_fft, _ = case.with_gradients(reference.fftconv_fft, tensors, dy)

@@ -1,26 +1,25 @@
-"""A device whose kernels are NVRTC's PTX, run on the host by tests/ptx, behind the interface of a device.
+"""A device whose kernels are NVRTC's PTX, which the machine in tests/helpers/ptx runs on the host.
 
-The emulator (emulated.py) runs the kernels' source; this runs what the compiler made of it, inline assembly and all.
-Neither takes anything from the other.
+The emulator (emulated.py) runs the source of the kernels. This runs what the compiler made of it, with the inline
+assembly. The two share no code.
 """
 
 import ctypes
 import functools
 import gc
-import hashlib
 import os
 import subprocess
-import tempfile
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from kept import kept
 from torch._subclasses.fake_tensor import FakeTensor
 
 from seqconv.backends.cuda import compiler, kernels
-from seqconv.backends.cuda.plan import H100, Limits
+from seqconv.backends.cuda.problem import H100, Limits
 from seqconv.backends.cuda.tables import Tables
 
 HERE = Path(__file__).parent / "ptx"
@@ -30,19 +29,6 @@ FLAGS = [
 ]
 RACES = {"shared": 1, "global": 2, "both": 3, "none": 0}
 ROUNDINGS = {"exact": 0, "in order": 1, "pessimistic": 2}
-
-
-def kept(name: str, state, make: Callable[[Path], None]) -> Path:
-    """A file of the user's temporary folder, made once for each state of what it depends on."""
-    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"seqconv-ptx-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    target = folder / f"{key}-{name}"
-    if not target.exists():
-        part = target.with_name(f"{os.getpid()}-{target.name}")
-        make(part)
-        part.replace(target)
-    return target
 
 
 def ptx_of(source: str, arch: str, options: tuple[str, ...] = ()) -> str:
@@ -56,7 +42,7 @@ def ptx_of(source: str, arch: str, options: tuple[str, ...] = ()) -> str:
 
 
 class Launch(ctypes.Structure):
-    """Launch of tests/ptx/state.h."""
+    """Launch of tests/helpers/ptx/state.h."""
 
     _fields_ = [
         (name, ctypes.c_uint) for name in "grid threads shared order races mma copies".split()
@@ -80,7 +66,7 @@ def library() -> ctypes.CDLL:
 
 
 class Program:
-    """One kernel's PTX, read. `launch` raises RuntimeError with kernel, block, thread, PTX line and what went wrong."""
+    """The PTX of one kernel. `launch` raises RuntimeError with kernel, block, thread, line of the PTX and the fault."""
 
     def __init__(self, ptx: str):
         self.handle = ctypes.c_void_p(library().ptx_load(ptx.encode()))
@@ -93,25 +79,25 @@ class Program:
             raise RuntimeError(error.decode())
 
     def launch(self, options: Launch, address: int, ranges: list[tuple[int, int]] = ()) -> None:
-        """ranges: address and size of the global memory that may be touched; none: all that is mapped."""
+        """ranges are addresses and sizes of the global memory that may be touched. Without any, all memory may be."""
         flat = (ctypes.c_uint64 * (2 * len(ranges)))(*[x for pair in ranges for x in pair])
         given = (ctypes.byref(options), ctypes.c_void_p(address), flat, len(ranges))
         self._check(library().ptx_launch(self.handle, *given))
 
     def counts(self) -> list[tuple[int, int, int, str]]:
-        """Of every instruction: how many warps and lanes ran it, its line and its text."""
+        """For every instruction, how many warps and lanes ran it, its line and its text."""
         rows = library().ptx_counts(self.handle, 0).decode().splitlines()
         split = [row.split(" ", 3) for row in rows]
         return [(int(warps), int(lanes), int(line), text) for warps, lanes, line, text in split]
 
 
-# What lives already is looked through once only: the collector leaves it alone from here on.
+# The objects that live by now are looked through once. The collector leaves them alone from here on.
 _EARLY = [weakref.ref(x) for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
 gc.freeze()
 
 
 def living_memory() -> list[tuple[int, int]]:
-    """Address and size of the memory of every living tensor of the CPU, in order and apart."""
+    """The address and size of the memory of every living tensor of the CPU, in order and without overlaps."""
     found: dict[int, int] = {}
     for x in [*gc.get_objects(), *(reference() for reference in _EARLY)]:
         kind = type(x)
@@ -120,7 +106,7 @@ def living_memory() -> list[tuple[int, int]]:
         try:
             storage = x.untyped_storage()
             address, size = storage.data_ptr(), storage.nbytes()
-        except RuntimeError:  # a tensor without memory, of a compiler or a transform
+        except RuntimeError:  # a tensor of a compiler or a transform has no memory
             continue
         if size:
             found[address] = max(size, found.get(address, 0))
@@ -131,6 +117,19 @@ def living_memory() -> list[tuple[int, int]]:
         else:
             apart.append((begin, size))
     return apart
+
+
+def without(ranges: list[tuple[int, int]], holes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What the holes leave of the ranges. Both are addresses and sizes, in order and without overlaps."""
+    left = []
+    for begin, size in ranges:
+        end = begin + size
+        for hole, hole_size in holes:
+            if begin < hole + hole_size and hole < end:
+                left.append((begin, hole - begin))
+                begin = hole + hole_size
+        left.append((begin, end - begin))
+    return [(begin, size) for begin, size in left if size > 0]
 
 
 _PROGRAMS: dict[str, Program] = {}
@@ -144,7 +143,7 @@ def program_of(ptx: str) -> Program:
 
 
 def arch_of(limits: Limits) -> str:
-    """The architecture of the smallest capability that has such limits."""
+    """The architecture of the smallest compute capability that has such limits."""
     if not limits.tensor_cores:
         return "sm_75"
     return "sm_80" if limits.shared == 166912 else "sm_90"
@@ -152,8 +151,11 @@ def arch_of(limits: Limits) -> str:
 
 @dataclass
 class PtxDevice:
-    """A device for the CUDA backend. order: as for the emulator, which lanes and warps go first; races, rounding (of
-    matrix products): see above. change: makes another source of a kernel's; alter: other PTX of its PTX."""
+    """A device for the CUDA backend.
+
+    order says which lanes and warps go first, as it does for the emulator. races and rounding, that of matrix
+    products, are keys of RACES and ROUNDINGS. change makes another source of a kernel's, and alter other PTX.
+    """
 
     limits: Limits = H100
     order: int = 0
@@ -164,6 +166,7 @@ class PtxDevice:
     change: Callable[[str, str], str] | None = None
     alter: Callable[[str, str], str] | None = None
     launches: list = field(default_factory=list)
+    forbidden: list[tuple[int, int]] = ()  # address and size of memory that no launch may touch
     table = Tables(lambda words: words, lambda: False)
 
     def program(self, kernel: str) -> Program:
@@ -173,7 +176,7 @@ class PtxDevice:
         return program_of(self.alter(kernel, ptx) if self.alter else ptx)
 
     def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments) -> None:
-        assert 0 < threads <= kernels.KERNELS[kernel][1] and 0 < grid < 1 << 31
+        assert 0 < threads <= kernels.KERNELS[kernel].threads and 0 < grid < 1 << 31
         assert shared <= self.limits.shared
         self.launches.append((kernel, grid, threads, shared))
         program = self.program(kernel)
@@ -181,11 +184,11 @@ class PtxDevice:
         assert program.parameters_size == count * arguments.itemsize
         flags = (RACES[self.races], ROUNDINGS[self.rounding], 0)
         options = Launch(grid, threads, shared, min(self.order, 2), *flags)
-        program.launch(options, address, living_memory())
+        program.launch(options, address, without(living_memory(), self.forbidden))
 
 
 class PtxLibrary:
-    """The kernels as compiled, where tests ask for devices that run them."""
+    """Makes devices that run the compiled kernels, where tests ask for a machine."""
 
     name = "ptx"
 

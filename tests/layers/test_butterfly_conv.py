@@ -1,4 +1,4 @@
-"""ButterflyConv and the operators of its learned transforms, on the CPU and through CUDA's road in the emulator."""
+"""ButterflyConv, on the CPU and through CUDA's road in the emulator."""
 
 import copy
 import math
@@ -8,13 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import rel_l2
-from emulated import Emulator, OnDevice, build
+from emulated import as_backend
 from torch import nn
 
 from seqconv import ButterflyConv, LongConv, param_groups, reference, use_backend
-from seqconv.backends.fallback import radix_sizes, split
 from seqconv.layers.butterfly_conv import Butterfly, fourier, radices
-from seqconv.ops.butterfly import operator
 
 D = 6
 OPTIONS = {
@@ -43,9 +41,6 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-# ---- the layer ----
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -359,7 +354,6 @@ def test_param_groups():
         assert found[id(parameter)] == wanted, name
 
 
-@pytest.mark.slow
 def test_learns_a_delayed_copy():
     """Two layers, in seconds: y[t] = x[t - 20], which no pointwise map can do."""
     delay, length = 20, 64
@@ -381,39 +375,6 @@ def test_learns_a_delayed_copy():
             (p - old[name]).abs().max() > 1e-3
             for name, p in part.input_transform.named_parameters()
         )
-
-
-# ---- the operators ----
-
-
-def problem(passes: tuple[int, ...], *, length: int, heads: int = 2, batch: int = 2, **options):
-    x = torch.randn(batch, 2 * heads, length, **options)
-    count = sum(m * m for m in radix_sizes(passes))
-    return x, torch.randn(heads, count, 2, **options), list(passes)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_opcheck(dtype):
-    x, matrices, passes = problem((16, 2), length=20)
-    x = x.to(dtype).requires_grad_()
-    matrices = matrices.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-    tolerance = {"rtol": 5e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {}
-    # opcheck's own machinery has operations without a deterministic form
-    torch.use_deterministic_algorithms(False)
-    torch.library.opcheck(operator.fwd, (x, matrices, passes), **tolerance)
-    z = operator.fwd(x, matrices, passes)
-    assert z.shape == (2, 4, 32, 2) and z.dtype == matrices.dtype
-    dz = torch.randn_like(z).requires_grad_()
-    torch.library.opcheck(operator.bwd, (dz, x, matrices, passes, [True, True]), **tolerance)
-
-
-@pytest.mark.parametrize("passes", [(2,), (4, 2), (2, 2, 2), (2, 4, 4)], ids=str)
-def test_gradients_of_both_orders(passes):
-    options = {"dtype": torch.float64, "requires_grad": True}
-    x, matrices, passes = problem(passes, length=math.prod(passes) - 1, batch=1, **options)
-    call = lambda *t: operator.fwd(*t, passes)  # noqa: E731
-    assert torch.autograd.gradcheck(call, (x, matrices))
-    assert torch.autograd.gradgradcheck(call, (x, matrices))
 
 
 def test_gradients_of_the_layer(float64):
@@ -448,26 +409,10 @@ def test_functional_transforms(float64):
     torch.testing.assert_close(second, slope, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.func.jvp
-def test_the_raw_operator_refuses_to_be_differentiated_so():
-    x, matrices, passes = problem((4, 2), length=8)
-    call = lambda x: operator.fwd(x, matrices, passes)  # noqa: E731
-    with pytest.raises(RuntimeError, match="not on the raw operator"):
-        torch.func.jvp(call, (x,), (x,))
-    with pytest.raises(RuntimeError, match="not on the raw operator"):
-        torch.func.grad(lambda x: call(x).sum())(x)
-
-
-@pytest.fixture(scope="module")
-def library():
-    return build()
-
-
 @pytest.fixture
-def on_cuda(library):
+def on_cuda(emulator):
     """CPU tensors on CUDA's road from the operator down, with the emulator in the driver's place."""
-    device = Emulator(library)
-    with use_backend(OnDevice(device)):
+    with as_backend(emulator.device()) as device:
         yield device
 
 
@@ -489,36 +434,3 @@ def test_the_layer_on_cudas_road(on_cuda, l_max):
         theirs = results(exact, x.double())
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == torch.float32 and rel_l2(a, b) < 2e-6
-
-
-def test_which_calls_take_cudas_kernels(on_cuda):
-    def launched(n=32, dtype=torch.float32, batch=2):
-        on_cuda.launches.clear()
-        x = torch.randn(batch, 1, 20).to(dtype)
-        wanted = torch.promote_types(dtype, torch.float32)
-        z = Butterfly(n)(x)
-        assert z.dtype == wanted and z.shape == (batch, 1, n, 2)
-        return len(on_cuda.launches)
-
-    assert launched() == launched(dtype=torch.bfloat16) == launched(1 << 14) == 1
-    assert launched(1 << 15) == 0  # more than a block holds
-    assert launched(batch=0) == 0
-    assert launched(dtype=torch.float64) == 0
-
-
-def test_empty_gradients_on_cudas_road(on_cuda):
-    part = Butterfly(32)
-    part(torch.zeros(0, 3, 20)).sum().backward()
-    assert all(p.grad is not None and not p.grad.any() for p in part.parameters())
-
-
-def test_work_in_float32_whatever_the_default_dtype(on_cuda, float64):
-    x, matrices, passes = problem((16, 2), length=20, dtype=torch.float32)
-    z = operator.fwd(x, matrices, passes)
-    dx, dmatrices = operator.bwd(z, x, matrices, passes, [True, True])
-    assert {t.dtype for t in (z, dx, dmatrices)} == {torch.float32}
-    wanted = reference.butterfly_backward(
-        z.double(), x.double(), split(matrices.double(), passes), passes
-    )
-    assert rel_l2(z, reference.butterfly(x.double(), split(matrices, passes), passes)) < 1e-6
-    assert rel_l2(dx, wanted[0]) < 1e-6

@@ -128,7 +128,6 @@ def llama(transformers, kind):
     return model
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("make", [bert, llama])
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
 @pytest.mark.parametrize("padding", [LEFT, RIGHT, NONE], ids=["left", "right", "none"])
@@ -149,7 +148,6 @@ def test_their_own_masks(make, kind, padding):
     torch.testing.assert_close(one, two)
 
 
-@pytest.mark.slow
 def test_their_other_masks_are_refused():
     """A sliding window, and several samples packed into a row by their positions."""
     transformers = pytest.importorskip("transformers")
@@ -165,7 +163,6 @@ def test_their_other_masks_are_refused():
         packed(ids, position_ids=torch.arange(LENGTH).remainder(7)[None])
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gpt2_with_padding_and_its_own_checkpointing():
     """On the left, as for generation: what stands in the padding changes nothing, nor does recomputing."""

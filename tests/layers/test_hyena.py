@@ -268,7 +268,6 @@ def test_refuses_what_the_other_layers_refuse_in_their_words():
         layer(x.to("meta"))
 
 
-@pytest.mark.slow
 def test_learns_a_delayed_copy():
     """y[t] = x[t - 20] in seconds: a kernel's peak away from lag 0, out of smooth waves."""
     delay, length = 20, 64

@@ -108,8 +108,10 @@ def test_compile_s4d_options(options, call):
 
 PARTS = [("s4d", {"bandlimit": 0.5, "heads": 2}), ("sgconv", {"decay": "power", "init_scale": 1})]
 PARTS += [
-    ("s4d", {"is_real": True, "init": "real", "train_B": False}),
-    ("sgconv", {"init_scale": 1}),
+    pytest.param(
+        "s4d", {"is_real": True, "init": "real", "train_B": False}, marks=pytest.mark.slow
+    ),
+    pytest.param("sgconv", {"init_scale": 1}, marks=pytest.mark.slow),
 ]
 PARTS += [("hyena", {"order": 3}), ("butterfly", {"heads": 2})]
 

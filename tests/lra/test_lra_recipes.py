@@ -9,8 +9,9 @@ import sys
 import pytest
 from lra_run import ENVIRONMENT, ROOT
 
-from bench.lra import data, options, plan
-from bench.lra.__main__ import main, parse_fit
+from bench.lra import data, options, schedule
+from bench.lra.__main__ import main
+from bench.lra.arguments import parse_fit
 from bench.lra.model import SequenceClassifier
 from bench.lra.recipes import RECIPES, SAMPLES, recipe, whole
 
@@ -280,35 +281,37 @@ def test_options_override_the_recipe_and_come_back_from_a_file(capsys, tmp_path)
 
 def test_plan():
     config = parse_fit(["listops"])  # 40 epochs of 96,000 / 50 steps
-    p = plan.make(config, 96_000, 40 * 96_000)
+    p = schedule.make(config, 96_000, 40 * 96_000)
     assert (p.steps, p.period, p.warmup, p.cosine, p.share) == (76_800, 1920, 1000, 80_000, 1.0)
     assert p.factor(0) == 1 / 1000 and p.factor(999) == 1 == p.factor(1000)
     assert p.factor(40_500) == pytest.approx(0.5) and p.factor(80_000) == 0
     assert 0 < p.factor(76_799) < 0.01
     config = parse_fit(["listops", "--max_minutes", "10"])
-    timing = plan.Timing(step=0.1, validation=10.0, test=20.0)
-    p = plan.make(config, 96_000, 40 * 96_000, timing)
+    timing = schedule.Timing(step=0.1, validation=10.0, test=20.0)
+    p = schedule.make(config, 96_000, 40 * 96_000, timing)
     # 600 s - 20 s for the test, three evaluations for three times 1,850 steps.
     assert p.steps % p.period == 0
     assert 560 < 0.1 * p.steps + 10 * (p.steps // p.period) + 20 <= 600
     assert p.cosine == round(80_000 * p.steps / 76_800) and p.warmup == p.steps // 10
     assert p.share == pytest.approx(p.steps / 76_800)
-    enough = plan.Timing(step=1e-4, validation=0.1, test=0.1)
-    assert plan.make(config, 96_000, 40 * 96_000, enough) == plan.make(config, 96_000, 40 * 96_000)
-    short = plan.make(config, 96_000, 40 * 96_000, plan.Timing(1.0, 300.0, 300.0))
+    enough = schedule.Timing(step=1e-4, validation=0.1, test=0.1)
+    assert schedule.make(config, 96_000, 40 * 96_000, enough) == schedule.make(
+        config, 96_000, 40 * 96_000
+    )
+    short = schedule.make(config, 96_000, 40 * 96_000, schedule.Timing(1.0, 300.0, 300.0))
     assert short.steps >= 1 and short.period == short.steps
 
 
 def test_the_schedule_keeps_its_length_whatever_the_evaluations():
     for steps, every in ((199, 2), (48, 7), (76_800, 1000), (10, 30)):
         epochs = ("--optim.epochs", "1", "--optim.batch", "10", "--eval_steps", str(every))
-        p = plan.make(parse_fit(["digits", *epochs]), 10 * steps, 10 * steps)
+        p = schedule.make(parse_fit(["digits", *epochs]), 10 * steps, 10 * steps)
         assert steps <= p.steps < 1.03 * steps + 1 and p.steps % p.period == 0
         assert p.period <= every and p.cosine == p.steps
-    timing = plan.Timing(step=0.1, validation=0.001, test=0.1)
+    timing = schedule.Timing(step=0.1, validation=0.001, test=0.1)
     config = parse_fit(["digits", "--max_minutes", "0.334", "--eval_steps", "2"])
-    p = plan.make(config, 100_000, 1)
-    assert plan.make(config, 100_000, 1, timing).steps >= 0.9 * 199 and p.steps > 10_000
+    p = schedule.make(config, 100_000, 1)
+    assert schedule.make(config, 100_000, 1, timing).steps >= 0.9 * 199 and p.steps > 10_000
 
 
 def test_the_share_is_of_the_published_samples():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from lra_run import ROOT
 
-from bench.lra import pictures
-from bench.lra.__main__ import parse_fit
+from bench import pictures
+from bench.lra.arguments import parse_fit
 from bench.lra.recipes import BARS, recipe
 from bench.lra.report import details, keep, load, report, summary
 
@@ -140,7 +140,7 @@ def test_precisions_are_told_apart_and_compared(tmp_path):
 def test_the_readme_shows_the_runs_that_are_kept():
     results = ROOT / "bench/results"
     runs = load([results / "lra.jsonl"])
-    assert summary(runs) in (ROOT / "README.md").read_text()
+    assert summary(runs) in (ROOT / "docs/long_range_arena.md").read_text()
     assert (results / "lra.md").read_text() == report(runs) + "\n"
     assert all(run["waiting"] < 0.5 for run in runs if "waiting" in run)  # for data
     for run in runs:  # nothing of where they were computed but the machine

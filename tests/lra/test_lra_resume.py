@@ -16,7 +16,7 @@ from lra_run import TINY, checkpoint, finish, rows, start
 from rich.console import Console
 
 from bench.lra import journal, train
-from bench.lra.__main__ import parse_fit
+from bench.lra.arguments import parse_fit
 
 OPTIONS = ("--layer", "long_conv", "--optim.epochs", "7", "--max_minutes", "1.5", "--seed", "3")
 OPTIONS += ("--kernel.lam", "0.5", "--model.norm", "batch", "--device", "cpu", "--wandb", "w")
@@ -67,10 +67,13 @@ def test_every_option_comes_from_the_run(run, capsys, monkeypatch):
         (("--optim.lrr", "1"), "did you mean --optim.lr"),
     ],
 )
-def test_what_makes_another_run_is_refused(run, capsys, options, message):
+@pytest.mark.parametrize("command", ["fit", "sweep"])  # a sweep's mistakes are none of fit's
+def test_what_makes_another_run_is_refused(run, capsys, command, options, message):
     with pytest.raises(SystemExit) as error:
-        parse_fit(["--out", str(run), "--resume", *options])
-    assert error.value.code == 2 and message in capsys.readouterr().err
+        parse_fit(["--out", str(run), "--resume", *options], command)
+    text = capsys.readouterr().err
+    assert error.value.code == 2 and message in text
+    assert text.startswith(f"python -m bench.lra {command}: ")
 
 
 def test_what_is_harmless_is_taken_with_a_word(run, capsys):
@@ -96,7 +99,7 @@ def test_a_record_that_cannot_be_read_is_named(run, capsys, content):
 
 def test_nothing_is_shown_of_a_loss_that_nobody_has_seen(monkeypatch):
     text = io.StringIO()
-    monkeypatch.setattr(journal, "console", Console(file=text, force_terminal=True, width=99))
+    monkeypatch.setattr(journal, "plain", Console(file=text, force_terminal=True, width=99))
     run = journal.Journal(None, SimpleNamespace(steps=72), None, None, Path("."), 12)
     run.on_fit_start(SimpleNamespace(is_global_zero=True), None)
     run.progress.refresh()
@@ -117,8 +120,13 @@ def test_a_run_goes_on_without_its_options(tmp_path):
         assert torch.equal(tensor, two["state_dict"][name]), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["no folder", "empty folder", "record", "checkpoint"])
+SLOW = [
+    pytest.param(moment, marks=pytest.mark.slow)
+    for moment in ("no folder", "empty folder", "record")
+]
+
+
+@pytest.mark.parametrize("moment", [*SLOW, "checkpoint"])
 def test_resume_begins_where_nothing_has_begun(tmp_path, moment):
     out = tmp_path / "run"
     options = ("digits", "--out", out, *TINY, "--optim.lr", 0.02)

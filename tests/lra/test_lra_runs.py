@@ -13,7 +13,7 @@ import pytest
 import torch
 from lra_run import TINY, checkpoint, finish, rows, start
 
-from bench.lra.__main__ import parse_fit
+from bench.lra.arguments import parse_fit
 from bench.lra.report import load, report
 
 

@@ -93,6 +93,56 @@ def test_no_process_is_left_however_making_ends(tmp_path, task, way):
     assert not of_session(process.pid)
 
 
+IN_A_FRESH_PROCESS = """
+import os, signal, threading, time
+from bench.lra.data import workers
+
+def blocked(i):
+    time.sleep(0.2)  # so that every worker has some of the tasks
+    return os.getpid(), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+def stubborn(i):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600 * i)
+    return os.getpid()
+"""
+
+
+def in_a_fresh_process(code: str, tmp_path) -> str:
+    """What a script prints whose functions its workers can import."""
+    path = tmp_path / "script.py"
+    body = "".join(f"    {line}\n" for line in code.splitlines())
+    path.write_text(f"{IN_A_FRESH_PROCESS}\nif __name__ == '__main__':\n{body}")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, path], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_ctrl_c_is_held_back_while_workers_start(tmp_path):
+    """Else it may come between a worker's start and the note of it. The workers inherit what holds it back."""
+    code = "found = dict(workers.in_order(blocked, [(i,) for i in range(6)], 3))\n"
+    code += "print(len(found), all(found.values()), signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    assert in_a_fresh_process(code, tmp_path) == "3 True set()\n"
+
+
+def test_ctrl_c_while_workers_are_ended_leaves_none(tmp_path):
+    code = """
+workers.PATIENCE = 1.0
+results = workers.in_order(stubborn, [(i,) for i in range(2)], 1)
+number = next(results)
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    results.close()
+    print("Ctrl-C came too late")
+except KeyboardInterrupt:
+    print(os.path.exists(f"/proc/{number}"))
+"""
+    assert in_a_fresh_process(code, tmp_path) == "False\n"
+
+
 def test_what_cannot_be_made_is_named(tmp_path):
     (tmp_path / "generated").write_text("no folder")
     with pytest.raises(DataError, match=r"listops-short cannot be written: .*the same command"):

@@ -236,7 +236,7 @@ def test_transforms():
     torch.testing.assert_close(grads[0], expected)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_operators_pass_opcheck(fused):
     a = torch.stack([-torch.rand(3, 4), torch.randn(3, 4)], -1).double().requires_grad_()
     w = torch.randn(2, 3, 4, 2).double().requires_grad_()

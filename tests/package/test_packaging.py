@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
@@ -86,17 +85,23 @@ def test_sdist_is_complete(sdist):
         "pyproject.toml",
         "README.md",
         "LICENSE",
-        "seqconv/functional.py",
+        "seqconv/ops/fftconv.py",
         "tests/helpers/cases.py",
     } <= names
 
 
+@pytest.mark.slow
 def test_wheel_is_abi3_and_carries_the_sources(wheel):
     assert re.fullmatch(r"seqconv-[\d.]+-cp310-abi3-\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
-    assert {"seqconv/_C.abi3.so", "seqconv/csrc/cpu/fft.h", "seqconv/csrc/module.cpp"} <= names
+    assert {
+        "seqconv/py.typed",
+        "seqconv/_C.abi3.so",
+        "seqconv/csrc/cpu/transform.h",
+        "seqconv/csrc/module.cpp",
+    } <= names
     assert {"seqconv/backends/cuda/plan.py", "seqconv/csrc/device/tensor.cuh"} <= names
     assert not any(n.startswith(("tests", "bench")) for n in names)
     required = re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata, re.M)
@@ -104,6 +109,7 @@ def test_wheel_is_abi3_and_carries_the_sources(wheel):
     assert "License-Expression: Apache-2.0" in metadata
 
 
+@pytest.mark.slow
 def test_wheel_works_from_outside(wheel, tmp_path):
     pip("install", "--no-deps", "--target", str(tmp_path), str(wheel))
     code = (
@@ -115,31 +121,33 @@ def test_wheel_works_from_outside(wheel, tmp_path):
     assert result.stdout.split() == [str(tmp_path / "seqconv" / "__init__.py"), "None"]
 
 
+@pytest.mark.slow
 def test_installed_copy_compiles_its_cuda_kernels(wheel, tmp_path):
     """NVRTC finds the device sources inside the installation; no GPU is needed."""
     site, out = tmp_path / "site", tmp_path / "cubins"
     pip("install", "--no-deps", "--target", str(site), str(wheel))
-    asked = ["--arch", "sm_90", "--out", str(out), "--kernels", "^kernel_scales$"]
+    asked = ["--arch", "sm_90", "--out", str(out), "--kernels", "^taps_divisors$"]
     # with site's hooks, through which NVRTC's library is found; the copy comes first
     command = [sys.executable, "-W", "error", "-m", "seqconv.prebuild", *asked]
     run(*command, PYTHONPATH=str(site))
     where = "import seqconv.backends.cuda.kernels as k; print(k.folder())"
     assert str(site) in run(sys.executable, "-c", where, PYTHONPATH=str(site)).stdout
     (cubin,) = out.iterdir()
-    assert cubin.name.startswith("kernel_scales-sm_90-") and cubin.suffix == ".cubin"
+    assert cubin.name.startswith("taps_divisors-sm_90-") and cubin.suffix == ".cubin"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_wheel_with_cubins(sdist, tmp_path):
     """SEQCONV_BUILD_CUBINS: nvcc's code is in the wheel under the name that the loader looks for."""
-    asked = {"SEQCONV_BUILD_CUBINS": "sm_90,sm_80", "SEQCONV_BUILD_KERNELS": "kernel_scales"}
+    asked = {"SEQCONV_BUILD_CUBINS": "sm_90,sm_80", "SEQCONV_BUILD_KERNELS": "taps_divisors"}
     pip("wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist), **asked)
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     pip("install", "--no-deps", "--target", str(site), str(wheel))
     code = (
         "from seqconv.backends.cuda import driver;"
-        "print([bool(driver.find_prebuilt('kernel_scales', 9, 0)), bool(driver.find_prebuilt('spectrum', 9, 0))])"
+        "print([bool(driver.find_prebuilt('taps_divisors', 9, 0)), bool(driver.find_prebuilt('spectrum', 9, 0))])"
     )
     result = outside(site, "-W", "error", "-c", code)
     assert result.stdout.strip() == "[True, False]", result.stderr
@@ -161,6 +169,7 @@ def without_headers(folder: Path) -> dict[str, str]:
     return {"CC": str(folder / "gcc"), "CXX": str(folder / "g++")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacking", [without_compiler, without_headers])
 def test_installs_without_a_compiler_or_headers(sdist, tmp_path, lacking):
     wheels, site = tmp_path / "wheels", tmp_path / "site"
@@ -180,6 +189,7 @@ def test_installs_without_a_compiler_or_headers(sdist, tmp_path, lacking):
     assert "seqconv._C is not installed" in report.stdout and "g++ python3-dev" in report.stdout
 
 
+@pytest.mark.slow
 def test_the_readmes_commands_lead_to_the_kernels(tmp_path):
     """In a clone, and in an environment that has everything but the package: what the README says, in its order."""
     clone, env = tmp_path / "the clone", tmp_path / "env"

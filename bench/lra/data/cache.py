@@ -1,4 +1,4 @@
-"""The packed, memory-mapped form of a task: every sequence of a split end to end in one file, and where each begins.
+"""The packed, memory-mapped form of a task: a file of all sequences of a split, end to end, and where each begins.
 
 cache/NAME.CONTENT/meta.json  what Info says, normalisation, which file set each split uses, sizes of all files
           .../SPLIT.values    tokens (uint8 or uint16), or samples x channels (uint8, int16 or float32), as read
@@ -6,8 +6,8 @@ cache/NAME.CONTENT/meta.json  what Info says, normalisation, which file set each
           .../SPLIT.labels.npy   (samples,) int64
 
 CONTENT is a digest of the files that were read (origin.py). A cache is written beside its final place and renamed, so
-it is whole or not there, and it never changes: what is packed from other files has another name. Who has opened one
-keeps it, even when it is deleted.
+it is whole or not there. It never changes: a cache of other files has another name. A process that has opened a cache
+keeps it, even if it is deleted.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.lra import files
+from bench import files
 
 VERSION = 1
 _HOST = platform.node().replace(".", "-") or "host"  # several machines may share a folder
 
 
 class DataError(ValueError):
-    """Data that is absent, corrupt or in another layout; the message names the file and what was wanted."""
+    """Data is absent, corrupt or in another layout. The message names the file and what was wanted."""
 
 
 class Gone(DataError):
-    """Nothing at all is left of the files, or nothing was ever there."""
+    """None of the files is there."""
 
 
 def read_text(path: Path) -> str:
@@ -45,7 +45,7 @@ def read_text(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Info:
-    """What a model must know of a task; majority is the share of the commonest class in the test split."""
+    """What a model must know of a task. majority is the share of the commonest class in the test split."""
 
     name: str
     title: str
@@ -63,7 +63,7 @@ class Info:
 
 @dataclass
 class Part:
-    """One split of a source: `samples` yields (label, sequences), one sequence or the two of a pair."""
+    """One split of a source. `samples` yields (label, sequences), with one sequence or the two of a pair."""
 
     samples: Iterator[tuple[int, tuple[np.ndarray, ...]]]
     total: int | None = None  # for the progress bar only
@@ -71,7 +71,7 @@ class Part:
 
 @dataclass
 class Source:
-    """A task as a reader offers it; `parts` maps each split to a Part or to the name of the split that it repeats."""
+    """A task as a reader offers it. `parts` maps each split to a Part, or to the name of the split that it repeats."""
 
     title: str
     classes: int
@@ -87,14 +87,14 @@ class Source:
 
 
 class Split:
-    """A split, opened: no sample is read before `batch` asks for it. Cheap to pickle."""
+    """An opened split. No sample is read before `batch` asks for it. It is cheap to pickle."""
 
     def __init__(self, folder: Path, part: str):
         self.folder, self.part = folder, part
         meta = read_meta(folder)
         self._dtype, self._channels = np.dtype(meta["dtype"]), meta["info"]["channels"]
         self._pair = meta["info"]["pair"]
-        # uint8 pixels are scaled in float32 as the other dtypes are: one multiplication and one addition
+        # All dtypes are scaled in float32, by one multiplication and one addition.
         self._scale = np.float32(1) / np.asarray(meta["std"], np.float32)
         self._shift = -np.asarray(meta["mean"], np.float32) * self._scale
         self.labels = np.load(folder / f"{part}.labels.npy")
@@ -111,10 +111,10 @@ class Split:
         return len(self.labels)
 
     def batch(self, indices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Samples padded to the longest of them: (x, lengths, labels).
+        """Returns (x, lengths, labels) of samples, padded to the longest of them.
 
-        x is (b, l) int64 tokens padded with 0, or (b, l, channels) float32, normalised and then padded with 0;
-        lengths and labels are (b,) int64. Pairs: x and lengths have 2 b rows, first all first documents.
+        x is (b, l) int64 tokens padded with 0, or (b, l, channels) float32, normalised and then padded with 0.
+        lengths and labels are (b,) int64. With pairs x and lengths have 2 b rows: all first documents come first.
         """
         indices = np.asarray(indices)
         if ((indices < 0) | (indices >= len(self))).any():
@@ -153,16 +153,16 @@ def open_cache(folder: Path) -> tuple[Info, dict[str, Split]]:
 
 
 def versions(parent: Path, stem: str) -> list[Path]:
-    """The caches of a task, the newest last; one without a digest in its name is of an earlier version of this code."""
+    """Returns the caches of a task, the newest last. Earlier versions of this code named them without a digest."""
     dated = []
     for path in (parent / stem, *parent.glob(f"{glob.escape(stem)}.*")):
-        with contextlib.suppress(OSError):  # no cache, or deleted just now
+        with contextlib.suppress(OSError):  # it is no cache, or has just been deleted
             dated.append(((path / "meta.json").stat().st_mtime_ns, path))
     return [path for _, path in sorted(dated)]
 
 
 def recorded(folder: Path) -> dict:
-    """The digests that a cache was packed with; empty where there are none."""
+    """Returns the digests that a cache was packed with, or {}."""
     try:
         origin = read_meta(folder)["origin"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -171,7 +171,7 @@ def recorded(folder: Path) -> dict:
 
 
 def record(folder: Path, **digests: str) -> None:
-    """Writes down how the files look now, where the folder can be written."""
+    """Records how the files look now, if the folder can be written."""
     meta = read_meta(folder)
     meta["origin"] |= digests
     with contextlib.suppress(OSError):
@@ -188,8 +188,8 @@ def pack(
     progress: bool,
     unchanged: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Reads the whole source and leaves its cache in `folder`, or nothing there, as where the source has changed
-    meanwhile."""
+    """Reads the whole source and leaves its cache in `folder`. After an error, or if the source has changed
+    meanwhile, nothing is there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder)
     temporary = scratch(folder)
@@ -225,7 +225,7 @@ def pack(
             "sizes": {p.name: p.stat().st_size for p in sorted(temporary.iterdir())},
         }
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        for path in temporary.iterdir():  # the files before the name
+        for path in temporary.iterdir():  # the files reach the disk before the name
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
         if not unchanged():
@@ -233,7 +233,7 @@ def pack(
         try:
             os.rename(temporary, folder)
         except OSError:
-            if not folder.exists():  # unless another process was faster: its cache is as good
+            if not folder.exists():  # else another process was faster, and its cache is as good
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -255,12 +255,12 @@ def _write(source: Source, part: Part, stem: Path, split: str, advance) -> None:
 
 
 def scratch(folder: Path) -> Path:
-    """Where this process writes what will be `folder`."""
+    """Returns where this process writes what will be `folder`."""
     return folder.with_name(f".{folder.name}.{_HOST}.{os.getpid()}")
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Deletes what processes of this machine that are no more left unfinished beside `folder`."""
+    """Deletes what processes of this machine left unfinished beside `folder` when they ended."""
     for path in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
         *_, host, pid = path.name.split(".")
         if host == _HOST and pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
@@ -274,7 +274,7 @@ def _alive(pid: int) -> bool:
         return False
     except PermissionError:
         pass
-    try:  # a zombie, killed but not waited for, is no more either
+    try:  # a zombie has been killed, but nobody has waited for it
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return True
@@ -290,11 +290,10 @@ class bar:
         if not self.shown:
             return lambda what, done, total: None
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn as Remaining
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
-        self._progress = Progress(*columns, console=Console(stderr=True))
+        from bench.terminal import progress
+
+        self._progress = progress(Console(stderr=True))
         self._progress.start()
         tasks = {}
 

@@ -1,4 +1,4 @@
-"""Looks at a task's data: sizes, lengths, labels, repeated samples, and whether a small CNN generalises on it."""
+"""Examines a task's data: sizes, lengths, labels, repeated samples, and whether a small CNN generalises on it."""
 
 import hashlib
 import time
@@ -10,12 +10,16 @@ from bench.lra.data import GENERATED, open_task
 from bench.lra.data.cache import Info, Split
 from bench.lra.report import levels
 
-LEAK = 0.01  # of the test samples: some reviews of IMDB are in both of its splits as released
-# The released 128 x 128 set has been reported broken: networks fit its train split and fail on the others.
+LEAK = 0.01  # of the test samples; some reviews of IMDB are in both of its released splits
+# The released 128 x 128 set has been reported as broken: networks fit its train split and fail on the others.
 CONVOLVED = ("pathfinder", "pathfinder64", "pathx", "path256")
 
 
-def check(name: str, root: Path, *, progress: bool, seconds: float) -> bool:
+def check(name: str, root: Path, *, progress: bool = True, seconds: float = 60) -> bool:
+    """Prints what a task's data looks like and whether it is as released.
+
+    Returns False if something is suspicious, or if a small CNN learns nothing of released images.
+    """
     info, splits = open_task(name, root, progress=progress)
     print(f"{info.title}: {info.classes} classes, chance {info.chance:.1%}, ", end="")
     print(f"majority {info.majority:.1%} of the test split, up to {info.l_max} steps")
@@ -46,7 +50,7 @@ def describe(split: str, data: Split, info: Info) -> str:
 
 
 def repeated(train: Split, test: Split, limit: int = 2000) -> int:
-    """How many of the first test samples occur in train too (of which at most 50,000 are looked at)."""
+    """Counts those of the first test samples that occur in train too, of which at most 50,000 are examined."""
 
     def digests(split: Split, n: int) -> list[bytes]:
         return [hashlib.sha1(split.batch([i])[0].tobytes()).digest() for i in range(n)]
@@ -56,13 +60,13 @@ def repeated(train: Split, test: Split, limit: int = 2000) -> int:
 
 
 def generalises(info: Info, splits: dict[str, Split], seconds: float) -> bool | None:
-    """Trains on images and compares what it then gets right of train and of test; None if it learns nothing.
+    """Trains a small CNN on images and compares its accuracy on train and on test. None if it learns nothing.
 
-    First each image is seen once. Accuracy on train is counted before each step, on images that are new to the
-    network, so that learning by heart does not count: if it learns there and not on test, the splits are not of one
-    kind. If it learns nothing of a released set, it sees a few images over and over for as long again: labels that do
-    not belong to their images can be learnt by heart alone. Easy curves take it a minute on one core; 128 x 128 takes
-    a GPU, or more than a minute.
+    First the network sees each image once. Accuracy on train is counted before each step, on images that are new to
+    the network, so that learning by heart does not count. If it learns there and not on test, the splits are not of
+    one kind. If it learns nothing of a released set, it sees a few images again and again for as long: labels that do
+    not belong to their images can only be learnt by heart. Easy curves take a minute on one core. 128 x 128 takes a
+    GPU, or more than a minute.
     """
     import torch
     from torch import nn
@@ -70,7 +74,7 @@ def generalises(info: Info, splits: dict[str, Split], seconds: float) -> bool | 
 
     torch.manual_seed(0)
     side, width, channels = round(info.l_max**0.5), 16, 1
-    layers: list[nn.Module] = [nn.MaxPool2d(max(1, side // 64))]  # curves stay curves
+    layers: list[nn.Module] = [nn.MaxPool2d(max(1, side // 64))]  # a maximum keeps the curves
     for stride in (2, 1, *[2, 1] * (3 if side > 32 else 2)):
         layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU()]
         channels, width = width, min(64, width * stride)
@@ -85,7 +89,7 @@ def generalises(info: Info, splits: dict[str, Split], seconds: float) -> bool | 
         return x, torch.from_numpy(labels).to(device)
 
     def train(batches, until: float) -> list[np.ndarray]:
-        """For each batch until the time is over, which were right before its step."""
+        """Returns for each batch, until the time is over, which labels were right before its step."""
         net.train()
         hits = []
         for indices in batches:
@@ -114,7 +118,7 @@ def generalises(info: Info, splits: dict[str, Split], seconds: float) -> bool | 
     hits = train(np.array_split(order, max(1, len(order) // 32)), time.monotonic() + seconds)
     late = np.concatenate(hits[-max(1, len(hits) // 4) :])
     found = verdict(late, test(), sum(map(len, hits)), info.majority)
-    if found is not None or info.generated:  # those labels are known to belong to their images
+    if found is not None or info.generated:  # generated labels do belong to their images
         return found
     few, until, hits = order[:2000], time.monotonic() + seconds, []
     parts = max(1, len(few) // 32)
@@ -127,7 +131,10 @@ def generalises(info: Info, splits: dict[str, Split], seconds: float) -> bool | 
 def verdict(
     train: np.ndarray, test: np.ndarray, seen: int, majority: float, by_heart: int = 0
 ) -> bool | None:
-    """by_heart: how many train images were seen again and again; 0 if each was new."""
+    """Prints the finding and returns what `generalises` does.
+
+    by_heart: how many train images were seen again and again; 0 if each was new.
+    """
 
     def above(right: np.ndarray) -> bool:  # by three standard errors
         return right.mean() > max(0.5, majority) + 1.5 / len(right) ** 0.5

@@ -1,7 +1,7 @@
-"""Readers of the files that the Long Range Arena, CIFAR-10, IMDB and Speech Commands are released in.
+"""Readers of the released files of the Long Range Arena, CIFAR-10, IMDB and Speech Commands.
 
-Each takes the folder that holds the files and gives a Source; nothing is read before its parts are iterated, but
-vocabularies are counted at once. A damaged file raises a DataError that names it. Token ids: 0 padding, 1 unknown,
+Each takes the folder that holds the files and returns a Source. Vocabularies are counted at once, and nothing else is
+read before the parts are iterated. A damaged file raises a DataError that names it. Token ids: 0 padding, 1 unknown,
 2 end of sequence, which every sequence gets after it is cut to l_max - 1.
 """
 
@@ -22,7 +22,7 @@ from bench.lra.data.origin import visible
 PAD, UNKNOWN, END = 0, 1, 2
 LISTOPS_TOKENS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "X")
 COMMANDS = 35
-RATE = 16000  # of Speech Commands, which are a second long
+RATE = 16000  # samples per second of Speech Commands, which are a second long
 
 
 def finish(ids: np.ndarray, l_max: int) -> np.ndarray:
@@ -30,8 +30,8 @@ def finish(ids: np.ndarray, l_max: int) -> np.ndarray:
 
 
 def rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers and cells of a tab-separated file in which quotes mean nothing. An editor's byte order mark at its
-    beginning and blank lines at its end are no rows."""
+    """Yields line numbers and cells of a tab-separated file in which quotes mean nothing. It ignores a byte order mark
+    at the beginning and blank lines at the end."""
     blank = 0
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
@@ -76,7 +76,7 @@ def listops(folder: Path) -> Source:
 
 
 class Characters:
-    """Ids of the characters that occur at least `rarest` times, the commonest first."""
+    """Numbers the characters that occur at least `rarest` times, the commonest first."""
 
     def __init__(self, texts, rarest: int):
         counts: Counter[str] = Counter()
@@ -95,9 +95,9 @@ class Characters:
 
 
 def text(folder: Path) -> Source:
-    """aclImdb/{train,test}/{neg,pos}/*.txt: reviews as characters; rare ones (fewer than 15 in train) are unknown.
+    """aclImdb/{train,test}/{neg,pos}/*.txt: reviews as characters. Rare ones (fewer than 15 in train) are unknown.
 
-    There is no validation split: as published, the test split is also the validation split.
+    There is no validation split. The test split is also used for validation, as in the published runs.
     """
     l_max = 4096
     files = {
@@ -135,7 +135,7 @@ def retrieval(folder: Path) -> Source:
     """new_aan_pairs.{train,eval,test}.tsv: label, two ids, two documents as Python prints bytes: b'...'.
 
     The characters are taken as they stand, prefix, quotes and escapes included, as in the published runs of S4.
-    The files have no header: the first row is a sample, unless someone put names there.
+    The files have no header, so the first row is a sample, unless someone has put names there.
     """
     l_max = 4000
 
@@ -174,17 +174,14 @@ def retrieval(folder: Path) -> Source:
 
 
 class _Arrays(pickle.Unpickler):
-    """Unpickles plain containers and numpy arrays; a pickle that names anything else is refused."""
+    """Unpickles plain containers and numpy arrays. It refuses a pickle that names anything else."""
 
     reconstruct = np.empty(0).__reduce__()[0]
 
     def find_class(self, module: str, name: str):
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
-        if name == "_reconstruct" and module in (
-            "numpy.core.multiarray",
-            "numpy._core.multiarray",
-        ):
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             return self.reconstruct
         if (module, name) == ("_codecs", "encode"):  # bytes, as Python 3 writes them in protocol 2
             return lambda string, _: string.encode("latin1")
@@ -192,7 +189,7 @@ class _Arrays(pickle.Unpickler):
 
 
 def cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (n, 3, 1024) uint8 and labels (n,) of one of the python pickles."""
+    """Returns pixels (n, 3, 1024) uint8 and labels (n,) of one of the python pickles."""
     try:
         with open(path, "rb") as file:
             content = _Arrays(file, encoding="bytes").load()
@@ -212,14 +209,14 @@ def cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shuffled(n: int) -> np.ndarray:
-    """The order of torch's random_split with generator seed 42, by which the S4 code splits."""
+    """Returns the order of torch's random_split with generator seed 42, by which the S4 code splits."""
     import torch
 
     return torch.randperm(n, generator=torch.Generator().manual_seed(42)).numpy()
 
 
 def cifar(folder: Path, *, gray: bool) -> Source:
-    """cifar-10-batches-py: pixels row by row, luminance or the three colours; 10 % of train are for validation."""
+    """cifar-10-batches-py: pixels row by row, luminance or three colours. 10 % of train are for validation."""
     batches = [cifar_batch(folder / f"data_batch_{i}") for i in range(1, 6)]
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     order = shuffled(len(labels))
@@ -249,9 +246,9 @@ def cifar(folder: Path, *, gray: bool) -> Source:
 def pathfinder(folder: Path, size: int) -> Source:
     """imgs/BATCH/*.png and metadata/BATCH.npy, which is text: folder, file, index, label, ...
 
-    Pixels row by row, scaled to [-1, 1]. Empty files, of which the released sets have one, are skipped and named, and
-    so are lines that list an image again; with another label they are an error. 80, 10 and 10 % in the order of
-    torch's random_split with seed 42.
+    Pixels are read row by row and scaled to [-1, 1]. Empty files, of which the released sets have one, are skipped and
+    named. So are lines that list an image again; with another label they are an error. The splits are 80, 10 and 10 %
+    in the order of torch's random_split with seed 42.
     """
     first, again, notes = {}, [], []  # image -> label, and where it is listed
     metadata = sorted(
@@ -314,9 +311,9 @@ def pathfinder(folder: Path, size: int) -> Source:
 
 
 def speech(folder: Path) -> Source:
-    """WORD/*.wav, 16 kHz, 16 bits, mono; validation_list.txt and testing_list.txt name two of the splits.
+    """WORD/*.wav at 16 kHz, 16 bits, mono. validation_list.txt and testing_list.txt name two of the splits.
 
-    A sample is a second, 16,000 steps in [-1, 1), with zeros after shorter clips; all words are classes.
+    A sample is a second, 16,000 steps in [-1, 1), with zeros after shorter clips. All words are classes.
     """
     words = [p.name for p in visible(folder, "[!_]*") if p.is_dir()]
     if len(words) < 2:
@@ -360,7 +357,7 @@ def read_wave(path: Path) -> np.ndarray:
             layout = file.getframerate(), file.getsampwidth(), file.getnchannels()
             n = file.getnframes()
             frames = file.readframes(n)
-    except (wave.Error, EOFError, RuntimeError) as error:  # the last of chunks without an end
+    except (wave.Error, EOFError, RuntimeError) as error:  # RuntimeError: a chunk has no end
         raise DataError(
             f"{path} is damaged: {error or 'it ends too early, or a chunk does not'}"
         ) from None

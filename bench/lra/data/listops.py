@@ -1,26 +1,27 @@
 """ListOps expressions and their values, drawn as for Long Range Arena (Nangia and Bowman 2018; Tay et al. 2021).
 
-node(depth): below depth `max_depth` an operator with probability 1/4, else a digit. An operator takes 2..`max_args`
-arguments; which of MIN, MAX, MED (truncated to an integer) and SM (sum modulo 10) it is, is drawn after them. An
-expression is kept if the number of its tokens, operators, digits and closing brackets, is in the range wanted and
-it has not been drawn before.
+node(depth): down to depth `max_depth` it is an operator with probability 1/4, else a digit. An operator takes
+2..`max_args` arguments. After these it is drawn whether the operator is MIN, MAX, MED (truncated to an integer) or SM
+(sum modulo 10). An expression is kept if the number of its tokens (operators, digits and closing brackets) is in the
+range wanted and if it has not been drawn before.
 
-Written as the released files are: basic_{train,val,test}.tsv, columns Source and Target, expressions as binary
-trees: `( ( ( [MAX 3 ) 4 ) ] )` is [MAX 3 4 ].
+The files are like the released ones: basic_{train,val,test}.tsv with columns Source and Target and expressions as
+binary trees. `( ( ( [MAX 3 ) 4 ) ] )` is [MAX 3 4 ].
 """
 
-import os
 import random
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import count
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 
+from bench import files
 from bench.lra.data.workers import in_order
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
-CHUNK = 250  # expressions that one random stream yields
+CHUNK = 250  # expressions of one random stream
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ def value(operator: str, arguments: list[int]) -> int:
 
 
 def draw(rng: random.Random, settings: Settings) -> tuple[str, int, int] | None:
-    """(source, value, number of tokens), or None for an expression longer than wanted."""
+    """Returns (source, value, number of tokens), or None for an expression that is too long."""
     length = 0
 
     def node(depth: int) -> tuple[str, int]:
         nonlocal length
         length += 1
         if length > settings.longest:
-            raise _TooLong  # it would be rejected: no need to finish it
+            raise _TooLong  # it would be rejected in any case
         if depth >= settings.max_depth or rng.random() > 0.25:
             digit = rng.randrange(10)
             return str(digit), digit
@@ -79,7 +80,7 @@ def draw(rng: random.Random, settings: Settings) -> tuple[str, int, int] | None:
 
 
 def chunk(settings: Settings, seed: int, index: int) -> tuple[list[tuple[str, int, int]], int]:
-    """The index-th CHUNK of kept expressions of a seed, and how many were drawn for them."""
+    """Returns the index-th CHUNK of kept expressions of a seed, and how many were drawn for them."""
     rng = random.Random(f"listops {seed} {index}")
     kept: list[tuple[str, int, int]] = []
     for drawn in count(1):
@@ -91,7 +92,7 @@ def chunk(settings: Settings, seed: int, index: int) -> tuple[list[tuple[str, in
 
 
 def expressions(settings: Settings, seed: int, workers: int) -> Iterator[tuple[str, int, int]]:
-    """Distinct expressions without end; the same whatever the number of workers."""
+    """Yields distinct expressions without end, the same for any number of workers."""
     seen = set()
     tasks = ((settings, seed, i) for i in count())
     with closing(in_order(chunk, tasks, workers)) as results:
@@ -103,24 +104,16 @@ def expressions(settings: Settings, seed: int, workers: int) -> Iterator[tuple[s
 
 
 def write(folder: Path, settings: Settings, n: int, seed: int, workers: int, advance) -> None:
-    """96, 2 and 2 % of n expressions into three files, each whole or not there."""
+    """Writes 96, 2 and 2 % of n expressions into three files, each whole or not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    small = max(1, n // 50)
-    source = expressions(settings, seed, workers)
-    try:
-        done = 0
+    small, done = max(1, n // 50), count(1)
+    with closing(expressions(settings, seed, workers)) as source:
+
+        def rows(size: int, file) -> None:
+            file.write(b"Source\tTarget\n")
+            for text, target, _ in islice(source, size):
+                file.write(f"{text}\t{target}\n".encode())
+                advance("expressions", next(done), n)
+
         for split, size in (("train", n - 2 * small), ("val", small), ("test", small)):
-            path = folder / f"basic_{split}.tsv"
-            temporary = path.with_suffix(".tmp")
-            with open(temporary, "w") as file:
-                file.write("Source\tTarget\n")
-                for _ in range(size):
-                    text, target, _ = next(source)
-                    file.write(f"{text}\t{target}\n")
-                    done += 1
-                    advance("expressions", done, n)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        source.close()
+            files.atomically(folder / f"basic_{split}.tsv", partial(rows, size))

@@ -1,4 +1,4 @@
-"""Where the official sets may lie, in the layouts that they are released in, and what is said where they do not."""
+"""Where the official sets may lie, in their released layouts, and the message where one is missing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from shlex import quote
 
 from bench.lra.data import formats, origin
 from bench.lra.data.cache import DataError, Gone, Source
-from bench.lra.data.dashes import FOLDERS
+from bench.lra.data.snakes import FOLDERS
 
 _LISTOPS = ("basic_train.tsv", "basic_val.tsv", "basic_test.tsv")
 _AAN = tuple(f"new_aan_pairs.{s}.tsv" for s in ("train", "eval", "test"))
@@ -18,12 +18,11 @@ _HARD = FOLDERS[14]
 # The released archive holds two copies of some folders; the published runs read the inner one.
 _ARCHIVE = ("lra_release/lra_release", "lra_release", "")
 _RELEASE = ("lra_release.gz", "lra_release.tar.gz")
-_CIFAR_ARCHIVES = ("cifar-10-python.tar.gz",)
 
 
 @dataclass(frozen=True)
 class Located:
-    """What of a folder is read for a task."""
+    """The parts of a folder that are read for a task."""
 
     folder: Path
     parts: tuple[str, ...]
@@ -35,14 +34,14 @@ class Located:
 
 @dataclass(frozen=True)
 class Files:
-    """Where an official data set may lie below the root, the first that exists being taken, and how it is read."""
+    """Where an official data set may lie below the root, and how it is read. The first place that exists is taken."""
 
     name: str
     wanted: tuple[str, ...]  # below one of the folders
     read: Callable[[Path], Source]
     sizes: tuple[int, int, int]  # of the released splits
     parents: tuple[str, ...] = ("",)
-    parts: tuple[str, ...] | None = None  # what is read, if not what is wanted
+    parts: tuple[str, ...] | None = None  # what is read; by default what is wanted
     archives: tuple[str, ...] = ()  # as released
     inside: str = ""  # folder to unpack them in
 
@@ -68,11 +67,9 @@ class Files:
                 "It is the published set, which its authors give out; python -m bench.lra data make has "
                 "generated ones"
             )
-        made, into = (
-            f"mkdir -p {quote(str(root / self.inside))} && ",
-            quote(str(root / self.inside)),
-        )
-        command = f"{made if self.inside else ''}tar -xzf {quote(str(archive))} -C {into}"
+        into = quote(str(root / self.inside))
+        made = f"mkdir -p {into} && " if self.inside else ""
+        command = f"{made}tar -xzf {quote(str(archive))} -C {into}"
         return f"{archive} lies there, not (or not wholly) extracted: {command}"
 
 
@@ -87,6 +84,16 @@ def _pathfinder(size: int) -> Files:
     )
 
 
+def _cifar(gray: bool) -> Files:
+    return Files(
+        "cifar-10-batches-py",
+        _CIFAR,
+        lambda folder: formats.cifar(folder, gray=gray),
+        (45_000, 5_000, 10_000),
+        archives=("cifar-10-python.tar.gz",),
+    )
+
+
 OFFICIAL = {
     "listops": Files(
         "listops-1000",
@@ -97,38 +104,17 @@ OFFICIAL = {
         archives=_RELEASE,
     ),
     "text": Files(
-        "aclImdb",
-        _IMDB,
-        formats.text,
-        (25_000, 25_000, 25_000),
-        archives=("aclImdb_v1.tar.gz",),
+        "aclImdb", _IMDB, formats.text, (25_000, 25_000, 25_000), archives=("aclImdb_v1.tar.gz",)
     ),
     "retrieval": Files(
-        "tsv_data",
-        _AAN,
-        formats.retrieval,
-        (147_086, 18_090, 17_437),
-        _ARCHIVE,
-        archives=_RELEASE,
+        "tsv_data", _AAN, formats.retrieval, (147_086, 18_090, 17_437), _ARCHIVE, archives=_RELEASE
     ),
-    "image": Files(
-        "cifar-10-batches-py",
-        _CIFAR,
-        lambda folder: formats.cifar(folder, gray=True),
-        (45_000, 5_000, 10_000),
-        archives=_CIFAR_ARCHIVES,
-    ),
+    "image": _cifar(gray=True),
     "pathfinder": _pathfinder(32),
     "pathfinder64": _pathfinder(64),
     "pathx": _pathfinder(128),
     "path256": _pathfinder(256),
-    "scifar": Files(
-        "cifar-10-batches-py",
-        _CIFAR,
-        lambda folder: formats.cifar(folder, gray=False),
-        (45_000, 5_000, 10_000),
-        archives=_CIFAR_ARCHIVES,
-    ),
+    "scifar": _cifar(gray=False),
     "speech": Files(
         "speech_commands",
         _WORDS,

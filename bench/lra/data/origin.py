@@ -1,7 +1,8 @@
-"""Which files a packed set was made from: a quick look that notices any change, and a digest of their bytes.
+"""Which files a packed set was made from: a quick digest that notices any change, and one of their bytes.
 
-quick     name, size, times and inode of every file: seconds for 200,000 of them. Equal: nothing has changed.
-content   name and bytes. It decides where the look differs, as after copying or touching a set.
+quick     covers name, size, times and inode of every file. It takes seconds for 200,000 of them. If it is equal,
+          nothing has changed.
+content   covers names and bytes. It decides where `quick` differs, as after copying or touching a set.
 
 Names that begin with a dot are left out, as the readers leave them out: .DS_Store, and the ._NAME that macOS puts
 beside a NAME.
@@ -14,12 +15,12 @@ from pathlib import Path
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
-    """What lies in a folder under names that match, in order, without hidden ones."""
+    """Returns what lies in a folder under names that match, in order and without hidden files."""
     return sorted(p for p in folder.glob(pattern) if not p.name.startswith("."))
 
 
 def files(folder: Path, parts: Iterable[str]) -> list[str]:
-    """Every file of these parts of a folder, files or folders themselves, relative to it and in order."""
+    """Returns every file of these parts of a folder, relative to it and in order. Parts are files or folders."""
     base, found = str(folder), []
     for part in parts:
         whole = os.path.join(base, part) if part else base
@@ -39,7 +40,7 @@ def _below(folder: str) -> Iterator[str]:
 
 
 def quick(folder: Path, names: list[str]) -> str:
-    # The time of a file's last change of any kind and its inode tell what kept its size and its time of writing.
+    # ctime and inode show changes that keep the size and the time of writing.
     digest = hashlib.blake2b(digest_size=16)
     for name in names:
         try:

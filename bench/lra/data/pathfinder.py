@@ -1,16 +1,18 @@
-"""Pathfinder images: are the two discs the ends of one dashed curve? (Linsley et al. 2018; Kim et al. 2020)
+"""Pathfinder images: are the two discs at the ends of one dashed curve? (Linsley et al. 2018; Kim et al. 2020)
 
-Two target curves ("snakes") of `contour` dashes each and shorter distractors grow dash by dash on an empty window,
-none touching another; one disc marks the start of a target, the other the end of the same (label 1) or of the other
-target (label 0). Written in the layout of the released sets: imgs/BATCH/sample_I.png and metadata/BATCH.npy.
+Two target curves ("snakes") of `contour` dashes each and shorter distractors grow dash by dash on an empty window, and
+none touches another. One disc marks the start of a target, the other the end of the same target (label 1) or of the
+other one (label 0). The files are laid out like the released sets: imgs/BATCH/sample_I.png and metadata/BATCH.npy.
 
-Ours differs from the released sets on purpose: all snakes have the same contrast, so that brightness tells nothing;
-the first seed keeps `seed_distance` from the window's edge; a snake also keeps off the newest dash of the other; a
-dash's mask is that of a line longer by `margin`, so that no other snake slips through the gap behind it; targets whose
-polylines share a point are drawn anew; what the smaller picture of a dash or mask has below 8 of 255 is 0, against the
-ripples of its filter. Numbers on these images are not numbers on the released ones.
+Our images differ from the released ones on purpose, so numbers on them are not numbers on the released ones:
+- All snakes have the same contrast, so that brightness tells nothing.
+- The first seed keeps `seed_distance` from the window's edge.
+- A snake also keeps away from the newest dash of the other.
+- The mask of a dash is that of a line longer by `margin`, so that no other snake slips through the gap behind it.
+- Targets whose polylines share a point are drawn again.
+- Values below 8 of 255 in the reduced picture of a dash or mask become 0, against the ripples of the filter.
 
-Angles have finitely many values (degrees for seeds, then directions between pixels), so each dash is drawn once with
+Angles have finitely many values (degrees for seeds, then directions between pixels). So each dash is drawn once with
 anti-aliasing and pasted afterwards.
 """
 
@@ -25,9 +27,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
+from bench import files
 from bench.lra.data.cache import DataError, remove_abandoned, scratch
-from bench.lra.data.dashes import AA, FOLDERS, Settings, downsample, pen
-from bench.lra.data.snakes import grow_distractors, grow_targets
+from bench.lra.data.snakes import (
+    AA,
+    FOLDERS,
+    Settings,
+    downsample,
+    grow_distractors,
+    grow_targets,
+    pen,
+)
 from bench.lra.data.workers import in_order
 
 __all__ = ["EASY", "FOLDERS", "SIZES", "Settings", "contact_sheet", "draw", "write"]
@@ -39,8 +49,8 @@ SIZES = {
     128: Settings(128, 1, 5, 1.5, (2, 3), 20, 3, 1.8, 8),
     256: Settings(256, 22, 5, 2, (3,), 27, 5, 1.8, 7),
 }
-# Ours: short and smooth curves alone, which a processor learns in minutes; with the released sets'
-# continuity of 1 and their distractors small networks stay at chance for much longer.
+# A task of ours: short, smooth curves alone, which a processor learns in minutes. With the released sets'
+# continuity of 1 and their distractors, small networks stay at chance for much longer.
 EASY = replace(SIZES[32], contour=6, continuity=1.8, distractors=0)
 
 
@@ -48,7 +58,7 @@ EASY = replace(SIZES[32], contour=6, continuity=1.8, distractors=0)
 class Drawing:
     """An image (size, size) uint8 and the geometry it was drawn from.
 
-    A snake is a list of dashes, each the (y, x) of its end where the snake came from and of its other end.
+    A snake is a list of dashes. A dash is the (y, x) of its tail, where the snake came from, and of its head.
     """
 
     image: np.ndarray
@@ -69,7 +79,7 @@ def _marker(radius: float) -> Image.Image:
 
 
 def draw(settings: Settings, seed: int, index: int) -> Drawing:
-    """The index-th image of a seed."""
+    """Draws the index-th image of a seed."""
     rng = np.random.default_rng((seed, settings.size, settings.contour, index))
     tool = pen(settings, settings.margins[rng.integers(len(settings.margins))])
     label, origin = rng.integers(2, size=2).tolist()
@@ -100,7 +110,7 @@ def draw(settings: Settings, seed: int, index: int) -> Drawing:
 
 
 def _write_batch(root: Path, settings: Settings, seed: int, batch: int, n: int) -> int:
-    """A folder of n images and its metadata, each whole or not there; the metadata last."""
+    """Writes a folder of n images and then its metadata, each whole or not there."""
     images = root / "imgs" / str(batch)
     remove_abandoned(images)
     temporary = scratch(images)
@@ -115,9 +125,8 @@ def _write_batch(root: Path, settings: Settings, seed: int, batch: int, n: int) 
         lines.append(" ".join(map(str, fields)) + "\n")
     shutil.rmtree(images, ignore_errors=True)
     os.rename(temporary, images)
-    metadata = root / "metadata" / f"{batch}.npy"  # text, whatever its name says
-    metadata.with_suffix(".tmp").write_text("".join(lines))
-    os.replace(metadata.with_suffix(".tmp"), metadata)
+    # The released files have this name, but they are text.
+    files.write_text(root / "metadata" / f"{batch}.npy", "".join(lines))
     return n
 
 
@@ -130,7 +139,7 @@ def _finished(root: Path, batch: int, n: int) -> bool:
 
 
 def write(folder: Path, settings: Settings, n: int, seed: int, workers: int, advance) -> None:
-    """n images below `folder`; batches that are there already stay. The images depend on the seed alone."""
+    """Writes n images below `folder`. Batches that are already there stay. The images depend on the seed alone."""
     root = folder / settings.folder
     (root / "metadata").mkdir(parents=True, exist_ok=True)
     (root / "imgs").mkdir(exist_ok=True)
@@ -152,7 +161,7 @@ def write(folder: Path, settings: Settings, n: int, seed: int, workers: int, adv
 
 
 def contact_sheet(settings: Settings, seed: int, rows: int = 4, columns: int = 6) -> Image.Image:
-    """The first images of a seed, each class in its own half, framed green (connected) or red."""
+    """Returns the first images of a seed in one picture: the connected ones above in green, the others below in red."""
     found: dict[int, list] = {1: [], 0: []}
     index = 0
     while min(map(len, found.values())) < rows * columns // 2:

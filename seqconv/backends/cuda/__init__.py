@@ -17,6 +17,7 @@ class Cuda:
     """The operators on GPUs; a subclass may have devices of another kind (`device`, `on`)."""
 
     name = "cuda"
+    always: frozenset[str] = frozenset()
 
     def device(self, place: torch.device):
         """What launches kernels for tensors there; raises where nothing does."""

@@ -1,6 +1,6 @@
-"""Machine code of the kernels: found prebuilt, kept by an earlier call, or compiled by NVRTC. Needs no GPU.
+"""The machine code of the kernels, which is found prebuilt, was kept by an earlier call, or is compiled by NVRTC.
 
-NVRTC is called through cuda.bindings, which is imported when the first kernel has to be compiled.
+NVRTC needs no GPU. It is called through cuda.bindings, which are imported when the first kernel has to be compiled.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ import torch
 
 from seqconv.backends.cuda import kernels
 
-# NVRTC 12 takes generic lambdas for host code otherwise.
+# Without -default-device NVRTC 12 takes generic lambdas for host code.
 OPTIONS = ("-std=c++17", "-default-device")
-OLDEST = (12, 8)  # cuda.bindings
+OLDEST = (12, 8)  # release of cuda.bindings that will do
 PACKAGED = Path(__file__).parent.parent / "cubins"
-CACHE_BYTES = 256 << 20  # some fifty states of all kernels of one architecture
+CACHE_BYTES = 256 << 20  # this holds some fifty states of all kernels of one architecture
 
 
 class NoCompiler(RuntimeError):
@@ -29,7 +29,7 @@ class NoCompiler(RuntimeError):
 
 
 def bindings_version() -> str:
-    """Of cuda.bindings; empty where there are none that find NVRTC as a package and launch kernels by library."""
+    """The version of cuda.bindings, or "" where there are none that find NVRTC as a package and launch its kernels."""
     try:
         from cuda.bindings import __version__ as found
     except ImportError:
@@ -38,7 +38,7 @@ def bindings_version() -> str:
 
 
 def remedy() -> str:
-    """The command that installs what is missing, wherever seqconv itself came from."""
+    """The command that installs what is missing, however seqconv itself was installed."""
     found = bindings_version()
     cuda12 = (found or torch.version.cuda or "").startswith("12.")
     packages = ["nvidia-cuda-nvrtc-cu12" if cuda12 else "nvidia-cuda-nvrtc"]
@@ -48,9 +48,9 @@ def remedy() -> str:
 
 
 def _load(chosen: str) -> list[int]:
-    """Loads an NVRTC by its file, for the bindings take what is loaded already. Its version, two numbers."""
+    """Loads an NVRTC by its file, since the bindings take what is loaded already. Returns its version, two numbers."""
     for path in sorted(Path(chosen).parent.glob("libnvrtc-builtins.so.*")):
-        ctypes.CDLL(str(path))  # some releases do not look for it beside themselves
+        ctypes.CDLL(str(path))  # some releases do not look for this file beside themselves
     major, minor = ctypes.c_int(), ctypes.c_int()
     ctypes.CDLL(chosen).nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return [major.value, minor.value]
@@ -58,14 +58,14 @@ def _load(chosen: str) -> list[int]:
 
 @functools.cache
 def nvrtc():
-    """cuda.bindings.nvrtc with its library loaded: the file that SEQCONV_NVRTC names, or what the bindings find."""
+    """cuda.bindings.nvrtc with its library, which is the file that SEQCONV_NVRTC names or what the bindings find."""
     chosen = os.environ.get("SEQCONV_NVRTC")
     try:
         wanted = _load(chosen) if chosen else None
         from cuda.bindings import nvrtc as bindings
 
         _, *found = bindings.nvrtcVersion()
-    except Exception as error:  # each release of the bindings raises something else
+    except Exception as error:  # every release of the bindings raises something else
         text = (str(error) or repr(error)).splitlines()[0]
         named = chosen and not isinstance(error, ImportError)
         way = "SEQCONV_NVRTC must name the file libnvrtc.so.*" if named else remedy()
@@ -80,7 +80,7 @@ def nvrtc():
 
 @functools.cache
 def version() -> str:
-    """NVRTC's release to the last digit, which only its output tells, such as 13.0.88."""
+    """NVRTC's release to the last digit, such as 13.0.88, which only its output tells."""
     text = compile_source("", "sm_90", "ptx")
     found = re.search(r"release \S+ V(\S+)", text)
     return found[1] if found else text
@@ -96,9 +96,9 @@ def compiler_reason() -> str | None:
 
 
 def compile_source(source: str, arch: str, kind: str = "cubin", log=None, options: tuple = ()):
-    """CUDA C++ compiled for sm_XY: "cubin", machine code as bytes, or "ptx", the text that it is assembled from.
+    """Compiles CUDA C++ for sm_XY: to a "cubin", machine code as bytes, or to "ptx", the text that it is made from.
 
-    log: a file for what the compiler says. options: NVRTC's, after OPTIONS.
+    log is a file for what the compiler says. options are NVRTC's, and follow OPTIONS.
     """
     if kind not in ("cubin", "ptx"):
         raise ValueError(f"compile_source: kind must be 'cubin' or 'ptx', got {kind!r}")
@@ -130,7 +130,7 @@ def compile_source(source: str, arch: str, kind: str = "cubin", log=None, option
 
 
 def compile_kernel(kernel: str, arch: str, cached: bool = True, log=None) -> bytes:
-    """A kernel's machine code for sm_XY. cached: kept on disk, by source, options and NVRTC's release."""
+    """The kernel's machine code for sm_XY. Where cached, it is kept on disk by source, options and NVRTC's release."""
     source = kernels.source(kernel)
     if not cached:
         options = () if log is None else ("--ptxas-options=-v",)
@@ -149,7 +149,7 @@ def compile_kernel(kernel: str, arch: str, cached: bool = True, log=None) -> byt
 
 
 def cache_folder() -> Path:
-    """Compiled kernels: SEQCONV_CACHE, or seqconv under the user's cache folder."""
+    """Where compiled kernels are kept: SEQCONV_CACHE, or seqconv in the user's cache folder."""
     if os.environ.get("SEQCONV_CACHE"):
         return Path(os.environ["SEQCONV_CACHE"])
     try:
@@ -160,22 +160,22 @@ def cache_folder() -> Path:
 
 
 def _kept(name: str) -> bytes | None:
-    """A file of the cache is machine code and its SHA-256. What does not fit it is as good as missing."""
+    """The code in a file of the cache, which ends with its SHA-256. A file that does not fit counts as missing."""
     with contextlib.suppress(OSError):
         path = cache_folder() / name
         data = path.read_bytes()
         if hashlib.sha256(data[:-32]).digest() == data[-32:]:
-            with contextlib.suppress(OSError):  # a folder for reading only
-                os.utime(path)  # the files used last stay
+            with contextlib.suppress(OSError):  # the folder may be for reading only
+                os.utime(path)  # the files that were used last stay
             return data[:-32]
     return None
 
 
 def _keep(name: str, code: bytes) -> None:
-    """Whole or not at all, whoever else writes or reads; then the oldest files go until the rest fits CACHE_BYTES."""
+    """Writes a file as a whole, whoever else reads or writes. Then deletes the oldest files beyond CACHE_BYTES."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{name}{uuid.uuid4().hex}"  # tempfile's would be for this user only
+    part = folder / f"{name}{uuid.uuid4().hex}"  # a file of tempfile would be for this user only
     try:
         with open(part, "xb") as file:
             file.write(code + hashlib.sha256(code).digest())
@@ -186,25 +186,25 @@ def _keep(name: str, code: bytes) -> None:
         raise
     found = []
     for path in folder.glob("*-sm_*.seqconv*"):
-        with contextlib.suppress(FileNotFoundError):  # another process makes room as well
+        with contextlib.suppress(FileNotFoundError):  # another process may delete files as well
             state = path.stat()
             found.append((state.st_mtime_ns, state.st_size, path))
     total = sum(size for _, size, _ in found)
     for _, size, path in sorted(found):
         if total <= CACHE_BYTES:
             break
-        with contextlib.suppress(PermissionError):  # another user's, in a folder of many
+        with contextlib.suppress(PermissionError):  # it may be another user's in a shared folder
             path.unlink(missing_ok=True)
             total -= size
 
 
 def prebuilt_folders() -> list[Path]:
-    """Where prebuilt kernels are looked for: SEQCONV_CUBINS, then the installation."""
+    """The folders of prebuilt kernels in the order of the search: SEQCONV_CUBINS, then the installation's."""
     return [Path(f) for f in (os.environ.get("SEQCONV_CUBINS"),) if f] + [PACKAGED]
 
 
 def find_prebuilt(kernel: str, major: int, minor: int) -> bytes | None:
-    """Code for an earlier minor version of the architecture runs as well."""
+    """The prebuilt code of a kernel, or None. Code for an earlier minor version of the architecture runs as well."""
     for lower in range(minor, -1, -1):
         for folder in prebuilt_folders():
             path = folder / kernels.cubin_name(kernel, f"sm_{major}{lower}")

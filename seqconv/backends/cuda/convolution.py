@@ -1,11 +1,11 @@
-"""The operator on a device as a sequence of kernel launches: plans, scratch memory and packed arguments.
+"""The convolution on a device as a sequence of kernel launches: plans, scratch memory and packed arguments.
 
-Calls that differ in addresses only, which is nearly all of a model's, share a recipe (recipe.py); `_forward`
-and `_backward` make it, from everything that plans and arguments depend on.
+Calls that differ in addresses only share a recipe (recipe.py), and nearly all calls of a model do. `_forward` and
+`_backward` make it from everything that plans and arguments depend on.
 
-A device is anything with `limits`, `launch(kernel, grid, threads, shared, arguments)` that runs a kernel of
-csrc/device (see kernels.py) on the tensors' memory, and `table(function, *arguments)` that keeps a table
-(tables.py) there: the CUDA driver, or the tests' emulator.
+A device has `limits`, `launch(kernel, grid, threads, shared, arguments)`, which runs a kernel of csrc/device (see
+kernels.py) on the tensors' memory, and `table(function, *arguments)`, which keeps a table (tables.py) there. The CUDA
+driver is one, and the tests' emulator is another.
 """
 
 import functools
@@ -15,25 +15,27 @@ import torch
 from torch import Tensor
 
 from seqconv.backends.cuda import kernels
-from seqconv.backends.cuda.layout import Layout
-from seqconv.backends.cuda.plan import Limits, Plan, Problem, make_plan
+from seqconv.backends.cuda.arguments import transform
+from seqconv.backends.cuda.layout import Base, Layout
+from seqconv.backends.cuda.plan import Plan, make_plan
+from seqconv.backends.cuda.problem import Limits, Problem
 from seqconv.backends.cuda.recipe import Operand, Recipe, geometries, operands
 from seqconv.backends.pack import ABSENT, materialise, reach, zero_unreached
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-COMPLEX = 4  # dtype code of rows between the passes of a long transform
-WORK_BYTES = 1 << 28  # of scratch for long rows, more only where one channel needs it
-SKIP_THREADS = 256  # that add up the skip's gradient of one channel
+COMPLEX = 4  # the dtype code of long rows between their passes
+SCRATCH_BYTES = 1 << 28  # of a call with long rows; it takes more only where one channel needs more
+SKIP_THREADS = 256  # they add up the skip's gradient of one channel
 
 
-def _rows(work: Operand, outer: int, lower: int) -> tuple:
-    """Scratch (batch, heads, channels, n) of complex numbers as rows of `lower` points, `outer` to a channel."""
-    batch, head, channel = (stride // 2 for stride in work.stride()[:3])
-    return (work.data_ptr(), COMPLEX, batch, head, channel // outer, 1)
+def _rows(long_rows: Operand, outer: int) -> tuple:
+    """Long rows between their passes, (batch, heads, channels, n), as `outer` shorter rows for each channel."""
+    batch, head, channel = (stride // 2 for stride in long_rows.stride()[:3])
+    return (long_rows.data_ptr(), COMPLEX, batch, head, channel // outer, 1)
 
 
 def _fast(dtype: torch.dtype) -> bool:
-    """Whether products may be summed in fp16, as torch's own switches have it."""
+    """Whether torch's own switches allow that products are summed in fp16."""
     if dtype == torch.bfloat16:
         return bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
     if dtype == torch.float16:
@@ -46,7 +48,7 @@ def describe(u: Tensor, k: Tensor, k_rev: Tensor | None) -> Problem:
 
 
 def _describe(u, k, k_rev, fast: bool) -> Problem:
-    """Of tensors or of operands."""
+    """Describes a call by its tensors or by operands that stand for them."""
     batch, channels, length = u.shape
     heads = 1 if k.dim() == 2 else k.shape[-3]
     taps, taps_rev = reach(length, k, k_rev)
@@ -55,150 +57,149 @@ def _describe(u, k, k_rev, fast: bool) -> Problem:
 
 
 class _Call:
-    """The launches of one call, written to its recipe."""
+    """Writes the launches of one call to its recipe."""
 
-    def __init__(
-        self, recipe: Recipe, problem: Problem, plan: Plan, u: Operand, activation, backward=False
-    ):
+    def __init__(self, recipe: Recipe, problem: Problem, plan: Plan, u: Operand, activation: str):
         self.recipe, self.problem = recipe, problem
-        self.layout = Layout(problem, plan, activation, backward)
-        # The taps' spectra have one scale, their gradients' inverse another.
-        self.spectra = Layout(problem, plan, activation, False) if backward else self.layout
+        self.layout = Layout(problem, plan, activation)
         self.suffix = SUFFIX[u.dtype]
         self.empty = recipe.empty
 
-    def run(self, kernel: str, launch: tuple[int, int, int], base, fields: dict) -> None:
-        values, table = base
-        self.recipe.launch(kernel, launch, values, fields | {"tables": self.recipe.table(*table)})
+    def run(self, kernel: str, launch: tuple[int, int, int], base: Base, fields: dict) -> None:
+        told = transform(base.n, base.radices, self.recipe.table(*base.table))
+        self.recipe.launch(kernel, launch, base.fields | {"transform": told} | fields)
 
-    def of_taps(self, kernel: str, base, pieces: int, **fields) -> None:
-        """A kernel with one slot for each of the `pieces` of every kernel row."""
+    def of_taps(self, kernel: str, base: Base, pieces: int, **fields) -> None:
+        """Launches a kernel with one slot for each of the `pieces` of every row of taps."""
         slots, threads, shared = self.layout.taps_launch
-        grid = -(-self.problem.kernel_rows * pieces // slots)
+        grid = -(-self.problem.taps_rows * pieces // slots)
         self.run(kernel, (grid, threads, shared), base, fields)
 
     def of_rows(self, kernel: str, **fields) -> None:
         self.run(kernel, self.layout.rows_launch, self.layout.rows, fields)
 
     def of_columns(self, kernel: str, rows: int, **fields) -> None:
-        """A pass over the columns of long rows."""
+        """Launches a pass over the columns of long rows."""
         at = self.layout
         launch = (rows * at.tiles, at.column_threads, at.columns_shared)
         self.run(kernel, launch, at.columns, fields)
 
-    def work(self, heads: int, batch: int | None = None) -> Operand:
-        batch = self.problem.batch if batch is None else batch
+    def long_rows(self, batch: int, heads: int) -> Operand:
+        """Takes scratch memory for long rows between their passes."""
         return self.empty(batch, heads, self.problem.channels, 2 * self.layout.n)
 
     def kernel(self, name: str) -> str:
-        """The one made for this length, or else the one for any."""
+        """The name of the kernel for this length, or else of the one for any length."""
         found = f"{self.layout.prefix}{name}_{self.suffix}{self.layout.mode}"
         fixed = f"{found}_{self.layout.n}"
         return fixed if fixed in kernels.KERNELS else found
 
     def spectrum(self, k: Tensor, k_rev, skip) -> dict:
-        """The fields that hold it: (kernel row, n) complex in the order that the passes leave, and its scales."""
-        at, rows = self.spectra, self.problem.kernel_rows
+        """Makes the taps' spectrum, complex (row of taps, n) in the order that the passes leave. Returns its fields."""
+        at, p = self.layout, self.problem
         given = {"k": k, "k_rev": k_rev, "skip": skip}
-        out = {"spectrum": self.empty(rows, at.words)}
+        out = {"spectrum": self.empty(p.taps_rows, at.words)}
         if at.mode:
-            out["scales"] = self.empty(rows)
+            out["divisors"] = self.empty(p.taps_rows)
         if at.outer == 1:
             self.of_taps("spectrum", at.taps, 1, **out, **given)
             return out
         if at.mode:
-            self.of_taps("kernel_scales", at.column_taps, 1, **out, **given)
+            self.of_taps("taps_divisors", at.column_taps, 1, **out, **given)
         with self.recipe.reused():
-            work = self.work(self.problem.heads, self.problem.sets)
-            self.of_columns("long_taps", rows, work=work, **given)
-            pieces = _rows(work, at.outer, at.lower)
-            self.of_taps("spectrum", at.taps, at.outer, **out, k=pieces)
+            rows = self.long_rows(p.sets, p.heads)
+            self.of_columns("long_taps", p.taps_rows, long_rows=rows, **given)
+            self.of_taps("spectrum", at.taps, at.outer, **out, k=_rows(rows, at.outer))
         return out
 
     def convolve(self, spectrum: dict, u, pre_gate, **sink) -> None:
-        """sink: y and post_gate, or dy, post_gate, wide and dpost_gate, as the kernels' Output takes them."""
+        """Convolves. The sink holds y and post_gate, or dy, post_gate, dv and dpost_gate, for the kernels' Output."""
         if not self.layout.long:
             self.of_rows(self.kernel("forward"), **spectrum, u=u, pre_gate=pre_gate, **sink)
             return
         batch, channels, heads = self.problem.batch, self.problem.channels, self.problem.heads
-        x, v = self.work(1), self.work(heads)
+        x, v = self.long_rows(batch, 1), self.long_rows(batch, heads)
         self.of_columns(
-            f"long_input_{self.suffix}", batch * channels, work=x, u=u, pre_gate=pre_gate
+            f"long_input_{self.suffix}", batch * channels, long_rows=x, u=u, pre_gate=pre_gate
         )
-        rows = [_rows(t, self.layout.outer, self.layout.lower) for t in (x, v)]
-        self.of_rows("forward_c32", **spectrum, u=rows[0], y=rows[1])
-        self.of_columns(f"long_output_{self.suffix}", batch * heads * channels, work=v, **sink)
+        inner = {"u": _rows(x, self.layout.outer), "y": _rows(v, self.layout.outer)}
+        self.of_rows("forward_c32", **spectrum, **inner)
+        self.of_columns(f"long_output_{self.suffix}", batch * heads * channels, long_rows=v, **sink)
 
-    def partial_skip(self, parts: int, threads: int) -> Operand:
-        """One number for every thread that sums up the skip's gradient: it belongs to one head and one channel."""
+    def dskip_parts(self, parts: int, threads: int) -> Operand:
+        """One number for every thread that sums up the skip's gradient; a thread serves one head and one channel."""
         return self.empty(parts, self.problem.heads, self.problem.channels, threads)
 
-    def skip_gradient(self, partial: Operand, dskip: Operand) -> None:
-        """The sum of the parts."""
-        parts, heads, channels, threads = partial.shape
-        if dskip.dim() == 1:  # of all heads, too
+    def skip_gradient(self, dskip_parts: Operand, dskip: Operand) -> None:
+        """Adds up the parts."""
+        parts, heads, channels, threads = dskip_parts.shape
+        if dskip.dim() == 1:  # one skip serves all heads, whose sums are parts as well
             parts, heads = parts * heads, 1
         launch = (heads * channels, SKIP_THREADS, 8 * SKIP_THREADS)
-        told = {"parts": parts, "heads": heads, "channels": channels, "row_threads": threads}
-        told |= {"partial_skip": partial, "dskip": dskip}
-        self.recipe.launch("skip_gradient", launch, self.layout.rows[0], told)
+        told = {"parts": parts, "heads": heads, "channels": channels, "threads": threads}
+        self.recipe.launch(
+            "skip_gradient", launch, told | {"dskip_parts": dskip_parts, "dskip": dskip}
+        )
 
     def gradients(self, spectrum: dict, source: dict, du, dpre_gate, dk, dk_rev, dskip) -> None:
-        """Gradients from u, pre_gate, dy, post_gate and wide in `source`."""
+        """Computes the gradients that are not None from u, pre_gate, dy, post_gate and dv in `source`."""
         at, p = self.layout, self.problem
         with_dk, with_dx = (
             dk is not None or dk_rev is not None,
             du is not None or dpre_gate is not None,
         )
-        partial = self.empty(at.parts, p.kernel_rows, 2 * at.n) if with_dk else None
+        dk_parts = self.empty(at.parts, p.taps_rows, 2 * at.n) if with_dk else None
         sink = {"du": du, "dpre_gate": dpre_gate}
         taps = {"dk": dk, "dk_rev": dk_rev}
-        rows = lambda t: _rows(t, at.outer, at.lower)  # noqa: E731
         if not at.long:
-            partial_skip = dskip and self.partial_skip(at.parts * p.sets, at.row_threads)
-            sums = {"partial": partial, "partial_skip": partial_skip}
-            aside = with_dk and at.aside
-            work = self.empty(at.parts, p.kernel_rows, at.words) if aside else None
-            self.of_rows(self.kernel("backward"), **spectrum, **sums, work=work, **source, **sink)
+            dskip_parts = dskip and self.dskip_parts(at.parts * p.sets, at.row_threads)
+            sums = {"dk_parts": dk_parts, "dskip_parts": dskip_parts}
+            if with_dk and at.aside:
+                sums["x_spectra"] = self.empty(at.parts, p.taps_rows, at.words)
+            self.of_rows(self.kernel("backward"), **spectrum, **sums, **source, **sink)
         else:
-            x, dv = self.work(1), self.work(p.heads)
+            x, dv = self.long_rows(p.batch, 1), self.long_rows(p.batch, p.heads)
             dx = x if with_dx else None  # a row of x is read before its gradient is written
             signals = {name: source.get(name) for name in ("u", "pre_gate")}
-            partial_skip = dskip and self.partial_skip(p.batch * at.tiles, at.column_threads)
-            self.of_columns(f"long_input_{self.suffix}", p.batch * p.channels, work=x, **signals)
-            heads = p.batch * p.heads * p.channels
-            self.of_columns(
-                f"long_gradient_{self.suffix}", heads, work=dv, partial_skip=partial_skip, **source
-            )
-            inner = {"u": rows(x), "dy": rows(dv), "du": rows(dx) if with_dx else ABSENT}
-            self.of_rows("backward_c32", **spectrum, partial=partial, **inner)
+            dskip_parts = dskip and self.dskip_parts(p.batch * at.tiles, at.column_threads)
+            rows, head_rows = p.batch * p.channels, p.batch * p.heads * p.channels
+            self.of_columns(f"long_input_{self.suffix}", rows, long_rows=x, **signals)
+            given = {"long_rows": dv, "dskip_parts": dskip_parts, **source}
+            self.of_columns(f"long_gradient_{self.suffix}", head_rows, **given)
+            inner = {"u": _rows(x, at.outer), "dy": _rows(dv, at.outer)}
+            inner["du"] = _rows(dx, at.outer) if with_dx else ABSENT
+            self.of_rows("backward_c32", **spectrum, dk_parts=dk_parts, **inner)
             if with_dx:
                 name = f"long_input_gradient_{self.suffix}"
-                self.of_columns(name, p.batch * p.channels, work=dx, **sink, **signals)
+                self.of_columns(name, rows, long_rows=dx, **sink, **signals)
         if dskip is not None:
-            self.skip_gradient(partial_skip, dskip)
+            self.skip_gradient(dskip_parts, dskip)
         if with_dk and at.outer == 1:
-            self.of_taps("taps_gradient", at.taps, 1, partial=partial, **taps)
+            self.of_taps("taps_gradient", at.taps, 1, dk_parts=dk_parts, **taps)
         elif with_dk:
-            work = self.work(p.heads, p.sets)
-            self.of_taps("taps_gradient", at.taps, at.outer, partial=partial, dk=rows(work))
-            self.of_columns("long_taps_gradient", p.kernel_rows, work=work, **taps)
+            rows = self.long_rows(p.sets, p.heads)
+            inner = {"dk_parts": dk_parts, "dk": _rows(rows, at.outer)}
+            self.of_taps("taps_gradient", at.taps, at.outer, **inner)
+            self.of_columns("long_taps_gradient", p.taps_rows, long_rows=rows, **taps)
 
 
 def _channels_at_once(problem: Problem, plans: list[Plan]) -> int:
-    """Channels of a call, planned forward and perhaps backward, whose scratch for long rows stays within WORK_BYTES."""
+    """How many channels a call takes at a time for its scratch memory to stay within SCRATCH_BYTES.
+
+    plans: forward, and perhaps backward.
+    """
     count = problem.channels
     for plan in plans:
         if plan.long:
             signals = 2 + 2 * problem.heads
             each = 8 * plan.n * (problem.batch * signals + 3 * problem.heads * problem.sets)
-            count = max(1, min(count, WORK_BYTES // each))
+            count = max(1, min(count, SCRATCH_BYTES // each))
     for plan in plans[1:]:
         if plan.engine == "tensor" and plan.outer > 1:
-            # Spectra of the taps, sums of their gradients, x put aside, and the rows that the sums come back in.
+            # These are the taps' spectra, the sums of their gradients, x's spectra, and the rows of the sums' inverse.
             words = plan.n * (1 if problem.fast else 2)
             each = 4 * words + plan.parts * (8 * plan.n + 4 * words * plan.aside) + 8 * plan.n
-            count = max(1, min(count, WORK_BYTES // (each * problem.sets * problem.heads)))
+            count = max(1, min(count, SCRATCH_BYTES // (each * problem.sets * problem.heads)))
     return count
 
 
@@ -209,11 +210,11 @@ def _slices(problem: Problem, plans: list[Plan]):
 
 
 class _Prepared:
-    """The recipes of a call for all of its channels, some at a time."""
+    """The recipes of a call for all of its channels, of which each recipe takes some."""
 
     def __init__(self, tensors, axes, problem: Problem, plans: list[Plan], write):
-        """axes: where each tensor has its channels. write(recipe, problem, *tensors) makes the launches for
-        some channels."""
+        """axes says where each tensor has its channels. write(recipe, problem, *tensors) makes the launches for
+        some of them."""
 
         @functools.cache
         def made(count: int):
@@ -224,7 +225,7 @@ class _Prepared:
 
         self.parts = [(start, made(count)) for start, count in _slices(problem, plans)]
         self.floats = max(recipe.bytes for _, recipe in self.parts) // 4
-        # Bytes from one channel to the next.
+        # These are bytes from one channel to the next.
         self.steps = [
             0 if t is None else t.strides[axis] * t.element_size()
             for t, axis in zip(tensors, axes, strict=True)
@@ -243,13 +244,20 @@ class _Prepared:
             recipe.run(device, scratch.data_ptr(), shifted)
 
 
-_AXES = (-2, -2, -2, -1, -2, -2)  # of the channels of u, k, k_rev, skip, pre_gate, post_gate
-_KEPT = 512  # kinds of calls that are known at a time
+_AXES = (
+    -2,
+    -2,
+    -2,
+    -1,
+    -2,
+    -2,
+)  # u, k, k_rev, skip, pre_gate and post_gate have their channels there
+_KEPT = 512  # so many kinds of calls are known at a time
 
 
 @functools.lru_cache(_KEPT)
 def _forward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
-    """Of y, u, k, k_rev, skip, pre_gate, post_gate."""
+    """Prepares a call of y, u, k, k_rev, skip, pre_gate, post_gate."""
     made = operands(known)
     problem = _describe(*made[1:4], fast)
     plan = make_plan(problem, limits)
@@ -263,10 +271,10 @@ def _forward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
 
 @functools.lru_cache(_KEPT)
 def _backward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
-    """Of dy, u, k, k_rev, skip, pre_gate, post_gate, and the gradients of the latter six."""
+    """Prepares a call of dy, u, k, k_rev, skip, pre_gate, post_gate, and the gradients of the latter six."""
     made = operands(known)
     problem = _describe(*made[1:4], fast)
-    # The pre-activation, where it is needed, comes from a forward pass of its own; then everything is linear.
+    # Where the pre-activation is needed, a forward pass of its own computes it. Everything behind it is linear.
     plans = [make_plan(problem, limits, backward=backward) for backward in (False, True)]
 
     def write(recipe, problem, *tensors):
@@ -283,14 +291,14 @@ def _write_backward(recipe, problem, plans, activation, dy, u, k, k_rev, skip, *
         call = _Call(recipe, problem, plans[0], u, activation)
         if activation != "none" and linear:
             shape = (problem.batch, problem.heads, problem.channels, problem.length)
-            source["wide"] = recipe.empty(*shape)
-        sink = {name: source.get(name) for name in ("dy", "post_gate", "wide")}
+            source["dv"] = recipe.empty(*shape)
+        sink = {name: source.get(name) for name in ("dy", "post_gate", "dv")}
         with recipe.reused():
             spectrum = call.spectrum(k, k_rev, skip)
             call.convolve(spectrum, u, pre_gate, dpost_gate=dpost_gate, **sink)
     if not linear:
         return
-    call = _Call(recipe, problem, plans[1], u, "none", backward=True)
+    call = _Call(recipe, problem, plans[1], u, "none")
     spectrum = call.spectrum(k, k_rev, skip)
     call.gradients(spectrum, source, du, dpre_gate, dk, dk_rev, dskip)
 

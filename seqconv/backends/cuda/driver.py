@@ -1,6 +1,6 @@
-"""The kernels on a real device: loaded and launched through the CUDA driver.
+"""Loads the kernels on a real device and launches them through the CUDA driver.
 
-Needs cuda.bindings, imported when the first CUDA tensor comes.
+This needs cuda.bindings, which are imported when the first CUDA tensor comes.
 """
 
 import ctypes
@@ -22,12 +22,12 @@ from seqconv.backends.cuda.compiler import (
     prebuilt_folders,
     remedy,
 )
-from seqconv.backends.cuda.plan import Limits
+from seqconv.backends.cuda.problem import Limits
 from seqconv.backends.cuda.tables import FIRST_CALL, CaptureError, Tables
 
 
 def packages_reason() -> str | None:
-    """What is missing on the Python side for launching kernels, or None."""
+    """What Python lacks for launching kernels, or None."""
     if torch.version.hip:
         return "this torch is built for ROCm; the kernels are CUDA"
     try:
@@ -40,7 +40,7 @@ def packages_reason() -> str | None:
 
 
 def _check(result):
-    """The values of a driver call, whose first is a status."""
+    """What a driver's function returned behind its status. Raises RuntimeError where the status is an error."""
     status, *values = result
     if status:
         raise RuntimeError(f"seqconv: CUDA driver: {status!r}")
@@ -48,7 +48,7 @@ def _check(result):
 
 
 class Memory:
-    """A copy of a tensor of the CPU in memory of its own, as an address; freed once all work on the device is done."""
+    """A copy of a tensor of the CPU in memory of its own, as an address. It is freed when the device is at rest."""
 
     def __init__(self, driver, words: Tensor, stream: int):
         words, size = words.contiguous(), words.nbytes
@@ -69,7 +69,7 @@ class Memory:
 
 
 class _Thread(threading.local):
-    """What a thread keeps for its launches, of which each has one pointer as its parameters: to the arguments."""
+    """What a thread keeps for its launches. The only parameter of each is a pointer to its arguments."""
 
     def __init__(self):
         self.bound, self.pointer = False, ctypes.c_void_p()
@@ -77,7 +77,7 @@ class _Thread(threading.local):
 
 
 class Device:
-    """One GPU: `launch` and `table` are what the convolution needs. `driver` is cuda.bindings.driver."""
+    """One GPU, which the convolution uses by `limits`, `launch` and `table`. `driver` is cuda.bindings.driver."""
 
     def __init__(self, index: int, driver):
         self.index, self.driver, self._launch = index, driver, driver.cuLaunchKernel
@@ -91,7 +91,7 @@ class Device:
         self.major = attribute("COMPUTE_CAPABILITY_MAJOR")
         self.minor = attribute("COMPUTE_CAPABILITY_MINOR")
         width = attribute("GLOBAL_MEMORY_BUS_WIDTH")
-        known = {  # 0 where a driver does not say
+        known = {  # a driver that does not know a number says 0
             "shared": attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
             "shared_total": attribute("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR"),
             "processors": attribute("MULTIPROCESSOR_COUNT"),
@@ -126,7 +126,7 @@ class Device:
         kernel = _check(driver.cuLibraryGetKernel(library, name.encode()))
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuKernelSetAttribute(limit, self.limits.shared, kernel, self.handle))
-        return driver.CUfunction(int(kernel))  # a kernel handle launches in every context
+        return driver.CUfunction(int(kernel))  # the handle of a kernel launches in every context
 
     def _compile(self, name: str) -> bytes:
         try:
@@ -142,12 +142,11 @@ class Device:
         return torch.cuda.is_current_stream_capturing()
 
     def _stream(self) -> int:
-        return torch._C._cuda_getCurrentRawStream(
-            self.index
-        )  # torch.cuda.current_stream makes an object
+        # torch.cuda.current_stream would make an object in every call.
+        return torch._C._cuda_getCurrentRawStream(self.index)
 
     def _bind_thread(self) -> None:
-        """The driver knows no current device in a thread where nothing has called CUDA's runtime yet."""
+        """Makes the device current in a thread where nothing has called CUDA's runtime yet."""
         if self._thread.bound:
             return
         if not int(_check(self.driver.cuCtxGetCurrent())):
@@ -160,7 +159,7 @@ class Device:
         return Memory(self.driver, words, self._stream())
 
     def launch(self, kernel: str, grid: int, threads: int, shared: int, arguments: array) -> None:
-        """On torch's current stream of this device, which the caller has made current."""
+        """Launches on torch's current stream of this device, which the caller has made current."""
         thread = self._thread
         if not thread.bound:
             self._bind_thread()
@@ -175,7 +174,7 @@ class Device:
 
 @functools.cache
 def device(index: int) -> Device:
-    """Raises where the kernels cannot run; see `reason`."""
+    """The device of this index. Raises where the kernels cannot run; see `reason`."""
     missing = packages_reason()
     if missing:
         raise RuntimeError(missing)
@@ -183,14 +182,14 @@ def device(index: int) -> Device:
 
     with torch.cuda.device(index):
         made = Device(index, driver)
-        made.kernel("kernel_scales")  # the smallest: does anything compile, load and stay?
+        made.kernel("taps_divisors")  # the smallest one shows whether kernels compile and load
     return made
 
 
 def _hint(error: Exception) -> str:
-    """What would help."""
+    """What the user can do about the error, as the end of its message."""
     if isinstance(error, NoCompiler):
-        return ""  # its message says so
+        return ""  # the message itself says what to do
     try:
         from cuda.bindings import driver
 
@@ -200,7 +199,7 @@ def _hint(error: Exception) -> str:
         return ""
     if made <= known:
         return ""
-    # With both releases of NVRTC installed the bindings take the newer one.
+    # Where both releases of NVRTC are installed, the bindings take the newer one.
     older = (
         "pip uninstall nvidia-cuda-nvrtc, then pip install 'cuda-python<13' nvidia-cuda-nvrtc-cu12"
     )
@@ -212,7 +211,7 @@ _failures: dict[int, list[str]] = {}
 
 
 def reason(index: int) -> str | None:
-    """Why the kernels do not run on this GPU, or None. What fails three times is taken for final."""
+    """Why the kernels do not run on this GPU, or None. A device that has failed three times is not tried again."""
     failed = _failures.setdefault(index, [])
     if len(failed) >= 3:
         return failed[-1]

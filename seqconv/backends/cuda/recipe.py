@@ -1,8 +1,8 @@
-"""A call as a list of launches with everything in them but addresses, made once for all calls alike.
+"""A call as a list of launches that lack nothing but addresses. It is made once for all calls that are alike.
 
-A recipe is made by the code that would make the launches themselves, from stand-ins for the tensors
-(`Operand`) whose addresses (`Address`) are places to be filled in. It never changes afterwards and knows
-no memory of any call, so that it may be kept, and run by several threads at a time.
+The code that makes a recipe reads like code that launches: it gets stand-ins for the tensors (`Operand`), whose
+addresses (`Address`) name places to be filled in. A recipe never changes afterwards and knows no memory of any call.
+So it may be kept, and several threads may run it at a time.
 """
 
 import math
@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqconv.backends.cuda.arguments import address, fill
+from seqconv.backends.cuda.arguments import address, structure_of
 
-ALIGNMENT = 512  # bytes: what torch's own allocations have on a device
-SCRATCH = 0  # its number among a call's memories; then come the tensors, then the tables
+ALIGNMENT = 512  # bytes; torch aligns its own allocations on a device so
+SCRATCH = 0  # the scratch memory's number among the memories of a call; tensors follow, then tables
 
 
 class Address(NamedTuple):
-    """A byte of one of a call's memories, by the memory's number."""
+    """A byte of one of the memories of a call, which are numbered."""
 
     memory: int
     offset: int = 0
@@ -29,7 +29,7 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True)
 class Operand:
-    """Of a tensor everything but where it lies; answers as a tensor does."""
+    """Stands for a tensor: it knows everything but the memory, and answers as a tensor does."""
 
     address: Address
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class Operand:
     strides: tuple[int, ...]
 
     def cut(self, axis: int, count: int) -> "Operand":
-        """The first `count` along an axis counted from the end."""
+        """The operand's first `count` elements along an axis, which is counted from the end."""
         axis += len(self.shape)
         return replace(self, shape=(*self.shape[:axis], count, *self.shape[axis + 1 :]))
 
@@ -55,7 +55,7 @@ class Operand:
 
 
 def geometries(tensors: list[Tensor | None]) -> list[tuple | None]:
-    """All that operands need to know."""
+    """What operands are made from."""
     return [None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors]
 
 
@@ -69,21 +69,23 @@ class Launch(NamedTuple):
     grid: int
     threads: int
     shared: int
-    arguments: array  # zeros where addresses belong
-    addresses: tuple[tuple[int, int, int], ...]  # place in arguments, memory, offset
+    arguments: array  # it has zeros where addresses belong
+    addresses: tuple[
+        tuple[int, int, int], ...
+    ]  # of each its place in the arguments, memory and offset
 
 
 class Recipe:
-    """Launches in order, the tables they want, and the scratch memory that they share."""
+    """Launches in their order, the tables that they want, and the scratch memory that they share."""
 
     def __init__(self, tensors: int):
         self.launches: list[Launch] = []
         self.tables: dict[tuple, Address] = {}
-        self.bytes = 0  # of scratch
+        self.bytes = 0  # of the scratch memory
         self._tensors, self._taken = tensors, 0
 
     def empty(self, *shape: int) -> Operand:
-        """Scratch memory for float32 numbers."""
+        """Takes a piece of the scratch memory, for float32 numbers."""
         start = -(-self._taken // ALIGNMENT) * ALIGNMENT
         self._taken = start + 4 * math.prod(shape)
         self.bytes = max(self.bytes, self._taken)
@@ -92,7 +94,7 @@ class Recipe:
 
     @contextmanager
     def reused(self):
-        """Scratch taken inside is free again behind it: launches run one after the other."""
+        """Frees what was taken inside: launches run one after the other, so that later ones may write there."""
         taken = self._taken
         yield
         self._taken = taken
@@ -101,19 +103,20 @@ class Recipe:
         number = 1 + self._tensors + len(self.tables)
         return self.tables.setdefault(made_by, Address(number))
 
-    def launch(self, kernel: str, launch: tuple[int, int, int], values: list, fields: dict) -> None:
-        """(grid, threads, bytes of shared memory), and the arguments: `values` with the fields written to them."""
-        values = fill(fields, values.copy())
-        places = [(i, *v) for i, v in enumerate(values) if isinstance(v, Address)]
-        numbers = array("q", [0 if isinstance(v, Address) else v for v in values])
+    def launch(self, kernel: str, launch: tuple[int, int, int], fields: dict) -> None:
+        """Adds a launch of (grid, threads, bytes of shared memory) with these fields of the kernel's arguments."""
+        words = structure_of(kernel).words(fields)
+        places = [(i, *word) for i, word in enumerate(words) if isinstance(word, Address)]
+        numbers = array("q", [0 if isinstance(word, Address) else word for word in words])
         self.launches.append(Launch(kernel, *launch, numbers, tuple(places)))
 
     def run(self, device, scratch: int, tensors: list[int]) -> None:
-        """With scratch memory of `bytes` and the tensors at these addresses."""
-        tables = [device.table(*made_by) for made_by in self.tables]  # kept until all is launched
+        """Launches everything with scratch memory of `bytes` and the tensors at these addresses."""
+        # The list keeps the tables until everything is launched.
+        tables = [device.table(*made_by) for made_by in self.tables]
         memories = [scratch, *tensors, *map(address, tables)]
         for kernel, grid, threads, shared, numbers, places in self.launches:
-            arguments = numbers[:]  # this call's own: another thread may be filling in its
+            arguments = numbers[:]  # a copy, since another thread may be filling in its own
             for place, memory, offset in places:
                 arguments[place] = memories[memory] + offset
             device.launch(kernel, grid, threads, shared, arguments)

@@ -1,8 +1,8 @@
 """Sums of exponentials on a device: k[c, h, l] = sum_n Re(w[c, h, n] exp(a[h, n] l)) and its gradients.
 
-As csrc/device/ssm.cuh has it. a (h, n, 2) and w (c, h, n, 2) are contiguous float64, real and imaginary part
-last; k and its gradient (c, h, length) are float32, of any strides. The order of the sums is fixed, but another
-one on a device with another number of multiprocessors.
+The kernels are those of csrc/device/ssm.cuh. a (h, n, 2) and w (c, h, n, 2) are contiguous float64 tensors whose last
+axis holds real and imaginary parts. k and its gradient (c, h, length) are float32 and may have any strides. The order
+of the sums is fixed on a device; devices with other numbers of multiprocessors have other orders.
 """
 
 import torch
@@ -12,21 +12,23 @@ from seqconv.backends.cuda.arguments import arguments
 from seqconv.backends.pack import materialise
 
 THREADS = 128
-MODES = 32  # whose tables a block holds
-ROW, ROWS = 64, 32  # positions of a row, rows of a tile
+MODES = 32  # a block holds the tables of so many at a time
+ROW, ROWS = 64, 32  # the positions of a row, and the rows of a tile
 FORWARD_SHARED = 8 * MODES * (ROW + ROWS)
 BACKWARD_SHARED = FORWARD_SHARED + 4 * ROW * ROWS
-BLOCKS = 16  # that a multiprocessor is given, where the length suffices: several rounds of those it holds
+BLOCKS = 16  # a multiprocessor is given so many where the length suffices, which is several times what it holds
 
 
 def _launch(device, kernel: str, grid: int, shared: int, fields: dict) -> None:
-    device.launch(kernel, grid, THREADS, shared, arguments(**fields))
+    device.launch(kernel, grid, THREADS, shared, arguments(kernel, **fields))
 
 
 def _prepare(device, a: Tensor, heads: int, length: int) -> dict:
-    """The powers of every mode, computed, and how the tiles are shared out: no share is empty."""
+    """Computes the powers of every mode, and shares the tiles out so that no share is empty."""
     channels, modes, _ = a.shape
-    digits = max(4, -(-(length - 1).bit_length() // 3))  # in base 8; a tile alone takes four
+    digits = max(
+        4, -(-(length - 1).bit_length() // 3)
+    )  # of a position in base 8; a tile alone takes four
     tiles = -(-length // (ROW * ROWS))
     share = -(-tiles // min(tiles, -(-BLOCKS * device.limits.processors // channels)))
     fields = {
@@ -48,7 +50,7 @@ def forward(device, k: Tensor, a: Tensor, w: Tensor) -> None:
     heads, channels, length = k.shape
     if not k.numel():
         return
-    fields = _prepare(device, a, heads, length) | {"k": k, "work": w.float()}
+    fields = _prepare(device, a, heads, length) | {"k": k, "rounded_weights": w.float()}
     _launch(device, "ssm_forward", channels * fields["groups"], FORWARD_SHARED, fields)
 
 

@@ -16,12 +16,11 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 
-import test_cuda_ssm
+import ssm_cases
 from accuracy import rel_l2
 from cases import Case
-from device_cases import compare
-from test_device import LENGTHS, LONG, OPTIONS, PROPERTIES
-from test_fftconv import CASES
+from device_cases import LENGTHS, LONG, OPTIONS, compare
+from operator_cases import CASES, PROPERTIES
 
 import seqconv
 from seqconv import fftconv, reference
@@ -208,11 +207,11 @@ def test_learned_butterfly():
         assert rel_l2(a, b) < 2e-6
 
 
-@pytest.mark.parametrize("c, h, n, length", [*test_cuda_ssm.SIZES, (1, 40, 32, 16384)])
+@pytest.mark.parametrize("c, h, n, length", [*ssm_cases.SIZES, (1, 40, 32, 16384)])
 def test_sums_of_exponentials(c, h, n, length):
-    a, w = test_cuda_ssm.problem(c, h, n, decay=(1e-6, 0.3), turn=130.0)
+    a, w = ssm_cases.problem(c, h, n, decay=(1e-6, 0.3), turn=130.0)
     device = driver.device(torch.cuda.current_device())
-    test_cuda_ssm.check(device, a.cuda(), w.cuda(), torch.randn(c, h, length, device="cuda"))
+    ssm_cases.check(device, a.cuda(), w.cuda(), torch.randn(c, h, length, device="cuda"))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")

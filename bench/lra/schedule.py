@@ -1,0 +1,186 @@
+"""How long the steps of a run take, how many of them it has, where it is evaluated, and its learning rate."""
+
+import contextlib
+import copy
+import math
+import time
+from dataclasses import dataclass
+from statistics import median
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import seqconv
+from bench.lra.batches import move, tensors
+from bench.lra.model import loss_of
+from bench.lra.options import Config
+from seqconv import reference
+
+FFTCONV = ("seqconv.layers.base.fftconv", "seqconv.layers.hyena.fftconv")  # what layers call
+
+
+@dataclass(frozen=True)
+class Plan:
+    steps: int  # of the optimiser; a multiple of period
+    period: int  # steps between evaluations
+    warmup: int
+    cosine: int  # the step at which the learning rate would be zero
+    share: float  # of the recipe's samples
+
+    def factor(self, step: int) -> float:
+        """Of the learning rate: it rises from 0 to 1 over the warm-up, then falls along half a cosine to zero."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.cosine - self.warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one step, of a validation and of the test, measured before training."""
+
+    step: float
+    validation: float
+    test: float
+
+
+def make(config: Config, samples: int, whole: int, timing: Timing | None = None) -> Plan:
+    """Returns the recipe's schedule, or what of it fits into max_minutes together with the evaluations.
+
+    At most a fifth of the time goes into evaluations of the validation split. A shortened schedule is shortened as
+    a whole: its cosine too, and its warm-up to at most a tenth.
+
+    samples: of the training split. whole: of all the recipe's epochs, by which `share` is measured.
+    """
+    optim, run = config.optim, config.run
+    per_epoch = samples // optim.batch
+    full = optim.epochs * per_epoch
+    wanted = min(run.eval_steps or per_epoch, full)
+    count = -(-full // wanted)
+    period = -(
+        -full // count
+    )  # all periods are equal, so there may be a few more steps than `full`
+    cosine, warmup = optim.schedule_steps or period * count, optim.warmup
+    if timing is not None:
+        seconds = 60 * run.max_minutes - timing.test
+        most = max(1, int(0.2 * seconds / max(timing.validation, 1e-9)))
+        possible = int((seconds - min(count, most) * timing.validation) / timing.step)
+        if possible < full:
+            count = max(1, min(most, round(max(1, possible) / wanted)))
+            possible = max(1, int((seconds - count * timing.validation) / timing.step))
+            longer = -(-possible // count)
+            pairs = [(p, min(count, max(1, possible // p))) for p in (longer, max(1, longer - 1))]
+            period, count = max(pairs, key=lambda pair: pair[0] * pair[1])
+            shortened = period * count / full
+            cosine = max(1, round((optim.schedule_steps or full) * shortened))
+            warmup = min(warmup, period * count // 10)
+    return Plan(period * count, period, warmup, cosine, period * count * optim.batch / whole)
+
+
+# ---- what a step takes ----
+
+
+def autocast(precision: str) -> tuple[torch.dtype, bool]:
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    return half.get(precision, torch.bfloat16), precision in half
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(model: nn.Module, config: Config, splits, device, world: int = 1) -> Timing:
+    """Times a few steps and evaluation batches of a copy of the model. It draws no random number from the run's.
+
+    world: the number of processes that share a batch.
+    """
+    model = copy.deepcopy(model).to(device)
+    optim = config.optim
+    part = max(1, optim.batch // optim.accumulate // world)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    rng = torch.Generator().manual_seed(0)
+
+    def seconds(split, train: bool, repeats: int) -> float:
+        found = []
+        for _ in range(repeats + 2):
+            indices = torch.randint(len(split), (min(part, len(split)),), generator=rng).numpy()
+            start = time.perf_counter()
+            x, lengths, labels = move(tensors(split, indices), device)
+            with torch.autocast(device.type, *autocast(config.run.precision)):
+                with torch.set_grad_enabled(train):
+                    loss = loss_of(model(x, lengths), labels)
+            if train:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            synchronize(device)
+            found.append(time.perf_counter() - start)
+        return median(found[2:])
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model.train()
+        step = seconds(splits["train"], True, 10) * optim.accumulate
+        model.eval()
+        per_batch = seconds(splits["val"], False, 3)
+    per_sample = per_batch / (part * world)
+    return Timing(step, len(splits["val"]) * per_sample, len(splits["test"]) * per_sample)
+
+
+def compare_step(model: nn.Module, batch, rounds: int, precision: str) -> dict:
+    """Times whole training steps, with dropout and AdamW, with seqconv.fftconv and with the torch.fft formulation.
+
+    Both run on a copy of the model, in interleaved rounds, after a check that their gradients without dropout
+    agree. Returns {"seqconv", "torch.fft": medians in milliseconds, "ratio": median of the ratios, "difference":
+    the worst relative L2 difference of a gradient}, and on a GPU "peak_mib", the most memory of a step of each.
+
+    Raises RuntimeError if the gradients differ by 1e-3 or more.
+    """
+    x, lengths, labels = batch
+    model = copy.deepcopy(model)
+    x = x.to(next(model.parameters()).dtype) if x.is_floating_point() else x
+    # With a learning rate of zero every step begins with the same weights.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def step(formulation) -> tuple[float, list[Tensor]]:
+        with contextlib.ExitStack() as stack:
+            for place in FFTCONV:
+                stack.enter_context(mock.patch(place, formulation))
+            synchronize(x.device)
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            with torch.autocast(x.device.type, *autocast(precision)):
+                loss = loss_of(model(x, lengths), labels)
+            loss.backward()
+            if model.training:
+                optimizer.step()
+            synchronize(x.device)
+            return time.perf_counter() - start, [p.grad for p in model.parameters()]
+
+    contenders = (seqconv.fftconv, reference.fftconv_fft)
+    model.eval()  # both must compute the same
+    ours, theirs = (step(f)[1] for f in contenders)
+    # A parameter before a norm may have a gradient of round-off alone, so the whole gradient is the scale.
+    whole = torch.stack([b.norm() for b in theirs]).norm()
+    worst = max(
+        ((a - b).norm() / b.norm().clamp_min(1e-3 * whole)).item()
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    if not worst < 1e-3:
+        raise RuntimeError(f"gradients differ by {worst:.1e} (relative L2): no time is shown")
+    del ours, theirs
+    model.train()
+    step(contenders[0])  # makes AdamW's state
+    peaks = {}
+    for name, f in zip(("seqconv", "torch.fft"), contenders, strict=True):
+        if x.is_cuda:
+            torch.cuda.reset_peak_memory_stats(x.device)
+        step(f)
+        if x.is_cuda:
+            peaks[name] = torch.cuda.max_memory_allocated(x.device) / 2**20
+    times = [[step(f)[0] for f in contenders] for _ in range(rounds)]
+    fast, slow = (1e3 * median(t[i] for t in times) for i in range(2))
+    ratio = median(t[1] / t[0] for t in times)
+    found = {"seqconv": fast, "torch.fft": slow, "ratio": ratio, "difference": worst}
+    return found | ({"peak_mib": peaks} if peaks else {})

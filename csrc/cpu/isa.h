@@ -1,0 +1,97 @@
+// The instruction sets, one of which is chosen when it is first needed: what the translation unit
+// of each (isa_*.cpp) provides, and what it is given.
+//
+// They are compiled for instruction sets that the machine may not have. They must not instantiate
+// anything from the standard library: the linker could pick such a copy for everybody.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "butterfly.h"
+#include "fftconv.h"
+#include "plan.h"
+#include "ssm.h"
+
+namespace seqconv {
+
+// Threads that walk through the same unit together, sharing its scratch. They meet where work is
+// spread (see spread.h): whoever arrives takes the next piece, and all wait until the last is done.
+// It works with any number of them, one after another even.
+struct Board {
+  alignas(64) int64_t next = 0;  // tickets handed out, pieces done: of the whole unit, so that they
+  alignas(64) int64_t done = 0;  // need no reset
+};
+struct Team {
+  Board* board = nullptr;  // null: this thread is alone
+  int64_t threads = 1;
+  int64_t base = 0;     // pieces before the present ones
+  int64_t ticket = -1;  // this thread's next piece, counted from the first of all
+};
+void wait_a_little(int64_t times_before);
+
+// Some samples of a channel, or of a few neighbouring ones.
+struct Unit {
+  int64_t channel, channels;  // handled together: more than one where they are adjacent in memory
+  int64_t batch, batch_end;
+  Team* team;         // for the inside of a row, where there are fewer units than threads
+  char* partial;      // where sums over the batch go, to be reduced later; null: finish them here
+  int64_t next = -1;  // the channel that this thread will probably start with afterwards
+  bool knows_kernels = false;  // the scratch holds their spectra, from a unit of the same channels
+};
+
+template <class T>
+struct ConvKernel {
+  int quads;
+  // Of such a unit, and of its sums over the batch.
+  size_t (*scratch_bytes)(const Problem&, const Method&, const Plan<T>&, const Unit&,
+                          bool backward);
+  size_t (*partial_bytes)(const Problem&, const Method&, const Plan<T>&);
+  void (*forward)(const Problem&, const Method&, const Plan<T>&, const Unit&, char* scratch);
+  void (*backward)(const Problem&, const Method&, const Plan<T>&, const Unit&, char* scratch);
+  // Sums `parts` partial results of one channel, in their order, and stores the gradients.
+  void (*reduce)(const Problem&, const Method&, const Plan<T>&, const Unit&, char* scratch,
+                 int64_t parts);
+};
+
+// A unit is a channel and a range of its blocks of outputs.
+struct SsmKernel {
+  int64_t (*blocks)(const SsmProblem&, bool backward);
+  size_t (*scratch_bytes)(const SsmProblem&, bool backward);
+  void (*forward)(const SsmProblem&, int64_t channel, int64_t begin, int64_t end, char* scratch);
+  void (*backward)(const SsmProblem&, int64_t channel, int64_t begin, int64_t end, double* sums,
+                   char* scratch);
+};
+
+// A unit is some rows of a head: (batch, channel of the head). backward sets `sums`, the gradient
+// of the head's matrices from them.
+struct ButterflyKernel {
+  size_t (*scratch_bytes)(const ButterflyProblem&, bool backward);
+  void (*forward)(const ButterflyProblem&, int64_t head, int64_t begin, int64_t end, char* scratch);
+  void (*backward)(const ButterflyProblem&, int64_t head, int64_t begin, int64_t end, double* sums,
+                   char* scratch);
+};
+
+struct IsaKernels {
+  const char* name;
+  bool (*runnable)();
+  ConvKernel<float> conv_f32;
+  ConvKernel<double> conv_f64;
+  SsmKernel ssm_f32, ssm_f64;
+  ButterflyKernel butterfly_f32, butterfly_f64;
+  const IsaKernels* shorter = nullptr;  // for rows of fewer points than kShort, if not this one
+};
+constexpr int64_t kShort = 65;
+
+extern const IsaKernels kPortable;
+#if defined(__x86_64__)
+extern const IsaKernels kAvx2, kAvx512;
+#elif defined(__aarch64__)
+extern const IsaKernels kNeon;
+#endif
+
+// Of the instruction set in use: the best that runs here, or what set_isa() chose.
+const IsaKernels& kernels();
+const char* isa();
+bool set_isa(const char* name);  // false if unknown or not runnable here
+
+}  // namespace seqconv

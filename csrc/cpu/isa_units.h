@@ -1,0 +1,23 @@
+// All that the translation unit of an instruction set provides.
+#pragma once
+#include "butterfly_unit.h"
+#include "fftconv_unit.h"
+#include "isa.h"
+#include "ssm_unit.h"
+
+namespace seqconv::SEQCONV_ISA {
+
+constexpr IsaKernels all_kernels(const char* name, bool (*runnable)(),
+                                 const IsaKernels* shorter = nullptr) {
+  return {name,
+          runnable,
+          kConvKernel<float>,
+          kConvKernel<double>,
+          kSsmKernel<float>,
+          kSsmKernel<double>,
+          kButterflyKernel<float>,
+          kButterflyKernel<double>,
+          shorter};
+}
+
+}  // namespace seqconv::SEQCONV_ISA
