@@ -16,7 +16,7 @@ Layer = TypeVar("Layer", bound=ConvLayer)
 
 
 class _Checkpoint:
-    """The part of a state_dict below a prefix; every key must be asked for."""
+    """The part of a state_dict below a prefix. Every key in it must be asked for."""
 
     def __init__(self, function: str, state_dict: dict[str, Tensor], prefix: str):
         self.function, self.prefix = function, prefix
@@ -33,7 +33,7 @@ class _Checkpoint:
         return next((name for name in names if name in self.rest), None)
 
     def take(self, *names: str) -> Tensor:
-        """The tensor by any of its names; complex ones as (..., 2)."""
+        """The tensor by any of its names. A complex one is returned as (..., 2)."""
         name = self.find(*names)
         if name is None:
             wanted = " or ".join(repr(self.prefix + n) for n in names)
@@ -46,12 +46,12 @@ class _Checkpoint:
         return tensor
 
     def block(self) -> tuple[dict[str, Tensor], dict]:
-        """What every layer has, as our parameters and as options of our layer."""
+        """The parameters that every layer has, under the names of this package, and the options they imply."""
         skip = self.take("D", "layer.D")
         skip = skip.reshape(1, -1) if skip.dim() == 1 else skip
         self.check("D", skip, (("heads", None), ("d_model", None)))
         heads, d_model = skip.shape
-        # A convolution of width 1, or a product on the left, have the same numbers as a Linear.
+        # A convolution of width 1 and a product on the left have the same numbers as a Linear.
         weight = self.take("output_linear.0.weight", "output_linear.weight")
         weight = weight.squeeze(-1) if weight.dim() == 3 else weight
         columns = ("heads d_model", heads * d_model)
@@ -76,7 +76,8 @@ class _Checkpoint:
             raise ValueError(f"{self.function}: unknown keys in state_dict: {keys}")
         like = values["skip"]
         layer.to(device=like.device, dtype=like.dtype)
-        # A layer does not load a kernel in half precision; here the numbers are the ones it was trained with.
+        # A layer refuses to load a kernel in half precision. Here it is cast, because it was trained with these
+        # numbers.
         own = layer.state_dict()
         values = {name: t.to(own[name].dtype) for name, t in values.items()}
         # The caller has said with which options the checkpoint was made.
@@ -93,15 +94,15 @@ def load_s4d(state_dict: dict[str, Tensor], *, prefix: str = "", **options) -> S
     predecessors (D, kernel.kernel.log_dt, .inv_A_real or .log_w_real, .A_imag or .w_imag, .C, and
     .B), each with output_linear's weight and bias. Sizes, heads, sides, ties, real modes (no
     imaginary part) and the GLU follow from names and shapes. Parameters keep their parameterisation,
-    so that training can go on; a B that a checkpoint lacks is 1 and stays so.
+    so that training can go on. If a checkpoint has no B, B is 1 and stays so.
 
     Args:
-        state_dict: of the layer, or of a model that holds it.
-        prefix: of the layer's keys, "layers.0.layer." for instance.
-        options: of S4D that a checkpoint does not hold: discretization ("zoh" is the minimal S4D's and
-            S4Block's default), real_transform ("exp" likewise), imag_transform, dt_sinh, bandlimit,
-            dropout, tie_dropout, activation, kernel_lr, ...; and dt_transform, which a checkpoint with
-            inv_dt needs: the default of the class ("exp") is not that of its configurations ("softplus").
+        state_dict: the state_dict of the layer, or of a model that holds it.
+        prefix: the prefix of the layer's keys, "layers.0.layer." for instance.
+        options: the options of S4D that a checkpoint does not hold: discretization ("zoh" is the default of the
+            minimal S4D and of S4Block), real_transform ("exp" likewise), imag_transform, dt_sinh, bandlimit,
+            dropout, tie_dropout, activation, kernel_lr and others. A checkpoint with inv_dt needs dt_transform,
+            too: the default of its class ("exp") is not that of its configurations ("softplus").
 
     Returns:
         An S4D in D's dtype, on its device. Outputs are (batch, length, d_model).
@@ -172,19 +173,19 @@ def load_longconv(
 ) -> LongConv:
     """A LongConv with the weights of safari's, or of its standalone one, that computes the same.
 
-    Takes, below prefix, the keys D, kernel.kernel (kernels, d_model, l_max), output_linear's weight and
-    bias; or those of the standalone file, whose kernel (heads, d_model, 2 l_max) is two-sided, as its
-    transform has its own length: the second half, read backwards, is for the future.
+    Takes, below prefix, the keys D, kernel.kernel (kernels, d_model, l_max), and output_linear's weight and
+    bias; or those of the standalone file. Its kernel (heads, d_model, 2 l_max) is two-sided, because its
+    transform is as long as the kernel: the second half, read backwards, is for the future.
 
-    The same for inputs of length l_max (and for longer ones to a kernel.kernel). For shorter ones
-    safari's layers let the taps beyond the input wrap around to the future; here they are cut.
+    The outputs are the same for inputs of length l_max, and with a kernel.kernel also for longer ones. For shorter
+    inputs safari's layers let the taps beyond the input wrap around to the future; here those taps are cut.
 
     Args:
-        state_dict: of the layer, or of a model that holds it.
-        prefix: of the layer's keys, "layers.0.layer." for instance.
-        lam: threshold of the squash, which the checkpoint does not hold: 0.1 if safari's layer was made
-            without one, 0.001 to 0.004 in its Long Range Arena configurations.
-        options: of LongConv that a checkpoint does not hold: smooth, smooth_window, kernel_dropout,
+        state_dict: the state_dict of the layer, or of a model that holds it.
+        prefix: the prefix of the layer's keys, "layers.0.layer." for instance.
+        lam: the threshold of the squash, which the checkpoint does not hold. It is 0.1 if safari's layer was made
+            without one, and 0.001 to 0.004 in its Long Range Arena configurations.
+        options: the options of LongConv that a checkpoint does not hold: smooth, smooth_window, kernel_dropout,
             dropout, tie_dropout, activation, kernel_lr.
 
     Returns:
@@ -233,11 +234,11 @@ def load_sgconv(
     weight and bias. Sizes, heads, sides, scales and the GLU follow from shapes.
 
     Args:
-        state_dict: of the layer, or of a model that holds it, after its first forward: only then does
-            it hold the kernel's norm.
-        prefix: of the layer's keys, "layers.0.layer." for instance.
-        mode, init_scale: as the layer was made with; its checkpoint does not tell.
-        options: of SGConv that a checkpoint does not hold: dropout, tie_dropout, activation, kernel_lr.
+        state_dict: the state_dict of the layer, or of a model that holds it, after its first forward: only then
+            does it hold the kernel's norm.
+        prefix: the prefix of the layer's keys, "layers.0.layer." for instance.
+        mode, init_scale: the options that the layer was made with, which its checkpoint does not hold.
+        options: the options of SGConv that a checkpoint does not hold: dropout, tie_dropout, activation, kernel_lr.
 
     Returns:
         An SGConv in D's dtype, on its device. Outputs are (batch, length, d_model).

@@ -1,4 +1,4 @@
-"""Modules for the place of others: a layer as attention, of torch or of Hugging Face; a depthwise nn.Conv1d."""
+"""Modules that take the place of others: a layer as attention, of torch or of Hugging Face, and nn.Conv1d."""
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +9,11 @@ from seqconv.ops.checks import FLOATS, check_flag, check_shape, check_tensor
 
 
 class _Foreign:
-    """Stands where torch's fused encoder kernels look for the weights of attention.
+    """An object in the place where torch's fused encoder kernels look for the weights of attention.
 
-    An operand that defines __torch_function__ declines them, in a stack as in a single layer. Any
-    other way to decline makes torch warn when a stack is built around the layer, and is not looked
-    at again in a stack that was built before the layer was put in.
+    An operand that defines __torch_function__ declines those kernels, in a stack as in a single layer. Every
+    other way to decline them makes torch warn when a stack is built around the layer. And torch does not look
+    at it again in a stack that was built before the layer was put in.
     """
 
     def __init__(self):
@@ -30,21 +30,21 @@ def _check_layer(function: str, layer: nn.Module) -> None:
 
 
 class AsAttention(nn.Module):
-    """Calls a layer as nn.MultiheadAttention is called: the self_attn of nn.TransformerEncoderLayer.
+    """A layer that is called as nn.MultiheadAttention is, for the self_attn of nn.TransformerEncoderLayer.
 
     AsAttention(layer, batch_first=True)(x, x, x, key_padding_mask=mask) = (layer(x, mask), None): the layer mixes the
-    sequence, the encoder layer does the rest. In training, in evaluation, and in nn.TransformerEncoder
-    and nn.TransformerDecoderLayer as well; torch's fused inference kernels, which know attention
-    only, are declined. All layers of an nn.TransformerEncoder are copies: give each its own weights.
+    sequence, and the encoder layer does the rest. It works in training, in evaluation, and in nn.TransformerEncoder
+    and nn.TransformerDecoderLayer as well. It declines torch's fused inference kernels, which know attention
+    only. All layers of an nn.TransformerEncoder are copies of one: give each its own weights.
 
     Args:
-        layer: maps (batch, length, d_model) and a padding mask to the same shape; has d_model, and causal,
-            True if no output sees a later input, as every layer of seqconv.
-        batch_first: (batch, length, d_model), or (length, batch, d_model) if False. The encoder layer
-            must have been built with the same value, of which torch's default is False; with another
-            the layer would mix the samples. There is no default: nothing could check it.
+        layer: maps (batch, length, d_model) and a padding mask to the same shape. It has d_model, and causal,
+            which is True if no output sees a later input, as every layer of seqconv has.
+        batch_first: True for (batch, length, d_model), False for (length, batch, d_model). The encoder layer
+            must have been built with the same value, and torch's default is False. With the other value
+            the layer would mix the samples. There is no default here, because nothing could check it.
 
-    There are no parameters but the layer's.
+    There are no parameters besides the layer's.
 
     Source: torch.nn.MultiheadAttention's contract. Example:
         >>> from seqconv import S4D
@@ -54,7 +54,7 @@ class AsAttention(nn.Module):
         torch.Size([2, 100, 8])
     """
 
-    # What torch's encoders read before they decide for or against their fused kernels.
+    # Torch's encoders read these attributes before they decide for or against their fused kernels.
     in_proj_weight = in_proj_bias = out_proj = _Foreign()
     _qkv_same_embed_dim = True
     num_heads = 2
@@ -78,12 +78,12 @@ class AsAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """query, key and value must be one tensor, (batch, length, d_model), (length, batch, d_model)
-        if not batch_first, or (length, d_model). key_padding_mask (batch, length), or (length,), as
-        the layer's mask. attn_mask and is_causal may ask for what the layer does: a causal layer takes
+        """query, key and value must be one tensor: (batch, length, d_model), or (length, batch, d_model)
+        if not batch_first, or (length, d_model). key_padding_mask, (batch, length) or (length,), is the
+        layer's mask. attn_mask and is_causal may only ask for what the layer does by itself: a causal layer takes
         the mask of nn.Transformer.generate_square_subsequent_mask, as floats or as bool, and
-        is_causal=True, with or without it; any other a mask that hides nothing. Anything else
-        is a ValueError. There are no weights to return: None stands for them.
+        is_causal=True, with or without that mask. Any other layer takes a mask that hides nothing. Everything else
+        raises ValueError. The second result is None, because there are no weights of attention.
         """
         if not (query is key and key is value):
             raise ValueError(
@@ -151,7 +151,7 @@ _FUTURE = "not hide the future from a layer that is not causal, got a causal mas
 
 
 def _seen(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a mask of Hugging Face's lets see, and whether its values are those of one."""
+    """Which keys a mask of Hugging Face's lets a query see, and which values are those of such a mask."""
     if mask.dtype == torch.bool:
         return mask, torch.ones_like(mask)
     if mask.is_floating_point():
@@ -160,7 +160,8 @@ def _seen(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _require_all(conditions: dict[str, Tensor]) -> None:
-    """A ValueError with the first text whose condition does not hold; one transfer from the device for all."""
+    """Raises ValueError with the first text whose condition does not hold. All conditions are transferred from the
+    device together."""
     if torch.compiler.is_compiling():
         for text, condition in conditions.items():
             _require(condition.all(), text)
@@ -171,7 +172,7 @@ def _require_all(conditions: dict[str, Tensor]) -> None:
 
 
 class AsHuggingFaceAttention(nn.Module):
-    """Calls a layer as Hugging Face's models (transformers 5) call their self-attention.
+    """A layer that is called as Hugging Face's models (transformers 5) call their self-attention.
 
     AsHuggingFaceAttention(layer)(hidden_states, attention_mask=mask) = (layer(hidden_states, padding), None).
     The two conventions are opposites:
@@ -180,15 +181,15 @@ class AsHuggingFaceAttention(nn.Module):
                                          False, 0 or at most -1e4 is not: padding
         mask, of seqconv's layers        True or -inf is padding; False or 0.0 is not
 
-    so that `layer(x, mask=attention_mask == 0)` is right for a tokenizer's integers, and nothing but the sense of
-    True tells bool masks apart. Give the model itself its own attention_mask, always; an inverted one is
-    recognised here where it leaves nothing to see in a sample, as in every sample that has no padding.
+    Hence `layer(x, mask=attention_mask == 0)` is right for a tokenizer's integers. Bool masks of the two conventions
+    differ in the sense of True only. Always give the model the attention_mask of its own convention. An inverted
+    mask is recognised here if it leaves nothing to see in a sample, as it does in every sample without padding.
 
     Args:
-        layer: maps (batch, length, d_model) and a padding mask to the same shape; has d_model, and causal,
-            as every layer of seqconv.
+        layer: maps (batch, length, d_model) and a padding mask to the same shape. It has d_model and causal,
+            as every layer of seqconv has.
 
-    There are no parameters but the layer's, and nothing is cached: use_cache must be False, and generation
+    There are no parameters besides the layer's, and nothing is cached: use_cache must be False, and generation
     passes the whole sequence at every step.
 
     Source: the attention modules of transformers.models. Example:
@@ -207,11 +208,11 @@ class AsHuggingFaceAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **others
     ) -> tuple[Tensor, None]:
-        """hidden_states (batch, length, d_model). attention_mask (batch, length), or (batch, 1, queries, keys)
-        with 1 or length queries; bool, integers 0 and 1, or floats. It may hide padding, and from a causal
-        layer the future; the layer hides the future itself. Masks that hide more (a sliding window,
-        other samples packed into the row) are a ValueError, as are weights that are asked for, caches,
-        encoder_hidden_states and head_mask; of `others` the rest is ignored, positions for one.
+        """hidden_states is (batch, length, d_model). attention_mask is (batch, length), or (batch, 1, queries,
+        keys) with 1 or length queries, and holds bools, integers 0 and 1, or floats. It may hide padding, and the
+        future from a causal layer, which hides the future itself. Masks that hide more (a sliding window, or
+        other samples packed into the row) raise ValueError, and so do caches, encoder_hidden_states, head_mask,
+        and a request for weights of attention. The rest of `others` is ignored, positions for example.
         """
         for name, value in others.items():
             if name in _NOT_THERE and value is not None and value is not False:
@@ -224,8 +225,8 @@ class AsHuggingFaceAttention(nn.Module):
         return self.layer(hidden_states, padding), None
 
     def _padding(self, mask: Tensor, x: Tensor) -> Tensor:
-        """(batch, length), True at padding: what the last query may not see. Of the other queries as much is
-        read, in time that grows with the length only, as tells padding from what a layer cannot hide."""
+        """Whether a step is padding, (batch, length): the last query may not see it. Of the other queries only so
+        much is read as tells padding from masks that a layer cannot follow, in time that grows with the length."""
         name = "AsHuggingFaceAttention"
         kinds = (torch.bool, *_INTEGERS, *FLOATS)
         check_tensor(

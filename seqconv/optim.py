@@ -1,4 +1,4 @@
-"""Optimiser groups: kernel parameters want a smaller learning rate and no weight decay."""
+"""Optimiser groups: the parameters of kernels want a smaller learning rate and no weight decay."""
 
 from numbers import Real
 
@@ -8,17 +8,17 @@ from seqconv.layers.base import KernelGenerator
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict]:
-    """Groups for torch.optim: every trainable parameter of the model exactly once.
+    """Groups for torch.optim, which hold every trainable parameter of the model exactly once.
 
-    The first group has lr and weight_decay; each distinct override of a layer's kernel generator
-    (see its docstring) has its own, with its learning rate capped at lr; what was overridden with 0
-    is a buffer and in no group. Parameters are found by module, not by attributes on tensors, which
-    deepcopy and sharding lose; what parametrisations, pruning and weight_norm make of a kernel's
-    parameter goes where that would. A group's "name" is "weights" for the first, "kernels",
-    "kernels2", ... for the others: loggers show it.
+    The first group has lr and weight_decay. Each distinct override of a layer's kernel generator
+    (see its docstring) has a group of its own, with its learning rate capped at lr. A parameter whose learning rate
+    was overridden with 0 is a buffer and in no group. Parameters are found by module, not by attributes on tensors,
+    which deepcopy and sharding lose. The parameters that parametrisations, pruning and weight_norm make of a
+    kernel's parameter belong to the group of that parameter. The "name" of the first group is "weights", and the
+    others are "kernels", "kernels2" and so on: loggers show it.
 
-    The groups carry their own lr and weight_decay, so the optimiser's arguments of those names do not
-    apply. A scheduler that sets learning rates outright needs one per group, for OneCycleLR
+    The groups carry their own lr and weight_decay, so that the optimiser's arguments of those names do not
+    apply. A scheduler that sets learning rates itself needs one for each group: for OneCycleLR
     max_lr=[g["lr"] for g in groups].
 
     Example:
@@ -60,11 +60,8 @@ def _origin(module: KernelGenerator, name: str) -> str:
     # A parametrised tensor's own parameters are called parametrizations.<name>.original.
     name = name.removeprefix("parametrizations.").split(".")[0]
     if name not in module.overrides:
-        for suffix in (
-            "_orig",
-            "_g",
-            "_v",
-        ):  # of the hooks of pruning and spectral_norm; weight_norm
+        # The hooks of pruning and spectral_norm add the first suffix, and those of weight_norm the others.
+        for suffix in ("_orig", "_g", "_v"):
             origin = name.removesuffix(suffix)
             if origin in module.overrides and origin not in module._parameters:
                 return origin

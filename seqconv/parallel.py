@@ -1,10 +1,10 @@
-"""Layers sharded over processes: torch's fully_shard, with kernels in the precision that they need."""
+"""Layers that are sharded over processes: torch's fully_shard, with kernels in the precision that they need."""
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as _fully_shard
 
-from seqconv.layers.module import KernelGenerator
+from seqconv.layers.base import KernelGenerator
 
 
 def fully_shard(
@@ -31,12 +31,12 @@ def fully_shard(
                 module.reset_parameters()
 
     Args:
-        model: the model, or a part of it that shall be one group; parts that are sharded already stay so.
-        mesh, mp_policy, options: as of torch's fully_shard; all but mp_policy go to the kernels as well.
+        model: the model, or a part of it that shall be one group. Parts that are sharded already stay so.
+        mesh, mp_policy, options: the arguments of torch's fully_shard. All but mp_policy go to the kernels as well.
 
     Returns:
-        model, as torch's does. S4D's step() and prefill() are no forward passes, for which sharded parameters are
-        gathered: unshard() every FSDPModule before them.
+        model, as torch's fully_shard does. Sharded parameters are gathered for forward passes, which S4D's step() and
+        prefill() are not: unshard() every FSDPModule before them.
 
     Raises:
         TypeError: model is not a module, or mp_policy not a MixedPrecisionPolicy.

@@ -1,63 +1,144 @@
-"""What every layer shares: kernel generator -> fftconv -> GELU, dropout, linear and GLU."""
+"""The parts that layers share: the kernel generator, and the block of fftconv, GELU, dropout, linear map and GLU."""
 
 import contextlib
-import functools
-import inspect
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from seqconv.layers.module import Described, KernelGenerator
-from seqconv.layers.options import hint
+from seqconv.layers.module import Described
 from seqconv.ops.checks import (
     FLOATS,
     check_choice,
     check_flag,
+    check_length,
     check_sampling,
     check_shape,
     check_tensor,
 )
 from seqconv.ops.fftconv import ACTIVATIONS, fftconv
-from seqconv.ops.register import transformed
+from seqconv.ops.register import transforms_active
 
-
-def passes_options_to(source, *but: str):
-    """For an __init__ that passes keywords on to another by **: help() shows them with their defaults, and
-    an unknown one is refused in the name of the class that was called."""
-
-    def decorate(init):
-        signature = inspect.signature(init)
-        own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
-        taken = {*but, *[p.name for p in own]}
-        others = inspect.signature(source).parameters.values()
-        more = [p for p in others if p.kind == p.KEYWORD_ONLY and p.name not in taken]
-        known = [p.name for p in (*own, *more)][1:]
-
-        @functools.wraps(init)
-        def checked(self, *args, **options):
-            for name in options:
-                if name not in known:
-                    text = f"unknown keyword {name!r}; {hint(type(self), name, known)}"
-                    raise TypeError(f"{type(self).__name__}: {text}")
-            init(self, *args, **options)
-
-        checked.__signature__ = signature.replace(parameters=[*own, *more])
-        return checked
-
-    return decorate
+HALF = (torch.bfloat16, torch.float16)
 
 
 def full_precision(device: torch.device):
-    """A context in which products keep their operands' precision, whatever autocast says."""
+    """A context in which products keep the precision of their operands, also under autocast."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
+class KernelGenerator(Described):
+    """A module whose call with a length gives a kernel (heads, channels, taps), taps <= length.
+
+    A subclass names in `reads` the parameters and buffers that its kernel is made of, and makes the kernel of
+    them in generate(). `resamples` says that it takes a rate other than 1.
+
+    `overrides` maps the names of parameters to the optimiser settings that they ask for, which
+    seqconv.param_groups collects. The parameters are made in float32, or in float64 where that is torch's default
+    (`kernel_dtype`), and stay in it when a model is cast to a half precision: rounding them changes the kernel, by up
+    to 80 percent. `read` and load_state_dict raise TypeError where parameters are in half precision nevertheless.
+
+    reset_parameters() draws initial values for the parameters that a module holds itself, as torch's modules do.
+    model.apply or a loop over model.modules() reaches all of them.
+    """
+
+    reads: tuple[str, ...] = ()
+    resamples = False
+
+    def __init__(self):
+        super().__init__()
+        self.overrides: dict[str, dict[str, float]] = {}
+
+    def override(self, *names: str, **settings: float) -> None:
+        """Sets `overrides` of parameters, or of the submodules that hold them. With lr=0 the parameters become
+        buffers, which have no gradient and keep their place in the state_dict."""
+        for name in names:
+            self.overrides[name] = self.overrides.get(name, {}) | settings
+            if settings.get("lr") != 0:
+                continue
+            part = getattr(self, name, None)
+            holders = part.modules() if isinstance(part, nn.Module) else [self]
+            for module in holders:
+                for key in [name] if module is self else list(module._parameters):
+                    tensor = module._parameters.get(key)
+                    if tensor is not None:
+                        del module._parameters[key]
+                        module.register_buffer(key, tensor.detach())
+
+    def forward(self, length: int, rate: float = 1.0) -> Tensor:
+        """The kernel for inputs of that length. With a rate, which is the number of the kernel's steps in one step
+        of the input, it is the kernel for inputs that are sampled 1 / rate times as often."""
+        if type(length) is not int or length < 0:
+            check_length(type(self).__name__, length)
+        if type(rate) is not float or rate != 1.0:
+            name = type(self).__name__
+            check_sampling(name, rate)
+            if rate != 1 and not self.resamples:
+                text = f"rate must be 1 (its taps have no time scale), got {rate!r}"
+                raise ValueError(f"{name}: {text}")
+        return self.generate(self.read(), length, rate)
+
+    def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
+        """The kernel (heads, channels, taps), made of the tensors that `reads` names."""
+        raise NotImplementedError
+
+    def read(self) -> list[Tensor]:
+        """The parameters and buffers in `reads`, each formed once if it is parametrized. TypeError if one of
+        them, or of those in submodules, is in half precision."""
+        values = []
+        for name in self.reads:
+            value = getattr(self, name)
+            if value is not None and value.dtype in HALF:
+                self._check_precision(name, value)
+            values.append(value)
+        for module in self.modules():
+            for name, value in (*module._parameters.items(), *module._buffers.items()):
+                if value is not None and value.dtype in HALF:
+                    paths = (*self.named_parameters(), *self.named_buffers())
+                    name = next((path for path, t in paths if t is value), name)
+                    self._check_precision(name, value)
+        return values
+
+    def _check_precision(self, name: str, value: Tensor, way: str = "") -> None:
+        if value.dtype not in HALF:
+            return
+        dtype = str(value.dtype).removeprefix("torch.")
+        way = way or (
+            "layer.to(dtype) keeps kernels in float32, and so does seqconv.parallel.fully_shard under a "
+            "mixed precision policy; .float() of the generator brings them back"
+        )
+        raise TypeError(
+            f"{type(self).__name__}: {name} must be float32 or float64, got {dtype}: rounded to that it makes "
+            f"another kernel; {way}"
+        )
+
+    def _apply(self, fn, recurse=True):
+        def keep_precision(t: Tensor) -> Tensor:
+            out = fn(t)
+            if out.dtype not in HALF:
+                return out
+            return (
+                out.float()
+                if out.is_meta or t.is_meta or t.dtype in HALF
+                else t.to(out.device).float()
+            )
+
+        return super()._apply(keep_precision, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        way = "a checkpoint that is cast has to leave kernels in float32"
+        for key, value in state_dict.items():
+            if key.startswith(prefix) and isinstance(value, Tensor):
+                self._check_precision(f"{key} of the checkpoint", value, way)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
 class TiedDropout(nn.Dropout):
-    """Dropout of whole channels of a sample: (batch, length, channels) with one mask for all times."""
+    """Dropout of whole channels of a sample: x is (batch, length, channels), and all times have one mask."""
 
     def forward(self, x: Tensor) -> Tensor:
         mask = x.new_ones(x.shape[0], 1, x.shape[2])
@@ -67,12 +148,11 @@ class TiedDropout(nn.Dropout):
 class ConvLayer(Described):
     """(batch, length, d_model) -> the same: y = GLU(W dropout(gelu(k * x + skip x)) + b).
 
-    Parameters: the generator's; skip (heads, d_model) ~ N(0, 1); linear (2 d_model, heads d_model),
-    torch's default. A two-sided layer's generator makes 2 heads kernels, the second half for the
-    future. `resamples` says that the generator takes a rate.
+    The parameters are the generator's; skip (heads, d_model), which begins as N(0, 1); and linear (2 d_model,
+    heads d_model), which begins as torch's linear maps do. The generator of a two-sided layer makes 2 heads
+    kernels, and the second half of them is for the future.
     """
 
-    resamples = False
     shown = ("heads", "bidirectional")
     meaning = ("bidirectional", "activation")
 
@@ -105,7 +185,7 @@ class ConvLayer(Described):
         self.linear = nn.Linear(heads * d_model, 2 * d_model if postact == "glu" else d_model)
 
     def reset_parameters(self) -> None:
-        """Draws skip anew, as at construction; kernel and linear map have a reset_parameters of their own."""
+        """Draws skip anew, as at construction. The kernel and the linear map have a reset_parameters of their own."""
         nn.init.normal_(self.skip)
 
     @property
@@ -121,17 +201,18 @@ class ConvLayer(Described):
         lengths: Tensor | None = None,
         rate: float = 1.0,
     ) -> Tensor:
-        """x (batch, length, d_model), in the layer's dtype unless under autocast. mask (batch, length)
-        marks padding, by True or by -inf (0 elsewhere), as in torch's attention: x is read as zeros
-        there. The output there is not zero: every layer needs the mask, and so does a mean.
-        lengths (batch,), integers, is a mask of everything from lengths[i] on. rate (S4D and SGConv;
-        others take 1 only): steps of the kernel per step of x, for inputs sampled 1 / rate times as
-        often as those of training.
+        """The layer's output for x (batch, length, d_model), which has the layer's dtype unless under autocast.
+
+        mask (batch, length) marks padding, by True or by -inf (0 elsewhere), as in torch's attention: x is
+        read as zeros there. The output at padding is not zero, so that every layer needs the mask, and so does a
+        mean. lengths (batch,), integers, masks every step from lengths[i] on. rate is the number of the
+        kernel's steps in one step of x, for inputs that are sampled 1 / rate times as often as those of training.
+        S4D and SGConv take a rate; the other layers take 1 only.
         """
         name = type(self).__name__
         check_input(name, x, self.skip, self.d_model)
-        padding = _padding(name, x, mask, lengths)
-        if padding is not None:
+        if mask is not None or lengths is not None:
+            padding = padding_of(name, x, mask, lengths)
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
         return self._mix(rearrange(self._convolve(x, rate), "b l c h -> b l (c h)"))
 
@@ -144,15 +225,11 @@ class ConvLayer(Described):
         return fftconv(x, k, self.skip, k_rev=k_rev, activation=self.activation, layout="blh")
 
     def _kernel(self, length: int, rate: float) -> Tensor:
-        name = type(self).__name__
-        check_sampling(name, rate)
-        if rate == 1.0:
-            k = self.kernel(length)
-        elif self.resamples:
-            k = self.kernel(length, rate=rate)
-        else:
-            raise ValueError(f"{name}: rate must be 1 (its taps have no time scale), got {rate!r}")
-        warn_of_missing_taps(self, k, length)
+        if type(rate) is not float or rate != 1.0:
+            check_sampling(type(self).__name__, rate)
+        k = self.kernel(length) if rate == 1.0 else self.kernel(length, rate=rate)
+        if isinstance(length, int) and k.shape[-1] < length:
+            warn_of_missing_taps(self, k, length)
         return k
 
     def _mix(self, y: Tensor) -> Tensor:
@@ -161,7 +238,7 @@ class ConvLayer(Described):
         y = apply_linear(self, "linear", self.dropout(y), wide)
         if self.postact is None:
             return y
-        if not torch.compiler.is_compiling() and transformed((y,)):
+        if forward_ad._current_level >= 0 or transforms_active():
             # torch's glu has no forward derivative of its forward derivative.
             first, gate = y.chunk(2, dim=-1)
             return first * gate.sigmoid()
@@ -171,8 +248,12 @@ class ConvLayer(Described):
 def check_input(
     function: str, x: Tensor, own: Tensor, d_model: int, axes=("batch", "length")
 ) -> None:
-    """x (*axes, d_model) on the device and, unless under autocast, in the dtype of `own`, a parameter of the
-    layer itself: what stands in the place of its linear maps may have any weights or none."""
+    """Requires x (*axes, d_model) on the device and, unless under autocast, in the dtype of `own`. That is a
+    parameter of the layer itself, because the modules in the place of its linear maps may have any weights or none."""
+    if type(x) is Tensor and x.dtype == own.dtype and x.dtype in FLOATS and x.device == own.device:
+        dense = x.layout == torch.strided and not x.is_nested
+        if dense and x.dim() == len(axes) + 1 and x.shape[-1] == d_model:
+            return  # The usual case passes all checks below.
     check_tensor(function, "x", x)
     if x.device.type != "meta" and not torch.is_autocast_enabled(x.device.type):
         why = " (the layer's dtype) outside autocast"
@@ -182,8 +263,8 @@ def check_input(
 
 
 def sized(x: Tensor) -> tuple[Tensor, int]:
-    """x (batch, length, d_model) and its length, which torch.jit.trace has as a tensor: a traced graph is what
-    this one length leads to, and unflatten refuses every other when it runs."""
+    """x (batch, length, d_model) and its length as an integer. torch.jit.trace has the length as a tensor: the
+    traced graph holds for this one length, and unflatten refuses every other length when the graph runs."""
     length = x.shape[1]
     if not torch.jit.is_tracing():
         return x, length
@@ -192,15 +273,14 @@ def sized(x: Tensor) -> tuple[Tensor, int]:
 
 
 def warn_of_missing_taps(layer: Described, k: Tensor, length: int) -> None:
-    """Once for each layer, where its kernel (..., taps) is shorter than the input."""
+    """Warns, once for each layer, that its kernel (..., taps) is shorter than the input."""
     taps = k.shape[-1]
-    if isinstance(length, int) and taps < length:
-        text = f"the input has length {length} and the kernel {taps} taps (l_max): what lies {taps} steps or more away"
-        layer.warn_once("taps", f"{text} is not seen. Make the layer with a larger l_max.")
+    text = f"the input has length {length} and the kernel {taps} taps (l_max): what lies {taps} steps or more away"
+    layer.warn_once("taps", f"{text} is not seen. Make the layer with a larger l_max.")
 
 
 def apply_linear(layer: nn.Module, name: str, x: Tensor, wide: int) -> Tensor:
-    """The linear map of that name, or what stands in its place: (..., features) -> (..., wide)."""
+    """Applies the linear map of that name, or the module in its place: (..., features) -> (..., wide)."""
     linear = getattr(layer, name)
     y = linear(x)
     if y.shape != (*x.shape[:-1], wide):
@@ -211,8 +291,8 @@ def apply_linear(layer: nn.Module, name: str, x: Tensor, wide: int) -> Tensor:
     return y
 
 
-def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:
-    """(batch, length), True at padding."""
+def padding_of(function: str, x: Tensor, mask, lengths) -> Tensor:
+    """Whether a step is padding, (batch, length), from the one of mask and lengths that is not None."""
     batch, length, _ = x.shape
     if lengths is not None:
         if mask is not None:
@@ -229,8 +309,6 @@ def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:
         valid = ((lengths >= 0) & (lengths <= length)).all()
         _require(valid, f"{function}: lengths must be between 0 and length={length}")
         return torch.arange(length, device=x.device) >= lengths.unsqueeze(1)
-    if mask is None:
-        return None
     if isinstance(mask, Tensor) and mask.dtype not in (torch.bool, *FLOATS):
         text = f"{function}: mask must be bool (True is padding) or float with 0 and -inf, got {mask.dtype}"
         raise TypeError(
@@ -247,7 +325,7 @@ def _padding(function: str, x: Tensor, mask, lengths) -> Tensor | None:
 
 
 def _require(valid: Tensor, text: str) -> None:
-    """ValueError unless valid; in a graph when it runs."""
+    """Raises ValueError unless valid. In a compiled graph the check is made when the graph runs."""
     if torch.compiler.is_compiling():
         torch._assert_async(valid, text)
         return

@@ -1,6 +1,8 @@
 """ButterflyConv: a long convolution whose forward Fourier transforms are learned (arXiv 2302.06646, section 3.4)."""
 
 import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from einops import rearrange
@@ -8,11 +10,12 @@ from torch import Tensor, nn
 
 from seqconv import reference
 from seqconv.backends.fallback import radix_sizes
-from seqconv.layers.base import ConvLayer, passes_options_to, sized
-from seqconv.layers.long_conv import LongConvKernel
-from seqconv.layers.module import KernelGenerator, fill, kernel_dtype
+from seqconv.layers.base import ConvLayer, KernelGenerator, sized
+from seqconv.layers.long_conv import BLOCK, KERNEL, LongConvKernel
+from seqconv.layers.module import fill, kernel_dtype
+from seqconv.layers.options import Defaults, refuse
 from seqconv.ops import butterfly
-from seqconv.ops.checks import check_choice, check_flag, check_positive, check_rate
+from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 from seqconv.ops.fftconv import ACTIVATIONS
 from seqconv.ops.register import Operator
 
@@ -31,19 +34,19 @@ def fourier(size: int, device=None) -> Tensor:
 
 
 class _Matrices(nn.ParameterDict):
-    """The learned matrices, by size. A module of its own, as FSDP and Lightning call reset_parameters of what holds
-    parameters."""
+    """The learned matrices, by size. They have a module of their own, because FSDP and Lightning call
+    reset_parameters of the module that holds a parameter."""
 
-    def __init__(self, sizes: tuple[int, ...], heads: int, additive: bool):
-        like = {"dtype": kernel_dtype()}
+    def __init__(self, sizes: Sequence[int], heads: int, additive: bool):
+        like: dict[str, Any] = {"dtype": kernel_dtype()}
         super().__init__({str(m): torch.empty(heads, m, m, 2, **like) for m in sizes})
         self.additive = additive
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fourier matrices, or where something is added to them 0.01 N(0, 1)."""
+        """Sets the matrices to Fourier matrices, or draws 0.01 N(0, 1) where they are added to those."""
         for size, matrix in self.items():
-            like = {"dtype": matrix.dtype, "device": matrix.device}
+            like: dict[str, Any] = {"dtype": matrix.dtype, "device": matrix.device}
             if like["device"].type != "meta":
                 exact = fourier(int(size), matrix.device).expand(matrix.shape)
                 fill(
@@ -65,7 +68,7 @@ class Butterfly(KernelGenerator):
     matrix is F_m + dropout(matrices.<m>), and that begins as 0.01 N(0, 1). heads divide the
     channels evenly. They are float32 in half precision. activation: of real and imaginary parts after
     every pass, "gelu", "silu" or "relu"; no Fourier transform then, from the start.
-    Optimiser: min(lr, `lr` here), no weight decay; with lr=0 they are buffers.
+    Optimiser: they take min(lr, `lr` here) and no weight decay. With lr=0 they are buffers.
 
     Source: arXiv 2302.06646, section 3.4. Twin: seqconv.reference.butterfly.
     """
@@ -86,7 +89,7 @@ class Butterfly(KernelGenerator):
         check_positive("Butterfly", n=n, heads=heads)
         check_flag("Butterfly", additive=additive)
         check_choice("Butterfly", "activation", activation, ACTIVATIONS)
-        check_rate("Butterfly", lr=lr)
+        check_learning_rate("Butterfly", lr=lr)
         if n < 2 or n & (n - 1):
             raise ValueError(f"Butterfly: n must be a power of two >= 2, got {n}")
         self.n, self.heads = n, heads
@@ -97,7 +100,7 @@ class Butterfly(KernelGenerator):
         self.override("matrices", lr=lr, weight_decay=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.read()  # refuses matrices in half precision
+        self.read()  # This refuses matrices in half precision.
         parts = []
         for matrix in self.matrices.values():
             learned = self.dropout(matrix)
@@ -109,6 +112,9 @@ class Butterfly(KernelGenerator):
     def extra_repr(self) -> str:
         passes = " x ".join(map(str, self.radices))
         return f"{super().extra_repr()}, passes={passes}"
+
+
+TRANSFORM = Defaults(Butterfly)
 
 
 class ButterflyConv(ConvLayer):
@@ -131,17 +137,19 @@ class ButterflyConv(ConvLayer):
     = 16 x 16 x 8, 1280 in both. Optimiser: taps as LongConv's; matrices min(lr, dft_lr), no weight decay.
 
     Args:
-        d_model: channels.
-        l_max: taps per kernel, and the longest input: a longer one raises ValueError.
-        heads: kernels per channel; the linear map takes heads * d_model inputs.
-        butterfly_heads: sets of matrices; each serves d_model / butterfly_heads neighbouring channels.
-        additive: learn what is added to the Fourier matrices instead of the matrices.
-        dft_activation: of real and imaginary parts after every pass of both transforms, "gelu", "silu"
-            or "relu"; by matrix products of torch.
-        dft_dropout: of single elements of the learned matrices, in training.
-        dft_lr, kernel_lr: learning rates that param_groups gives to matrices and taps, or its own
-            lr if that is smaller; 0: they are buffers.
-        init, lam, smooth, smooth_window, kernel_dropout: of the taps, as in LongConv.
+        d_model: the number of channels.
+        l_max: the number of taps of each kernel, and the length of the longest input. A longer input raises
+            ValueError.
+        heads: the number of kernels per channel. The linear map takes heads * d_model inputs.
+        butterfly_heads: the number of sets of matrices. Each serves d_model / butterfly_heads neighbouring
+            channels.
+        additive: True learns what is added to the Fourier matrices instead of the matrices.
+        dft_activation: the function of the real and imaginary parts after every pass of both transforms, "gelu",
+            "silu" or "relu". The transforms are matrix products of torch then.
+        dft_dropout: the probability of dropout of single elements of the learned matrices, in training.
+        dft_lr, kernel_lr: the learning rates that param_groups gives to matrices and taps, unless its own
+            lr is smaller. With 0 they are buffers.
+        init, lam, smooth, smooth_window, kernel_dropout: the options of the taps, as in LongConv.
         activation, dropout, tie_dropout, postact: as in LongConv.
 
     Cost: kernels of its own on a CPU from l_max = 5 on, and on CUDA, float32 or narrower, while a
@@ -158,26 +166,31 @@ class ButterflyConv(ConvLayer):
     shown = ("l_max", "heads")
     causal = False  # once its transforms are learned
 
-    @passes_options_to(ConvLayer, "bidirectional")
     def __init__(
         self,
         d_model: int,
         *,
         l_max: int,
-        heads: int = 1,
-        butterfly_heads: int = 1,
-        additive: bool = False,
-        dft_activation: str | None = None,
-        dft_dropout: float = 0.0,
-        dft_lr: float = 1e-3,
-        init: str = "double_exp",
-        lam: float = 0.003,
-        smooth: str | None = None,
-        smooth_window: int = 7,
-        kernel_dropout: float = 0.2,
-        kernel_lr: float = 1e-3,
-        **block,
+        heads: int = KERNEL.heads,
+        butterfly_heads: int = TRANSFORM.heads,
+        additive: bool = TRANSFORM.additive,
+        dft_activation: str | None = TRANSFORM.activation,
+        dft_dropout: float = TRANSFORM.dropout,
+        dft_lr: float = TRANSFORM.lr,
+        init: str = KERNEL.init,
+        lam: float = KERNEL.lam,
+        smooth: str | None = KERNEL.smooth,
+        smooth_window: int = KERNEL.smooth_window,
+        kernel_dropout: float = KERNEL.kernel_dropout,
+        kernel_lr: float = KERNEL.lr,
+        activation: str | None = BLOCK.activation,
+        dropout: float = BLOCK.dropout,
+        tie_dropout: bool = BLOCK.tie_dropout,
+        postact: str | None = BLOCK.postact,
+        **unknown: NoReturn,
     ):
+        options = locals()
+        refuse(self, ButterflyConv, unknown)
         sizes = {"d_model": d_model, "l_max": l_max, "heads": heads}
         check_positive("ButterflyConv", **sizes, butterfly_heads=butterfly_heads)
         check_flag("ButterflyConv", additive=additive)
@@ -185,16 +198,18 @@ class ButterflyConv(ConvLayer):
         if d_model % butterfly_heads:
             text = f"must divide d_model={d_model}, got {butterfly_heads}"
             raise ValueError(f"ButterflyConv: butterfly_heads {text}")
-        options = {"init": init, "smooth": smooth, "smooth_window": smooth_window}
-        options |= {"lam": lam, "kernel_dropout": kernel_dropout, "lr": kernel_lr}
-        kernel = LongConvKernel(d_model, l_max=l_max, heads=heads, **options)
-        super().__init__(d_model, kernel, heads=heads, bidirectional=False, **block)
+        kernel = LongConvKernel(d_model, **KERNEL.among(options, lr=kernel_lr))
+        super().__init__(d_model, kernel, bidirectional=False, **BLOCK.among(options))
         self.l_max = l_max
         n = 1 << (2 * l_max - 1).bit_length()
-        options = {"additive": additive, "activation": dft_activation}
-        options |= {"dropout": dft_dropout, "lr": dft_lr}
-        self.input_transform = Butterfly(n, heads=butterfly_heads, **options)
-        self.kernel_transform = Butterfly(n, heads=butterfly_heads, **options)
+        own: dict[str, Any] = {
+            "heads": butterfly_heads,
+            "additive": additive,
+            "activation": dft_activation,
+        }
+        own |= {"dropout": dft_dropout, "lr": dft_lr}
+        self.input_transform = Butterfly(n, **own)
+        self.kernel_transform = Butterfly(n, **own)
 
     def _convolve(self, x: Tensor, rate: float) -> Tensor:
         x, length = sized(x)
@@ -214,7 +229,7 @@ class ButterflyConv(ConvLayer):
 def _product(u_f: Tensor, k_f: Tensor, length: int) -> Tensor:
     """Re ifft(u_f k_f)[:length], (batch, heads, d_model, length)."""
     y_f = torch.view_as_complex(u_f).unsqueeze(1) * torch.view_as_complex(k_f)
-    # torch.fft refuses a batch of none
+    # torch.fft refuses an empty batch.
     return (torch.fft.ifft(y_f) if y_f.shape[0] else y_f).real[..., :length]
 
 
@@ -222,5 +237,5 @@ _product_op = Operator(
     "butterfly_product",
     list,
     "SymInt length",
-    lambda tensors, length: _product(*tensors, length).contiguous(),
+    lambda tensors, length: _product(tensors[0], tensors[1], length).contiguous(),
 )

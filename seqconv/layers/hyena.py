@@ -2,23 +2,24 @@
 
 import math
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv.layers.base import (
-    _padding,
+    KernelGenerator,
     apply_linear,
     check_input,
     full_precision,
-    passes_options_to,
+    padding_of,
     sized,
     warn_of_missing_taps,
 )
-from seqconv.layers.module import Described, KernelGenerator, kernel_dtype
-from seqconv.ops.checks import check_length, check_positive, check_rate, check_sampling
+from seqconv.layers.module import Described, kernel_dtype
+from seqconv.layers.options import Defaults, refuse
+from seqconv.ops.checks import check_learning_rate, check_positive, check_sampling
 from seqconv.ops.fftconv import fftconv
 from seqconv.ops.register import Operator
 
@@ -36,7 +37,7 @@ class HyenaFilter(KernelGenerator):
             width) without: torch's default.
         frequency (width,): f, shared by all the sines, initially the `frequency` here. The larger,
             the rougher the kernel.
-    Optimiser: all take min(lr, `lr` here) and no weight decay; with lr=0 they are buffers.
+    Optimiser: all take min(lr, `lr` here) and no weight decay. With lr=0 they are buffers.
 
     Source: arXiv 2302.10866, section 3.
     """
@@ -44,6 +45,7 @@ class HyenaFilter(KernelGenerator):
     shown = ("l_max", "emb_dim", "width", "layers")
     meaning = ("l_max", "emb_dim")
     attributes: ClassVar = {"frequency": "initial_frequency"}
+    reads = ("frequency",)
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class HyenaFilter(KernelGenerator):
         name = "HyenaFilter"
         check_positive(name, d_model=d_model, l_max=l_max, heads=heads, width=width)
         check_positive(name, emb_dim=emb_dim, layers=layers)
-        check_rate(name, lr=lr)
+        check_learning_rate(name, lr=lr)
         if emb_dim % 2 == 0:
             raise ValueError(
                 f"{name}: emb_dim must be odd (time, and pairs of waves), got {emb_dim}"
@@ -71,7 +73,7 @@ class HyenaFilter(KernelGenerator):
         self.d_model, self.l_max, self.heads = d_model, l_max, heads
         self.emb_dim, self.width, self.layers = emb_dim, width, layers
         sizes = [emb_dim] + [width] * (layers + 1)
-        like = {"dtype": kernel_dtype()}
+        like: dict[str, Any] = {"dtype": kernel_dtype()}
         linears = [nn.Linear(a, b, **like) for a, b in pairwise(sizes)]
         last = nn.Linear(width, heads * d_model, bias=False, **like)
         self.linears = nn.ModuleList([*linears, last])
@@ -81,13 +83,12 @@ class HyenaFilter(KernelGenerator):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets the sines' frequency as at construction; the linear maps draw theirs themselves."""
+        """Sets the sines' frequency as at construction. The linear maps draw their own parameters."""
         with torch.no_grad():
             self.frequency.fill_(self.initial_frequency)
 
-    def forward(self, length: int) -> Tensor:
-        check_length("HyenaFilter", length)
-        (frequency,) = self.read("frequency")
+    def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
+        (frequency,) = tensors
         sizes = self.l_max, self.emb_dim, self.d_model
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             if all(type(linear) is nn.Linear and not _hooked(linear) for linear in self.linears):
@@ -101,7 +102,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _filter(frequency, linears, l_max, emb_dim, d_model, length) -> Tensor:
-    like = {"dtype": frequency.dtype, "device": frequency.device}
+    like: dict[str, Any] = {"dtype": frequency.dtype, "device": frequency.device}
     t = torch.arange(l_max, **like)[:length].unsqueeze(-1) / max(l_max - 1, 1)
     phase = 2 * math.pi * t * torch.arange(1, (emb_dim + 1) // 2, **like)
     with full_precision(t.device):
@@ -112,7 +113,7 @@ def _filter(frequency, linears, l_max, emb_dim, d_model, length) -> Tensor:
     slow, fast = (-math.log(0.01) / until for until in (1.5, 0.3))
     decay = torch.exp(-t * torch.linspace(slow, fast, d_model, **like))  # (l h)
     k = (h.unflatten(-1, (-1, d_model)) * decay.unsqueeze(1)).movedim(0, -1)
-    return k.contiguous()  # no view: FSDP warns of them
+    return k.contiguous()  # FSDP warns of views.
 
 
 def _filter_of(tensors, *sizes) -> Tensor:
@@ -124,6 +125,9 @@ def _filter_of(tensors, *sizes) -> Tensor:
 _filter_op = Operator(
     "hyena_filter", list, "int l_max, int emb_dim, int d_model, SymInt length", _filter_of
 )
+
+
+FILTER = Defaults(HyenaFilter)
 
 
 class Hyena(Described):
@@ -145,14 +149,14 @@ class Hyena(Described):
     are trained like any weight.
 
     Args:
-        d_model: channels.
-        l_max: taps per kernel.
-        order: gates, >= 2; one more than the long convolutions, as in the reference
-            implementation. The paper's Hyena-2 is order=3 without the first gate.
-        emb_dim: features of time that the filter sees, odd; filter_width, filter_layers: of its
-            network; filter_frequency: initial one of its sines.
-        kernel_lr: learning rate that param_groups gives to the filter's network, or its own lr if
-            that is smaller; 0: its parameters are buffers.
+        d_model: the number of channels.
+        l_max: the number of taps of each kernel.
+        order: the number of gates, at least 2. It is one more than the number of long convolutions, as in the
+            reference implementation. The paper's Hyena-2 is order=3 without the first gate.
+        emb_dim: the number of features of time that the filter sees, which is odd. filter_width, filter_layers:
+            the sizes of its network. filter_frequency: the initial frequency of its sines.
+        kernel_lr: the learning rate that param_groups gives to the filter's network, unless its own lr is
+            smaller. With 0 its parameters are buffers.
 
     The filter's parameters stay float32 under .to(bfloat16) and .half(). l_max sets the filter's scale
     of time: a state_dict loads into a layer of the same l_max only.
@@ -166,19 +170,20 @@ class Hyena(Described):
     causal = True
     shown = meaning = ("order",)
 
-    @passes_options_to(lambda: None)  # none: unknown ones are refused as everywhere
     def __init__(
         self,
         d_model: int,
         *,
         l_max: int,
         order: int = 2,
-        emb_dim: int = 3,
-        filter_width: int = 64,
-        filter_layers: int = 2,
-        filter_frequency: float = 1.0,
-        kernel_lr: float = 1e-3,
+        emb_dim: int = FILTER.emb_dim,
+        filter_width: int = FILTER.width,
+        filter_layers: int = FILTER.layers,
+        filter_frequency: float = FILTER.frequency,
+        kernel_lr: float = FILTER.lr,
+        **unknown: NoReturn,
     ):
+        refuse(self, Hyena, unknown)
         super().__init__()
         check_positive("Hyena", d_model=d_model, l_max=l_max)
         if not isinstance(order, int) or order < 2:
@@ -203,7 +208,8 @@ class Hyena(Described):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the short convolutions and skip anew, as at construction; filter and linear maps draw theirs."""
+        """Draws the short convolutions and skip anew, as at construction. The filter and the linear maps draw
+        their own parameters."""
         bound = 1 / math.sqrt(3)
         nn.init.uniform_(self.short, -bound, bound)
         nn.init.uniform_(self.short_bias, -bound, bound)
@@ -227,15 +233,17 @@ class Hyena(Described):
         if rate != 1.0:
             raise ValueError(f"Hyena: rate must be 1 (its taps have no time scale), got {rate!r}")
         x, length = sized(x)
-        padding = _padding("Hyena", x, mask, lengths)
-        # Zero thrice: what the input projection's bias and the short convolution's put there would
-        # reach the steps after it.
+        unmasked = mask is None and lengths is None
+        padding = None if unmasked else padding_of("Hyena", x, mask, lengths)
+        # Padding is set to zero three times: otherwise the biases of the input projection and of the short
+        # convolution would be put there and reach the steps after it.
         wide = (self.order + 1) * self.d_model
         x = apply_linear(self, "in_proj", _zero(x, padding), wide)
         x = fftconv(_zero(x, padding), self.short, layout="blh") + self.short_bias.to(x.dtype)
         *gates, v = _zero(x, padding).split(self.d_model, dim=-1)
         k = self.filter(length)
-        warn_of_missing_taps(self, k, length)
+        if isinstance(length, int) and k.shape[-1] < length:
+            warn_of_missing_taps(self, k, length)
         for i in range(self.order - 1):
             post_gate = gates[-1] if i == self.order - 2 else None
             v = fftconv(v, k[i], self.skip[i], pre_gate=gates[i], post_gate=post_gate, layout="blh")

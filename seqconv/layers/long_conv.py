@@ -1,16 +1,18 @@
 """LongConv: convolution with a free kernel as long as the sequence, regularised by squashing (arXiv 2302.06646)."""
 
 import warnings
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv.layers.base import ConvLayer, passes_options_to
-from seqconv.layers.module import KernelGenerator, fill, kernel_dtype, whole
-from seqconv.ops.checks import check_choice, check_flag, check_length, check_positive, check_rate
+from seqconv.layers.base import ConvLayer, KernelGenerator
+from seqconv.layers.module import fill, kernel_dtype, whole
+from seqconv.layers.options import Defaults, refuse
+from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 
-_warned = False  # one warning per process, whatever the filters say
+_warned = False  # There is one warning per process, whatever the filters of warnings say.
 
 
 def squash(k: Tensor, lam: float) -> Tensor:
@@ -48,14 +50,14 @@ class LongConvKernel(KernelGenerator):
         smooth="frequency": smooth(k) = irfft(s), s[f] = sum_{|i| <= w // 2} exp(-i^2 / 2) rfft(k)[f + i],
                             rfft(k) zero outside
 
-    The last is nearly a product with a window over time, highest at both ends of k (2.5).
+    The last is nearly a product with a window over time, which is highest, 2.5, at both ends of k.
 
     Parameter: kernel (heads, d_model, l_max), at tap j of channel i initially
         init="double_exp": 0.02 N(0, 1) exp(-(j / l_max) r_i), with decay rates
             r_i = floor(d_model / 2)^(i / d_model), geometric over the channels
         init="random": 0.002 N(0, 1)
     Buffer, not in the state_dict: weights (smooth_window,), where there is smoothing.
-    Optimiser: min(lr, `lr` here), no weight decay; with lr=0 it is a buffer.
+    Optimiser: the taps take min(lr, `lr` here) and no weight decay. With lr=0 they are a buffer.
 
     A tap that squashing zeroes gets no gradient, and without weight decay or smoothing it never
     moves again: with init="random" that is 38% of all taps at lam=0.001, 68% at 0.002, 87% at 0.003
@@ -65,7 +67,10 @@ class LongConvKernel(KernelGenerator):
     Source: arXiv 2302.06646, section 3.
     """
 
+    lam: float
+    weights: Tensor
     shown = ("l_max", "init", "lam")
+    reads = ("kernel",)
 
     def __init__(
         self,
@@ -85,7 +90,7 @@ class LongConvKernel(KernelGenerator):
         check_positive(name, d_model=d_model, l_max=l_max, heads=heads, smooth_window=smooth_window)
         check_choice(name, "init", init, ("double_exp", "random"))
         check_choice(name, "smooth", smooth, (None, "time", "frequency"))
-        check_rate(name, lr=lr)
+        check_learning_rate(name, lr=lr)
         if smooth_window % 2 == 0:
             raise ValueError(f"{name}: smooth_window must be odd, got {smooth_window}")
         if not lam >= 0:
@@ -93,7 +98,7 @@ class LongConvKernel(KernelGenerator):
         self.d_model, self.l_max, self.heads = d_model, l_max, heads
         self.init, self.lam = init, lam
         self.smooth, self.smooth_window = smooth, smooth_window
-        like = {"dtype": kernel_dtype()}
+        like: dict[str, Any] = {"dtype": kernel_dtype()}
         self.kernel = nn.Parameter(torch.empty(heads, d_model, l_max, **like))
         weights = None if smooth is None else torch.empty(smooth_window, **like)
         self.register_buffer("weights", weights, persistent=False)
@@ -107,7 +112,7 @@ class LongConvKernel(KernelGenerator):
 
     def reset_parameters(self) -> None:
         """Draws the taps anew, as at construction, and fills in the smoothing's weights."""
-        like = {"dtype": self.kernel.dtype, "device": self.kernel.device}
+        like: dict[str, Any] = {"dtype": self.kernel.dtype, "device": self.kernel.device}
         _, d_model, l_max = self.kernel.shape
         if like["device"].type == "meta":
             return
@@ -122,10 +127,10 @@ class LongConvKernel(KernelGenerator):
             fill(self, {"weights": flat if self.smooth == "time" else torch.exp(-0.5 * place**2)})
         self._warn_of_dead_taps()
 
-    def _squashed(self, length: int) -> Tensor:
-        # Cut first: a tap beyond the input must not wrap around to the future, nor take part in
-        # anything else.
-        k = self.read("kernel")[0][..., :length]
+    def _squashed(self, taps: Tensor, length: int) -> Tensor:
+        # The taps are cut first: a tap beyond the input must not wrap around to the future, nor take part
+        # in anything else.
+        k = taps[..., :length]
         if self.smooth == "time":
             k = _correlate(k, self.weights)
         elif self.smooth == "frequency" and k.shape[-1]:
@@ -137,19 +142,24 @@ class LongConvKernel(KernelGenerator):
         if _warned:
             return
         with torch.no_grad():
-            dead = (whole(self._squashed(self.kernel.shape[-1])) == 0).float().mean().item()
+            (taps,) = self.read()
+            k = self._squashed(taps, self.l_max)
+            dead = (whole(k) == 0).float().mean().item()
         if dead > 0.9:
             _warned = True
             warnings.warn(
                 f"LongConvKernel: lam={self.lam} squashes {dead:.0%} of the taps to zero from the start. "
                 "They get no gradient and will never move, unless smoothing lets living neighbours revive "
                 "them; take a smaller lam or init='double_exp'.",
-                stacklevel=6,  # the caller of the layer, around which a check of options is wrapped
+                stacklevel=5,  # the caller of the layer
             )
 
-    def forward(self, length: int) -> Tensor:
-        check_length("LongConvKernel", length)
-        return self.dropout(self._squashed(length))
+    def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
+        (taps,) = tensors
+        return self.dropout(self._squashed(taps, length))
+
+
+KERNEL, BLOCK = Defaults(LongConvKernel), Defaults(ConvLayer)
 
 
 class LongConv(ConvLayer):
@@ -164,21 +174,23 @@ class LongConv(ConvLayer):
     linear, weight (2 d_model, heads d_model) and bias, torch's default; trained like any weight.
 
     Args:
-        d_model: channels.
-        l_max: taps per kernel.
-        heads: kernels per channel; the linear map takes heads * d_model inputs.
-        bidirectional: add as many kernels for the future, shifted by one so that lag 0 belongs to
-            the past's.
-        init: of the taps, "double_exp" (decaying, at other speeds in other channels) or "random".
-        lam: threshold of the squash, which zeroes the taps below it.
-        smooth: what is averaged before the squash: None, "time" (neighbouring taps) or "frequency"
-            (neighbouring frequencies); smooth_window: over how many, odd.
-        kernel_dropout: of single taps, in training: unless it is 0, training passes are random.
-        activation: of the convolution: "gelu", "silu", "relu" or None.
-        dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
+        d_model: the number of channels.
+        l_max: the number of taps of each kernel.
+        heads: the number of kernels per channel. The linear map takes heads * d_model inputs.
+        bidirectional: True adds as many kernels for the future. They are shifted by one, because lag 0
+            belongs to the kernels for the past.
+        init: how the taps begin: "double_exp" (they decay, at different speeds in different channels) or "random".
+        lam: the threshold of the squash, which sets the taps below it to zero.
+        smooth: the average before the squash: None, "time" (over neighbouring taps) or "frequency"
+            (over neighbouring frequencies). smooth_window: the odd number of those that are averaged.
+        kernel_dropout: the probability of dropout of single taps, in training. Unless it is 0, training
+            passes are random.
+        activation: the function after the convolution: "gelu", "silu", "relu" or None.
+        dropout: the probability of dropout after the activation. tie_dropout: True draws one mask per sample
+            and channel for all times.
         postact: "glu", or None for a plain linear map.
-        kernel_lr: learning rate that param_groups gives to the taps, or its own lr if that is
-            smaller; 0: they are a buffer.
+        kernel_lr: the learning rate that param_groups gives to the taps, unless its own lr is smaller. With
+            0 they are a buffer.
 
     The taps stay float32 under .to(bfloat16) and .half().
 
@@ -188,33 +200,29 @@ class LongConv(ConvLayer):
         torch.Size([2, 100, 8])
     """
 
-    @passes_options_to(ConvLayer, "bidirectional")
     def __init__(
         self,
         d_model: int,
         *,
         l_max: int,
-        heads: int = 1,
+        heads: int = KERNEL.heads,
         bidirectional: bool = False,
-        init: str = "double_exp",
-        lam: float = 0.003,
-        smooth: str | None = None,
-        smooth_window: int = 7,
-        kernel_dropout: float = 0.2,
-        kernel_lr: float = 1e-3,
-        **block,
+        init: str = KERNEL.init,
+        lam: float = KERNEL.lam,
+        smooth: str | None = KERNEL.smooth,
+        smooth_window: int = KERNEL.smooth_window,
+        kernel_dropout: float = KERNEL.kernel_dropout,
+        kernel_lr: float = KERNEL.lr,
+        activation: str | None = BLOCK.activation,
+        dropout: float = BLOCK.dropout,
+        tie_dropout: bool = BLOCK.tie_dropout,
+        postact: str | None = BLOCK.postact,
+        **unknown: NoReturn,
     ):
+        options = locals()
+        refuse(self, LongConv, unknown)
         check_flag("LongConv", bidirectional=bidirectional)
         check_positive("LongConv", d_model=d_model, l_max=l_max, heads=heads)
-        kernel = LongConvKernel(
-            d_model,
-            l_max=l_max,
-            heads=heads * (1 + bidirectional),
-            init=init,
-            lam=lam,
-            smooth=smooth,
-            smooth_window=smooth_window,
-            kernel_dropout=kernel_dropout,
-            lr=kernel_lr,
-        )
-        super().__init__(d_model, kernel, heads=heads, bidirectional=bidirectional, **block)
+        directions = heads * (1 + bidirectional)
+        kernel = LongConvKernel(d_model, **KERNEL.among(options, heads=directions, lr=kernel_lr))
+        super().__init__(d_model, kernel, **BLOCK.among(options))

@@ -1,4 +1,4 @@
-"""What kernel generators and layers are as modules: initial values, precision, repr, options kept with the state."""
+"""What kernel generators and layers share as modules: initial values, repr, and options kept with the state."""
 
 import inspect
 import json
@@ -9,23 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-HALF = (torch.bfloat16, torch.float16)
-_KEPT = (
-    512  # bytes of every kept state: distributed checkpoints are read into tensors of the same size
-)
+# Every kept state has so many bytes, because distributed checkpoints are read into tensors of the same size.
+_KEPT = 512
 
-_warned_in = (
-    None  # the list of missing keys, one for each load_state_dict, of the last that has warned
-)
+# The list of missing keys, of which each load_state_dict makes one, that the last warning belonged to.
+_warned_in = None
 
 
 def kernel_dtype() -> torch.dtype:
-    """Of a new generator's parameters: the default dtype, but at least float32."""
+    """The dtype of a new generator's parameters: torch's default dtype, but at least float32."""
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Gives parameters and buffers of the module new values, also parametrized and sharded ones (rank 0's)."""
+    """Gives parameters and buffers of the module new values. They may be parametrized or sharded; sharded ones get
+    the values of rank 0."""
     with torch.no_grad():
         for name, value in values.items():
             target = getattr(module, name)
@@ -41,17 +39,17 @@ def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def whole(t: Tensor) -> Tensor:
-    """A sharded tensor with all its parts."""
+    """The tensor itself, or a sharded tensor put together from all its parts."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 class Described(nn.Module):
-    """A module that shows its options and keeps those that its parameters mean nothing without.
+    """A module that shows its options, and keeps those without which its parameters mean nothing.
 
-    repr shows the options in `shown`, and others that differ from their default. Those in `meaning` are part
-    of the state_dict, as JSON in bytes: loading it into a module with others is an error that names
-    them. A checkpoint without them loads with a UserWarning, one for each load_state_dict. An option is an
-    attribute of its own name or of the one in `attributes`.
+    repr shows the options in `shown`, and the others that differ from their defaults. The options in `meaning` are
+    part of the state_dict, as JSON in bytes: loading it into a module with other options is an error that names
+    them. A checkpoint without them loads with one UserWarning for each load_state_dict. An option is an
+    attribute of the same name, or of the name that `attributes` gives for it.
     """
 
     shown: tuple[str, ...] = ()
@@ -59,7 +57,7 @@ class Described(nn.Module):
     attributes: ClassVar[dict[str, str]] = {}
 
     def warn_once(self, about: str, text: str) -> None:
-        """A UserWarning, the first time that this module has something to say about it."""
+        """Gives a UserWarning the first time that this module warns about the subject `about`."""
         if torch.compiler.is_compiling() or about in self.__dict__.get("_said", ()):
             return
         self.__dict__.setdefault("_said", set()).add(about)
@@ -131,84 +129,3 @@ class Described(nn.Module):
             "they are taken to be this layer's. Saved again, it will hold them.",
             stacklevel=2,
         )
-
-
-class KernelGenerator(Described):
-    """A module whose call with a length gives a kernel (heads, channels, length).
-
-    `overrides` maps parameter names to the optimiser settings they ask for, which
-    seqconv.param_groups collects. The parameters stay float32 when a model is cast to a half
-    precision, and begin in float32 at least, in float64 where that is torch's default (`kernel_dtype`):
-    rounding them changes the kernel, by up to 80 percent. Where they come in half precision all the same, `read` and
-    load_state_dict raise TypeError.
-
-    reset_parameters() draws initial values for what a module holds itself, as torch's modules do; model.apply
-    or a loop over model.modules() reaches all.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.overrides: dict[str, dict[str, float]] = {}
-
-    def override(self, *names: str, **settings: float) -> None:
-        """Sets `overrides` of parameters, or of the submodules that hold them. With lr=0 they become
-        buffers, which have no gradient and keep their place in the state_dict."""
-        for name in names:
-            self.overrides[name] = self.overrides.get(name, {}) | settings
-            if settings.get("lr") != 0:
-                continue
-            part = getattr(self, name, None)
-            holders = part.modules() if isinstance(part, nn.Module) else [self]
-            for module in holders:
-                for key in [name] if module is self else list(module._parameters):
-                    tensor = module._parameters.get(key)
-                    if tensor is not None:
-                        del module._parameters[key]
-                        module.register_buffer(key, tensor.detach())
-
-    def read(self, *names: str) -> list[Tensor]:
-        """Parameters and buffers by name, each formed once if it is parametrized. TypeError if one of them, or
-        of those in submodules, is in half precision."""
-        values = [getattr(self, name) for name in names]
-        for name, value in zip(names, values, strict=True):
-            self._check_precision(name, value)
-        for module in self.modules():
-            for name, value in (*module._parameters.items(), *module._buffers.items()):
-                if value is not None and value.dtype in HALF:
-                    paths = (*self.named_parameters(), *self.named_buffers())
-                    name = next((path for path, t in paths if t is value), name)
-                    self._check_precision(name, value)
-        return values
-
-    def _check_precision(self, name: str, value: Tensor, way: str = "") -> None:
-        if value.dtype not in HALF:
-            return
-        dtype = str(value.dtype).removeprefix("torch.")
-        way = way or (
-            "layer.to(dtype) keeps kernels in float32, and so does seqconv.parallel.fully_shard under a "
-            "mixed precision policy; .float() of the generator brings them back"
-        )
-        raise TypeError(
-            f"{type(self).__name__}: {name} must be float32 or float64, got {dtype}: rounded to that it makes "
-            f"another kernel; {way}"
-        )
-
-    def _apply(self, fn, recurse=True):
-        def keep_precision(t: Tensor) -> Tensor:
-            out = fn(t)
-            if out.dtype not in HALF:
-                return out
-            return (
-                out.float()
-                if out.is_meta or t.is_meta or t.dtype in HALF
-                else t.to(out.device).float()
-            )
-
-        return super()._apply(keep_precision, recurse)
-
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        way = "a checkpoint that is cast has to leave kernels in float32"
-        for key, value in state_dict.items():
-            if key.startswith(prefix) and isinstance(value, Tensor):
-                self._check_precision(f"{key} of the checkpoint", value, way)
-        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -1,8 +1,14 @@
-"""What to say of a keyword that a layer does not know: most are other repositories' names for something."""
+"""The keyword options of layers: one place for each default, and advice for keywords that a layer does not have.
+
+Most unknown keywords are the names that other repositories give to an option.
+"""
 
 import difflib
+import inspect
+from types import SimpleNamespace
+from typing import Any
 
-_MEANT = {  # there: here, where the layer has it
+_MEANT = {  # the name in other repositories: the name here, of an option that some layers have
     "L": "l_max",
     "l_seq": "l_max",
     "seq_len": "l_max",
@@ -73,8 +79,33 @@ _OF_A_LAYER = {
 }
 
 
-def hint(layer: type, name: str, known: list[str]) -> str:
-    """What to use in the place of keyword `name`, which is none of those known to a layer's class."""
+class Defaults(SimpleNamespace):
+    """The options of a class with their defaults: Defaults(S4DKernel).d_state is 64.
+
+    A default is written in one signature, that of the class which uses the option. A layer that passes the
+    option on spells it in its own signature, for editors and type checkers, and takes the default from here.
+    """
+
+    def __init__(self, owner: type):
+        parameters = inspect.signature(owner).parameters.values()
+        super().__init__(**{p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY})
+
+    def among(self, values: dict[str, Any], **others: Any) -> dict[str, Any]:
+        """The options of the class that are among the values, a layer's locals(), and others in their place."""
+        return {name: values[name] for name in vars(self) if name in values} | others
+
+
+def refuse(layer: object, owner: type, unknown: dict[str, Any]) -> None:
+    """Raises TypeError with advice if `unknown`, the keywords that owner.__init__ does not have, is not empty."""
+    for name in unknown:
+        text = f"unknown keyword {name!r}; {hint(owner, name)}"
+        raise TypeError(f"{type(layer).__name__}: {text}")
+
+
+def hint(layer: type, name: str) -> str:
+    """Advice for the keyword `name`, which the class of a layer does not have."""
+    parameters = inspect.signature(layer).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     if _MEANT.get(name) in known:
         return f"did you mean {_MEANT[name]}?"
     for base in layer.__mro__:

@@ -1,14 +1,16 @@
 """S4D as a recurrence: state <- exp(a) state + b u, v = Re(c state) + skip u, in steps and in chunks.
 
-The state is float64 whatever the layer's dtype. A mode that decays by 1e-6 a step adds to a state a million
-times larger than what is added: in float32 each sum would be rounded by as much as a tenth of that.
+The state is float64 for every dtype of the layer. The state of a mode that decays by 1e-6 a step is a million times
+larger than what one step adds to it. In float32 each sum would be rounded by up to a tenth of that addition.
 """
+
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from seqconv.layers.base import check_input, sized
+from seqconv.layers.base import ConvLayer, check_input, sized
 from seqconv.ops.checks import check_length, check_shape, check_tensor
 from seqconv.ops.fftconv import fftconv
 from seqconv.ops.register import transformed
@@ -16,44 +18,46 @@ from seqconv.ops.ssm import discretize, mode_sum, moments, multiply
 from seqconv.reference import activate
 
 
-class Recurrent:
-    """init_state, step and prefill of a layer whose kernel has system(); `generator` is the kernel's class."""
+class Recurrent(ConvLayer):
+    """A layer whose kernel has system(), with init_state, step and prefill; `generator` is the kernel's class."""
 
-    generator: type[nn.Module]
-    _kept = None  # what the kernel read when the system was made, and the system
+    generator: type
+    kernel: Any
+    _kept: tuple | None = None  # everything that the kernel read, and the system made of it
 
     def init_state(self, batch: int) -> Tensor:
-        """Zeros (batch, d_model, modes, 2), real and imaginary part, float64: rows may be selected and joined."""
+        """The state before any input: zeros (batch, d_model, modes, 2), with real and imaginary part last, in
+        float64. The rows of states may be selected and joined."""
         self._check_recurrent()
         check_length(f"{type(self).__name__}.init_state", batch, name="batch")
         shape = (batch, self.d_model, self.kernel.modes, 2)
         return self.kernel.C.new_zeros(shape, dtype=torch.float64)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x (batch, d_model) of one time -> y of that time, and the state after it.
+        """Maps x (batch, d_model) of one time to y of that time, and returns the state after it, too.
 
-        The convolution's y to round-off, however slow the modes are, at a cost that does not grow with
-        time. Differentiable. Without gradients the discrete system is kept for as long as everything
-        that the kernel reads has the same value: parameters as parametrisations and forward pre-hooks
-        (pruning, weight_norm) give them, buffers and options. They are compared by value, so that no
-        way of changing them, `.data` included, goes unseen. Only a forward hook that replaces the
-        kernel's output does: a recurrence has no kernel to show it.
+        y is the convolution's up to round-off, however slow the modes are, and its cost does not grow with
+        time. It is differentiable. Without gradients the discrete system is kept for as long as everything
+        that the kernel reads has the same value: buffers, options, and parameters as parametrisations and forward
+        pre-hooks (pruning, weight_norm) give them. They are compared by value, so that every change of
+        them is seen, also one through `.data`. A forward hook that replaces the kernel's output is not
+        seen, because a recurrence makes no kernel that the hook could be given.
         """
         name = f"{type(self).__name__}.step"
         check_input(name, x, self.skip, self.d_model, ("batch",))
         self._check_state(name, x, state)
         if self._forward_pre_hooks:
             x = _run_pre_hooks(self, x.unsqueeze(1)).squeeze(1)
-        *system, c = self._system()
+        re, im, b, c = self._system()
         u = x.double()
-        state = _advance(*system, u, state)
+        state = _advance(re, im, b, u, state)
         v = torch.bmm(c, state.flatten(2).permute(1, 2, 0))  # (h c b)
         v = v.permute(2, 1, 0) + self.skip * u.unsqueeze(1)  # (b c h)
         return self._mix(activate(v, self.activation).flatten(1).to(x.dtype)), state
 
     def prefill(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x (batch, length, d_model), going on where `state` is -> y and the state after it, as length
-        calls of step() give them, in one convolution."""
+        """Maps x (batch, length, d_model), which follows the inputs that led to `state`, to y and the state
+        after it. They are those that length calls of step() give, in one convolution."""
         name = f"{type(self).__name__}.prefill"
         check_input(name, x, self.skip, self.d_model)
         self._check_state(name, x, state)
@@ -68,7 +72,7 @@ class Recurrent:
         u = x.movedim(1, 2).to(torch.float32 if single else torch.float64)  # (b h l)
         c = c * c.new_tensor([1.0, -1.0])
         k = mode_sum(a, multiply(c, b), length, single)
-        # What the state still gives is a kernel per sample and head: Re c exp(a (l + 1)) state.
+        # The response to the state alone is a kernel per sample and head: Re c exp(a (l + 1)) state.
         left = multiply(_exp(a), state)
         rest = mode_sum(a, multiply(c, left.unsqueeze(1)).flatten(0, 1), length, single)
         rest = rest.unflatten(0, (batch, self.heads))
@@ -87,8 +91,8 @@ class Recurrent:
         return a, multiply(b, B), c
 
     def _system(self) -> tuple[Tensor, ...]:
-        """Of exp(a) the real part, twice (d_model, modes, 2), and the imaginary one (d_model, modes); b (d_model,
-        modes, 2); c (d_model, heads, 2 modes)."""
+        """The real part of exp(a), repeated as (d_model, modes, 2), and its imaginary part (d_model, modes);
+        b (d_model, modes, 2); and c (d_model, heads, 2 modes)."""
 
         def make():
             a, b, c = self._discrete()
@@ -101,7 +105,7 @@ class Recurrent:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return make()
         if type(kernel).system is not self.generator.system or "system" in vars(kernel):
-            return make()  # which may read anything
+            return make()  # The system of a subclass may read anything.
         found = _read(kernel)
         tensors = [t for t in found.values() if isinstance(t, Tensor)]
         if transformed(tensors) or not all(map(_comparable, tensors)):
@@ -109,7 +113,7 @@ class Recurrent:
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return make()
         if self.skip.is_cuda and torch.cuda.is_current_stream_capturing():
-            return make()  # comparing would wait for the device
+            return make()  # The comparison would wait for the device.
         kept = self._kept
         if kept is None or not _same(kept[0], found):
             with torch.inference_mode(False), torch.no_grad():
@@ -127,10 +131,11 @@ class Recurrent:
         if kernel.discretization == "dss_softmax":
             text = "dss_softmax depends on the length and has no recurrence; the others have"
             raise TypeError(f"{name}: {text}")
-        if type(kernel).forward is not self.generator.forward:
-            own, known = type(kernel).__name__, self.generator.__name__
-            text = f"has no recurrence, because {own}.forward may be another kernel than {known}'s"
-            raise TypeError(f"{name}: a kernel of class {own} {text}")
+        for way in ("forward", "generate"):
+            if getattr(type(kernel), way, None) is not getattr(self.generator, way):
+                own, known = type(kernel).__name__, self.generator.__name__
+                text = f"because {own}.{way} may be another kernel than {known}'s"
+                raise TypeError(f"{name}: a kernel of class {own} has no recurrence, {text}")
 
     def _check_state(self, function: str, x: Tensor, state: Tensor) -> None:
         self._check_recurrent()
@@ -147,7 +152,7 @@ def _advance(re: Tensor, im: Tensor, b: Tensor, u: Tensor, state: Tensor) -> Ten
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if wanted or torch.compiler.is_compiling() or transformed(tensors):
         return re * state + torch.stack([-im * y, im * x], -1) + new
-    # In place: a step is a few passes over the state, and fresh memory would cost more than they do.
+    # This works in place, because fresh memory would cost more than the few passes over the state.
     new.addcmul_(re, state)
     new[..., 0].addcmul_(im, y, value=-1)
     new[..., 1].addcmul_(im, x)
@@ -155,7 +160,8 @@ def _advance(re: Tensor, im: Tensor, b: Tensor, u: Tensor, state: Tensor) -> Ten
 
 
 def _run_pre_hooks(module: nn.Module, argument):
-    """What a call of the module does before its forward: there pruning and weight_norm set what it reads."""
+    """Runs the forward pre-hooks as a call of the module does, and returns the argument that they make. Pruning
+    and weight_norm set in them the parameters that the module reads."""
     for number, hook in module._forward_pre_hooks.items():
         if number in module._forward_pre_hooks_with_kwargs:
             result = hook(module, (argument,), {})
@@ -168,11 +174,11 @@ def _run_pre_hooks(module: nn.Module, argument):
 
 
 def _read(kernel: nn.Module) -> dict:
-    """By name everything that a kernel can read: options, parameters and buffers."""
+    """Everything that a kernel can read, by name: options, parameters and buffers."""
     found = {name: value for name, value in vars(kernel).items() if name[0] != "_"}
     found |= kernel._parameters
     found |= kernel._buffers
-    for name in kernel._modules.get("parametrizations", ()):
+    for name in getattr(kernel, "parametrizations", ()):
         found[name] = getattr(kernel, name)
     return found
 
@@ -195,6 +201,6 @@ def _same(kept: dict, found: dict) -> bool:
 
 
 def _exp(a: Tensor) -> Tensor:
-    """exp of complex numbers, (..., 2)."""
+    """The exponential of complex numbers (..., 2)."""
     re, im = a.unbind(-1)
     return re.exp().unsqueeze(-1) * torch.stack([im.cos(), im.sin()], -1)

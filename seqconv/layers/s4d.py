@@ -1,24 +1,24 @@
 """S4D: convolution with the kernel of a diagonal state space model (arXiv 2206.11893)."""
 
 import math
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv.layers import s4d_init
-from seqconv.layers.base import ConvLayer, passes_options_to
-from seqconv.layers.module import KernelGenerator, fill, kernel_dtype
+from seqconv.layers.base import ConvLayer, KernelGenerator
+from seqconv.layers.module import fill, kernel_dtype
+from seqconv.layers.options import Defaults, refuse
 from seqconv.layers.recurrence import Recurrent
 from seqconv.layers.s4d_init import POSITIVE
 from seqconv.ops.checks import (
     check_choice,
     check_flag,
-    check_length,
+    check_learning_rate,
     check_number,
     check_positive,
-    check_rate,
-    check_sampling,
 )
 from seqconv.ops.register import Operator
 from seqconv.ops.ssm import BACKENDS, DISCRETIZATIONS, mode_sum, ssm_kernel, weighted_modes
@@ -27,24 +27,25 @@ from seqconv.ops.ssm import BACKENDS, DISCRETIZATIONS, mode_sum, ssm_kernel, wei
 class S4DKernel(KernelGenerator):
     """Kernel generator of S4D; S4DKernel(...)(length) -> (heads, d_model, length), any length.
 
-    K = seqconv.ssm_kernel(log dt, A, C, length, B=B), with modes = d_state / 2, one of each conjugate
-    pair, and n_ssm sets of (A, B), of which channel h takes number h mod n_ssm. For "dss" and
-    "dss_softmax" a mode is no half of a pair: d_state=64 is 32 modes there too.
+    The kernel is seqconv.ssm_kernel(log dt, A, C, length, B=B) with modes = d_state / 2, one of each conjugate
+    pair. There are n_ssm sets of (A, B), and channel h takes the set h mod n_ssm. With "dss" and
+    "dss_softmax" a mode is not half of a pair, but d_state=64 is 32 modes there, too.
 
     Parameters, all real:
-        inv_dt (d_model,), or (d_model, modes) with dt_tie=False: dt = f(inv_dt), f being exp or
-            softplus; log dt is uniform in [log dt_min, log dt_max]. dt is in steps of the sequence.
-            dt_sinh=True: dt = f(sinh(inv_dt)).
-        inv_A_real (n_ssm, modes): Re A = -g(inv_A_real), g by real_transform. inv_A_imag (n_ssm,
-            modes): Im A = g'(inv_A_imag), g' by imag_transform. Both from `init`, see seqconv.layers.s4d_init.
-        B (n_ssm, modes, 2): from `init` or `B_init`; a buffer with train_B=False.
-        C (heads, d_model, modes, 2): complex standard normal.
-    is_real=True: modes = d_state, real; no imaginary parts, B (n_ssm, modes), C (heads, d_model,
-    modes) standard normal; the factor 2 of the kernel stays. deterministic=True: log dt evenly
-    spaced over the channels and C = (1, 0, 0, ...), nothing drawn.
+        inv_dt (d_model,), or (d_model, modes) with dt_tie=False: dt = f(inv_dt), where f is exp or
+            softplus. log dt begins uniform in [log dt_min, log dt_max]; dt is in steps of the sequence.
+            With dt_sinh=True, dt = f(sinh(inv_dt)).
+        inv_A_real (n_ssm, modes): Re A = -g(inv_A_real), and real_transform chooses g. inv_A_imag (n_ssm,
+            modes): Im A = g'(inv_A_imag), and imag_transform chooses g'. `init` sets where both begin, see
+            seqconv.layers.s4d_init.
+        B (n_ssm, modes, 2): `init` or `B_init` sets where it begins. It is a buffer with train_B=False.
+        C (heads, d_model, modes, 2): begins complex standard normal.
+    With is_real=True there are modes = d_state real modes: no imaginary parts, B (n_ssm, modes), and C (heads,
+    d_model, modes), which begins standard normal. The factor 2 of the kernel stays. With deterministic=True
+    nothing is drawn: log dt is evenly spaced over the channels, and C = (1, 0, 0, ...).
 
-    Optimiser: inv_dt, inv_A_real, inv_A_imag and B take min(lr, `lr` here) and no weight decay, with
-    lr=0 they are buffers; C is trained like any weight.
+    Optimiser: inv_dt, inv_A_real, inv_A_imag and B take min(lr, `lr` here) and no weight decay. With
+    lr=0 they are buffers. C is trained like any weight.
 
     The other options are explained in S4D. Source: arXiv 2206.11893, sections 3 and 4.
     """
@@ -52,6 +53,8 @@ class S4DKernel(KernelGenerator):
     shown = ("d_state", "init", "discretization")
     meaning = ("discretization", "real_transform", "imag_transform", "dt_transform", "dt_sinh")
     meaning += ("bandlimit",)
+    reads = ("C", "B", "inv_dt", "inv_A_real", "inv_A_imag")
+    resamples = True
 
     def __init__(
         self,
@@ -95,7 +98,7 @@ class S4DKernel(KernelGenerator):
         check_choice(name, "backend", backend, BACKENDS)
         check_flag(name, is_real=is_real, train_B=train_B, dt_tie=dt_tie, dt_sinh=dt_sinh)
         check_flag(name, deterministic=deterministic)
-        check_rate(name, lr=lr)
+        check_learning_rate(name, lr=lr)
         if d_state % 2 and not is_real:
             raise ValueError(
                 f"S4DKernel: d_state must be even (modes come in conjugate pairs), got {d_state}"
@@ -113,10 +116,12 @@ class S4DKernel(KernelGenerator):
         modes = d_state if is_real else d_state // 2
         shape = (d_model,) if dt_tie else (d_model, modes)
         parts = () if is_real else (2,)
-        like = {"dtype": kernel_dtype()}
+        like: dict[str, Any] = {"dtype": kernel_dtype()}
         self.inv_dt = nn.Parameter(torch.empty(shape, **like))
         self.inv_A_real = nn.Parameter(torch.empty(n_ssm, modes, **like))
-        if not is_real:
+        if is_real:
+            self.reads = self.reads[:-1]
+        else:
             self.inv_A_imag = nn.Parameter(torch.empty(n_ssm, modes, **like))
         B = torch.empty(n_ssm, modes, *parts, **like)
         if train_B:
@@ -140,51 +145,54 @@ class S4DKernel(KernelGenerator):
 
     def reset_parameters(self) -> None:
         """Draws dt, A, B and C anew, as at construction."""
-        # Without storage nothing is kept, but options that exclude each other are refused all the same.
+        # Parameters on the meta device keep no values, but options that exclude each other are refused there, too.
         device = torch.device("cpu") if self.C.device.type == "meta" else self.C.device
         with device:
             fill(self, s4d_init.initial(self))
 
     def system(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log dt (d_model,) or (d_model, modes), A and B (d_model, modes, 2), C (heads, d_model, modes, 2),
-        float64."""
-        return _system(*self._ingredients(rate))
+        """The system in float64: log dt (d_model,) or (d_model, modes), A and B (d_model, modes, 2), and C (heads,
+        d_model, modes, 2)."""
+        return _system(*self._arguments(self.read(), rate))
 
-    def _ingredients(self, rate: float):
-        parts = ("inv_dt", "inv_A_real", "B", "C", *(() if self.is_real else ("inv_A_imag",)))
-        inv_dt, inv_A_real, B, C, *inv_A_imag = self.read(*parts)
-        tensors = [inv_dt, inv_A_real, inv_A_imag[0] if inv_A_imag else None, B, C]
+    def _arguments(self, tensors: list[Tensor], rate: float) -> tuple:
+        """The arguments of _system."""
         names = [self.discretization, self.dt_transform, self.real_transform, self.imag_transform]
         copies = self.d_model // self.n_ssm
         return tensors, names, copies, self.dt_sinh, self.bandlimit, rate
 
-    def forward(self, length: int, rate: float = 1.0) -> Tensor:
-        """rate multiplies dt: the kernel for inputs sampled 1 / rate times as often."""
-        check_length("S4DKernel", length)
-        check_sampling("S4DKernel", rate)
-        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        known = type(self).system is S4DKernel.system and self.discretization != "dss_softmax"
-        if compiled and known:
-            a, *w = _modes_op(*self._ingredients(rate)).split([1, len(self.C)])
-            k = mode_sum(a.squeeze(0), *w, length, self.C.dtype != torch.float64, self.backend)
-            return self.kernel_dropout(k)
-        log_dt, A, B, C = self.system(rate)
+    def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
+        """The kernel of the system, whose dt the rate multiplies."""
+        arguments, C = self._arguments(tensors, rate), tensors[0]
+        options = length, C.dtype != torch.float64, self.backend
+        unchanged = type(self).system is S4DKernel.system and "system" not in vars(self)
+        known = unchanged and self.discretization != "dss_softmax"
+        if known and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            a, w = _modes_op(*arguments).split([1, len(C)])
+            return self.kernel_dropout(mode_sum(a.squeeze(0), w, *options))
+        log_dt, A, B, c = _system(*arguments) if unchanged else self.system(rate)
+        fits = A.shape == B.shape == c.shape[1:] and log_dt.shape in (A.shape[:1], A.shape[:2])
+        if known and fits:
+            a, w = weighted_modes(log_dt, A, B, c, self.discretization)
+            return self.kernel_dropout(mode_sum(a, w, *options))
         options = {"discretization": self.discretization, "backend": self.backend}
-        k = ssm_kernel(log_dt, A, C.to(self.C.dtype), length, B=B, **options)
+        k = ssm_kernel(log_dt, A, c.to(C.dtype), length, B=B, **options)
         return self.kernel_dropout(k)
 
 
-def _system(tensors, names, copies, dt_sinh, bandlimit, rate) -> tuple[Tensor, ...]:
-    inv_dt, inv_A_real, inv_A_imag, B, C = (t if t is None else t.double() for t in tensors)
+def _system(
+    tensors, names, copies, dt_sinh, bandlimit, rate
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    C, B, inv_dt, inv_A_real, *inv_A_imag = map(Tensor.double, tensors)
     _, dt_transform, real_transform, imag_transform = names
     p = torch.sinh(inv_dt) if dt_sinh else inv_dt
     log_dt = p if dt_transform == "exp" else F.softplus(p).log()
     real = -POSITIVE[real_transform][0](inv_A_real)
-    if inv_A_imag is None:
+    if inv_A_imag:
+        imag = POSITIVE[imag_transform][0](*inv_A_imag)
+    else:
         imag = torch.zeros_like(real)
         B, C = (torch.stack([t, torch.zeros_like(t)], -1) for t in (B, C))
-    else:
-        imag = POSITIVE[imag_transform][0](inv_A_imag)
     A, B = torch.stack([real, imag], -1).repeat(copies, 1, 1), B.repeat(copies, 1, 1)
     if bandlimit is not None:
         dt = log_dt.exp() if log_dt.dim() == 2 else log_dt.exp().unsqueeze(-1)
@@ -195,7 +203,8 @@ def _system(tensors, names, copies, dt_sinh, bandlimit, rate) -> tuple[Tensor, .
 
 def _modes(tensors, names, *options) -> Tensor:
     """a and w of seqconv.ops.ssm.Modes in one tensor, (1 + heads, d_model, modes, 2)."""
-    a, w = weighted_modes(*_system(tensors, names, *options), names[0])
+    log_dt, A, B, C = _system(tensors, names, *options)
+    a, w = weighted_modes(log_dt, A, B, C, names[0])
     return torch.cat([a.unsqueeze(0), w])
 
 
@@ -207,7 +216,10 @@ _modes_op = Operator(
 )
 
 
-class S4D(Recurrent, ConvLayer):
+KERNEL, BLOCK = Defaults(S4DKernel), Defaults(ConvLayer)
+
+
+class S4D(Recurrent):
     """Diagonal state space layer, (batch, length, d_model) -> the same.
 
     y = GLU(W dropout(gelu(K * x + skip x)) + b), K[l] = 2 Re sum_n C_n Bbar_n Abar_n^l, the response of
@@ -218,8 +230,8 @@ class S4D(Recurrent, ConvLayer):
         "dss"          as "zoh", K without the factor 2
         "dss_softmax"  as "dss", Bbar divided by exp(dt A length) - 1; more of it in seqconv.ssm_kernel
 
-    The sum has modes = d_state / 2 terms, one of each conjugate pair; as many with "dss" and "dss_softmax",
-    where they are no halves of pairs. A by `init`, with N = d_state and n = 0 ... modes - 1:
+    The sum has modes = d_state / 2 terms, one of each conjugate pair. "dss" and "dss_softmax" have as many
+    terms, but they are not halves of pairs. `init` sets A, with N = d_state and n = 0 ... modes - 1:
 
         "lin"   -1/2 + i pi n                              "real"  -(n + 1)
         "inv"   -1/2 + i (N / pi) (N / (2 n + 1) - 1)      "rand"  -1/2 + i exp(standard normal)
@@ -228,44 +240,46 @@ class S4D(Recurrent, ConvLayer):
         "legs"  -1/2 + i y, with i y the eigenvalues of HiPPO-LegS's skew part
         "diag"  half of the sets inv, half lin             "hippo" half legs, half fout
 
-    Where a transform gives positive values, zeros begin at 1e-4 (with "relu" all that is smaller). B is
-    1 but for "legs", "fout" and "foud": see seqconv.layers.s4d_init. The state_dict does not depend on the
-    length; it loads into a layer of the same options only.
+    Where a transform gives positive values only, zeros begin at 1e-4, and with "relu" so does every smaller value.
+    B is 1, except for "legs", "fout" and "foud": see seqconv.layers.s4d_init. The state_dict does not depend on
+    the length. It loads into a layer of the same options only.
 
-    Parameters, all real: kernel.inv_dt (d_model,), log dt, uniform in [log dt_min, log dt_max];
-    inv_A_real (n_ssm, modes), log(-Re A), and inv_A_imag (n_ssm, modes), Im A, and B (n_ssm, modes, 2),
-    from `init`: these take min(lr, kernel_lr) and no weight decay. C (heads, d_model, modes, 2), twice
-    the heads if bidirectional, complex standard normal; skip (heads, d_model) ~ N(0, 1); linear, weight
-    (2 d_model, heads d_model) and bias, torch's default: trained like any weight. S4DKernel has the
-    variants.
+    Parameters, all real. The following take min(lr, kernel_lr) and no weight decay: kernel.inv_dt (d_model,), which is
+    log dt and begins uniform in [log dt_min, log dt_max]; inv_A_real (n_ssm, modes), which is log(-Re A);
+    inv_A_imag (n_ssm, modes), which is Im A; and B (n_ssm, modes, 2). `init` sets where the last three begin. The
+    following are trained like any weight: C (heads, d_model, modes, 2), with twice the heads if bidirectional, which
+    begins complex standard normal; skip (heads, d_model), which begins as N(0, 1); and the weight (2 d_model,
+    heads d_model) and bias of linear, which begin as torch's. S4DKernel describes the variants.
 
     Args:
-        d_model: channels.
-        d_state: real size of each channel's state, even: twice the modes.
-        heads: kernels per channel; the linear map takes heads * d_model inputs.
-        bidirectional: add as many kernels for the future, shifted by one so that lag 0 belongs to
-            the past's.
-        n_ssm: sets of (A, B) shared by the channels in turn; must divide d_model. None: one each.
-        init, discretization: as above; "dss_softmax" depends on the length and has no step().
-        real_transform, imag_transform: "exp", "relu", "softplus", "sigmoid" or "none", which give
-            -Re A and Im A from their parameters. "none" for the real part may become unstable.
+        d_model: the number of channels.
+        d_state: the real size of each channel's state, which is even: twice the number of modes.
+        heads: the number of kernels per channel. The linear map takes heads * d_model inputs.
+        bidirectional: True adds as many kernels for the future. They are shifted by one, because lag 0
+            belongs to the kernels for the past.
+        n_ssm: the number of sets of (A, B), which the channels share in turn. It must divide d_model; None
+            gives each channel a set of its own.
+        init, discretization: as above. "dss_softmax" depends on the length and has no step().
+        real_transform, imag_transform: the functions that give -Re A and Im A from their parameters: "exp",
+            "relu", "softplus", "sigmoid" or "none". With "none" for the real part a layer may become unstable.
         is_real, real_scale, imag_scale, real_random, imag_random, B_init, B_scale, normalize_B,
             deterministic: variants of the initialisation, see S4DKernel and seqconv.layers.s4d_init.
         train_B: False keeps B as it is.
-        dt_min, dt_max: range of the initial steps, in steps of the sequence. dt_tie: one for all
-            modes of a channel. dt_transform: "exp" or "softplus". dt_sinh: see S4DKernel.
-        bandlimit: modes with dt |Im A| / pi at or above it are left out; 1 is the Nyquist limit.
-        kernel_dropout: of single taps, in training.
-        activation: of the convolution: "gelu", "silu", "relu" or None.
-        dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
+        dt_min, dt_max: the range of the initial dt, in steps of the sequence. dt_tie: True gives all modes of
+            a channel one dt. dt_transform: "exp" or "softplus". dt_sinh: see S4DKernel.
+        bandlimit: modes whose dt |Im A| / pi is not below it are left out. 1 is the Nyquist limit.
+        kernel_dropout: the probability of dropout of single taps, in training.
+        activation: the function after the convolution: "gelu", "silu", "relu" or None.
+        dropout: the probability of dropout after the activation. tie_dropout: True draws one mask per sample
+            and channel for all times.
         postact: "glu", or None for a plain linear map.
-        kernel_lr: learning rate that param_groups gives to dt, A and B, or its own lr if that is
-            smaller, without weight decay; 0: they are buffers.
-        backend: of seqconv.ssm_kernel.
+        kernel_lr: the learning rate that param_groups gives to dt, A and B, without weight decay, unless its
+            own lr is smaller. With 0 they are buffers.
+        backend: the backend of seqconv.ssm_kernel.
 
-    dt, A, B and C stay float32 under .to(bfloat16) and .half(). layer(x, rate=2.0) takes inputs
+    dt, A, B and C stay float32 under .to(bfloat16) and .half(). layer(x, rate=2.0) takes inputs that are
     sampled half as often as those of training. init_state, step and prefill run a causal layer as
-    a recurrence: at rate 1, without masks and kernel dropout.
+    a recurrence, at rate 1 and without masks and kernel dropout.
 
     Source: arXiv 2206.11893. Example:
         >>> layer = S4D(8)
@@ -273,35 +287,49 @@ class S4D(Recurrent, ConvLayer):
         torch.Size([2, 100, 8])
     """
 
-    resamples = True
     generator = S4DKernel
 
-    @passes_options_to(S4DKernel, "lr")
     def __init__(
         self,
         d_model: int,
         *,
-        d_state: int = 64,
-        heads: int = 1,
+        d_state: int = KERNEL.d_state,
+        heads: int = KERNEL.heads,
         bidirectional: bool = False,
-        activation: str | None = "gelu",
-        dropout: float = 0.0,
-        tie_dropout: bool = False,
-        postact: str | None = "glu",
-        kernel_lr: float = 1e-3,
-        **kernel,
+        activation: str | None = BLOCK.activation,
+        dropout: float = BLOCK.dropout,
+        tie_dropout: bool = BLOCK.tie_dropout,
+        postact: str | None = BLOCK.postact,
+        kernel_lr: float = KERNEL.lr,
+        n_ssm: int | None = KERNEL.n_ssm,
+        init: str = KERNEL.init,
+        discretization: str = KERNEL.discretization,
+        real_transform: str = KERNEL.real_transform,
+        imag_transform: str = KERNEL.imag_transform,
+        is_real: bool = KERNEL.is_real,
+        real_scale: float = KERNEL.real_scale,
+        imag_scale: float = KERNEL.imag_scale,
+        real_random: bool = KERNEL.real_random,
+        imag_random: bool = KERNEL.imag_random,
+        B_init: str | None = KERNEL.B_init,
+        B_scale: float = KERNEL.B_scale,
+        normalize_B: bool = KERNEL.normalize_B,
+        train_B: bool = KERNEL.train_B,
+        dt_min: float = KERNEL.dt_min,
+        dt_max: float = KERNEL.dt_max,
+        dt_tie: bool = KERNEL.dt_tie,
+        dt_transform: str = KERNEL.dt_transform,
+        dt_sinh: bool = KERNEL.dt_sinh,
+        deterministic: bool = KERNEL.deterministic,
+        bandlimit: float | None = KERNEL.bandlimit,
+        kernel_dropout: float = KERNEL.kernel_dropout,
+        backend: str = KERNEL.backend,
+        **unknown: NoReturn,
     ):
+        options = locals()
+        refuse(self, S4D, unknown)
         check_flag("S4D", bidirectional=bidirectional)
         check_positive("S4D", d_model=d_model, d_state=d_state, heads=heads)
         directions = heads * (1 + bidirectional)
-        generator = S4DKernel(d_model, d_state=d_state, heads=directions, lr=kernel_lr, **kernel)
-        super().__init__(
-            d_model,
-            generator,
-            heads=heads,
-            bidirectional=bidirectional,
-            activation=activation,
-            dropout=dropout,
-            tie_dropout=tie_dropout,
-            postact=postact,
-        )
+        kernel = S4DKernel(d_model, **KERNEL.among(options, heads=directions, lr=kernel_lr))
+        super().__init__(d_model, kernel, **BLOCK.among(options))

@@ -11,7 +11,7 @@ N = 2 modes is the state size, n = 0 ... modes - 1; one of each conjugate pair, 
 
 B is 1 but for "legs", where it is LegS's B in the eigenvectors' coordinates, rotated to be real and
 positive (C takes the phase), and for "fout" and "foud", where it is 1 / sqrt(2) for n = 0, the
-constant function, which has no conjugate. POSITIVE: the maps to positive numbers under which A is trained.
+constant function, which has no conjugate. POSITIVE holds the maps to positive numbers under which A is trained.
 """
 
 import math
@@ -26,18 +26,18 @@ NAMES = ("lin", "inv", "inv2", "quad", "real", "rand", "legs", "fout", "foud", "
 B_NAMES = (None, "one", "normal", "alternating", "unit_cw", "unit_ccw", "legs")
 _HALVES = {"diag": ("inv", "lin"), "hippo": ("legs", "fout")}
 
-_FLOOR = 1e-4  # of what a positive transform has to give
+_FLOOR = 1e-4  # the least value that a positive transform has to give
 POSITIVE = {  # name: (transform, inverse)
     "exp": (torch.exp, torch.log),
     "relu": (lambda p: F.relu(p) + _FLOOR, lambda x: x - _FLOOR),
     "softplus": (F.softplus, lambda x: x + torch.log(-torch.expm1(-x))),
     "sigmoid": (torch.sigmoid, torch.logit),
-    "none": (lambda p: p, lambda x: x),
+    "none": (torch.positive, torch.positive),  # the number itself
 }
 
 
 def _inverse(x: Tensor, option: str, transform: str) -> Tensor:
-    """What `transform` maps to x. Zeros begin at 1e-4, with "relu" all that is smaller."""
+    """The number that `transform` maps to x. Zeros begin at 1e-4, and with "relu" so does every smaller value."""
     if transform == "sigmoid" and not (x < 1).all():
         raise ValueError(
             f"S4DKernel: {option}='sigmoid' gives values below 1, got modes up to {x.max():g} from init"
@@ -52,7 +52,7 @@ def _inverse(x: Tensor, option: str, transform: str) -> Tensor:
 
 
 def legs(modes: int) -> tuple[Tensor, Tensor]:
-    """Im A > 0, largest first, and B > 0 of S4D-LegS, (modes,) each, float64.
+    """Im A > 0, largest first, and B > 0 of S4D-LegS: two tensors (modes,) in float64.
 
     A[n, k] = -sqrt((2n+1)(2k+1)) below the diagonal, -(n+1) on it; with P[n] = sqrt(n + 1/2), A + P
     P^T is -1/2 plus a skew matrix, whose eigenvectors are unitary. Source: arXiv 2206.11893,
@@ -83,12 +83,12 @@ def modes(
     B_scale: float = 1.0,
     normalize_B: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """A and B, (n_ssm, modes, 2) in float64.
+    """A and B, two tensors (n_ssm, modes, 2) in float64.
 
-    real_random: Re A uniform in (-1, 0]. imag_random: Im A uniform in [0, modes). The scales
-    multiply what came out. B_init replaces B: "one", complex "normal", "alternating" 1 and -1,
-    "unit_cw" z^n and "unit_ccw" z^-n with z = exp(-2 pi i / N), "legs". normalize_B divides B by
-    sqrt(2 sum |B / A|^2). is_real wants an init without imaginary part: "real".
+    real_random draws Re A uniform in (-1, 0], and imag_random draws Im A uniform in [0, modes). Then the scales
+    multiply both parts. B_init replaces B: it may be "one", "normal" (complex), "alternating" (1 and -1),
+    "unit_cw" (z^n with z = exp(-2 pi i / N)), "unit_ccw" (z^-n) or "legs". normalize_B divides B by
+    sqrt(2 sum |B / A|^2). is_real needs the init without imaginary part, "real".
     """
     check_choice("S4DKernel", "init", init, NAMES)
     check_choice("S4DKernel", "B_init", B_init, B_NAMES)
@@ -166,7 +166,7 @@ def _b(name: str, n_ssm: int, modes: int) -> Tensor:
 
 
 def initial(kernel) -> dict[str, Tensor]:
-    """Parameters of an S4DKernel of these options, by name."""
+    """The initial parameters of an S4DKernel with its options, by name."""
     A, B = modes(
         kernel.init,
         kernel.n_ssm,

@@ -1,22 +1,16 @@
 """SGConv: convolution with few weights a scale, coarser and smaller with the lag (arXiv 2210.09298)."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv.layers.base import ConvLayer, full_precision, passes_options_to
-from seqconv.layers.module import KernelGenerator, fill, kernel_dtype, whole
-from seqconv.ops.checks import (
-    check_choice,
-    check_flag,
-    check_length,
-    check_positive,
-    check_rate,
-    check_sampling,
-)
+from seqconv.layers.base import ConvLayer, KernelGenerator, full_precision
+from seqconv.layers.module import fill, kernel_dtype, whole
+from seqconv.layers.options import Defaults, refuse
+from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 from seqconv.ops.register import Operator
 
 
@@ -39,13 +33,13 @@ class SGConvKernel(KernelGenerator):
         decay (d_model,): p, uniform in [decay_min, decay_max], with decay="power" only.
     Buffers: norm (heads, d_model, 1), the L2 norm of all taps at construction, so that k starts with
     norm 1; decay, where it is not learned. Both are in the state_dict.
-    Optimiser: all take min(lr, `lr` here), and weight decay like any weight; with lr=0 they are buffers.
+    Optimiser: all take min(lr, `lr` here), and weight decay like any weight. With lr=0 they are buffers.
 
-    rate: taps are samples of a function k(t) of real t >= 0, the above with l = t. With rate r the
-    result is r k(r l), for inputs sampled 1 / r times as often: the same output at the same times,
-    up to the sum's error. That is of second order in the step, because lag 0, where the sum over
+    The taps are samples of a function k(t) of real t >= 0, which is the formula above with l = t. With a rate r
+    the kernel is r k(r l), for inputs that are sampled 1 / r times as often: it gives the same output at the same
+    times, up to the error of the sum. That error is of second order in the step, because lag 0, where the sum over
     lags has its edge, gets (1 + r) / 2 k(0) instead. With two_sided=True, the second half of the
-    heads is for the future: its tap l is lag -(l + 1), so it is sampled at t = r (l + 1) - 1.
+    heads is for the future: its tap l is lag -(l + 1), so that it is sampled at t = r (l + 1) - 1.
 
     The reference implementation's mode string says the same in one word: "nearest" in it is
     upsample="nearest", "sum" or "cat" combine, "randn" or "cos" init, and "learnable" decay="power",
@@ -57,6 +51,8 @@ class SGConvKernel(KernelGenerator):
     shown = ("l_max", "kernel_dim", "n_scales", "init", "decay")
     meaning = ("init_scale", "upsample", "combine", "decay", "two_sided")
     attributes: ClassVar = {"decay": "law"}
+    reads = ("pieces", "decay", "norm")
+    resamples = True
 
     def __init__(
         self,
@@ -85,7 +81,7 @@ class SGConvKernel(KernelGenerator):
         check_choice(name, "init", init, ("randn", "cos"))
         check_choice(name, "decay", decay, ("geometric", "power", "power_fixed"))
         check_flag(name, two_sided=two_sided)
-        check_rate(name, lr=lr)
+        check_learning_rate(name, lr=lr)
         if not isinstance(init_scale, int) or isinstance(init_scale, bool) or init_scale < 0:
             raise ValueError(f"{name}: init_scale must be an integer >= 0, got {init_scale!r}")
         if two_sided and heads % 2:
@@ -102,7 +98,7 @@ class SGConvKernel(KernelGenerator):
         self.init, self.decay_min, self.decay_max = init, decay_min, decay_max
         self.init_scale, self.two_sided = init_scale, two_sided
         self.taps = kernel_dim << (n_scales - 1 + init_scale)
-        like = {"dtype": kernel_dtype()}
+        like: dict[str, Any] = {"dtype": kernel_dtype()}
         self.pieces = nn.Parameter(torch.empty(n_scales, heads, d_model, kernel_dim, **like))
         p = torch.empty(d_model, **like)
         self.decay = nn.Parameter(p) if decay == "power" else nn.Buffer(p)
@@ -112,7 +108,7 @@ class SGConvKernel(KernelGenerator):
 
     def reset_parameters(self) -> None:
         """Draws weights and decay anew, as at construction, and sets norm to the new kernel's."""
-        like = {"dtype": self.pieces.dtype, "device": self.pieces.device}
+        like: dict[str, Any] = {"dtype": self.pieces.dtype, "device": self.pieces.device}
         n_scales, heads, d_model, kernel_dim = self.pieces.shape
         if like["device"].type == "meta":
             return
@@ -133,9 +129,7 @@ class SGConvKernel(KernelGenerator):
             k = _sample(whole(self.pieces), 1.0, 0, self.taps, whole(self.decay), *options)
             fill(self, {"norm": k.norm(dim=-1, keepdim=True)})
 
-    def forward(self, length: int, rate: float = 1.0) -> Tensor:
-        check_length("SGConvKernel", length)
-        check_sampling("SGConvKernel", rate)
+    def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
         if not torch.compiler.is_compiling() and rate > 1 and not self.init_scale:
             self.warn_once(
                 "rate",
@@ -146,13 +140,12 @@ class SGConvKernel(KernelGenerator):
         if not torch.compiler.is_compiling():  # where the taps' number would tie graphs to a length
             count = max(min(count, length), 1)
         options = [self.upsample, self.combine, self.law]
-        tensors = self.read("pieces", "decay", "norm")
         arguments = (tensors, options, self.init_scale, self.two_sided, rate, count)
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         k = (_taps_op if compiled else _taps)(*arguments)
         return (
             k if count == length else k[..., :length]
-        )  # no view where none is needed: FSDP warns of them
+        )  # A view is made only where one is needed, because FSDP warns of views.
 
 
 def _taps(tensors, options, init_scale, two_sided, rate, count) -> Tensor:
@@ -176,7 +169,7 @@ def _taps(tensors, options, init_scale, two_sided, rate, count) -> Tensor:
 
 def _sample(pieces, rate, lag, count, decay, upsample, combine, law, init_scale) -> Tensor:
     """(heads, d_model, count): k(t) norm at t = rate (l + lag) - lag, l < count."""
-    like = {"dtype": torch.float64, "device": pieces.device}
+    like: dict[str, Any] = {"dtype": torch.float64, "device": pieces.device}
     t = (rate * (torch.arange(count, **like) + lag) - lag).clamp(min=0)
     d = pieces.shape[-1]
     knots = torch.arange(d, device=pieces.device).unsqueeze(-1)
@@ -220,6 +213,9 @@ _taps_op = Operator(
 )
 
 
+KERNEL, BLOCK = Defaults(SGConvKernel), Defaults(ConvLayer)
+
+
 class SGConv(ConvLayer):
     """Structured global convolution layer, (batch, length, d_model) -> the same.
 
@@ -233,33 +229,34 @@ class SGConv(ConvLayer):
     norm is the L2 norm that k without it has at construction, constant since. stretch interpolates (or
     repeats: upsample="nearest"). Inputs longer than the kernel are convolved with the taps there are.
 
-    Parameters: kernel.pieces (n_scales, heads, d_model, kernel_dim) ~ N(0, 1), twice the heads if
-    bidirectional, and with decay="power" kernel.decay, p (d_model,), uniform in [decay_min, decay_max];
-    min(lr, kernel_lr), with weight decay. skip (heads, d_model) ~ N(0, 1); linear, weight (2 d_model,
-    heads d_model) and bias, torch's default; trained like any weight.
+    Parameters: kernel.pieces (n_scales, heads, d_model, kernel_dim), with twice the heads if bidirectional, begin as
+    N(0, 1). With decay="power" there is kernel.decay, p (d_model,), which begins uniform in [decay_min, decay_max].
+    Both take min(lr, kernel_lr), with weight decay. skip (heads, d_model) begins as N(0, 1); the weight (2 d_model,
+    heads d_model) and bias of linear begin as torch's. These are trained like any weight.
 
     Args:
-        d_model: channels.
+        d_model: the number of channels.
         l_max: the least number of taps of a kernel.
-        heads: kernels per channel; the linear map takes heads * d_model inputs.
-        bidirectional: add as many kernels for the future, shifted by one so that lag 0 belongs to
-            the past's.
-        kernel_dim: weights per scale. Published results on Long Range Arena have 1 or 2 for tokens, 32
-            for pixels and 64 for Path-X; for text, 1 to 64 are within a percent of one another. The
-            default is the pixels', which leaves the nearest 64 lags free.
-        n_scales: pieces of the kernel, by default as many as l_max needs; init_scale: logarithm of
-            the first one's stretch.
-        upsample, combine, decay, decay_min, decay_max: as above; init: of the weights, "randn" or
-            "cos", waves of a random number of periods (SGConvKernel).
-        activation: of the convolution: "gelu", "silu", "relu" or None.
-        dropout: after the activation; tie_dropout: one mask per sample and channel for all times.
+        heads: the number of kernels per channel. The linear map takes heads * d_model inputs.
+        bidirectional: True adds as many kernels for the future. They are shifted by one, because lag 0
+            belongs to the kernels for the past.
+        kernel_dim: the number of weights per scale. Published results on Long Range Arena have 1 or 2 for
+            tokens, 32 for pixels and 64 for Path-X; for text, 1 to 64 are within a percent of one another. The
+            default is the number for pixels, which leaves the nearest 64 lags free.
+        n_scales: the number of the kernel's pieces, by default as many as l_max needs. init_scale: the
+            logarithm to base 2 of the first piece's stretch.
+        upsample, combine, decay, decay_min, decay_max: as above. init: how the weights begin, "randn" or
+            "cos", which are waves of a random number of periods (SGConvKernel).
+        activation: the function after the convolution: "gelu", "silu", "relu" or None.
+        dropout: the probability of dropout after the activation. tie_dropout: True draws one mask per sample
+            and channel for all times.
         postact: "glu", or None for a plain linear map.
-        kernel_lr: learning rate that param_groups gives to the kernel's weights, or its own lr if
-            that is smaller; weight decay applies to them. 0: they are buffers.
+        kernel_lr: the learning rate that param_groups gives to the kernel's weights, with weight decay, unless
+            its own lr is smaller. With 0 they are buffers.
 
-    The kernel's weights stay float32 under .to(bfloat16) and .half(). layer(x, rate=0.5) takes inputs
-    sampled twice as often as those of training. A rate above 1 leaves taps out: it needs a kernel
-    that is smooth from tap to tap, which the first two pieces are with init_scale > 0 only.
+    The kernel's weights stay float32 under .to(bfloat16) and .half(). layer(x, rate=0.5) takes inputs that are
+    sampled twice as often as those of training. A rate above 1 leaves taps out. It needs a kernel
+    that is smooth from tap to tap, and the first two pieces are smooth only with init_scale > 0.
 
     Source: arXiv 2210.09298, section 3. Example:
         >>> layer = SGConv(8, l_max=100)
@@ -267,44 +264,33 @@ class SGConv(ConvLayer):
         torch.Size([2, 100, 8])
     """
 
-    resamples = True
-
-    @passes_options_to(ConvLayer, "bidirectional")
     def __init__(
         self,
         d_model: int,
         *,
         l_max: int,
-        heads: int = 1,
+        heads: int = KERNEL.heads,
         bidirectional: bool = False,
-        kernel_dim: int = 32,
-        n_scales: int | None = None,
-        init_scale: int = 0,
-        upsample: str = "linear",
-        combine: str = "cat",
-        init: str = "randn",
-        decay: str = "geometric",
-        decay_min: float = 2.0,
-        decay_max: float = 2.0,
-        kernel_lr: float = 1e-3,
-        **block,
+        kernel_dim: int = KERNEL.kernel_dim,
+        n_scales: int | None = KERNEL.n_scales,
+        init_scale: int = KERNEL.init_scale,
+        upsample: str = KERNEL.upsample,
+        combine: str = KERNEL.combine,
+        init: str = KERNEL.init,
+        decay: str = KERNEL.decay,
+        decay_min: float = KERNEL.decay_min,
+        decay_max: float = KERNEL.decay_max,
+        kernel_lr: float = KERNEL.lr,
+        activation: str | None = BLOCK.activation,
+        dropout: float = BLOCK.dropout,
+        tie_dropout: bool = BLOCK.tie_dropout,
+        postact: str | None = BLOCK.postact,
+        **unknown: NoReturn,
     ):
+        options = locals()
+        refuse(self, SGConv, unknown)
         check_flag("SGConv", bidirectional=bidirectional)
         check_positive("SGConv", d_model=d_model, l_max=l_max, heads=heads)
-        kernel = SGConvKernel(
-            d_model,
-            l_max=l_max,
-            heads=heads * (1 + bidirectional),
-            kernel_dim=kernel_dim,
-            n_scales=n_scales,
-            init_scale=init_scale,
-            upsample=upsample,
-            combine=combine,
-            init=init,
-            decay=decay,
-            decay_min=decay_min,
-            decay_max=decay_max,
-            two_sided=bidirectional,
-            lr=kernel_lr,
-        )
-        super().__init__(d_model, kernel, heads=heads, bidirectional=bidirectional, **block)
+        own = {"heads": heads * (1 + bidirectional), "two_sided": bidirectional, "lr": kernel_lr}
+        kernel = SGConvKernel(d_model, **KERNEL.among(options, **own))
+        super().__init__(d_model, kernel, **BLOCK.among(options))

@@ -102,7 +102,7 @@ def check_sampling(function: str, rate: float) -> None:
         raise ValueError(f"{function}: rate must be positive and finite, got {rate!r}")
 
 
-def check_rate(function: str, **values: float) -> None:
+def check_learning_rate(function: str, **values: float) -> None:
     """Learning rates."""
     for name, value in values.items():
         if not isinstance(value, (int, float)) or not value >= 0:

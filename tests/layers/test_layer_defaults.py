@@ -1,8 +1,13 @@
 """Layers as shipped: what they share begins alike, defaults, initial statistics, optimiser groups."""
 
 import copy
+import dataclasses
 import inspect
 import math
+import pydoc
+import re
+import sys
+from typing import NoReturn
 
 import pytest
 import torch
@@ -10,6 +15,7 @@ from layer_table import EVERY, D
 from torch import nn
 from torch.nn.utils import prune
 
+from bench.lra import options as lra
 from seqconv import (
     S4D,
     ButterflyConv,
@@ -22,6 +28,7 @@ from seqconv import (
     param_groups,
 )
 from seqconv.layers import options
+from seqconv.layers.base import ConvLayer
 from seqconv.layers.long_conv import squash
 
 
@@ -87,13 +94,73 @@ DEFAULTS = {
 @pytest.mark.parametrize("layer", DEFAULTS)
 def test_defaults(layer):
     """Those of the papers and their code: a new one is a decision, not an accident."""
-    parameters = inspect.signature(layer).parameters.values()
+    *parameters, unknown = inspect.signature(layer).parameters.values()
+    assert unknown.kind is unknown.VAR_KEYWORD and unknown.annotation is NoReturn
     assert {p.name for p in parameters if p.default is p.empty} <= {"d_model", "l_max"}
     assert {p.name: p.default for p in parameters if p.default is not p.empty} == DEFAULTS[layer]
     known = DEFAULTS[layer] | {"lr": 1e-3, "two_sided": False}
     generators = {S4D: S4DKernel, LongConv: LongConvKernel, SGConv: SGConvKernel}
-    for p in inspect.signature(generators.get(layer, layer)).parameters.values():
-        assert p.default is p.empty or p.default == known[p.name]
+    for p in inspect.signature(generators.get(layer, LongConvKernel)).parameters.values():
+        assert p.default is p.empty or layer is Hyena or p.default == known[p.name]
+
+
+@pytest.mark.parametrize("layer", DEFAULTS)
+def test_options_are_spelled_where_they_can_be_read(layer):
+    """In the signature of __init__ itself, with a type, for editors; and in help(), with their defaults."""
+    own, code = inspect.signature(layer.__init__), layer.__init__.__code__
+    names = {*own.parameters} - {"self", "unknown"}
+    assert names == {*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]} - {"self"}
+    assert all(own.parameters[name].annotation is not inspect.Parameter.empty for name in names)
+    text = pydoc.render_doc(layer.__init__, renderer=pydoc.plaintext)
+    for name, value in DEFAULTS[layer].items():
+        assert re.search(rf"\b{name}: [^,]*= {re.escape(repr(value))}", text), name
+
+
+GENERATORS = {"S4D": S4DKernel, "LongConv": LongConvKernel, "SGConv": SGConvKernel}
+
+
+@pytest.mark.parametrize("layer", [S4D, LongConv, SGConv, ButterflyConv])
+def test_every_option_reaches_what_it_is_for(layer, monkeypatch):
+    """Nothing is forgotten between the layer and its generator, or the layer and the block."""
+    found = {}
+
+    def generator(d_model, **options):
+        found["generator"] = options
+
+    def block(self, d_model, kernel, **options):
+        found["block"] = options
+        raise StopIteration
+
+    class_ = GENERATORS.get(layer.__name__, LongConvKernel)
+    known = {
+        "block": inspect.signature(ConvLayer).parameters.keys() - {"d_model", "kernel"},
+        "generator": inspect.signature(class_).parameters.keys() - {"d_model"},
+    }
+    monkeypatch.setattr(sys.modules[layer.__module__], class_.__name__, generator)
+    monkeypatch.setattr(ConvLayer, "__init__", block)
+    two_sided = layer is not ButterflyConv
+    given = {name: object() for name in inspect.signature(layer).parameters.keys() - {"unknown"}}
+    sizes = {"d_model": 5, "heads": 3, "d_state": 6, "l_max": 7, "butterfly_heads": 1}
+    sizes |= {"additive": True, "dft_activation": "gelu", "bidirectional": two_sided}
+    given |= {name: value for name, value in sizes.items() if name in given}
+    with pytest.raises(StopIteration):
+        layer(**given)
+    given["bidirectional"] = two_sided
+    assert found["block"] == {name: given[name] for name in known["block"]}
+    given |= {"heads": 6 if two_sided else 3, "two_sided": two_sided, "lr": given["kernel_lr"]}
+    assert found["generator"] == {name: given[name] for name in known["generator"]}
+
+
+def test_the_benchmark_has_the_layers_defaults():
+    """Except where the recipes of the papers have others; it knows the layers' options without torch."""
+    kinds = {"s4d": S4D, "sgconv": SGConv, "long_conv": LongConv, "butterfly": ButterflyConv}
+    apart = {"init": "random", "heads": 2}
+    apart = {"long_conv": apart, "butterfly": apart, "s4d": {"bidirectional": True, "dt_lr": None}}
+    apart["sgconv"] = {"bidirectional": True}
+    for name, layer in (kinds | {"hyena": Hyena}).items():
+        own = {field.name: field.default for field in dataclasses.fields(lra.KERNELS[name])}
+        wanted = DEFAULTS[layer] | apart.get(name, {})
+        assert own == {option: wanted[option] for option in own}
 
 
 # ---- LongConv ----

@@ -41,7 +41,7 @@ def alternatives(make, name, default) -> list:
 def variants(make):
     """For every option, layers with other values of it, all of them or a number, made of the same random numbers."""
     untried = []
-    for name, p in list(inspect.signature(type(make())).parameters.items())[1:]:
+    for name, p in list(inspect.signature(type(make())).parameters.items())[1:-1]:
         found = 0
         for value in alternatives(make, name, 80 if p.default is p.empty else p.default):
             torch.manual_seed(0)

@@ -336,3 +336,13 @@ def test_options_are_checked_without_storage_too():
             S4DKernel(4, init="real", real_transform="sigmoid")
         with pytest.raises(ValueError, match="init must be one of"):
             S4DKernel(4, init="hipo")
+
+
+@pytest.mark.parametrize("name", ["C", "B", "inv_dt"])
+def test_parameters_of_another_shape_are_refused_not_broadcast(name):
+    layer = S4D(D, heads=2)
+    whole = getattr(layer.kernel, name)
+    part = whole[:, :1] if name == "C" else whole[:1]
+    setattr(layer.kernel, name, torch.nn.Parameter(part.detach()))
+    with pytest.raises(ValueError, match=r"ssm_kernel: \w+ must be \(.*channels=6.*got"):
+        layer(torch.randn(2, 9, D))

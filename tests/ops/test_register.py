@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from toy_operator import Inputs, decayed_sum
 
 from seqconv import fftconv, param_groups
-from seqconv.layers.base import ConvLayer
-from seqconv.layers.module import KernelGenerator, fill, kernel_dtype
+from seqconv.layers.base import ConvLayer, KernelGenerator
+from seqconv.layers.module import fill, kernel_dtype
 
 
 def test_a_new_operator():
@@ -25,6 +25,7 @@ def test_a_new_operator():
 
 class DecayKernel(KernelGenerator):
     shown = ("d_model",)
+    reads = ("rate",)
 
     def __init__(self, d_model: int, heads: int = 1):
         super().__init__()
@@ -36,9 +37,9 @@ class DecayKernel(KernelGenerator):
     def reset_parameters(self) -> None:
         fill(self, {"rate": torch.rand_like(self.rate)})
 
-    def forward(self, length: int) -> Tensor:
-        (rate,) = self.read("rate")
-        return torch.exp(-rate.unsqueeze(-1) * torch.arange(length, device=rate.device))
+    def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
+        (rates,) = tensors
+        return torch.exp(-rates.unsqueeze(-1) * torch.arange(length, device=rates.device))
 
 
 class Decay(ConvLayer):
