@@ -266,7 +266,7 @@ def sized(x: Tensor) -> tuple[Tensor, int]:
     """x (batch, length, d_model) and its length as an integer. torch.jit.trace has the length as a tensor: the
     traced graph holds for this one length, and unflatten refuses every other length when the graph runs."""
     length = x.shape[1]
-    if not torch.jit.is_tracing():
+    if not torch._C._is_tracing():
         return x, length
     length = int(length)
     return x.unflatten(1, (1, length)).squeeze(1), length
@@ -327,9 +327,10 @@ def padding_of(function: str, x: Tensor, mask, lengths) -> Tensor:
 def _require(valid: Tensor, text: str) -> None:
     """Raises ValueError unless valid. In a compiled graph the check is made when the graph runs."""
     if torch.compiler.is_compiling():
-        torch._assert_async(valid, text)
+        torch._assert_async(valid, text)  # pyright: ignore
         return
-    while torch._C._functorch.is_functorch_wrapped_tensor(valid):  # all samples of a vmap at once
-        valid = torch._C._functorch.get_unwrapped(valid)
+    functorch = torch._C._functorch  # pyright: ignore
+    while functorch.is_functorch_wrapped_tensor(valid):  # all samples of a vmap at once
+        valid = functorch.get_unwrapped(valid)
     if not (valid.is_meta or valid.all()):
         raise ValueError(text)

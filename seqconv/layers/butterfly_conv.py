@@ -164,7 +164,7 @@ class ButterflyConv(ConvLayer):
     """
 
     shown = ("l_max", "heads")
-    causal = False  # once its transforms are learned
+    causal = False  # pyright: ignore  # once its transforms are learned
 
     def __init__(
         self,

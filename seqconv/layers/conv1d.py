@@ -1,6 +1,7 @@
 """torch's depthwise convolution layer by fftconv: a replacement of it, and its weights as taps."""
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,10 +80,14 @@ class Conv1d(nn.Conv1d):
             raise TypeError(
                 f"{text}; remove weight_norm or pruning, convert, and apply it to the result"
             )
-        options = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        options: dict[str, Any] = {
+            "stride": conv.stride,
+            "padding": conv.padding,
+            "dilation": conv.dilation,
+        }
         options |= {"groups": conv.groups, "padding_mode": conv.padding_mode, "device": "meta"}
-        sizes = (conv.in_channels, conv.out_channels, conv.kernel_size)
-        new = cls(*sizes, **options, bias=conv.bias is not None)
+        options |= {"kernel_size": conv.kernel_size, "bias": conv.bias is not None}
+        new = cls(conv.in_channels, conv.out_channels, **options)
         new.weight, new.bias = conv.weight, conv.bias
         return new.train(conv.training)
 
@@ -158,7 +163,7 @@ def conv1d_taps(
     """
     name = "conv1d_taps"
     check_choice(name, "padding", padding, (None, "causal", "same"))
-    weight = conv
+    weight: Any = conv
     if isinstance(conv, nn.Conv1d):
         if dilation is not None:
             raise TypeError(f"{name}: dilation must be None beside an nn.Conv1d, got {dilation!r}")

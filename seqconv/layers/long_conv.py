@@ -1,6 +1,7 @@
 """LongConv: convolution with a free kernel as long as the sequence, regularised by squashing (arXiv 2302.06646)."""
 
 import warnings
+from functools import reduce
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +25,8 @@ def _correlate(x: Tensor, weights: Tensor) -> Tensor:
     """sum_i weights[i] x[..., j + i - w // 2] for an odd number w of weights, x zero outside."""
     reach, length = len(weights) // 2, x.shape[-1]
     x = F.pad(x, (reach, reach))
-    return sum(weights[i] * x[..., i : i + length] for i in range(len(weights)))
+    parts = (weights[i] * x[..., i : i + length] for i in range(len(weights)))
+    return reduce(torch.add, parts)
 
 
 def _correlate_spectrum(k: Tensor, weights: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 def whole(t: Tensor) -> Tensor:
     """The tensor itself, or a sharded tensor put together from all its parts."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
+    full = getattr(t, "full_tensor", None)
+    return t if full is None else full()
 
 
 class Described(nn.Module):

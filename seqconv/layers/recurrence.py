@@ -102,7 +102,7 @@ class Recurrent(ConvLayer):
         kernel = self.kernel
         if kernel._forward_pre_hooks:
             _run_pre_hooks(kernel, 1)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
             return make()
         if type(kernel).system is not self.generator.system or "system" in vars(kernel):
             return make()  # The system of a subclass may read anything.

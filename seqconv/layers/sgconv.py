@@ -1,6 +1,7 @@
 """SGConv: convolution with few weights a scale, coarser and smaller with the lag (arXiv 2210.09298)."""
 
 import math
+from functools import reduce
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -151,15 +152,15 @@ class SGConvKernel(KernelGenerator):
 def _taps(tensors, options, init_scale, two_sided, rate, count) -> Tensor:
     """(heads, d_model, count): the kernel."""
     pieces, decay, norm = tensors
-    options = decay, *options, init_scale
+    how: tuple[Any, ...] = (decay, *options, init_scale)
     if two_sided:
         halves = pieces.chunk(2, dim=1)
-        k = torch.cat([_sample(w, rate, i, count, *options) for i, w in enumerate(halves)])
+        k = torch.cat([_sample(w, rate, i, count, *how) for i, w in enumerate(halves)])
     else:
-        k = _sample(pieces, rate, 0, count, *options)
+        k = _sample(pieces, rate, 0, count, *how)
     k = k / norm
     if rate != 1:
-        edge = _sample(pieces, 1.0, 0, 1, *options) / norm
+        edge = _sample(pieces, 1.0, 0, 1, *how) / norm
         if two_sided:  # what past and future differ by
             past, future = edge.chunk(2)
             edge = torch.cat([past - future, torch.zeros_like(future)])
@@ -199,7 +200,7 @@ def _sample(pieces, rate, lag, count, decay, upsample, combine, law, init_scale)
         k = torch.cat(parts, dim=-1)
         k = F.pad(k, (0, count - k.shape[-1]))
     else:
-        k = sum(F.pad(part, (0, count - part.shape[-1])) for part in parts)
+        k = reduce(torch.add, (F.pad(part, (0, count - part.shape[-1])) for part in parts))
     if law != "geometric":
         k = k * torch.exp(-decay.unsqueeze(-1) * torch.log1p(t).to(k.dtype))
     return k

@@ -66,7 +66,7 @@ def _gradients(backend, dy, inputs: Inputs, activation, channels_last, wanted) -
     if dy.numel():
         backend.fftconv_gradients(grads, dy, inputs, activation)
         return grads
-    return Inputs(*[grad if grad is None else grad.zero_() for grad in grads])
+    return Inputs._make(grad if grad is None else grad.zero_() for grad in grads)
 
 
 operator = Operator(

@@ -170,7 +170,7 @@ class Operator:
         with below_autograd(), recorded(backend):
             return self.raw_gradients(dy, inputs, options, wanted)
 
-    def raw_gradients(self, dy, inputs, options, wanted) -> list[Tensor | None]:
+    def raw_gradients(self, dy, inputs, options, wanted) -> list:
         """By the raw operator, whatever watches it."""
         grads = self.bwd(dy, *self._flat(inputs), *options, wanted)
         grads = (grads,) if isinstance(grads, Tensor) else grads
