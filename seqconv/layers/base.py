@@ -193,6 +193,11 @@ class ConvLayer(Described):
         """Whether no output sees a later input."""
         return not self.bidirectional
 
+    @property
+    def resamples(self) -> bool:
+        """Whether the layer takes a rate other than 1, as its kernel generator does."""
+        return self.kernel.resamples
+
     def forward(
         self,
         x: Tensor,
