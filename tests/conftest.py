@@ -1,5 +1,6 @@
 import contextlib
 import fcntl
+import importlib
 import os
 import zlib
 from collections import defaultdict
@@ -14,6 +15,16 @@ from seqconv.backends import cpu
 
 # Helpers that assert explain a failure as tests do: they are rewritten when a test imports them.
 pytest.register_assert_rewrite("butterfly_cases", "device_cases", "operator_cases", "ssm_cases")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", help="MODULE:NAME of the backend that all operators shall use")
+
+
+def pytest_configure(config):
+    if config.getoption("--backend"):
+        module, name = config.getoption("--backend").split(":")
+        seqconv.use_backend(getattr(importlib.import_module(module), name))
 
 
 def pytest_sessionstart(session):

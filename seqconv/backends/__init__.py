@@ -12,6 +12,7 @@ from seqconv.backends import cpu, fallback
 from seqconv.backends.cuda import gpu
 from seqconv.backends.protocol import Backend, Explanation, Request
 
+_MEMBERS = [m for m in (*Backend.__annotations__, *vars(Backend)) if not m.startswith("_")]
 _BY_NAME: dict[str, Backend | None] = {"auto": None, "reference": fallback}
 
 
@@ -21,8 +22,10 @@ def _named(who: str, name) -> Backend | None:
             wanted = " or ".join(map(repr, _BY_NAME))
             raise ValueError(f"{who} must be {wanted}, got {name!r}")
         return _BY_NAME[name]
-    if not callable(getattr(name, "why_not", None)):
-        raise TypeError(f"{who} must be a name or a backend, got {type(name).__name__}")
+    lacks = [member for member in _MEMBERS if not hasattr(name, member)]
+    if lacks:
+        text = f"got {type(name).__name__}, which lacks {', '.join(lacks)}"
+        raise TypeError(f"{who} must be a name or a backend, {text}")
     return name
 
 

@@ -96,8 +96,10 @@ def threads() -> int:
 
 
 def why_not(request: Request) -> str | None:
-    if missing or request.operator != "butterfly":
+    if missing or request.operator in always:
         return missing or None
+    if request.operator != "butterfly":
+        return f"there is no CPU kernel for {request.operator}"
     radices = tuple(request.options[0])
     return None if holds_butterfly(radices) else f"there are no CPU kernels for passes of {radices}"
 

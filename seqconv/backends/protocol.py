@@ -9,7 +9,7 @@ from torch import Tensor
 class Request(NamedTuple):
     """One call of an operator. Its first input says on which device it is made."""
 
-    operator: str  # "fftconv", "ssm" or "butterfly"
+    operator: str  # "fftconv", "ssm" or "butterfly"; a backend refuses what it does not know
     inputs: Any  # the operator's tensors by name
     options: tuple
 
@@ -46,7 +46,9 @@ class Backend(Protocol):
     """Computes the operators. Every function writes into outputs that it is given, and no output is empty.
 
     Inputs arrive validated, as the operators' files describe them (seqconv/ops). Outputs may have
-    any strides. A gradient that nobody wants is None.
+    any strides. A gradient that nobody wants is None. Gradients are computed by formula: torch records
+    nothing inside an operator. The activation of fftconv is "none", "gelu", "silu" or "relu". A circular
+    convolution arrives as a two-sided one, with taps in k and k_rev.
     """
 
     name: str

@@ -87,7 +87,7 @@ class Conv1d(nn.Conv1d):
         }
         options |= {"groups": conv.groups, "padding_mode": conv.padding_mode, "device": "meta"}
         options |= {"kernel_size": conv.kernel_size, "bias": conv.bias is not None}
-        new = cls(conv.in_channels, conv.out_channels, **options)
+        new = cls(conv.in_channels, conv.out_channels, **options)  # pyright: ignore
         new.weight, new.bias = conv.weight, conv.bias
         return new.train(conv.training)
 

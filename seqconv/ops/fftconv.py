@@ -128,8 +128,8 @@ def fftconv(
 
     Round-off: more than 32 taps go through an FFT, which mixes past and future in the last digits:
     changing a future input by delta moves an output by the order of eps * delta * |k|_2 *
-    sqrt(length), and a NaN spoils its own row of (sample, channel). Up to 32 taps are summed
-    directly and see no future at all.
+    sqrt(length), and a NaN spoils its own row of (sample, channel). On a CPU the kernels sum up to 32
+    taps directly, and these outputs see no future at all.
 
     Raises:
         ValueError, TypeError: an argument is not as above; the message names it.

@@ -42,6 +42,8 @@ class Cuda:
 
     def why_not(self, request: Request) -> str | None:
         first = request.inputs[0]
+        if request.operator not in ("fftconv", "ssm", "butterfly"):
+            return f"there is no CUDA kernel for {request.operator}"
         if request.operator == "ssm":
             if not request.options[1]:
                 return "float64 has no CUDA kernels"
