@@ -1,5 +1,5 @@
 // seqconv._C: the CPU kernels as a CPython stable-ABI module. Arguments are integers only; every
-// check is made in Python (seqconv/_cpu.py), which also lends torch's thread pool through
+// check is made in Python (seqconv/ops), which also lends torch's thread pool through
 // set_parallel_for.
 #ifndef Py_LIMITED_API
 #define Py_LIMITED_API 0x030a0000

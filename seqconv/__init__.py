@@ -38,6 +38,9 @@ __all__ = [
 
 # Pickled models and earlier programs name these modules by the places they had.
 for _old, _new in {
+    "_conv1d": "layers.conv1d",
+    "_explanation": "backends.protocol",
+    "_layer": "layers.base",
     "functional": "ops.fftconv",
     "ssm": "ops.ssm",
     "s4d": "layers.s4d",

@@ -8,6 +8,8 @@ import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
+
 from seqconv.backends import cpu, fallback
 from seqconv.backends.cuda import gpu
 from seqconv.backends.protocol import Backend, Explanation, Request
@@ -22,6 +24,8 @@ def _named(who: str, name) -> Backend | None:
             wanted = " or ".join(map(repr, _BY_NAME))
             raise ValueError(f"{who} must be {wanted}, got {name!r}")
         return _BY_NAME[name]
+    if isinstance(name, type):
+        raise TypeError(f"{who} must be a name or a backend, got the class {name.__name__}")
     lacks = [member for member in _MEMBERS if not hasattr(name, member)]
     if lacks:
         text = f"got {type(name).__name__}, which lacks {', '.join(lacks)}"
@@ -31,8 +35,8 @@ def _named(who: str, name) -> Backend | None:
 
 # What the process is asked to use, None for each device's own; and what one thread has to use at the moment.
 _variable = os.environ.get("SEQCONV_BACKEND") or "auto"
-_asked = _named("SEQCONV_BACKEND", _variable)
-_asked_by = f"SEQCONV_BACKEND={_variable}"
+_at_start = _named("SEQCONV_BACKEND", _variable), f"SEQCONV_BACKEND={_variable}"
+_asked, _asked_by = _at_start
 _recorded = threading.local()
 
 
@@ -43,46 +47,80 @@ class use_backend:
     a difference comes from. "auto" is the usual choice: the kernels of each tensor's device.
     The environment variable SEQCONV_BACKEND=reference makes that choice when the package is imported.
 
-    The choice holds in all threads of the process. It is made when the forward pass runs: the
-    backward pass of a call uses what its forward pass has used, in whatever thread and at whatever
-    time it runs. Code that torch.compile has made asks each time that it runs.
+    The choice holds in all threads of the process. It is made when the forward pass runs: the backward
+    pass of a call, of the second order as well, uses what its forward pass has used, in whatever thread
+    and at whatever time it runs. Code that torch.compile has made, torch.func's transforms and a
+    checkpoint that recomputes ask anew.
 
-        seqconv.use_backend("reference")            # from here on
+        seqconv.use_backend("reference")            # from here on, or to the end of the block around it
         with seqconv.use_backend("reference"):      # in this block
             y = layer(x)
 
     Raises:
-        ValueError: backend is another name. TypeError: it is no name and no backend.
+        ValueError: backend is another name. TypeError: it is neither a name nor a backend.
+        RuntimeError: inside of code that torch.compile compiles as one graph.
     """
 
     def __init__(self, backend: "str | Backend"):
-        global _asked, _asked_by
-        chosen = _named("use_backend: backend", backend)
-        self._before = _asked, _asked_by
-        _asked, _asked_by = chosen, f"use_backend({getattr(chosen, 'name', 'auto')!r})"
+        if torch.compiler.is_compiling():
+            raise RuntimeError("use_backend: call it outside of what torch.compile compiles")
+        self._backend = _named("use_backend: backend", backend)
+        self._entered = False
+        self._begin()
+
+    def _begin(self) -> None:
+        if _choices and not _choices[-1]._entered:
+            _choices.pop()  # this call takes its place
+        _choices.append(self)
+        _settle()
 
     def __enter__(self) -> None:
-        return None
+        if not any(one is self for one in _choices):
+            self._begin()
+        self._entered = True
 
     def __exit__(self, *exception) -> None:
-        global _asked, _asked_by
-        _asked, _asked_by = self._before
+        """Ends this choice and those of calls inside of the block; blocks of other threads go on."""
+        self._entered = False
+        place = next((i for i, one in enumerate(_choices) if one is self), None)
+        if place is not None:
+            del _choices[place]
+            while place < len(_choices) and not _choices[place]._entered:
+                del _choices[place]
+        _settle()
+
+
+_choices: list[use_backend] = []  # of calls and blocks that hold, the last one first of all
+
+
+def _settle() -> None:
+    global _asked, _asked_by
+    _asked, _asked_by = _at_start
+    if _choices:
+        _asked = _choices[-1]._backend
+        _asked_by = f"use_backend({getattr(_asked, 'name', 'auto')!r})"
 
 
 @contextmanager
 def recorded(backend: Backend | None):
-    """In this thread calls use the backend, whatever the process is asked to use."""
-    before = getattr(_recorded, "backend", None)
+    """In this thread calls use the backend, or for None each device's own, whatever the process is asked to use."""
+    before = vars(_recorded).copy()
     _recorded.backend = backend
     try:
         yield
     finally:
-        _recorded.backend = before
+        vars(_recorded).clear()
+        vars(_recorded).update(before)
+
+
+def asked() -> Backend | None:
+    """The backend that shall be used, None for each device's own."""
+    return getattr(_recorded, "backend", _asked)
 
 
 def choose(operator: str, inputs, options: tuple) -> Backend:
     """The backend that carries out a call."""
-    backend = getattr(_recorded, "backend", None) or _asked
+    backend = getattr(_recorded, "backend", _asked)
     if backend is None:
         first = inputs[0]  # device.type takes five times as long as these
         backend = cpu if first.is_cpu else gpu if first.is_cuda else fallback

@@ -19,7 +19,6 @@ from seqconv.backends.pack import (
     SIGNAL,
     SKIP,
     laid_out,
-    materialise,
     pack,
     reach,
     reached,
@@ -140,18 +139,13 @@ def _arguments(activation: str, *known) -> tuple[list[int], list[int]]:
 
 def _call(function, tensors: tuple, activation: str) -> None:
     """One loop over the tensors: around a short row Python's work takes longer than the kernel."""
-    known, addresses, alive = [], [], []
+    known, addresses = [], []
     for t in tensors:
         if t is None:
             known.append(None)
             continue
-        address = t.data_ptr()
-        if address == 0 or t.is_neg():
-            t = materialise(t)
-            alive.append(t)
-            address = t.data_ptr()
         known.append((t.dtype, t.shape, t.stride()))
-        addresses.append(address)
+        addresses.append(t.data_ptr())
     numbers, places = _arguments(activation, *known)
     numbers = numbers.copy()
     numbers[_THREADS] = torch.get_num_threads() if threaded else 1  # a forked child takes one
@@ -201,11 +195,11 @@ def _butterfly(x: Tensor, matrices: Tensor, radices, *rest) -> None:
 
 def butterfly(z: Tensor, inputs, radices: tuple[int, ...]) -> None:
     matrices = inputs.matrices.to(z.dtype).contiguous()
-    _butterfly(materialise(inputs.x), matrices, radices, z.data_ptr())
+    _butterfly(inputs.x, matrices, radices, z.data_ptr())
 
 
 def butterfly_gradients(grads, dz: Tensor, inputs, radices: tuple[int, ...]) -> None:
-    x, matrices = materialise(inputs.x), inputs.matrices
+    x, matrices = inputs.x, inputs.matrices
     dx, dmatrices = grads
     wide = torch.promote_types(x.dtype, torch.float32)
     dz, factors = (t.to(wide).contiguous() for t in (dz, matrices))
@@ -231,5 +225,4 @@ def ssm(k: Tensor, inputs) -> None:
 
 
 def ssm_gradients(grads, dk: Tensor, inputs) -> None:
-    dk = materialise(dk)
     _ssm(dk, inputs, *dk.stride(), *[grad.data_ptr() for grad in grads])

@@ -24,15 +24,6 @@ def pack(t: Tensor | None, table: dict) -> tuple[int, ...]:
     return ABSENT if t is None else (t.data_ptr(), *laid_out(t.dtype, t.stride(), table))
 
 
-def materialise(t: Tensor | None) -> Tensor | None:
-    """Real memory behind the pointer: lazily negated and lazily zero tensors have none of their own."""
-    if t is None:
-        return None
-    if t.is_neg():
-        t = t.resolve_neg()
-    return t.clone() if t.data_ptr() == 0 and t.numel() else t
-
-
 def reach(length: int, k, k_rev) -> tuple[int, int]:
     """How many taps of k and k_rev meet an output at all."""
     return reached(length, k.shape[-1], 0 if k_rev is None else k_rev.shape[-1])

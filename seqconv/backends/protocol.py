@@ -45,10 +45,11 @@ class Explanation:
 class Backend(Protocol):
     """Computes the operators. Every function writes into outputs that it is given, and no output is empty.
 
-    Inputs arrive validated, as the operators' files describe them (seqconv/ops). Outputs may have
-    any strides. A gradient that nobody wants is None. Gradients are computed by formula: torch records
-    nothing inside an operator. The activation of fftconv is "none", "gelu", "silu" or "relu". A circular
-    convolution arrives as a two-sided one, with taps in k and k_rev.
+    Inputs arrive validated, as the operators' files describe them (seqconv/ops), and with real memory:
+    torch has resolved lazily negated and lazily zero tensors. Outputs may have any strides. A gradient
+    that nobody wants is None. Gradients are computed by formula: torch records nothing inside an
+    operator. The activation of fftconv is "none", "gelu", "silu" or "relu". A circular convolution
+    arrives as a two-sided one, with taps in k and k_rev.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The package's one operator, `fftconv`, and `explain`, which says how a call of it is carried out."""
+"""The long convolution `fftconv`, and `explain`, which says how a call of it is carried out."""
 
 import torch
 import torch.nn.functional as F
@@ -162,11 +162,16 @@ def _check(inputs: Inputs, *options) -> None:
     try:
         found = list(options)
         for t in inputs:
-            found.append(None if t is None else (t.dtype, t.shape, t.device, t.layout))
+            if t is None:
+                found.append(None)
+            elif isinstance(t, Tensor):
+                found.append((t.dtype, t.shape, t.device, t.layout))
+            else:
+                raise TypeError
         known = tuple(found)
         if known in _passed:
             return
-    except (AttributeError, TypeError, RuntimeError):  # no tensors, symbols for sizes, nested ones
+    except (TypeError, RuntimeError):  # no tensors, symbols for sizes, nested ones
         known = None
     same = _validate(*inputs, *options)
     if same and known is not None:

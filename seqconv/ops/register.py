@@ -21,15 +21,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from seqconv.backends import choose, recorded
+from seqconv.backends import asked, choose, recorded
 from seqconv.backends.protocol import Backend
 
 library = torch.library.Library("seqconv", "DEF")
 
-below_autograd = torch._C._AutoDispatchBelowAutograd
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _tracing, _profiled = torch._C._is_tracing, torch.autograd._profiler_enabled
+_included = torch._C._dispatch_tls_is_dispatch_key_included
+_VMAP, _EARLY = map(torch._C._dispatch_key_parse, ("VmapMode", "PreDispatch"))
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -51,16 +53,25 @@ def _needs_gradient(tensors) -> bool:
     return False
 
 
+def _batched() -> bool:
+    """Whether torch's first vmap is active, which torch.autograd.grad has for is_grads_batched."""
+    return _included(_VMAP)
+
+
 def _unwatched(tensors) -> bool:
     """Plain tensors of a device with kernels, and no mode, profiler or trace that must see the operator.
 
     Torch's dispatcher takes longer than everything else around a kernel, twice so for operators in
-    Python. Where nobody watches it, eager calls go past it."""
+    Python. Where nobody watches it, eager calls go past it. It gives lazily negated and lazily zero
+    tensors real memory."""
     if not _PLAIN.issuperset(map(type, tensors)):
         return False
-    if not (tensors[0].is_cpu or tensors[0].is_cuda):  # device.type takes five times as long
-        return False
-    return not (_modes() or _profiled() or _tracing())
+    for t in tensors:
+        if t is None:
+            continue
+        if t.is_neg() or t._is_zerotensor() or not (t.is_cpu or t.is_cuda):
+            return False
+    return not (_modes() or _profiled() or _tracing() or _included(_VMAP) or _included(_EARLY))
 
 
 def _recording():
@@ -143,12 +154,12 @@ class Operator:
                 text = "forward-mode differentiation does not work inside torch.compile"
                 raise RuntimeError(f"{self.name}: {text}")
             return self.fwd(*self._flat(inputs), *options)
-        if _tracing():
+        if _tracing() or _batched():
             return self.fwd(*self._flat(inputs), *options)
         if transforms_active() or forward_ad._current_level >= 0:
             return self.plain(inputs, *options)
         if _needs_gradient(inputs):
-            return _Differentiable.apply((self, inputs, options), *inputs)
+            return _Differentiable.apply((self, options), *inputs)
         return self._run(inputs, options)[1]
 
     def _choose(self, inputs, options) -> Backend | None:
@@ -157,18 +168,11 @@ class Operator:
     def _run(self, inputs, options) -> tuple[Backend | None, Tensor]:
         """The chosen backend and the result, whose derivative nobody asks the raw operator for."""
         unwatched = _unwatched(inputs)
-        backend = choose(self.name, inputs, options) if self.chooses else None
+        backend = self._choose(inputs, options)
         if unwatched:
             return backend, self.forward(backend, inputs, *options)
-        with below_autograd(), recorded(backend):
+        with _below_autograd():
             return backend, self.fwd(*self._flat(inputs), *options)
-
-    def _run_gradients(self, backend, dy, inputs, options, wanted):
-        """The gradients, None for what is not wanted; nobody asks for their own derivative."""
-        if _unwatched((dy, *inputs)):
-            return self.gradients(backend, dy, inputs, *options, wanted)
-        with below_autograd(), recorded(backend):
-            return self.raw_gradients(dy, inputs, options, wanted)
 
     def raw_gradients(self, dy, inputs, options, wanted) -> list:
         """By the raw operator, whatever watches it."""
@@ -216,30 +220,29 @@ class Operator:
         inputs, options = self._split(args[:-1])
         return self._outputs(self.empty_gradients(inputs, *options, args[-1]), dy)
 
-    def _refuse_transforms(self, tensors) -> None:
+    def _refuse_transforms(self, op, tensors) -> None:
         if transformed(tensors):
             raise RuntimeError(
-                f"seqconv::{self.name}: torch.func transforms and forward-mode differentiation work "
+                f"{op.name()}: torch.func transforms and forward-mode differentiation work "
                 "through seqconv.fftconv and the layers in eager mode only, not inside torch.compile and not on the "
                 "raw operator"
             )
 
     def _record_forward(self, *args):
         inputs, options = self._split(args)
-        self._refuse_transforms(inputs)
+        self._refuse_transforms(self.fwd, inputs)
         if _needs_gradient(inputs):
-            return _Differentiable.apply((self, inputs, options), *inputs)
-        with below_autograd():
+            return _Differentiable.apply((self, options), *inputs)
+        with _below_autograd():
             return self.fwd(*args)
 
     def _record_gradients(self, dy, *args):
         inputs, options = self._split(args[:-1])
-        self._refuse_transforms((dy, *inputs))
+        self._refuse_transforms(self.bwd, (dy, *inputs))
         if _needs_gradient((dy, *inputs)):
-            backend = self._choose(inputs, options)
-            grads = _Gradient.apply(self, backend, options, args[-1], dy, *inputs)
-            return self._outputs(grads, dy)
-        with below_autograd():
+            call = self, self._choose(inputs, options), asked(), options, args[-1]
+            return self._outputs(_Gradient.apply(call, dy, *inputs), dy)
+        with _below_autograd():
             return self.bwd(dy, *args)
 
     # ---- by the plain definition alone ----
@@ -269,22 +272,29 @@ def _empty_like(inputs, *options) -> list[Tensor | None]:
 class _Differentiable(Function):
     @staticmethod
     def forward(ctx, call, *tensors):
-        operator, inputs, options = call
+        operator, options = call
         ctx.save_for_backward(*tensors)
-        ctx.operator, ctx.options = operator, options
-        ctx.backend, y = operator._run(inputs, options)
+        ctx.operator, ctx.options, ctx.asked = operator, options, asked()
+        ctx.backend, y = operator._run(operator.name_inputs(tensors), options)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         operator, options, wanted = ctx.operator, ctx.options, ctx.needs_input_grad[1:]
         inputs = operator.name_inputs(ctx.saved_tensors)
-        if torch.compiler.is_compiling() or transforms_active() or forward_ad._current_level >= 0:
-            grads = operator.raw_gradients(dy, inputs, options, wanted)
+        if torch.compiler.is_compiling():
+            return (None, *operator.raw_gradients(dy, inputs, options, wanted))
+        if transforms_active() or forward_ad._current_level >= 0 or _batched():
+            with recorded(ctx.asked):
+                grads = operator.raw_gradients(dy, inputs, options, wanted)
         elif torch.is_grad_enabled():
-            grads = _Gradient.apply(operator, ctx.backend, options, wanted, dy, *inputs)
+            call = operator, ctx.backend, ctx.asked, options, wanted
+            grads = _Gradient.apply(call, dy, *inputs)
+        elif _unwatched((dy, *inputs)):
+            grads = operator.gradients(ctx.backend, dy, inputs, *options, wanted)
         else:
-            grads = operator._run_gradients(ctx.backend, dy, inputs, options, wanted)
+            with _below_autograd(), recorded(ctx.asked):
+                grads = operator.raw_gradients(dy, inputs, options, wanted)
         return (None, *grads)
 
 
@@ -292,34 +302,32 @@ class _Gradient(Function):
     """The gradient as a function of its own, for derivatives of the second order and higher."""
 
     @staticmethod
-    def forward(ctx, operator, backend, options, wanted, dy, *tensors):
+    def forward(ctx, call, dy, *tensors):
+        operator, backend, ctx.asked, options, wanted = call
         ctx.save_for_backward(dy, *tensors)
         ctx.operator, ctx.options = operator, options
         ctx.wanted = [want and t is not None for want, t in zip(wanted, tensors, strict=True)]
         inputs = operator.name_inputs(tensors)
-        return tuple(operator._run_gradients(backend, dy, inputs, options, wanted))
+        if _unwatched((dy, *inputs)):
+            return tuple(operator.gradients(backend, dy, inputs, *options, wanted))
+        with _below_autograd(), recorded(ctx.asked):
+            return tuple(operator.raw_gradients(dy, inputs, options, wanted))
 
     @staticmethod
     def backward(ctx, *grads):
-        needed, create = ctx.needs_input_grad[4:], torch.is_grad_enabled()
-        with torch.enable_grad():
+        needed, create = ctx.needs_input_grad[1:], torch.is_grad_enabled()
+        with torch.enable_grad(), recorded(ctx.asked):
             own = [_as_node(t) for t in ctx.saved_tensors]
             dy, *tensors = own
             y = ctx.operator.plain(ctx.operator.name_inputs(tensors), *ctx.options)
             inputs = [t for t, want in zip(tensors, ctx.wanted, strict=True) if want]
-            first = torch.autograd.grad(
-                y, inputs, dy, create_graph=True, allow_unused=True, materialize_grads=True
+            zeros = {"allow_unused": True, "materialize_grads": True}
+            first = torch.autograd.grad(y, inputs, dy, create_graph=True, **zeros)
+            grads = [g for g, want in zip(grads, ctx.wanted, strict=True) if want]
+            pairs = [pair for pair in zip(first, grads, strict=True) if pair[0].requires_grad]
+            asked_for = [t for t, need in zip(own, needed, strict=True) if need]
+            outputs, weights = zip(*pairs, strict=True) if pairs else ((0 * dy.sum(),), None)
+            found = iter(
+                torch.autograd.grad(outputs, asked_for, weights, create_graph=create, **zeros)
             )
-        grads = [g for g, want in zip(grads, ctx.wanted, strict=True) if want]
-        pairs = [pair for pair in zip(first, grads, strict=True) if pair[0].requires_grad]
-        asked = [t for t, need in zip(own, needed, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [f for f, _ in pairs],
-                asked,
-                [g for _, g in pairs],
-                create_graph=create,
-                allow_unused=True,
-            )
-        )
-        return (None, None, None, None, *[next(found) if need else None for need in needed])
+        return (None, *[next(found) if need else None for need in needed])

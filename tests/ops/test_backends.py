@@ -131,3 +131,42 @@ def test_contract():
         ):
             use_backend(wrong)
     assert backends._asked is None
+
+
+def test_second_derivatives_use_the_choice_of_forward(calls):
+    u, k = problem()
+    with use_backend("reference"):
+        y = fftconv(u, k)
+    (du,) = torch.autograd.grad(y.square().sum(), u, create_graph=True)
+    du.square().sum().backward()
+    assert {name.split()[0] for name in calls} == {"reference"}
+
+
+def test_blocks_of_threads_may_overlap():
+    first, second = use_backend("reference"), use_backend("auto")
+    first.__enter__(), second.__enter__()
+    first.__exit__()
+    assert backends._asked is None
+    second.__exit__()
+    assert backends._choices == []
+
+
+def test_a_choice_may_be_entered_again(calls):
+    u, k = problem()
+    choice = use_backend("reference")
+    for _ in range(2):
+        with choice:
+            fftconv(u, k)
+        fftconv(u, k)
+    assert calls == ["reference fftconv", "cpu fftconv"] * 2
+
+
+def test_a_choice_inside_of_a_graph_is_refused():
+    torch._dynamo.reset()
+
+    def function(u, k):
+        with use_backend("reference"):
+            return fftconv(u, k)
+
+    with pytest.raises(Exception, match="use_backend"):
+        torch.compile(function, backend="eager", fullgraph=True)(*problem())

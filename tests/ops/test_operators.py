@@ -89,3 +89,69 @@ def test_the_raw_operators_pass_opcheck(problem):
     torch.library.opcheck(operator.fwd, (*inputs, *options))
     dy = torch.randn_like(operator.fwd(*inputs, *options)).requires_grad_()
     torch.library.opcheck(operator.bwd, (dy, *inputs, *options, [t is not None for t in inputs]))
+
+
+def test_lazy_tensors_are_resolved(problem):
+    """Lazily negated and lazily zero tensors have no memory of their own to give to a kernel."""
+    operator, inputs, options = problem
+    inputs = operator.name_inputs([t if t is None else t.detach() for t in inputs])
+    wanted = [t is not None for t in inputs]
+    dy = torch.randn_like(operator(inputs, *options))
+
+    def results(inputs, dy):
+        return operator(inputs, *options), *operator.raw_gradients(dy, inputs, options, wanted)
+
+    for i, t in enumerate(inputs):
+        if t is None:
+            continue
+        lazy = operator.name_inputs(
+            [torch._neg_view(-t) if j == i else s for j, s in enumerate(inputs)]
+        )
+        close(results(lazy, dy), results(inputs, dy))
+        zero = operator.name_inputs(
+            [
+                torch._efficientzerotensor(t.shape, dtype=t.dtype) if j == i else s
+                for j, s in enumerate(inputs)
+            ]
+        )
+        real = operator.name_inputs(
+            [torch.zeros_like(t) if j == i else s for j, s in enumerate(inputs)]
+        )
+        close(results(zero, dy), results(real, dy))
+    leaves = operator.name_inputs([t if t is None else t.requires_grad_() for t in inputs])
+    for lazy, real in (
+        (torch._neg_view(-dy), dy),
+        (torch._efficientzerotensor(dy.shape, dtype=dy.dtype), torch.zeros_like(dy)),
+    ):
+        found = [
+            torch.autograd.grad(operator(leaves, *options), present(leaves), g)
+            for g in (lazy, real)
+        ]
+        close(*found)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_a_batch_at_once(problem, create_graph):
+    """torch.autograd.grad(is_grads_batched=True), which vectorized Jacobians use, has a vmap of its own."""
+    operator, inputs, options = problem
+    y = operator(inputs, *options)
+    several = torch.randn(3, *y.shape, dtype=y.dtype)
+    more = {"create_graph": create_graph, "retain_graph": True}
+    together = torch.autograd.grad(y, present(inputs), several, is_grads_batched=True, **more)
+    for i, dy in enumerate(several):
+        close(
+            [g[i] for g in together], torch.autograd.grad(y, present(inputs), dy, retain_graph=True)
+        )
+    if create_graph:
+        again = torch.autograd.grad(together[0].square().sum(), present(inputs), allow_unused=True)
+        assert any(g is not None and g.any() for g in again)
+
+
+def test_second_derivatives_that_are_zero_are_zeros(problem):
+    operator, inputs, options = problem
+    for one in present(inputs):
+        alone = operator.name_inputs([t if t is one or t is None else t.detach() for t in inputs])
+        (first,) = torch.autograd.grad(operator(alone, *options).sum(), one, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), one)
+        assert second.shape == one.shape

@@ -13,7 +13,6 @@ from seqconv.backends.cuda.arguments import arguments
 from seqconv.backends.cuda.arguments import transform as transform_words
 from seqconv.backends.cuda.lengths import RADICES, radix_bytes
 from seqconv.backends.cuda.tables import build
-from seqconv.backends.pack import materialise
 
 THREADS = 256  # there is one for every element of the largest matrix
 
@@ -57,7 +56,6 @@ def _launch(device, kernel: str, fields: dict) -> None:
 
 def transform(device, x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...]) -> Tensor:
     """The transform of every row of x, as reference.butterfly defines it."""
-    x = materialise(x)
     fields = _fields(device, x, factors, radices, _groups(x.shape[0], 64))
     shape = (*x.shape[:2], math.prod(radices), 2)
     spectrum = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -69,7 +67,7 @@ def gradients(
     device, dz: Tensor, x: Tensor, factors: dict[int, Tensor], radices: tuple[int, ...]
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """The gradients of x and of the factors. The latter are sums over at most 8 shares of the batch, added in order."""
-    x, dz = materialise(x), dz.contiguous()
+    dz = dz.contiguous()
     batch, channels, _ = x.shape
     fields = _fields(device, x, factors, radices, _groups(batch, 8))
     blocks = channels * fields["groups"]

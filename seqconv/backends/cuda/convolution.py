@@ -20,7 +20,7 @@ from seqconv.backends.cuda.layout import Base, Layout
 from seqconv.backends.cuda.plan import Plan, make_plan
 from seqconv.backends.cuda.problem import Limits, Problem
 from seqconv.backends.cuda.recipe import Operand, Recipe, geometries, operands
-from seqconv.backends.pack import ABSENT, materialise, reach, zero_unreached
+from seqconv.backends.pack import ABSENT, reach, zero_unreached
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 COMPLEX = 4  # the dtype code of long rows between their passes
@@ -304,11 +304,11 @@ def _write_backward(recipe, problem, plans, activation, dy, u, k, k_rev, skip, *
 
 
 def forward(device, y, u, k, k_rev, skip, pre_gate, post_gate, activation) -> None:
-    """Writes y; see seqconv.ops.operators for the shapes."""
+    """Writes y; see seqconv.ops.inputs for the shapes."""
     if y.numel() == 0:
         return
     inputs = (u, k, k_rev, skip, pre_gate, post_gate)
-    tensors = [y, *[t if t is None else materialise(t) for t in inputs]]
+    tensors = [y, *inputs]
     prepared = _forward(device.limits, activation, _fast(u.dtype), *geometries(tensors))
     prepared.run(device, tensors)
 
@@ -322,6 +322,6 @@ def backward(device, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activati
         return
     zero_unreached(grads[1], grads[2], u.shape[-1])
     inputs = (dy, u, k, k_rev, skip, pre_gate, post_gate)
-    tensors = [*[t if t is None else materialise(t) for t in inputs], *grads]
+    tensors = [*inputs, *grads]
     prepared = _backward(device.limits, activation, _fast(u.dtype), *geometries(tensors))
     prepared.run(device, tensors)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from seqconv.backends.cuda.arguments import arguments
-from seqconv.backends.pack import materialise
 
 THREADS = 128
 MODES = 32  # a block holds the tables of so many at a time
@@ -60,7 +59,6 @@ def backward(device, da: Tensor, dw: Tensor, dk: Tensor, a: Tensor, w: Tensor) -
     if not dk.numel():
         da.zero_(), dw.zero_()
         return
-    dk = materialise(dk)
     fields = _prepare(device, a, heads, length)
     blocks = channels * fields["groups"]
     sums = torch.empty(blocks, heads, a.shape[1], 4, dtype=torch.float64, device=a.device)
