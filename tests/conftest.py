@@ -1,3 +1,5 @@
+"""What all tests share: the seed, the instruction sets, and the two machines that run CUDA kernels on a CPU."""
+
 import contextlib
 import fcntl
 import importlib

@@ -1,3 +1,5 @@
+"""What the tests of the CUDA kernels share: fixtures for the emulator and a driver without a device."""
+
 import pytest
 from emulated import Emulator
 from fake_driver import Device, Driver

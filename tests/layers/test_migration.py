@@ -64,6 +64,9 @@ CALLS = {  # the README's, and what the originals have by default
     'LongConv(d, l_max=l_max, heads=2, init="random", lam=0.1, kernel_dropout=0.0)': TAPS
     | {"heads": 2, "init": "random", "lam": 0.1, "smooth": None, "kernel_dropout": 0.0}
     | {"postact": "glu"},
+    'LongConv(d, l_max=l_max, heads=2, init="random", lam=0.001, kernel_dropout=0.0)': TAPS
+    | {"heads": 2, "init": "random", "lam": 0.001, "smooth": None, "kernel_dropout": 0.0}
+    | {"postact": "glu"},
     "SGConv(d, l_max=l_max, kernel_dim=32, postact=None)": TAPS
     | {"heads": 1, "kernel_dim": 32, "init_scale": 0, "combine": "cat", "upsample": "linear"}
     | {"init": "randn", "decay": "geometric", "decay_min": 2.0, "decay_max": 2.0, "postact": None},
