@@ -271,7 +271,7 @@ def sized(x: Tensor) -> tuple[Tensor, int]:
     """x (batch, length, d_model) and its length as an integer. torch.jit.trace has the length as a tensor: the
     traced graph holds for this one length, and unflatten refuses every other length when the graph runs."""
     length = x.shape[1]
-    if not torch._C._is_tracing():
+    if not torch.jit.is_tracing():  # pyright: ignore
         return x, length
     length = int(length)
     return x.unflatten(1, (1, length)).squeeze(1), length
