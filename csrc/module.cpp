@@ -1,12 +1,13 @@
-// seqconv._C: the CPU kernels as a CPython stable-ABI module. Arguments are integers only; every
-// check is made in Python (seqconv/ops), which also lends torch's thread pool through
-// set_parallel_for.
+// seqconv._C: the CPU kernels as a CPython stable-ABI module. Arguments are integers, or bytes that
+// hold them; every check is made in Python (seqconv/ops), which also lends torch's thread pool
+// through set_parallel_for.
 #ifndef Py_LIMITED_API
 #define Py_LIMITED_API 0x030a0000
 #endif
 #include <Python.h>
 
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 
 #include "cpu/butterfly.h"
@@ -20,10 +21,9 @@ namespace {
 using seqconv::Problem;
 using seqconv::Tensor;
 
-constexpr Py_ssize_t kSizes = 10;     // batch .. threads, see read_problem
-constexpr Py_ssize_t kPerTensor = 6;  // address, dtype, four strides
-constexpr Py_ssize_t kForwardArgs = kSizes + 7 * kPerTensor;
-constexpr Py_ssize_t kBackwardArgs = kSizes + 13 * kPerTensor;
+constexpr Py_ssize_t kSizes = 9;                    // batch .. activation, see read_problem
+constexpr Py_ssize_t kPerTensor = 5;                // dtype, four strides
+constexpr Py_ssize_t kForward = 7, kBackward = 13;  // tensors
 
 // Reads integers one after another; after a failure ok is false and the values are meaningless.
 struct Reader {
@@ -44,33 +44,46 @@ struct Reader {
   }
 };
 
+// The layout of a convolution's tensors as 64-bit integers in a bytes object, which Python keeps
+// for calls that differ in addresses only; the number of threads; and the tensors' addresses, 0 for
+// an absent one.
 bool read_problem(PyObject* const* args, Py_ssize_t count, bool backward, Problem* p) {
-  const Py_ssize_t wanted = backward ? kBackwardArgs : kForwardArgs;
-  if (count != wanted) {
-    PyErr_Format(PyExc_TypeError, "seqconv._C: %zd integers wanted, got %zd", wanted, count);
+  const Py_ssize_t tensors = backward ? kBackward : kForward;
+  const Py_ssize_t bytes = 8 * (kSizes + tensors * kPerTensor);
+  if (count != 2 + tensors || !PyBytes_Check(args[0]) || PyBytes_Size(args[0]) != bytes) {
+    PyErr_Format(PyExc_TypeError,
+                 "seqconv._C: %zd bytes and %zd integers wanted, got %zd arguments", bytes,
+                 1 + tensors, count);
     return false;
   }
-  Reader read{args};
-  p->batch = read.next();
-  p->heads = read.next();
-  p->channels = read.next();
-  p->length = read.next();
-  p->taps = read.next();
-  p->taps_rev = read.next();
-  const int64_t flags = read.next();
+  int64_t layout[kSizes + kBackward * kPerTensor];
+  std::memcpy(layout, PyBytes_AsString(args[0]), bytes);
+  const int64_t* next = layout;
+  p->batch = *next++;
+  p->heads = *next++;
+  p->channels = *next++;
+  p->length = *next++;
+  p->taps = *next++;
+  p->taps_rev = *next++;
+  const int64_t flags = *next++;
   p->kernel_per_sample = flags & 1;
   p->skip_per_head = flags & 2;
-  p->compute_double = read.next();
-  p->activation = static_cast<seqconv::Activation>(read.next());
+  p->compute_double = *next++;
+  p->activation = static_cast<seqconv::Activation>(*next++);
+  Reader read{args + 1};
   p->threads = static_cast<int>(read.next());
-  for (Tensor* t : {&p->u, &p->k, &p->k_rev, &p->skip, &p->pre_gate, &p->post_gate})
-    *t = read.tensor();
-  if (!backward) {
-    p->y = read.tensor();
-  } else {
-    for (Tensor* t : {&p->dy, &p->du, &p->dk, &p->dk_rev, &p->dskip, &p->dpre_gate, &p->dpost_gate})
-      *t = read.tensor();
-  }
+  const auto fill = [&](std::initializer_list<Tensor*> all) {
+    for (Tensor* t : all) {
+      t->data = read.address();
+      t->dtype = static_cast<seqconv::Dtype>(*next++);
+      for (int64_t& stride : t->stride) stride = *next++;
+    }
+  };
+  fill({&p->u, &p->k, &p->k_rev, &p->skip, &p->pre_gate, &p->post_gate});
+  if (!backward)
+    fill({&p->y});
+  else
+    fill({&p->dy, &p->du, &p->dk, &p->dk_rev, &p->dskip, &p->dpre_gate, &p->dpost_gate});
   return read.ok;
 }
 
@@ -132,11 +145,12 @@ PyObject* ssm(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // batch, channels, length, heads, n, whether double, threads, x, addresses of matrices and
 // twiddles; then of z, or of dz, dx, and the address of dmatrices.
 PyObject* butterfly(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr Py_ssize_t kCommon = 9 + kPerTensor;
-  const bool backward = count == kCommon + kPerTensor + 2;
+  constexpr Py_ssize_t kTensor = 1 + kPerTensor;  // with its address
+  constexpr Py_ssize_t kCommon = 9 + kTensor;
+  const bool backward = count == kCommon + kTensor + 2;
   if (count != kCommon + 1 && !backward) {
     PyErr_Format(PyExc_TypeError, "seqconv._C: %zd or %zd integers wanted, got %zd", kCommon + 1,
-                 kCommon + kPerTensor + 2, count);
+                 kCommon + kTensor + 2, count);
     return nullptr;
   }
   Reader read{args};

@@ -113,25 +113,20 @@ def recorded(backend: Backend | None):
         vars(_recorded).update(before)
 
 
-def asked() -> Backend | None:
-    """The backend that shall be used, None for each device's own."""
-    return getattr(_recorded, "backend", _asked)
-
-
-def choose(operator: str, inputs, options: tuple) -> Backend:
-    """The backend that carries out a call."""
-    backend = getattr(_recorded, "backend", _asked)
+def choose(operator: str, inputs, options: tuple) -> tuple[Backend, Backend | None]:
+    """The backend that carries out a call, and the one that is asked for, None for each device's own."""
+    asked = backend = getattr(_recorded, "backend", _asked)
     if backend is None:
         first = inputs[0]  # device.type takes five times as long as these
         backend = cpu if first.is_cpu else gpu if first.is_cuda else fallback
     if operator in backend.always or backend.why_not(Request(operator, inputs, options)) is None:
-        return backend
-    return fallback
+        return backend, asked
+    return fallback, asked
 
 
 def explain(request: Request) -> Explanation:
     """Which backend carries out a call, how, and why not a faster one. Computes nothing."""
-    backend = choose(*request)
+    backend, _ = choose(*request)
     if backend is not fallback:
         return backend.explain(request)
     kind = request.inputs[0].device.type

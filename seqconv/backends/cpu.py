@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import warnings
+from array import array
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,24 +118,19 @@ def explain(request: Request) -> Explanation:
 
 _INPUTS = (SIGNAL, KERNEL, KERNEL, SKIP, SIGNAL, SIGNAL)  # u, k, k_rev, skip, pre_gate, post_gate
 _TENSORS = (*_INPUTS, SIGNAL, *_INPUTS)  # and y or dy, and the gradients
-_THREADS = 9  # its place among the arguments
 
 
 @lru_cache(4096)
-def _arguments(activation: str, *known) -> tuple[list[int], list[int]]:
-    """Of _C.forward or _C.backward without addresses and threads, and the places of the addresses. `known`
-    has everything of each tensor but where it lies."""
+def _layout(activation: str, *known) -> bytes:
+    """The first argument of _C.forward or _C.backward. `known` has everything of each tensor but where it lies."""
     (dtype, (batch, channels, length), _), (_, k, _), k_rev, skip, *_ = known
     flags = (len(k) == 4) + 2 * (skip is not None and len(skip[1]) == 2)
     taps = reached(length, k[-1], 0 if k_rev is None else k_rev[1][-1])
     numbers = [batch, 1 if len(k) == 2 else k[-3], channels, length, *taps]
-    numbers += [flags, dtype == torch.float64, ACTIVATIONS[activation], 0]
-    places = []
+    numbers += [flags, dtype == torch.float64, ACTIVATIONS[activation]]
     for one, table in zip(known, _TENSORS, strict=False):
-        if one is not None:
-            places.append(len(numbers))
-        numbers += ABSENT if one is None else (0, *laid_out(one[0], one[2], table))
-    return numbers, places
+        numbers += ABSENT[1:] if one is None else laid_out(one[0], one[2], table)
+    return array("q", numbers).tobytes()
 
 
 def _call(function, tensors: tuple, activation: str) -> None:
@@ -143,15 +139,12 @@ def _call(function, tensors: tuple, activation: str) -> None:
     for t in tensors:
         if t is None:
             known.append(None)
-            continue
-        known.append((t.dtype, t.shape, t.stride()))
-        addresses.append(t.data_ptr())
-    numbers, places = _arguments(activation, *known)
-    numbers = numbers.copy()
-    numbers[_THREADS] = torch.get_num_threads() if threaded else 1  # a forked child takes one
-    for place, address in zip(places, addresses, strict=True):
-        numbers[place] = address
-    function(*numbers)
+            addresses.append(0)
+        else:
+            known.append((t.dtype, t.shape, t.stride()))
+            addresses.append(t.data_ptr())
+    threads = torch.get_num_threads() if threaded else 1  # a forked child takes one
+    function(_layout(activation, *known), threads, *addresses)
 
 
 def fftconv(y: Tensor, inputs, activation: str) -> None:

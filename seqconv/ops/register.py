@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from seqconv.backends import asked, choose, recorded
+from seqconv.backends import choose, recorded
 from seqconv.backends.protocol import Backend
 
 library = torch.library.Library("seqconv", "DEF")
@@ -31,6 +31,7 @@ transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _tracing, _profiled = torch._C._is_tracing, torch.autograd._profiler_enabled
 _included = torch._C._dispatch_tls_is_dispatch_key_included
+# What torch.autograd.grad has for is_grads_batched, and make_fx for pre_dispatch.
 _VMAP, _EARLY = map(torch._C._dispatch_key_parse, ("VmapMode", "PreDispatch"))
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
@@ -53,11 +54,6 @@ def _needs_gradient(tensors) -> bool:
     return False
 
 
-def _batched() -> bool:
-    """Whether torch's first vmap is active, which torch.autograd.grad has for is_grads_batched."""
-    return _included(_VMAP)
-
-
 def _unwatched(tensors) -> bool:
     """Plain tensors of a device with kernels, and no mode, profiler or trace that must see the operator.
 
@@ -66,10 +62,11 @@ def _unwatched(tensors) -> bool:
     tensors real memory."""
     if not _PLAIN.issuperset(map(type, tensors)):
         return False
+    first = tensors[0] if tensors[0] is not None else next(t for t in tensors if t is not None)
+    if not (first.is_cpu or first.is_cuda):  # device.type takes five times as long
+        return False
     for t in tensors:
-        if t is None:
-            continue
-        if t.is_neg() or t._is_zerotensor() or not (t.is_cpu or t.is_cuda):
+        if t is not None and (t.is_neg() or t._is_zerotensor()):
             return False
     return not (_modes() or _profiled() or _tracing() or _included(_VMAP) or _included(_EARLY))
 
@@ -154,25 +151,25 @@ class Operator:
                 text = "forward-mode differentiation does not work inside torch.compile"
                 raise RuntimeError(f"{self.name}: {text}")
             return self.fwd(*self._flat(inputs), *options)
-        if _tracing() or _batched():
+        if _tracing() or _included(_VMAP):
             return self.fwd(*self._flat(inputs), *options)
         if transforms_active() or forward_ad._current_level >= 0:
             return self.plain(inputs, *options)
         if _needs_gradient(inputs):
             return _Differentiable.apply((self, options), *inputs)
-        return self._run(inputs, options)[1]
+        return self._run(inputs, options)[0]
 
-    def _choose(self, inputs, options) -> Backend | None:
-        return choose(self.name, inputs, options) if self.chooses else None
+    def _choose(self, inputs, options) -> tuple[Backend | None, Backend | None]:
+        return choose(self.name, inputs, options) if self.chooses else (None, None)
 
-    def _run(self, inputs, options) -> tuple[Backend | None, Tensor]:
-        """The chosen backend and the result, whose derivative nobody asks the raw operator for."""
+    def _run(self, inputs, options) -> tuple[Tensor, Backend | None, Backend | None]:
+        """The result, whose derivative nobody asks the raw operator for, and the backend, chosen and asked for."""
         unwatched = _unwatched(inputs)
-        backend = self._choose(inputs, options)
+        chosen = choose(self.name, inputs, options) if self.chooses else (None, None)
         if unwatched:
-            return backend, self.forward(backend, inputs, *options)
+            return self.forward(chosen[0], inputs, *options), *chosen
         with _below_autograd():
-            return backend, self.fwd(*self._flat(inputs), *options)
+            return self.fwd(*self._flat(inputs), *options), *chosen
 
     def raw_gradients(self, dy, inputs, options, wanted) -> list:
         """By the raw operator, whatever watches it."""
@@ -205,11 +202,11 @@ class Operator:
 
     def _raw_forward(self, *args):
         inputs, options = self._split(args)
-        return self.forward(self._choose(inputs, options), inputs, *options)
+        return self.forward(self._choose(inputs, options)[0], inputs, *options)
 
     def _raw_gradients(self, dy, *args):
         inputs, options = self._split(args[:-1])
-        backend = self._choose(inputs, options)
+        backend, _ = self._choose(inputs, options)
         return self._outputs(self.gradients(backend, dy, inputs, *options, args[-1]), dy)
 
     def _fake_forward(self, *args):
@@ -240,7 +237,7 @@ class Operator:
         inputs, options = self._split(args[:-1])
         self._refuse_transforms(self.bwd, (dy, *inputs))
         if _needs_gradient((dy, *inputs)):
-            call = self, self._choose(inputs, options), asked(), options, args[-1]
+            call = self, *self._choose(inputs, options), options, args[-1]
             return self._outputs(_Gradient.apply(call, dy, *inputs), dy)
         with _below_autograd():
             return self.bwd(dy, *args)
@@ -274,17 +271,19 @@ class _Differentiable(Function):
     def forward(ctx, call, *tensors):
         operator, options = call
         ctx.save_for_backward(*tensors)
-        ctx.operator, ctx.options, ctx.asked = operator, options, asked()
-        ctx.backend, y = operator._run(operator.name_inputs(tensors), options)
+        ctx.operator, ctx.options = operator, options
+        inputs = tensors if operator._named is None else operator._named(*tensors)
+        y, ctx.backend, ctx.asked = operator._run(inputs, options)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         operator, options, wanted = ctx.operator, ctx.options, ctx.needs_input_grad[1:]
-        inputs = operator.name_inputs(ctx.saved_tensors)
+        tensors = ctx.saved_tensors
+        inputs = tensors if operator._named is None else operator._named(*tensors)
         if torch.compiler.is_compiling():
             return (None, *operator.raw_gradients(dy, inputs, options, wanted))
-        if transforms_active() or forward_ad._current_level >= 0 or _batched():
+        if transforms_active() or forward_ad._current_level >= 0 or _included(_VMAP):
             with recorded(ctx.asked):
                 grads = operator.raw_gradients(dy, inputs, options, wanted)
         elif torch.is_grad_enabled():
