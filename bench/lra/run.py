@@ -20,7 +20,7 @@ from bench.lra import data, options
 from bench.lra.batches import EvalBatches, move
 from bench.lra.model import SequenceClassifier
 from bench.lra.report import levels
-from bench.lra.schedule import Plan
+from bench.lra.schedule import Schedule
 from bench.terminal import plain
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -80,7 +80,7 @@ def classifier(config: options.Config, info) -> SequenceClassifier:
 # ---- what run.json says ----
 
 
-def describe(config, info, splits, model, schedule: Plan, recipe, device) -> dict:
+def describe(config, info, splits, model, schedule: Schedule, recipe, device) -> dict:
     """Returns what run.json says of a run from its start."""
     threads = torch.get_num_threads()
     name = f"{processor()['model name']}, {plural(threads, 'thread')}"
@@ -160,7 +160,7 @@ def config_yaml(config: options.Config) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def announce(facts: dict, config: options.Config, schedule: Plan, notes) -> None:
+def announce(facts: dict, config: options.Config, schedule: Schedule, notes) -> None:
     samples = facts["samples"]
     for note in notes:  # before any accuracy is shown beside a published one
         plain.print(f"{facts['task']}: {note}")

@@ -21,7 +21,7 @@ FFTCONV = ("seqconv.layers.base.fftconv", "seqconv.layers.hyena.fftconv")  # wha
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     steps: int  # of the optimiser; a multiple of period
     period: int  # steps between evaluations
     warmup: int
@@ -45,7 +45,7 @@ class Timing:
     test: float
 
 
-def make(config: Config, samples: int, whole: int, timing: Timing | None = None) -> Plan:
+def make(config: Config, samples: int, whole: int, timing: Timing | None = None) -> Schedule:
     """Returns the recipe's schedule, or what of it fits into max_minutes together with the evaluations.
 
     At most a fifth of the time goes into evaluations of the validation split. A shortened schedule is shortened as
@@ -75,7 +75,7 @@ def make(config: Config, samples: int, whole: int, timing: Timing | None = None)
             shortened = period * count / full
             cosine = max(1, round((optim.schedule_steps or full) * shortened))
             warmup = min(warmup, period * count // 10)
-    return Plan(period * count, period, warmup, cosine, period * count * optim.batch / whole)
+    return Schedule(period * count, period, warmup, cosine, period * count * optim.batch / whole)
 
 
 # ---- what a step takes ----

@@ -83,7 +83,7 @@ def _fit(config: options.Config, device: torch.device) -> dict:
         batches = TrainBatches(splits["train"], **order, **shares)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    plan = schedule.Plan(**(state["plan"] if state else together(planned)))
+    plan = schedule.Schedule(**(state["plan"] if state else together(planned)))
     batches.set_period(plan.period)
     part = optim.batch // optim.accumulate
     held_out = {s: EvalBatches(splits[s], batch=part, **shares) for s in ("val", "test")}

@@ -53,7 +53,6 @@ class S4DKernel(KernelGenerator):
     shown = ("d_state", "init", "discretization")
     meaning = ("discretization", "real_transform", "imag_transform", "dt_transform", "dt_sinh")
     meaning += ("bandlimit",)
-    reads = ("C", "B", "inv_dt", "inv_A_real", "inv_A_imag")
     resamples = True
 
     def __init__(
@@ -119,9 +118,7 @@ class S4DKernel(KernelGenerator):
         like: dict[str, Any] = {"dtype": kernel_dtype()}
         self.inv_dt = nn.Parameter(torch.empty(shape, **like))
         self.inv_A_real = nn.Parameter(torch.empty(n_ssm, modes, **like))
-        if is_real:
-            self.reads = self.reads[:-1]
-        else:
+        if not is_real:
             self.inv_A_imag = nn.Parameter(torch.empty(n_ssm, modes, **like))
         B = torch.empty(n_ssm, modes, *parts, **like)
         if train_B:
@@ -142,6 +139,11 @@ class S4DKernel(KernelGenerator):
         self.kernel_dropout = nn.Dropout(kernel_dropout)
         self.override("inv_dt", "inv_A_real", "inv_A_imag", "B", lr=lr, weight_decay=0.0)
         self.reset_parameters()
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore  # in the base class a constant
+        parts = ("C", "B", "inv_dt", "inv_A_real", "inv_A_imag")
+        return parts[:-1] if self.is_real else parts
 
     def reset_parameters(self) -> None:
         """Draws dt, A, B and C anew, as at construction."""

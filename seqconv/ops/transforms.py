@@ -17,7 +17,8 @@ from seqconv.ops.inputs import CHANNEL_AXIS, IS_SIGNAL, Inputs
 from seqconv.ops.register import transforms_active
 from seqconv.reference import activate
 
-# By name, because the operator's file stands on this one.
+# The raw operators are looked up when they are called: they are registered later, by fftconv.py, which imports
+# this file.
 _fwd = lambda *args: torch.ops.seqconv.fftconv_fwd.default(*args)  # noqa: E731
 _bwd = lambda *args: torch.ops.seqconv.fftconv_bwd.default(*args)  # noqa: E731
 

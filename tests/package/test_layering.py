@@ -76,3 +76,27 @@ def test_every_exported_name_is_documented():
 
     for name in seqconv.__all__:
         assert name.startswith("__") or len(getattr(seqconv, name).__doc__) > 60, name
+
+
+def test_earlier_module_paths_still_import():
+    """Programs and pickled models name these."""
+    import importlib
+
+    import seqconv
+
+    for path, name in {
+        "functional": "fftconv",
+        "ssm": "ssm_kernel",
+        "s4d": "S4D",
+        "s4d_init": "POSITIVE",
+        "sgconv": "SGConvKernel",
+        "long_conv": "LongConv",
+        "hyena": "HyenaFilter",
+        "butterfly_conv": "ButterflyConv",
+        "_conv1d": "Conv1d",
+        "_explanation": "Explanation",
+        "_layer": "TiedDropout",
+    }.items():
+        found = getattr(importlib.import_module(f"seqconv.{path}"), name)
+        assert found is getattr(seqconv, name, found)
+        assert getattr(seqconv, path) is sys.modules[f"seqconv.{path}"]

@@ -35,7 +35,7 @@ __all__ = ["TASKS", "DataError", "Info", "Split", "known", "make", "open_task"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Generated:
     """A generated set: its default number of samples, and their kind."""
 
     samples: int
@@ -43,13 +43,13 @@ class Recipe:
 
 
 GENERATED = {
-    "listops-gen": Recipe(100_000, listops.FULL),
-    "listops-short": Recipe(100_000, listops.SHORT),
-    "pathfinder32-easy": Recipe(50_000, pathfinder.EASY),
-    "pathfinder32-hard": Recipe(200_000, pathfinder.SIZES[32]),
-    "pathfinder64-gen": Recipe(200_000, pathfinder.SIZES[64]),
-    "pathx-gen": Recipe(200_000, pathfinder.SIZES[128]),
-    "path256-gen": Recipe(200_000, pathfinder.SIZES[256]),
+    "listops-gen": Generated(100_000, listops.FULL),
+    "listops-short": Generated(100_000, listops.SHORT),
+    "pathfinder32-easy": Generated(50_000, pathfinder.EASY),
+    "pathfinder32-hard": Generated(200_000, pathfinder.SIZES[32]),
+    "pathfinder64-gen": Generated(200_000, pathfinder.SIZES[64]),
+    "pathx-gen": Generated(200_000, pathfinder.SIZES[128]),
+    "path256-gen": Generated(200_000, pathfinder.SIZES[256]),
 }
 PACKAGED = {"mnist5k": packaged.mnist5k, "digits": packaged.digits, "r8": packaged.r8}
 TASKS = (*OFFICIAL, *PACKAGED, *(f"ucr:{name}" for name in packaged.UCR), *GENERATED)
