@@ -69,8 +69,8 @@ class use_backend:
         self._begin()
 
     def _begin(self) -> None:
-        if _choices and not _choices[-1]._entered:
-            _choices.pop()  # this call takes its place
+        if len(_choices) > 1 and not (_choices[-2]._entered or _choices[-1]._entered):
+            del _choices[-2]  # a call whose place another one has taken
         _choices.append(self)
         _settle()
 

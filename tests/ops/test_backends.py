@@ -48,6 +48,13 @@ def test_a_block_ends_and_a_call_stays(calls):
         use_backend("reference")
         assert explain(u, k).backend == "reference"
     assert explain(u, k).fallback is None
+    with use_backend("auto"):
+        for _ in range(9):
+            use_backend("reference")
+        with use_backend("auto"):
+            assert explain(u, k).fallback is None
+        assert explain(u, k).backend == "reference" and len(backends._choices) < 4
+    assert explain(u, k).fallback is None
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
     assert explain(u, k).fallback is None
