@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accuracy import rel_l2
-from emulated import Emulator, as_backend, build
+from emulated import Emulator, OnDevice, build
 from fake_driver import Device, Driver
 
-from seqconv import __main__, fftconv, prebuild, reference
+from seqconv import __main__, fftconv, prebuild, reference, use_backend
 from seqconv.backends.cuda import compiler, driver, kernels
 
 
@@ -157,7 +157,7 @@ def test_prebuilt_kernels_need_no_compiler(bare, tmp_path, monkeypatch):
         (tmp_path / kernels.cubin_name(name, "sm_90")).write_bytes(code)
     device = Device(0, Driver(Emulator(build())))
     u, k = torch.randn(2, 3, 300), torch.randn(3, 300)
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         y = fftconv(u, k)
         assert rel_l2(y, reference.fftconv_fft(u.double(), k.double())) < 1e-6
         with pytest.raises(compiler.NoCompiler) as caught:

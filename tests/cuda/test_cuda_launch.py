@@ -9,10 +9,10 @@ import pytest
 import torch
 from accuracy import rel_l2
 from cases import Case, double
-from emulated import HERE, Emulator, as_backend
+from emulated import HERE, Emulator, OnDevice
 from fake_driver import Device, Driver
 
-from seqconv import backends, fftconv, reference
+from seqconv import backends, fftconv, reference, use_backend
 from seqconv.backends.cuda import compiler, convolution, driver, gpu, kernels
 from seqconv.ops.fftconv import operator
 from seqconv.ops.inputs import Inputs
@@ -32,7 +32,7 @@ from seqconv.ops.inputs import Inputs
 )
 def test_results_through_the_driver(device, case):
     tensors = case.tensors()
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         y, grads, dy = case.with_gradients(fftconv, tensors)
     y64, grads64, _ = case.with_gradients(reference.fftconv_fft, double(tensors), dy.double())
     bound = 1e-6 if case.dtype == torch.float32 else 8e-3
@@ -53,7 +53,7 @@ def test_any_strides(device):
         torch.randn(2, 3, 201)[..., 1:],
     ):
         for dtype in (torch.float32, torch.bfloat16):
-            with as_backend(device):
+            with use_backend(OnDevice(device)):
                 y = fftconv(u.to(dtype) if dtype != u.dtype else u, k)
             y64 = reference.fftconv_fft(u.to(dtype).double(), k.double())
             assert rel_l2(y, y64) < (1e-6 if dtype == torch.float32 else 4e-3)
@@ -73,7 +73,7 @@ def test_limits_come_from_the_device(device):
 
 def test_kernels_are_loaded_once_and_allowed_all_shared_memory(device):
     u, k = torch.randn(1, 2, 300), torch.randn(2, 300)
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         fftconv(u, k), fftconv(u, k)
     names = list(device.driver.names.values())
     assert sorted(names) == sorted(set(names)) == ["forward_f32", "spectrum"]
@@ -83,14 +83,14 @@ def test_kernels_are_loaded_once_and_allowed_all_shared_memory(device):
 
 def test_a_failing_launch_raises(device):
     device.driver.status = 700
-    with as_backend(device), pytest.raises(RuntimeError, match="CUDA driver: 700"):
+    with use_backend(OnDevice(device)), pytest.raises(RuntimeError, match="CUDA driver: 700"):
         fftconv(torch.randn(1, 2, 300), torch.randn(2, 300))
 
 
 def test_a_thread_that_has_not_used_the_device_yet(device):
     """The gradient is computed in a thread of its own, which has not used the driver before."""
     u, k = torch.randn(2, 2, 300, requires_grad=True), torch.randn(2, 300)
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         y = fftconv(u, k)
         found = []
         work = threading.Thread(target=lambda: found.extend(torch.autograd.grad(y.sum(), u)))
@@ -102,7 +102,10 @@ def test_a_thread_that_has_not_used_the_device_yet(device):
 
 def test_first_call_inside_a_graph_capture_says_so(device):
     device.capturing = True
-    with as_backend(device), pytest.raises(RuntimeError, match="once before the capture"):
+    with (
+        use_backend(OnDevice(device)),
+        pytest.raises(RuntimeError, match="once before the capture"),
+    ):
         fftconv(torch.randn(1, 2, 300), torch.randn(2, 300))
 
 
@@ -112,7 +115,7 @@ def test_scratch_of_long_rows_is_bounded(device, monkeypatch):
     device.limits = device.limits.__class__(shared=20000, shared_total=20000, tensor_cores=False)
     case = Case(2, 5, 9000, 9000, heads=2, skip="ch", activation="silu", post_gate=True)
     tensors = case.tensors()
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         y, grads, dy = case.with_gradients(fftconv, tensors)
     y64, grads64, _ = case.with_gradients(reference.fftconv_fft, double(tensors), dy.double())
     assert rel_l2(y, y64) < 1e-6
@@ -123,7 +126,7 @@ def test_scratch_of_long_rows_is_bounded(device, monkeypatch):
 def test_compile_and_functorch_take_the_same_kernels(device):
     """The operator is the same object on every device, so that what wraps it needs no CUDA code."""
     u, k = torch.randn(2, 3, 64), torch.randn(3, 64)
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         y = torch.compile(fftconv, backend="eager", fullgraph=True)(u, k)
         mapped = torch.vmap(fftconv, in_dims=(0, None))(u[:, None], k)[:, 0]
         torch.library.opcheck(
@@ -201,7 +204,7 @@ def test_devices_of_two_kinds(library, monkeypatch):
         fake.attributes |= dict(
             zip(("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR"), capability, strict=True)
         )
-        with as_backend(Device(0, fake)):
+        with use_backend(OnDevice(Device(0, fake))):
             fftconv(torch.randn(1, 2, 300), torch.randn(2, 300))
     assert asked == [(9, 0)] * 2 + [(8, 6)] * 2
 
@@ -214,8 +217,8 @@ def test_every_kernel_has_an_entry(library):
 SCRIPT = """
 import sys, torch
 from cuda.bindings import driver as bindings
-from emulated import as_backend
-from seqconv import fftconv, reference
+from emulated import OnDevice
+from seqconv import fftconv, reference, use_backend
 from seqconv.backends.cuda import driver
 
 class Device(driver.Device):
@@ -227,7 +230,7 @@ assert device.arch == "sm_90" and device.limits.shared == 232448 and device.limi
 for dtype in (torch.float32, torch.bfloat16):
     u, k = torch.randn(3, 2, 300, dtype=dtype, requires_grad=True), torch.randn(2, 300, requires_grad=True)
     skip = torch.randn(2, requires_grad=True)
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         y = fftconv(u, k, skip)
         grads = torch.autograd.grad(y.float().square().sum(), (u, k, skip))
     y64 = reference.fftconv_fft(u.double(), k.double(), skip.double())

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from emulated import as_backend
+from emulated import OnDevice
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqconv
+from seqconv import use_backend
 from seqconv.backends.cuda import driver, gpu, tables
 from seqconv.backends.cuda.plan import longest
 from seqconv.backends.protocol import Request
@@ -81,7 +82,7 @@ def test_a_driver_older_than_the_compiler(monkeypatch, fresh, version, wanted):
 
 
 def test_explain_shows_the_plan(device):
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         text = str(seqconv.explain(torch.randn(8, 4, 5000).bfloat16(), torch.randn(4, 5000)))
     assert "tensor cores" in text and "5120" in text and "sm_90" in text
     assert "predicted lower bound" in text

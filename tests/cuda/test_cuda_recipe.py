@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case
-from emulated import Emulator, as_backend, forget_recipes
+from emulated import Emulator, OnDevice, forget_recipes
 
-from seqconv import fftconv
+from seqconv import fftconv, use_backend
 from seqconv.backends.cuda import convolution
 from seqconv.backends.cuda.arguments import CONVOLUTION
 from seqconv.backends.cuda.problem import H100
@@ -30,7 +30,7 @@ CASES = [
 
 def results(device, case: Case, seed: int) -> list:
     torch.manual_seed(seed)
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         y, grads, _ = case.with_gradients(fftconv, case.tensors())
     return [y, *grads.values()]
 
@@ -113,7 +113,7 @@ CHANGED = {
 @pytest.mark.parametrize("name", CHANGED)
 def test_whatever_changes_is_prepared_anew(library, name):
     device, changed = Emulator(library), inputs(**CHANGED[name])
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         right = fftconv(**changed)
         forget_recipes()
         usual = fftconv(**inputs())
@@ -132,7 +132,7 @@ def test_torchs_switches_are_asked_in_every_call(library, dtype):
         for fast in (True, False, True, False):
             setattr(matmul, name, fast)
             device = Emulator(library)
-            with as_backend(device):
+            with use_backend(OnDevice(device)):
                 y = fftconv(**inputs(u=HALF["u"].to(dtype)))
             assert torch.equal(found.setdefault(fast, y), y)
             mode = "fast" if fast else "accurate"
@@ -147,7 +147,7 @@ def test_limits_of_the_device_are_asked_in_every_call(library):
     for limits, long in ((H100, False), (SMALL, True), (H100, False)):
         device.limits = limits
         device.launches.clear()
-        with as_backend(device):
+        with use_backend(OnDevice(device)):
             fftconv(torch.randn(1, 2, 3000), torch.randn(2, 3000))
         assert any(kernel.startswith("long") for kernel, *_ in device.launches) == long
     assert misses() == 2
@@ -162,7 +162,7 @@ def test_other_gradients_are_prepared_anew(library, wanted):
         y = fftconv(**leaves)
         return torch.autograd.grad(y, [leaves[n] for n in names], torch.ones_like(y))
 
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         every = dict(zip(("u", "k", "skip"), gradients(["u", "k", "skip"]), strict=True))
         known = convolution._backward.cache_info().misses
         some = wanted.split()
@@ -175,7 +175,7 @@ def test_lazy_tensors_behind_a_recipe(library):
     negated = torch.imag(torch.randn(2, 3, 300, dtype=torch.complex64).conj())
     zeros = torch._efficientzerotensor((2, 3, 300))
     assert negated.is_neg() and zeros.data_ptr() == 0
-    with as_backend(Emulator(library)):
+    with use_backend(OnDevice(Emulator(library))):
         for lazy, real in ((negated, negated.resolve_neg()), (zeros, torch.zeros(2, 3, 300))):
             wanted = fftconv(**inputs(u=real))
             assert torch.equal(fftconv(**inputs(u=lazy)), wanted)
@@ -231,7 +231,7 @@ class Capturing(Emulator):
 def test_captures_keep_the_tables_of_a_recipe(library):
     """A recipe holds no tables. Those of a graph are kept, and one that was dropped is an error before any launch."""
     device = Capturing(library)
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         device.capturing = True
         with pytest.raises(CaptureError, match="once before the capture"):
             fftconv(**inputs())
@@ -307,7 +307,7 @@ def test_what_a_call_costs(dtype, monkeypatch):
     monkeypatch.setattr(convolution, "Recipe", Recipe)  # without bands
     leaves = [t.requires_grad_() for t in inputs(u=HALF["u"].to(dtype)).values()]
     dy = torch.ones(2, 3, 300, dtype=dtype)
-    with as_backend(Nothing()):
+    with use_backend(OnDevice(Nothing())):
         with torch.no_grad():
             forward = calls(lambda: fftconv(*leaves))
         both = calls(lambda: torch.autograd.grad(fftconv(*leaves), leaves, dy))

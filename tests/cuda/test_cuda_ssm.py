@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import rel_l2
-from emulated import as_backend
+from emulated import OnDevice
 from fake_driver import Device, Driver
 from ssm_cases import SIZES, check, dense, problem, results
 
-from seqconv import reference, ssm_kernel
+from seqconv import reference, ssm_kernel, use_backend
 from seqconv.backends.cuda import driver, kernels, ssm
 from seqconv.backends.cuda.problem import H100
+from seqconv.ops.ssm import mode_sum
 
 FEW = replace(H100, processors=1)  # several tiles for every block
 
@@ -129,7 +130,7 @@ def test_every_barrier_is_needed(emulator):
 
 
 def test_through_the_driver_with_any_strides(emulator, monkeypatch):
-    """A gradient is read in place, whether it is transposed, expanded, a slice, lazily negated or zero."""
+    """A gradient is read in place, whether it is transposed, expanded or a slice."""
     monkeypatch.setattr(driver, "find_prebuilt", lambda name, *_: b"\x7fELF " + name.encode())
     device = Device(0, Driver(emulator.device()))
     a, w = problem(2, 3, 4)
@@ -138,13 +139,27 @@ def test_through_the_driver_with_any_strides(emulator, monkeypatch):
         torch.randn(1, 3, 100).expand(2, 3, 100),
         torch.randn(2, 1, 1).expand(2, 3, 100),
         torch.randn(2, 3, 201)[..., 1::2],
-        torch.imag(torch.randn(2, 3, 100, dtype=torch.complex64).conj()),
-        torch._efficientzerotensor(2, 3, 100),
     ):
         check(device, a, w, dk)
     names = set(device.driver.names.values())
     assert names == {name for name in kernels.KERNELS if name.startswith("ssm")}
     assert {launch[4] for launch in device.driver.launches} == {77}
+
+
+def test_lazy_gradients_have_memory_when_they_arrive(emulator):
+    """Lazily negated and lazily zero ones, by the operator, which has torch resolve them."""
+    inputs = [t.requires_grad_() for t in problem(2, 3, 4)]
+    lazy = torch.imag(torch.randn(2, 3, 100, dtype=torch.complex64).conj())
+    zero = torch._efficientzerotensor((2, 3, 100))
+    assert lazy.is_neg() and zero._is_zerotensor()
+    with use_backend(OnDevice(device := emulator.device())):
+        for dk, real in ((lazy, lazy.clone()), (zero, torch.zeros(2, 3, 100))):
+            found, wanted = (
+                torch.autograd.grad(mode_sum(*inputs, 100, True), inputs, g) for g in (dk, real)
+            )
+            assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+            assert wanted[1].any() or not real.any()
+    assert any(name == "ssm_backward" for name, *_ in device.launches)
 
 
 def test_memory_does_not_grow_with_modes_times_length(machine, monkeypatch):
@@ -173,7 +188,7 @@ def test_the_operator_on_cudas_road(machine):
     inputs = [torch.randn(3) - 3, torch.randn(3, 4, 2), torch.randn(2, 3, 4, 2)]
     inputs[1][..., 0] = -inputs[1][..., 0].abs()
     inputs = [t.requires_grad_() for t in inputs]
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         ours = ssm_kernel(*inputs, 300)
     dk = torch.randn_like(ours)
     found = [ours, *torch.autograd.grad(ours, inputs, dk)]

@@ -28,11 +28,11 @@ from device_cases import (
     planned,
     results,
 )
-from emulated import as_backend, forget_recipes
+from emulated import OnDevice, forget_recipes
 from judge import ROUNDING, STATED
 from operator_cases import CASES, PROPERTIES
 
-from seqconv import fftconv, reference
+from seqconv import fftconv, reference, use_backend
 from seqconv.backends.cuda import convolution, kernels
 from seqconv.backends.cuda.plan import make_plan
 from seqconv.backends.cuda.problem import H100, Limits, Problem
@@ -313,7 +313,7 @@ def test_hard_signals(machine, mode, dtype):
         k = torch.stack([torch.exp(-t / 100.0) / 10] * 3 + [torch.ones(n) / n] * 3)
         case = Case(1, 6, n, n, dtype=dtype)
         tensors = {name: None for name in case.tensors()} | {"u": (u * scale).to(dtype), "k": k}
-        with as_backend(machine.device()):
+        with use_backend(OnDevice(machine.device())):
             y = case.run(fftconv, tensors)
         y64 = case.run(reference.fftconv_fft, double(tensors))
         # Round-off is relative to the whole convolution, of which a causal output may keep little.
@@ -331,7 +331,7 @@ def test_kernels_of_any_size(machine, mode, scale):
     """A channel whose taps have all but vanished, or whose squares leave float32's range, is as exact as any."""
     u, k = torch.randn(2, 1, 1000).bfloat16(), torch.randn(1, 1000) / 30
     grow = min(1.0, 1e30 / scale)  # of u, so that the result is a number
-    with as_backend(machine.device()):
+    with use_backend(OnDevice(machine.device())):
         y, plain = fftconv(u * grow, k * scale), fftconv(u, k)
     assert torch.isfinite(y).all()
     assert rel_l2(y.double() / (scale * grow), plain.double()) < 2 * STATED[mode] + 4e-3
@@ -341,7 +341,7 @@ def test_rows_do_not_meet(machine):
     """A NaN spoils its own row of (sample, channel) only, however many rows a block holds."""
     for dtype in (torch.float32, torch.bfloat16):
         u, k = torch.randn(9, 2, 256).to(dtype), torch.randn(2, 256)
-        with as_backend(machine.device(FEW)):
+        with use_backend(OnDevice(machine.device(FEW))):
             clean = fftconv(u, k)
             u[3, 1, 200] = torch.nan
             y = fftconv(u, k)
@@ -354,7 +354,7 @@ def test_rows_do_not_meet(machine):
 def test_the_operators_properties(machine, name):
     function, given = PROPERTIES[name]
     device = machine.device()
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         function(*given)
     assert device.launches
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from cases import Case
 from device_cases import FEW, ORDERS, results
-from emulated import Emulator, as_backend
+from emulated import Emulator, OnDevice
 from guarded import BAND, Overrun
 
-from seqconv import fftconv
+from seqconv import fftconv, use_backend
 from seqconv.backends.cuda.arguments import CONVOLUTION
 
 
@@ -59,7 +59,7 @@ def test_tensor_core_instructions_match_the_formula(emulator, mode):
     for length, outer in ((256, 0), (4096, 1), (8192, 2)):
         case = Case(1, 1, length, length, dtype=torch.float16)
         before = emulator.library.tensor_products()
-        with as_backend(emulator.device(FEW)):
+        with use_backend(OnDevice(emulator.device(FEW))):
             fftconv(*[case.tensors()[n] for n in ("u", "k")])
         tiles, passes = length // 256, 2 + outer
         expected = tiles * (2 * 4 + (2 * passes - 2) * 8)
@@ -81,6 +81,9 @@ def test_a_step_beside_a_piece_of_scratch_memory(emulator, step):
                 at.value = 1.0
 
     case = Case(2, 2, 1024, 1024, dtype=torch.bfloat16)
-    with as_backend(Beside(emulator.library)), pytest.raises(Overrun, match="spectrum wrote"):
+    with (
+        use_backend(OnDevice(Beside(emulator.library))),
+        pytest.raises(Overrun, match="spectrum wrote"),
+    ):
         case.run(fftconv, case.tensors())
     assert len(seen) == 1 and math.isnan(seen[0])

@@ -13,10 +13,10 @@ import torch
 from accuracy import rel_l2
 from cases import Case, double, oracle
 from device_cases import FEW
-from emulated import as_backend, forget_recipes
+from emulated import OnDevice, forget_recipes
 from judge import ROUNDING, STATED
 
-from seqconv import fftconv
+from seqconv import fftconv, use_backend
 from seqconv.backends.cuda import convolution, kernels
 from seqconv.backends.cuda.recipe import Recipe
 
@@ -43,7 +43,7 @@ def outcome(case: Case = CASE, backward: bool = True, **device) -> str:
     tensors, dy, exact = problem(case)
     one = ptx_device.PtxDevice(FEW, **device)
     try:
-        with as_backend(one):
+        with use_backend(OnDevice(one)):
             if backward:
                 y, grads, _ = case.with_gradients(fftconv, tensors, dy)
                 found = [y, *grads.values()]

@@ -5,10 +5,10 @@ from unittest.mock import patch
 
 import torch
 from cases import Case
-from emulated import as_backend
+from emulated import OnDevice
 from judge import judge
 
-from seqconv import fftconv
+from seqconv import fftconv, use_backend
 from seqconv.backends.cuda import convolution
 from seqconv.backends.cuda.lengths import tensor_bytes
 from seqconv.backends.cuda.plan import make_plan
@@ -41,7 +41,7 @@ def one_plane(n: int) -> Limits:
 
 def run(device, case: Case):
     tensors = case.tensors()
-    with as_backend(device):
+    with use_backend(OnDevice(device)):
         return tensors, *case.with_gradients(fftconv, tensors)
 
 

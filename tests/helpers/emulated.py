@@ -4,13 +4,11 @@ import ctypes
 import os
 import subprocess
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kept import kept
 
-from seqconv import use_backend
 from seqconv.backends.cuda import Cuda, convolution, kernels
 from seqconv.backends.cuda.problem import H100, Limits
 from seqconv.backends.cuda.tables import Tables
@@ -115,10 +113,3 @@ class OnDevice(Cuda):
 
     def on(self, place, function, *arguments) -> None:
         function(self.emulated, *arguments)
-
-
-@contextmanager
-def as_backend(device):
-    """Every operator of CPU tensors on the device."""
-    with use_backend(OnDevice(device)):
-        yield device

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import rel_l2
-from emulated import as_backend
+from emulated import OnDevice
 from torch import nn
 
 from seqconv import ButterflyConv, LongConv, param_groups, reference, use_backend
@@ -412,7 +412,8 @@ def test_functional_transforms(float64):
 @pytest.fixture
 def on_cuda(emulator):
     """CPU tensors on CUDA's road from the operator down, with the emulator in the driver's place."""
-    with as_backend(emulator.device()) as device:
+    device = emulator.device()
+    with use_backend(OnDevice(device)):
         yield device
 
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from accuracy import rel_l2
-from emulated import as_backend
+from emulated import OnDevice
 
-from seqconv import reference
+from seqconv import reference, use_backend
 from seqconv.backends.fallback import radix_sizes, split
 from seqconv.layers.butterfly_conv import Butterfly
 from seqconv.ops.butterfly import operator
@@ -23,7 +23,8 @@ def float64():
 @pytest.fixture
 def on_cuda(emulator):
     """CPU tensors on CUDA's road from the operator down, with the emulator in the driver's place."""
-    with as_backend(emulator.device()) as device:
+    device = emulator.device()
+    with use_backend(OnDevice(device)):
         yield device
 
 
