@@ -8,6 +8,7 @@ import torch
 from ptx_text import OWN, WORD, run, stores
 
 COPIES = [0, 1, 2]  # at once, as late as possible, the last first
+NOWHERE = "mov.u64 %d8, 4096;\n"  # no system maps the lowest pages
 FIRST = "setp.ne.u32 %p1, %r1, 0;\n@%p1 bra {label};\n"
 MAKE = FIRST.format(label="L1") + "mbarrier.init.shared.b64 [%r3+512], 1; L1: bar.sync 0;\n"
 # Thread 0 asks for the rows of all threads, 64 bytes each, from d1 on.
@@ -43,7 +44,7 @@ def test_bulk_copy(copies):
         (MAKE + ASK.replace("256;", "512;") + WAIT, "no thread can go on"),
         (MAKE + ASK.replace("[%d1+128], 128", "[%d1+128], 120") + WAIT, "not a multiple of 16 bytes"),
         (MAKE + ASK.replace("[%r3+128]", "[%r3+960]") + WAIT, "outside of shared memory"),
-        (MAKE + ASK.replace("[%d1+128]", "[%d1+65536]") + WAIT, "outside of global memory"),
+        (MAKE + NOWHERE + ASK.replace("[%d1+128]", "[%d8]") + WAIT, "outside of global memory"),
         (OWN + "bar.sync 0;\n" + MAKE + ASK + WAIT + READ, "without a fence.proxy.async"),
         (MAKE + "ld.shared.u32 %r5, [%r2];", "read before it was written"),
     ],
