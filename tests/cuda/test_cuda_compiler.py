@@ -13,6 +13,7 @@ from accuracy import rel_l2
 from emulated import Emulator, OnDevice, build
 from fake_driver import Device, Driver
 
+import seqconv
 from seqconv import __main__, fftconv, prebuild, reference, use_backend
 from seqconv.backends.cuda import compiler, driver, kernels
 
@@ -266,3 +267,7 @@ def test_another_nvrtc_is_taken_or_refused(nvrtc, tmp_path):
             text=True,
         )
         assert result.returncode == 0 and wanted in result.stdout, result.stdout + result.stderr
+
+
+def test_packaged_machine_code_is_looked_for_where_setup_puts_it():
+    assert compiler.PACKAGED == Path(seqconv.__file__).parent / "cubins"

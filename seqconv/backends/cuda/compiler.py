@@ -20,7 +20,7 @@ from seqconv.backends.cuda import kernels
 # Without -default-device NVRTC 12 takes generic lambdas for host code.
 OPTIONS = ("-std=c++17", "-default-device")
 OLDEST = (12, 8)  # release of cuda.bindings that will do
-PACKAGED = Path(__file__).parent.parent / "cubins"
+PACKAGED = Path(__file__).parents[2] / "cubins"
 CACHE_BYTES = 256 << 20  # this holds some fifty states of all kernels of one architecture
 
 
