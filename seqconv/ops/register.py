@@ -68,7 +68,7 @@ def _unwatched(tensors) -> bool:
     for t in tensors:
         if t is not None and (t.is_neg() or t._is_zerotensor()):
             return False
-    return not (_modes() or _profiled() or _tracing() or _included(_VMAP) or _included(_EARLY))
+    return not (_modes() or _profiled() or _tracing() or _included(_EARLY))
 
 
 def _recording():

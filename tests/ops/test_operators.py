@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from operator_table import OPERATORS
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from seqconv import use_backend
 
@@ -155,3 +156,14 @@ def test_second_derivatives_that_are_zero_are_zeros(problem):
         (first,) = torch.autograd.grad(operator(alone, *options).sum(), one, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), one)
         assert second.shape == one.shape
+
+
+def test_a_graph_made_before_dispatch_has_the_operator(problem):
+    """torch's export traces in this mode, which is not among the modes that a call would notice."""
+    operator, inputs, options = problem
+    leaves = [t.detach() for t in present(inputs)]
+    assert len(leaves) == len(inputs)
+    call = lambda *tensors: operator(operator.name_inputs(tensors), *options)  # noqa: E731
+    graph = make_fx(call, tracing_mode="real", pre_dispatch=True)(*leaves)
+    assert operator.fwd in {node.target for node in graph.graph.nodes}
+    close([graph(*leaves)], [call(*leaves)])
