@@ -120,7 +120,8 @@ def _begin(tensors, options, group, order, method, shards) -> Call:
     try:
         _check(tensors, options, order, method, shards, group)
     except (TypeError, ValueError) as error:
-        refused = type(error)(str(error).replace("fftconv", NAME, 1))
+        text = str(error)
+        refused = type(error)(text if text.startswith(NAME) else text.replace("fftconv", NAME, 1))
     u, k, k_rev, skip, pre_gate, post_gate = tensors
     activation, mode, layout = options
     channel, step = (-2, -1) if layout == "bhl" else (-1, -2)

@@ -102,3 +102,71 @@ class Model(nn.Module):
 def chunk(x, ranks, rank, axis=1):
     sizes = chunk_sizes(x.shape[axis], ranks)
     return x.narrow(axis, sum(sizes[:rank]), sizes[rank])
+
+
+def train(model, batches, losses, rate=0.1):
+    """The parameters after a step of SGD for each list of (x, target), whose gradients are added."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    for micro in batches:
+        optimizer.zero_grad()
+        for x, target, lengths in micro:
+            losses(model(x, lengths), target).backward()
+        optimizer.step()
+    return model
+
+
+def whole(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def model_trains(world, context, wrap, steps=2, micro=2, bound=1e-11, length=37):
+    """A model on data x context ranks against one process: parameters after steps of accumulated gradients."""
+    data = world // context
+    mesh = dist.init_device_mesh("cpu", (data, context), mesh_dim_names=("dp", "cp"))
+    row, place = mesh["dp"].get_local_rank(), mesh["cp"].get_local_rank()
+    g = torch.Generator().manual_seed(5)
+    batch, double = 2 * data, {"generator": g, "dtype": torch.float64}
+    batches = []
+    for _ in range(steps):
+        draws = range(micro)
+        lengths = [torch.randint(length, (batch,), generator=g) for _ in draws]
+        batches.append(
+            [
+                (
+                    torch.randn(batch, length, 2, **double),
+                    torch.randn(batch, length, 3, **double),
+                    n,
+                )
+                for _, n in zip(draws, lengths, strict=True)
+            ]
+        )
+    torch.manual_seed(7)
+    plain = Model().double()
+    ours = copy.deepcopy(plain)
+    # Torch says so of every model whose last operation is a linear map.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    if wrap == "fsdp":
+        for layer in ours.layers:
+            parallel.fully_shard(layer, mesh=mesh)
+        parallel.fully_shard(ours, mesh=mesh)
+    if wrap == "fsdp, flat":
+        parallel.fully_shard(ours, mesh=mesh._flatten("all"))
+    ours = parallel.context_parallel(ours, mesh["cp"])
+    if wrap == "ddp":
+        ours = nn.parallel.DistributedDataParallel(ours, process_group=mesh["dp"].get_group())
+    if wrap == "ddp of all":
+        ours = nn.parallel.DistributedDataParallel(ours)
+
+    def own(t, cut):
+        t = t.chunk(data)[row]
+        return chunk(t, context, place) if cut else t
+
+    part_of = [[(own(x, True), own(t, True), own(n, False)) for x, t, n in m] for m in batches]
+    squares = lambda y, t: (y - t).square().sum() / batch  # noqa: E731
+    train(plain, batches, squares)
+    train(ours, part_of, lambda y, t: squares(y, t) * data)  # data parallelism takes the mean
+    found = dict(ours.named_parameters())
+    for path, p in plain.named_parameters():
+        q = whole(found.get(path, found.get(f"module.{path}")))
+        error = relative(q.detach(), p.detach())
+        assert error < bound, f"{wrap}: {path} is {error:.1e} off"

@@ -1,8 +1,11 @@
 """Layers under context parallelism on 1 to 4 processes against one process: values and every gradient."""
 
 import pytest
-from context_cases import ALL, run_layers
+from context_cases import ALL, model_trains, run_layers
+from parallel_cases import zigzag
 from processes import run
+
+from seqconv.parallel.shards import chunk_sizes
 
 SIZES = {
     1: [[37]],
@@ -17,3 +20,27 @@ def test_equal_to_one_process(name):
     for world, sizes in SIZES.items():
         calls = [((name, s), {}) for s in sizes]
         assert max(run(world, run_layers, calls)) < 1e-12
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("masked", [None, "mask", "lengths"])
+def test_orders_and_masks(order, masked):
+    for world, length in ((2, 37), (3, 31)):
+        sizes = zigzag(length, world) if order == "zigzag" else chunk_sizes(length, world)
+        calls = [((name, sizes), {"order": order, "masked": masked}) for name in ALL]
+        assert max(run(world, run_layers, calls)) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["a2a", "halo", "state"])
+def test_methods(method):
+    names = {"state": ["s4d", "s4d, real", "s4d, two-sided", "s4d, shared sets", "s4d, dss"]}
+    names = names.get(method, [name for name in ALL if "butterfly" not in name])
+    for world in (2, 4):
+        calls = [((name, s), {"method": method}) for name in names for s in SIZES[world]]
+        assert max(run(world, run_layers, calls)) < 1e-12
+
+
+@pytest.mark.parametrize("wrap", [None, "ddp", "ddp of all", "fsdp", "fsdp, flat"])
+def test_models_train_as_in_one_process(wrap):
+    """On a mesh of 2 data ranks and 2 context ranks; also with all four as context ranks."""
+    run(4, model_trains, 4, 2 if wrap else 4, wrap)
