@@ -69,13 +69,8 @@ class Call:
         mode: str = "causal",
         layout: str = "bhl",
         parted: bool = False,
-        reduce: bool = False,
     ) -> Tensor:
         """seqconv.fftconv of this rank's steps; the other arguments are whole, but for a parted k and k_rev."""
-        if reduce:
-            own = (None, skip, None) if parted else (k, skip, k_rev)
-            own = exchange.replicated(self.group, *own)
-            k, skip, k_rev = (k, own[1], k_rev) if parted else own  # pyright: ignore
         # Gates are products of a step with itself: they stay on this rank, in the precision of the kernels.
         wide = torch.promote_types(u.dtype, torch.float32)
         x = u if pre_gate is None else u.to(wide) * pre_gate.to(wide)

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from seqconv.layers.base import ConvLayer, KernelGenerator, TiedDropout
+from seqconv.layers.base import ConvLayer, KernelGenerator, TiedDropout, check_input
 from seqconv.layers.conv1d import Conv1d
 from seqconv.layers.hyena import Hyena
 from seqconv.layers.padding import padding_of
@@ -136,6 +136,12 @@ class _Context:
     def __reduce__(self):
         text = "a layer under context parallelism cannot be pickled: save its state_dict"
         raise TypeError(f"{NAME}: {text}")
+
+    def begin(self, layer, x: Tensor) -> Call:
+        """The call that a forward pass of x would make."""
+        self._meet(layer, (x,), {})
+        check_input(type(layer).__name__, x, layer.skip, layer.d_model)
+        return self._call(layer, x)
 
     def _meet(self, layer, args, kwargs):
         """Learns the sizes of the shards, and cuts mask and lengths, which are of whole sequences, to this rank's."""

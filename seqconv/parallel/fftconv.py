@@ -2,11 +2,12 @@
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqconv.layers.base import KernelGenerator
 from seqconv.ops.checks import check_choice
 from seqconv.ops.fftconv import validate
+from seqconv.parallel import exchange
 from seqconv.parallel.call import Call, most_taps, reach_of
 from seqconv.parallel.meeting import meet, process_group, shape_of
 from seqconv.parallel.plan import Explanation, Problem, explanation
@@ -75,7 +76,12 @@ def fftconv(
     """
     tensors = u, k, k_rev, skip, pre_gate, post_gate
     call = _begin(tensors, (activation, mode, layout), group, order, method, shards)
-    made, parted = call.kernel(k, reduce=True) if isinstance(k, KernelGenerator) else (k, None)
+    parted = False
+    if isinstance(k, KernelGenerator):
+        made, parted = call.kernel(k, reduce=True)
+        (skip,) = exchange.replicated(call.group, skip)
+    else:
+        made, skip, k_rev = exchange.replicated(call.group, k, skip, k_rev)
     return call.convolve(
         u,
         made,
@@ -86,14 +92,13 @@ def fftconv(
         activation=activation,
         mode=mode,
         layout=layout,
-        parted=bool(parted),
-        reduce=True,
+        parted=parted,
     )
 
 
 def explain(
     u: Tensor,
-    k: Tensor | KernelGenerator,
+    k: Tensor | KernelGenerator | nn.Module,
     skip: Tensor | None = None,
     *,
     k_rev: Tensor | None = None,
@@ -108,7 +113,15 @@ def explain(
     shards: tuple[int, ...] | None = None,
 ) -> Explanation:
     """Which method `seqconv.parallel.fftconv` takes for these arguments, and how many bytes it moves. It exchanges the
-    sizes of the shards, unless they are given, and computes nothing else."""
+    sizes of the shards, unless they are given, and computes nothing else.
+
+    With a layer under context parallelism in the place of k, u is the layer's input (batch, steps, d_model), and the
+    other arguments are the layer's own.
+    """
+    context = getattr(k, "_context", None)
+    if context is not None:
+        call = context.begin(k, u)
+        return explanation(call.problem, call.method)
     tensors = u, k, k_rev, skip, pre_gate, post_gate
     call = _begin(tensors, (activation, mode, layout), group, order, method, shards)
     return explanation(call.problem, call.method)
