@@ -16,7 +16,7 @@ from seqconv.layers.padding import padding_of
 from seqconv.ops.checks import check_choice
 from seqconv.parallel import exchange, layers
 from seqconv.parallel.call import Call, random_numbers
-from seqconv.parallel.meeting import meet, process_group, shape_of
+from seqconv.parallel.meeting import meet, shape_of
 from seqconv.parallel.plan import METHODS
 from seqconv.parallel.shards import ORDERS, Shards
 
@@ -63,7 +63,7 @@ class ContextParallel(ParallelStyle):
             raise TypeError(
                 f"{NAME}: module must be a layer of seqconv, got {type(module).__name__}"
             )
-        group = process_group(NAME, device_mesh)
+        group = exchange.process_group(NAME, device_mesh)
         if module._context is not None:
             raise ValueError(f"{NAME}: module must be without context parallelism, but it has it")
         if self.shards and self.shards.ranks != dist.get_world_size(group):
@@ -105,7 +105,7 @@ def context_parallel(model: nn.Module, mesh=None, **options) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"context_parallel: model must be a module, got {type(model).__name__}")
-    style, group = ContextParallel(**options), process_group("context_parallel", mesh)
+    style, group = ContextParallel(**options), exchange.process_group("context_parallel", mesh)
     for path, module in model.named_modules():
         if isinstance(module, Conv1d):
             text = f"{path or 'model'} is a Conv1d, whose steps are not divided"

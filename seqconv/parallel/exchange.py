@@ -110,6 +110,33 @@ def gather(t: Tensor, group) -> Tensor:
     return _gather(t.contiguous().unsqueeze(0), 0, group)
 
 
+class _Total(Function):
+    @staticmethod
+    def forward(ctx, t, group):
+        ctx.group = group
+        total = t.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Total.apply(grad, ctx.group), None
+
+
+def sum_over_ranks(t: Tensor, group=None) -> Tensor:
+    """The sum of a tensor over the ranks of a group, on each of them, with its gradient.
+
+    A mean over a sequence of which every rank has some steps is sum_over_ranks(x.sum(1), group) / length. Every rank
+    then goes on with the same numbers. As the gradients of context parallelism are those of the sum of the ranks'
+    losses, each of P ranks that compute the same loss differentiates loss / P.
+
+    Args:
+        t: of the same shape and dtype on all ranks.
+        group: a ProcessGroup, or a DeviceMesh of one axis; None is every process.
+    """
+    return _Total.apply(t, process_group("parallel.sum_over_ranks", group))
+
+
 class _Summed(Function):
     @staticmethod
     def forward(ctx, group, *tensors):
@@ -148,6 +175,26 @@ def summed(grad: Tensor, group, number: int = 0) -> Tensor:
     else:
         torch._assert_async(same, text)  # without waiting for the device
     return total[:-2].view(grad.shape).to(grad.dtype)
+
+
+def process_group(function: str, group) -> dist.ProcessGroup:
+    """The group of a ProcessGroup, of a DeviceMesh of one axis, or of all processes if None."""
+    if not dist.is_available() or not dist.is_initialized():
+        text = "torch.distributed is not initialized; call torch.distributed.init_process_group"
+        raise RuntimeError(f"{function}: {text}, or start the program by torchrun and do so")
+    if group is None:
+        return dist.group.WORLD  # pyright: ignore
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    if isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            text = f"a mesh of one axis, got {group.ndim} axes; mesh['name'] is one of them"
+            raise ValueError(f"{function}: group must be {text}")
+        return group.get_group()
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{function}: this process is not a member of group")
+    wanted = "a ProcessGroup, a DeviceMesh or None"
+    raise TypeError(f"{function}: group must be {wanted}, got {type(group).__name__}")
 
 
 def _product(shape) -> int:

@@ -9,7 +9,7 @@ from seqconv.ops.checks import check_choice
 from seqconv.ops.fftconv import validate
 from seqconv.parallel import exchange
 from seqconv.parallel.call import Call, most_taps, reach_of
-from seqconv.parallel.meeting import meet, process_group, shape_of
+from seqconv.parallel.meeting import meet, shape_of
 from seqconv.parallel.plan import Explanation, Problem, explanation
 from seqconv.parallel.shards import ORDERS, Shards
 
@@ -128,7 +128,7 @@ def explain(
 
 
 def _begin(tensors, options, group, order, method, shards) -> Call:
-    group = process_group(NAME, group)
+    group = exchange.process_group(NAME, group)
     refused = None
     try:
         _check(tensors, options, order, method, shards, group)

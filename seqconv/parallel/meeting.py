@@ -19,26 +19,6 @@ _seen = weakref.WeakKeyDictionary()  # by group
 _WORDS = (*ORDERS, *METHODS, *MODES, *LAYOUTS, *ACTIVATIONS[1:])
 
 
-def process_group(function: str, group) -> dist.ProcessGroup:
-    """The group of a ProcessGroup, of a DeviceMesh of one axis, or of all processes if None."""
-    if not dist.is_available() or not dist.is_initialized():
-        text = "torch.distributed is not initialized; call torch.distributed.init_process_group"
-        raise RuntimeError(f"{function}: {text}, or start the program by torchrun and do so")
-    if group is None:
-        return dist.group.WORLD  # pyright: ignore
-    if isinstance(group, dist.ProcessGroup):
-        return group
-    if isinstance(group, dist.DeviceMesh):
-        if group.ndim != 1:
-            text = f"a mesh of one axis, got {group.ndim} axes; mesh['name'] is one of them"
-            raise ValueError(f"{function}: group must be {text}")
-        return group.get_group()
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(f"{function}: this process is not a member of group")
-    wanted = "a ProcessGroup, a DeviceMesh or None"
-    raise TypeError(f"{function}: group must be {wanted}, got {type(group).__name__}")
-
-
 def code(value) -> int:
     """A fact as an integer: a dtype, a word, a flag, a number or None."""
     if value is None:

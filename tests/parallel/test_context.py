@@ -1,10 +1,13 @@
 """Layers under context parallelism on 1 to 4 processes against one process: values and every gradient."""
 
 import pytest
+import torch
+import torch.distributed as dist
 from context_cases import ALL, model_trains, run_layers
 from parallel_cases import zigzag
 from processes import run
 
+from seqconv import parallel
 from seqconv.parallel.shards import chunk_sizes
 
 SIZES = {
@@ -44,3 +47,21 @@ def test_methods(method):
 def test_models_train_as_in_one_process(wrap):
     """On a mesh of 2 data ranks and 2 context ranks; also with all four as context ranks."""
     run(4, model_trains, 4, 2 if wrap else 4, wrap)
+
+
+def pools():
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    x = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = x.clone().requires_grad_()
+    wanted = whole.mean(1).square().sum()
+    wanted.backward()
+    own = x.chunk(ranks, 1)[rank].clone().requires_grad_()
+    mean = parallel.sum_over_ranks(own.sum(1)) / 7
+    loss = mean.square().sum()
+    (loss / ranks).backward()
+    torch.testing.assert_close(loss, wanted, rtol=1e-14, atol=0)
+    torch.testing.assert_close(own.grad, whole.grad.chunk(ranks, 1)[rank], rtol=1e-14, atol=1e-16)
+
+
+def test_sums_over_ranks():
+    run(3, pools)
