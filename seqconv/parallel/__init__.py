@@ -4,7 +4,7 @@ from seqconv.parallel.context import ContextParallel, context_parallel
 from seqconv.parallel.exchange import sum_over_ranks
 from seqconv.parallel.fftconv import explain, fftconv
 from seqconv.parallel.fsdp import fully_shard
-from seqconv.parallel.plan import Explanation
+from seqconv.parallel.traffic import Explanation
 
 __all__ = [
     "ContextParallel",
@@ -13,4 +13,5 @@ __all__ = [
     "explain",
     "fftconv",
     "fully_shard",
+    "sum_over_ranks",
 ]

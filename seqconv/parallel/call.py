@@ -11,7 +11,7 @@ from torch.func import functional_call
 from seqconv.layers.base import KernelGenerator
 from seqconv.ops.fftconv import fftconv
 from seqconv.parallel import exchange
-from seqconv.parallel.plan import Problem
+from seqconv.parallel.traffic import Problem
 
 
 @dataclass

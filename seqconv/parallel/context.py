@@ -17,7 +17,7 @@ from seqconv.ops.checks import check_choice
 from seqconv.parallel import exchange, layers
 from seqconv.parallel.call import Call, random_numbers
 from seqconv.parallel.meeting import meet, shape_of
-from seqconv.parallel.plan import METHODS
+from seqconv.parallel.traffic import METHODS
 from seqconv.parallel.shards import ORDERS, Shards
 
 NAME = "ContextParallel"

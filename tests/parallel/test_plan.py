@@ -17,7 +17,7 @@ from seqconv import (
     fftconv,
     parallel,
 )
-from seqconv.parallel.plan import Problem
+from seqconv.parallel.traffic import Problem
 from seqconv.parallel.shards import Shards
 
 
