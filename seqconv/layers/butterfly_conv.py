@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from einops import rearrange
@@ -18,6 +18,7 @@ from seqconv.ops import butterfly
 from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 from seqconv.ops.fftconv import ACTIVATIONS
 from seqconv.ops.register import Operator
+from seqconv.ops.sharding import SUM
 
 
 def radices(n: int) -> tuple[int, ...]:
@@ -220,7 +221,7 @@ class ButterflyConv(ConvLayer):
         u_f = self.input_transform(u)  # (b h n 2)
         k_f = self.kernel_transform(self._kernel(self.l_max, rate))  # (c h n 2)
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        v = _product_op([u_f, k_f], length) if compiled else _product(u_f, k_f, length)
+        v = _product_op(Spectra(u_f, k_f), length) if compiled else _product(u_f, k_f, length)
         v = v + self.skip.to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
         y = reference.activate(v, self.activation).to(x.dtype)
         return rearrange(y, "b c h l -> b l c h")
@@ -229,13 +230,29 @@ class ButterflyConv(ConvLayer):
 def _product(u_f: Tensor, k_f: Tensor, length: int) -> Tensor:
     """Re ifft(u_f k_f)[:length], (batch, heads, d_model, length)."""
     y_f = torch.view_as_complex(u_f).unsqueeze(1) * torch.view_as_complex(k_f)
-    # torch.fft refuses an empty batch.
-    return (torch.fft.ifft(y_f) if y_f.shape[0] else y_f).real[..., :length]
+    # torch.fft refuses what is empty.
+    return (torch.fft.ifft(y_f) if y_f.numel() else y_f).real[..., :length]
 
+
+class Spectra(NamedTuple):
+    """u (batch, d_model, n, 2) and k (heads, d_model, n, 2)."""
+
+    u: Tensor
+    k: Tensor
+
+
+_SHARDINGS = [  # samples, heads, channels; and the product is linear in both
+    (0, Spectra(u=0, k=None)),
+    (1, Spectra(u=None, k=0)),
+    (2, Spectra(u=1, k=1)),
+    (SUM, Spectra(u=SUM, k=None)),
+    (SUM, Spectra(u=None, k=SUM)),
+]
 
 _product_op = Operator(
     "butterfly_product",
-    list,
+    Spectra,
     "SymInt length",
-    lambda tensors, length: _product(tensors[0], tensors[1], length).contiguous(),
+    lambda tensors, length: _product(*tensors, length).contiguous(),
+    shardings=lambda *_, ranks: _SHARDINGS,
 )

@@ -7,8 +7,9 @@ from torch import Tensor
 from seqconv import backends
 from seqconv.backends.protocol import Explanation, Request
 from seqconv.ops.checks import FLOATS, check_choice, check_shape, check_tensor
-from seqconv.ops.inputs import IS_SIGNAL, Inputs
+from seqconv.ops.inputs import CHANNEL_AXIS, IS_SIGNAL, Inputs
 from seqconv.ops.register import Operator
+from seqconv.ops.sharding import SUM
 from seqconv.ops.transforms import composed, raw_bwd_vmap, raw_fwd_vmap
 
 ACTIVATIONS = (None, "gelu", "silu", "relu")
@@ -69,6 +70,24 @@ def _gradients(backend, dy, inputs: Inputs, activation, channels_last, wanted) -
     return Inputs._make(grad if grad is None else grad.zero_() for grad in grads)
 
 
+def _shardings(inputs: Inputs, activation: str, channels_last: bool, *, ranks: int) -> list[tuple]:
+    heads = len(inputs.k.shape) > 2
+    k = 0 if len(inputs.k.shape) == 4 else None
+    none = Inputs(*[None] * len(inputs))
+    rows = [
+        (0, Inputs(u=0, k=k, k_rev=k, skip=None, pre_gate=0, post_gate=0)),
+        (1 + heads, CHANNEL_AXIS),
+        (SUM, none._replace(post_gate=SUM)),
+    ]
+    if heads:
+        skip = 0 if inputs.skip is not None and len(inputs.skip.shape) == 2 else None
+        rows.append((1, none._replace(k=-3, k_rev=-3, skip=skip, post_gate=1)))
+    if activation == "none":
+        rows += [(SUM, none._replace(u=SUM)), (SUM, none._replace(pre_gate=SUM))]
+        rows.append((SUM, none._replace(k=SUM, k_rev=SUM, skip=SUM)))
+    return rows
+
+
 operator = Operator(
     "fftconv",
     Inputs,
@@ -80,6 +99,7 @@ operator = Operator(
     empty_gradients=lambda inputs, activation, *rest: _empty_gradients(inputs, *rest),
     vmap=raw_fwd_vmap,
     gradients_vmap=raw_bwd_vmap,
+    shardings=_shardings,
 )
 
 
