@@ -1,6 +1,7 @@
 """The parts that layers share: the kernel generator, and the block of fftconv, GELU, dropout, linear map and GLU."""
 
 import contextlib
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,9 @@ class KernelGenerator(Described):
     """A module whose call with a length gives a kernel (heads, channels, taps), taps <= length.
 
     A subclass names in `reads` the parameters and buffers that its kernel is made of, and makes the kernel of
-    them in generate(). `resamples` says that it takes a rate other than 1.
+    them in generate(). `resamples` says that it takes a rate other than 1. `channel_axes` names the axis of channels
+    of those tensors that have one. Where it does, generate() must make the kernel of some channels out of their slices:
+    several processes then divide the channels among them. Otherwise every process makes the whole kernel.
 
     `overrides` maps the names of parameters to the optimiser settings that they ask for, which
     seqconv.param_groups collects. The parameters are made in float32, or in float64 where that is torch's default
@@ -46,7 +49,9 @@ class KernelGenerator(Described):
     model.apply or a loop over model.modules() reaches all of them.
     """
 
+    d_model: int
     reads: tuple[str, ...] = ()
+    channel_axes: ClassVar[dict[str, int]] = {}
     resamples = False
 
     def __init__(self):
@@ -69,9 +74,10 @@ class KernelGenerator(Described):
                         del module._parameters[key]
                         module.register_buffer(key, tensor.detach())
 
-    def forward(self, length: int, rate: float = 1.0) -> Tensor:
+    def forward(self, length: int, rate: float = 1.0, channels: slice | None = None) -> Tensor:
         """The kernel for inputs of that length. With a rate, which is the number of the kernel's steps in one step
-        of the input, it is the kernel for inputs that are sampled 1 / rate times as often."""
+        of the input, it is the kernel for inputs that are sampled 1 / rate times as often. With channels it is the
+        kernel of these channels only."""
         if type(length) is not int or length < 0:
             check_length(type(self).__name__, length)
         if type(rate) is not float or rate != 1.0:
@@ -80,11 +86,50 @@ class KernelGenerator(Described):
             if rate != 1 and not self.resamples:
                 text = f"rate must be 1 (its taps have no time scale), got {rate!r}"
                 raise ValueError(f"{name}: {text}")
-        return self.generate(self.read(), length, rate)
+        if channels is None:
+            return self.generate(self.read(), length, rate)
+        self._check_channels(channels)
+        if not self.makes_parts:
+            return self.generate(self.read(), length, rate)[:, channels]
+        return self.part(self.read(), length, rate, channels)
 
     def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
         """The kernel (heads, channels, taps), made of the tensors that `reads` names."""
         raise NotImplementedError
+
+    @property
+    def makes_parts(self) -> bool:
+        """Whether part() makes the kernel of some channels without the others: a class says how, and none derived
+        from it has another generate()."""
+        if "generate" in vars(self):
+            return False
+        for owner in type(self).__mro__:
+            if owner is KernelGenerator or owner is nn.Module:
+                return False
+            if "channel_axes" in vars(owner) or "part" in vars(owner):
+                return True
+            if "generate" in vars(owner):
+                return False
+        return False
+
+    def part(self, tensors: list[Tensor], length: int, rate: float, channels: slice) -> Tensor:
+        """The kernel of these channels, (heads, channels, taps), made of the tensors that `reads` names."""
+        return self.generate(self.select(tensors, channels), length, rate)
+
+    def _check_channels(self, channels) -> None:
+        if isinstance(channels, slice):
+            first, last, step = channels.start, channels.stop, channels.step
+            ends = 0 if first is None else first, self.d_model if last is None else last
+            if step in (None, 1) and 0 <= ends[0] <= ends[1] <= self.d_model:
+                return
+        wanted = f"a slice of 0 ... {self.d_model} in steps of 1"
+        raise ValueError(f"{type(self).__name__}: channels must be {wanted}, got {channels!r}")
+
+    def select(self, tensors: list[Tensor], channels: slice) -> list[Tensor]:
+        """The tensors that `reads` names, cut to these channels."""
+        axes = [self.channel_axes.get(name) for name in self.reads]
+        pairs = zip(tensors, axes, strict=True)
+        return [t if axis is None else cut(t, axis, channels) for t, axis in pairs]
 
     def read(self) -> list[Tensor]:
         """The parameters and buffers in `reads`, each formed once if it is parametrized. TypeError if one of
@@ -135,6 +180,12 @@ class KernelGenerator(Described):
             if key.startswith(prefix) and isinstance(value, Tensor):
                 self._check_precision(f"{key} of the checkpoint", value, way)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def cut(t: Tensor, axis: int, part: slice) -> Tensor:
+    """t[..., part, ...] along the axis."""
+    first, last, _ = part.indices(t.shape[axis])
+    return t.narrow(axis, first, max(last - first, 0))
 
 
 class TiedDropout(nn.Dropout):

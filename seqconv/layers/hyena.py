@@ -12,6 +12,7 @@ from seqconv.layers.base import (
     KernelGenerator,
     apply_linear,
     check_input,
+    cut,
     full_precision,
     padding_of,
     sized,
@@ -96,12 +97,24 @@ class HyenaFilter(KernelGenerator):
                 return _filter_op([frequency, *parts], *sizes, length)
         return _filter(frequency, self.linears, *sizes, length)
 
+    def part(self, tensors: list[Tensor], length: int, rate: float, channels: slice) -> Tensor:
+        last = self.linears[-1]
+        none = not len(range(self.d_model)[channels])
+        if none or type(last) is not nn.Linear or _hooked(last):
+            return self.generate(tensors, length, rate)[:, channels]
+        weight = cut(last.weight.unflatten(0, (-1, self.d_model)), 1, channels).flatten(0, 1)
+        linears = [*self.linears[:-1], lambda h: F.linear(h, weight)]
+        sizes = self.l_max, self.emb_dim, self.d_model, length, channels
+        return _filter(tensors[0], linears, *sizes)
+
 
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
-def _filter(frequency, linears, l_max, emb_dim, d_model, length) -> Tensor:
+def _filter(
+    frequency, linears, l_max, emb_dim, d_model, length, channels: slice = slice(None)
+) -> Tensor:
     like: dict[str, Any] = {"dtype": frequency.dtype, "device": frequency.device}
     t = torch.arange(l_max, **like)[:length].unsqueeze(-1) / max(l_max - 1, 1)
     phase = 2 * math.pi * t * torch.arange(1, (emb_dim + 1) // 2, **like)
@@ -111,8 +124,8 @@ def _filter(frequency, linears, l_max, emb_dim, d_model, length) -> Tensor:
             h = torch.sin(frequency * linear(h))
         h = linears[-1](h)  # (l, heads h)
     slow, fast = (-math.log(0.01) / until for until in (1.5, 0.3))
-    decay = torch.exp(-t * torch.linspace(slow, fast, d_model, **like))  # (l h)
-    k = (h.unflatten(-1, (-1, d_model)) * decay.unsqueeze(1)).movedim(0, -1)
+    decay = torch.exp(-t * torch.linspace(slow, fast, d_model, **like)[channels])  # (l h)
+    k = (h.unflatten(-1, (-1, decay.shape[-1])) * decay.unsqueeze(1)).movedim(0, -1)
     return k.contiguous()  # FSDP warns of views.
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from functools import reduce
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,7 @@ class LongConvKernel(KernelGenerator):
     weights: Tensor
     shown = ("l_max", "init", "lam")
     reads = ("kernel",)
+    channel_axes: ClassVar = {"kernel": 1}
 
     def __init__(
         self,

@@ -1,14 +1,14 @@
 """S4D: convolution with the kernel of a diagonal state space model (arXiv 2206.11893)."""
 
 import math
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv.layers import s4d_init
-from seqconv.layers.base import ConvLayer, KernelGenerator
+from seqconv.layers.base import ConvLayer, KernelGenerator, cut
 from seqconv.layers.module import fill, kernel_dtype
 from seqconv.layers.options import Defaults, refuse
 from seqconv.layers.recurrence import Recurrent
@@ -53,6 +53,7 @@ class S4DKernel(KernelGenerator):
     shown = ("d_state", "init", "discretization")
     meaning = ("discretization", "real_transform", "imag_transform", "dt_transform", "dt_sinh")
     meaning += ("bandlimit",)
+    channel_axes: ClassVar = {"C": 1, "B": 0, "inv_dt": 0, "inv_A_real": 0, "inv_A_imag": 0}
     resamples = True
 
     def __init__(
@@ -160,14 +161,34 @@ class S4DKernel(KernelGenerator):
     def _arguments(self, tensors: list[Tensor], rate: float) -> tuple:
         """The arguments of _system."""
         names = [self.discretization, self.dt_transform, self.real_transform, self.imag_transform]
-        copies = self.d_model // self.n_ssm
+        C, B = tensors[:2]
+        copies = C.shape[1] // B.shape[0] if B.shape[0] else 1
         return tensors, names, copies, self.dt_sinh, self.bandlimit, rate
+
+    @property
+    def _own_system(self) -> bool:
+        """Whether no subclass has another system(), which may read anything."""
+        return type(self).system is S4DKernel.system and "system" not in vars(self)
+
+    @property
+    def makes_parts(self) -> bool:
+        return super().makes_parts and self._own_system
+
+    def select(self, tensors: list[Tensor], channels: slice) -> list[Tensor]:
+        """The tensors that `reads` names, cut to these channels, each with a set (A, B) of its own."""
+        C, B, inv_dt, *A = tensors
+        if self.n_ssm == self.d_model:
+            B, *A = (cut(t, 0, channels) for t in (B, *A))
+        else:
+            sets = torch.arange(self.d_model, device=B.device)[channels] % self.n_ssm
+            B, *A = (t[sets] for t in (B, *A))
+        return [cut(C, 1, channels), B, cut(inv_dt, 0, channels), *A]
 
     def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
         """The kernel of the system, whose dt the rate multiplies."""
         arguments, C = self._arguments(tensors, rate), tensors[0]
         options = length, C.dtype != torch.float64, self.backend
-        unchanged = type(self).system is S4DKernel.system and "system" not in vars(self)
+        unchanged = self._own_system
         known = unchanged and self.discretization != "dss_softmax"
         if known and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             a, w = _modes_op(Parameters(*tensors), *arguments[1:]).split([1, len(C)])

@@ -54,6 +54,7 @@ class SGConvKernel(KernelGenerator):
     meaning = ("init_scale", "upsample", "combine", "decay", "two_sided")
     attributes: ClassVar = {"decay": "law"}
     reads = ("pieces", "decay", "norm")
+    channel_axes: ClassVar = {"pieces": 2, "decay": 0, "norm": 1}
     resamples = True
 
     def __init__(

@@ -177,7 +177,7 @@ _KEPT = 4096
 def _check(inputs: Inputs, *options) -> None:
     """`_validate`, once for all calls with the same dtypes, shapes, devices and options."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
-        _validate(*inputs, *options)
+        validate(*inputs, *options)
         return
     try:
         found = list(options)
@@ -193,7 +193,7 @@ def _check(inputs: Inputs, *options) -> None:
             return
     except (TypeError, RuntimeError):  # no tensors, symbols for sizes, nested ones
         known = None
-    same = _validate(*inputs, *options)
+    same = validate(*inputs, *options)
     if same and known is not None:
         if len(_passed) >= _KEPT:
             _passed.clear()
@@ -218,7 +218,7 @@ def _prepare(inputs: Inputs, mode: str, layout: str) -> Inputs:
     return Inputs(u, k, k_rev, skip, pre_gate, post_gate)
 
 
-def _validate(u, k, k_rev, skip, pre_gate, post_gate, activation, mode, layout) -> bool:
+def validate(u, k, k_rev, skip, pre_gate, post_gate, activation, mode, layout) -> bool:
     """Whether the answer holds for all tensors alike: the dtypes that gates may have depend on autocast."""
     check_tensor("fftconv", "u", u)
     check_choice("fftconv", "activation", activation, ACTIVATIONS)

@@ -1,5 +1,7 @@
 """Layers and convolutions over several processes, on torch.distributed."""
 
+from seqconv.parallel.fftconv import explain, fftconv
 from seqconv.parallel.fsdp import fully_shard
+from seqconv.parallel.plan import Explanation
 
-__all__ = ["fully_shard"]
+__all__ = ["Explanation", "explain", "fftconv", "fully_shard"]

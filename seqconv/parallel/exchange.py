@@ -1,0 +1,151 @@
+"""What processes send to one another, each with its gradient.
+
+Everything is built on three collectives of torch.distributed: all_to_all_single with uneven sizes, all_gather, and
+all_reduce of gradients.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+from torch.autograd import Function
+
+from seqconv.parallel.shards import Shards, halo
+
+_gather = getattr(collectives, "all_gather_single_autograd", None)  # its name since torch 2.13
+_gather = _gather or collectives.all_gather_tensor_autograd
+
+
+def _all_to_all(parts: list[Tensor], received: list[int], group) -> list[Tensor]:
+    """Sends parts[r] to rank r, and returns what came from each rank, flat, of these sizes."""
+    sent = [part.numel() for part in parts]
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    out = collectives.all_to_all_single_autograd(flat, received, sent, group)
+    return list(out.split(received))
+
+
+def to_channels(
+    x: Tensor, shards: Shards, channels: list[int], rank: int, group, axes: tuple[int, int]
+) -> Tensor:
+    """From this rank's steps of all channels to all steps of its channels; axes are those of channels and steps."""
+    channel, step = (axis % x.dim() for axis in axes)
+    parts = list(x.split(channels, channel))
+    shapes = []
+    for size in shards.sizes:
+        shape = list(x.shape)
+        shape[channel], shape[step] = channels[rank], size
+        shapes.append(shape)
+    received = _all_to_all(parts, [_product(shape) for shape in shapes], group)
+    runs = []
+    for r, (part, shape) in enumerate(zip(received, shapes, strict=True)):
+        segments = shards.segments(r)
+        cuts = part.view(shape).split([size for _, size in segments], step)
+        runs += [(start, run) for (start, _), run in zip(segments, cuts, strict=True)]
+    runs.sort(key=lambda pair: pair[0])
+    return torch.cat([run for _, run in runs], step)
+
+
+def to_shards(
+    y: Tensor, shards: Shards, channels: list[int], rank: int, group, axes: tuple[int, int]
+) -> Tensor:
+    """The way back of to_channels."""
+    channel, step = (axis % y.dim() for axis in axes)
+    parts, shapes = [], []
+    for r, count in enumerate(channels):
+        runs = [y.narrow(step, start, size) for start, size in shards.segments(r)]
+        parts.append(runs[0] if len(runs) == 1 else torch.cat(runs, step))
+        shape = list(y.shape)
+        shape[channel], shape[step] = count, shards.sizes[rank]
+        shapes.append(shape)
+    received = _all_to_all(parts, [_product(shape) for shape in shapes], group)
+    pairs = zip(received, shapes, strict=True)
+    return torch.cat([part.view(shape) for part, shape in pairs], channel)
+
+
+def with_halo(
+    x: Tensor, shards: Shards, rank: int, group, step: int, reach: tuple[int, int], circular: bool
+) -> list[tuple[Tensor, int, int]]:
+    """Each of this rank's segments with `reach` = (left, right) steps of its surroundings, where the sequence has
+    them: (tensor, steps before the segment, size of the segment)."""
+    step %= x.dim()
+    known = shards, *reach, circular
+    parts = []
+    for r in range(shards.ranks):
+        wanted = _flat(halo(known[0], r, *known[1:]))
+        parts.append([x.narrow(step, at, n) for owner, at, n in wanted if owner == rank])
+    parts = [torch.cat(p, step) if p else x.narrow(step, 0, 0) for p in parts]
+    own = halo(known[0], rank, *known[1:])
+    counts = [0] * shards.ranks
+    for owner, _, size in _flat(own):
+        counts[owner] += size
+    row = _product(x.shape) // x.shape[step] if x.shape[step] else _product(_without(x, step))
+    received = _all_to_all(parts, [row * count for count in counts], group)
+    shape = list(x.shape)
+    queues = []
+    for part, count in zip(received, counts, strict=True):
+        shape[step] = count
+        queues.append(part.view(shape))
+    taken, out = [0] * shards.ranks, []
+
+    def take(pieces) -> list[Tensor]:
+        found = []
+        for owner, _, size in pieces:
+            found.append(queues[owner].narrow(step, taken[owner], size))
+            taken[owner] += size
+        return found
+
+    offset = 0
+    for (_, size), (before, after) in zip(shards.segments(rank), own, strict=True):
+        left, right = take(before), take(after)
+        # The empty piece lets every rank take part in the backward pass, also one that needs nothing of the others.
+        nothing = queues[0].narrow(step, 0, 0)
+        whole = torch.cat([*left, x.narrow(step, offset, size), *right, nothing], step)
+        out.append((whole, sum(n for _, _, n in before), size))
+        offset += size
+    return out
+
+
+def gather(t: Tensor, group) -> Tensor:
+    """The tensors of all ranks, (ranks, ...). It does not wait: the first use of the result does."""
+    return _gather(t.contiguous().unsqueeze(0), 0, group)
+
+
+class _Summed(Function):
+    @staticmethod
+    def forward(ctx, group, *tensors):
+        ctx.group = group
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        pairs = zip(grads, ctx.needs_input_grad[1:], strict=True)
+        return None, *[summed(g, ctx.group) if wanted else None for g, wanted in pairs]
+
+
+def replicated(group, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The same tensors, which every rank has, with gradients that are summed over the ranks."""
+    given = [t for t in tensors if t is not None]
+    found = iter(_Summed.apply(group, *given) if torch.is_grad_enabled() else given)
+    return [t if t is None else next(found) for t in tensors]
+
+
+def summed(grad: Tensor, group) -> Tensor:
+    """The sum of the ranks' gradients, added in float32 at least."""
+    total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous()
+    dist.all_reduce(total, group=group)
+    return total.to(grad.dtype)
+
+
+def _product(shape) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _without(x: Tensor, step: int) -> list[int]:
+    return [size for axis, size in enumerate(x.shape) if axis != step]
+
+
+def _flat(sides) -> list[tuple[int, int, int]]:
+    return [piece for before, after in sides for piece in (*before, *after)]

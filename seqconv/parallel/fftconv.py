@@ -1,0 +1,190 @@
+"""The long convolution of a sequence that is divided among processes."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seqconv.layers.base import KernelGenerator
+from seqconv.ops.checks import check_choice
+from seqconv.ops.fftconv import validate
+from seqconv.parallel.call import Call, most_taps, reach_of
+from seqconv.parallel.meeting import meet, process_group, shape_of
+from seqconv.parallel.plan import Explanation, Problem, explanation
+from seqconv.parallel.shards import ORDERS, Shards
+
+NAME = "parallel.fftconv"
+METHODS = ("auto", "a2a", "halo")
+
+
+def fftconv(
+    u: Tensor,
+    k: Tensor | KernelGenerator,
+    skip: Tensor | None = None,
+    *,
+    k_rev: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    activation: str | None = None,
+    mode: str = "causal",
+    layout: str = "bhl",
+    group=None,
+    order: str = "contiguous",
+    method: str = "auto",
+    shards: tuple[int, ...] | None = None,
+) -> Tensor:
+    """seqconv.fftconv of a sequence of which every process of a group has some steps.
+
+    The formula is that of seqconv.fftconv with u, the gates and y put together from all ranks. Every rank of the
+    group calls it.
+
+    Args:
+        u, pre_gate, post_gate: this rank's steps, (batch, channels, steps), or (batch, steps, channels) with
+            layout="blh"; post_gate as y, with heads where k has them. The number of steps may differ from
+            rank to rank and be 0.
+        k, skip, k_rev: as in seqconv.fftconv, whole, and the same on every rank; K counts lags of the whole sequence.
+            k may be a kernel generator: then k is its kernel for the length of the whole sequence, and by method
+            "a2a" each rank makes the kernel of its channels only. y has an axis of heads then.
+        activation, mode, layout: as in seqconv.fftconv. In circular mode K is at most the whole length.
+        group: a ProcessGroup, or a DeviceMesh of one axis; None is every process.
+        order: which steps a rank has. "contiguous": those after the steps of the ranks before it. "zigzag": the
+            parts r and 2 ranks - 1 - r of torch.chunk(2 ranks), which is how causal attention balances its work.
+        method: "a2a" exchanges steps for channels, convolves whole sequences of some channels on each rank, and
+            changes back. "halo" fetches the K - 1 steps before a shard (and those after it that k_rev reads) from the
+            ranks that have them. "auto" takes what moves fewer bytes.
+        shards: the number of steps on every rank, if it is known. Nothing but the convolution's own data is exchanged
+            then; otherwise the ranks exchange a few integers first, and compare what must agree.
+
+    Returns:
+        y: this rank's steps, shaped as in seqconv.fftconv, and equal to the same steps of one process up to round-off.
+
+    Every tensor has a gradient: for u and the gates that of this rank's steps, for k, skip, k_rev and the parameters of
+    a generator the whole one, summed over the ranks, on every rank. What each rank differentiates is its own part of a
+    sum over the ranks: the losses of the ranks add up to the one of one process.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above. Where ranks disagree about a shape, a dtype or an option,
+            every rank raises the same error, which names what they disagree about.
+        RuntimeError: torch.distributed is not initialized, or a rank does not come within the group's timeout.
+
+    Example, on each of several processes:
+        y = seqconv.parallel.fftconv(u.chunk(world, -1)[rank], k, group=mesh["cp"])
+
+    Bytes: by "a2a" batch * channels numbers for each step, to other ranks and back; by "halo" batch * channels
+    * (K - 1).
+    See seqconv.parallel.explain. Twin: seqconv.fftconv of the whole sequence.
+    """
+    tensors = u, k, k_rev, skip, pre_gate, post_gate
+    call = _begin(tensors, (activation, mode, layout), group, order, method, shards)
+    made, parted = call.kernel(k, reduce=True) if isinstance(k, KernelGenerator) else (k, None)
+    return call.convolve(
+        u,
+        made,
+        skip,
+        k_rev=k_rev,
+        pre_gate=pre_gate,
+        post_gate=post_gate,
+        activation=activation,
+        mode=mode,
+        layout=layout,
+        parted=bool(parted),
+        reduce=True,
+    )
+
+
+def explain(
+    u: Tensor,
+    k: Tensor | KernelGenerator,
+    skip: Tensor | None = None,
+    *,
+    k_rev: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    activation: str | None = None,
+    mode: str = "causal",
+    layout: str = "bhl",
+    group=None,
+    order: str = "contiguous",
+    method: str = "auto",
+    shards: tuple[int, ...] | None = None,
+) -> Explanation:
+    """Which method `seqconv.parallel.fftconv` takes for these arguments, and how many bytes it moves. It exchanges the
+    sizes of the shards, unless they are given, and computes nothing else."""
+    tensors = u, k, k_rev, skip, pre_gate, post_gate
+    call = _begin(tensors, (activation, mode, layout), group, order, method, shards)
+    return explanation(call.problem, call.method)
+
+
+def _begin(tensors, options, group, order, method, shards) -> Call:
+    group = process_group(NAME, group)
+    refused = None
+    try:
+        _check(tensors, options, order, method, shards, group)
+    except (TypeError, ValueError) as error:
+        refused = type(error)(str(error).replace("fftconv", NAME, 1))
+    u, k, k_rev, skip, pre_gate, post_gate = tensors
+    activation, mode, layout = options
+    channel, step = (-2, -1) if layout == "bhl" else (-1, -2)
+    size = lambda axis: u.shape[axis] if isinstance(u, Tensor) and u.dim() == 3 else 0  # noqa: E731
+    generated = isinstance(k, KernelGenerator)
+    facts = {"order": order, "method": method, "mode": mode, "layout": layout}
+    facts |= {"activation": activation, "u's batch": size(0), "u's channels": size(channel)}
+    facts |= {"u's dtype": getattr(u, "dtype", None), "k, a generator or not": generated}
+    for name, t in (("k", None if generated else k), ("k_rev", k_rev), ("skip", skip)):
+        facts |= shape_of(name, t, 4)
+    facts |= {"pre_gate's presence": pre_gate is not None}
+    facts |= {"post_gate's presence": post_gate is not None}
+    facts |= {"gradients being recorded": torch.is_grad_enabled()}
+    trained = lambda *ts: any(getattr(t, "requires_grad", False) for t in ts)  # noqa: E731
+    facts |= {"gradients of u or pre_gate": trained(u, pre_gate)}
+    facts |= {
+        f"the gradient of {n}": trained(t)
+        for n, t in zip("k k_rev skip".split(), tensors[1:4], strict=True)
+    }
+    found = shards and Shards(tuple(shards), order) if refused is None else None
+    found = meet(NAME, group, facts, size(step), order, refused, found)
+    heads = k.heads if generated else k.shape[-3] if k.dim() > 2 else 1
+    taps = most_taps(k, found.length) if generated else k.shape[-1]
+    if mode == "circular" and taps > found.length:
+        text = f"K <= length={found.length} in circular mode, got K={taps}"
+        raise ValueError(f"{NAME}: k must have {text}")
+    wide = torch.promote_types(u.dtype, torch.float32).itemsize
+    problem = Problem(
+        found,
+        u.shape[0],
+        u.shape[channel],
+        heads,
+        reach_of(taps, 0 if k_rev is None else k_rev.shape[-1], found),
+        mode == "circular",
+        u.element_size() if pre_gate is None else wide,
+        u.element_size() if post_gate is None else wide,
+    )
+    return Call(group, dist.get_rank(group), problem, problem.choose(method))
+
+
+def _check(tensors, options, order, method, shards, group) -> None:
+    u, k, k_rev, skip, *gates = tensors
+    activation, mode, layout = options
+    check_choice(NAME, "order", order, ORDERS)
+    check_choice(NAME, "method", method, METHODS)
+    if isinstance(k, KernelGenerator):
+        if k_rev is not None:
+            raise TypeError("fftconv: k_rev must be None beside a kernel generator, got a tensor")
+        axis = -2 if layout == "bhl" else -1
+        if isinstance(u, Tensor) and u.dim() == 3 and u.shape[axis] != k.d_model:
+            raise ValueError(
+                f"fftconv: k must make kernels of channels={u.shape[axis]}, got {k.d_model}"
+            )
+        if isinstance(u, Tensor):
+            k = u.new_empty(k.heads, k.d_model, 0)
+    if mode == "circular" and k_rev is not None:
+        raise ValueError("fftconv: k_rev must be None in circular mode, got a tensor")
+    # K is compared with the whole length later.
+    validate(
+        u, k, k_rev, skip, *gates, activation, "causal" if mode == "circular" else mode, layout
+    )
+    if shards is not None:
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        steps = u.shape[-1 if layout == "bhl" else 1]
+        if len(shards) != ranks or shards[rank] != steps:
+            wanted = f"the steps on each of {ranks} ranks, {steps} on rank {rank}"
+            raise ValueError(f"fftconv: shards must be {wanted}, got {tuple(shards)}")

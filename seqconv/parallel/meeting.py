@@ -1,0 +1,134 @@
+"""How the processes of a group learn one another's sizes, and that they agree about everything else."""
+
+import struct
+import weakref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seqconv.ops.checks import FLOATS
+from seqconv.ops.fftconv import ACTIVATIONS, LAYOUTS, MODES
+from seqconv.parallel.call import exchange_device
+from seqconv.parallel.plan import METHODS
+from seqconv.parallel.shards import ORDERS, Shards
+
+_NONE = -1  # in the place of what a rank does not have
+_KEPT = 1024
+_seen = weakref.WeakKeyDictionary()  # by group
+_WORDS = (*ORDERS, *METHODS, *MODES, *LAYOUTS, *ACTIVATIONS[1:])
+
+
+def process_group(function: str, group) -> dist.ProcessGroup:
+    """The group of a ProcessGroup, of a DeviceMesh of one axis, or of all processes if None."""
+    if not dist.is_available() or not dist.is_initialized():
+        text = "torch.distributed is not initialized; call torch.distributed.init_process_group"
+        raise RuntimeError(f"{function}: {text}, or start the program by torchrun and do so")
+    if group is None:
+        return dist.group.WORLD  # pyright: ignore
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    if isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            text = f"a mesh of one axis, got {group.ndim} axes; mesh['name'] is one of them"
+            raise ValueError(f"{function}: group must be {text}")
+        return group.get_group()
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{function}: this process is not a member of group")
+    wanted = "a ProcessGroup, a DeviceMesh or None"
+    raise TypeError(f"{function}: group must be {wanted}, got {type(group).__name__}")
+
+
+def code(value) -> int:
+    """A fact as an integer: a dtype, a word, a flag, a number or None."""
+    if value is None:
+        return _NONE
+    if isinstance(value, str):
+        return _WORDS.index(value) if value in _WORDS else len(_WORDS)
+    if isinstance(value, torch.dtype):
+        return FLOATS.index(value) if value in FLOATS else 99
+    if isinstance(value, float):
+        return struct.unpack("<q", struct.pack("<d", value))[0]
+    return int(value)
+
+
+def shape_of(name: str, t, axes: int) -> dict:
+    """The facts of a tensor, whatever came in its place."""
+    if not isinstance(t, Tensor):
+        return {f"{name}'s presence": t is not None, f"{name}'s dtype": None} | {
+            f"{name}'s axis {i}": None for i in range(axes)
+        }
+    sizes = [*t.shape, *[None] * axes][:axes]
+    facts = {f"{name}'s presence": True, f"{name}'s dtype": t.dtype}
+    return facts | {f"{name}'s axis {i}": size for i, size in enumerate(sizes)}
+
+
+def meet(
+    function: str,
+    group,
+    facts: dict,
+    length: int,
+    order: str,
+    refused: Exception | None = None,
+    known: Shards | None = None,
+) -> Shards:
+    """Exchanges a few numbers with all ranks of the group: the sizes of their shards, and facts that must agree.
+
+    A rank that refuses its arguments takes part, too, so that no other rank waits for it. Where the sizes are known,
+    the ranks meet the first time only that they have these sizes and facts.
+
+    Raises:
+        ValueError: ranks differ in a fact, which the message names with every rank's value; or another rank has
+            refused its arguments.
+    """
+    numbers = tuple(map(code, facts.values()))
+    seen = _seen.setdefault(group, set())
+    if known is not None and (numbers, known) in seen:
+        return known
+    own = torch.tensor([length, refused is not None, *numbers])
+    table = exchange(own, group).tolist()
+    if refused is not None:
+        raise refused
+    for rank, row in enumerate(table):
+        if row[1]:
+            text = f"rank {rank} of the group has refused its arguments; its message says why"
+            raise ValueError(f"{function}: {text}")
+    for i, (name, value) in enumerate(facts.items()):
+        column = [row[i + 2] for row in table]
+        if len(set(column)) > 1:
+            raise ValueError(_disagreement(function, name, column, value))
+    found = Shards(tuple(row[0] for row in table), order)
+    if known is not None:
+        if known != found:
+            got = f"{list(known.sizes)} for {list(found.sizes)}"
+            raise ValueError(f"{function}: shards must be the steps on each rank, got {got}")
+        if len(seen) >= _KEPT:  # All ranks have seen the same, and forget at the same call.
+            seen.clear()
+        seen.add((numbers, known))
+    return found
+
+
+def exchange(own: Tensor, group) -> Tensor:
+    """The ranks' integers, (ranks, ...)."""
+    device = exchange_device(group)
+    rows = [torch.empty_like(own, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, own.to(device), group=group)
+    return torch.stack(rows).cpu()
+
+
+def _disagreement(function: str, name: str, column: list[int], value) -> str:
+    def shown(number: int) -> str:
+        if number == _NONE:
+            return "nothing"
+        if name.endswith("dtype"):
+            return str(FLOATS[number]).removeprefix("torch.") if number < 99 else "another dtype"
+        if name in ("order", "method", "mode", "layout", "activation"):
+            return repr(_WORDS[number]) if number < len(_WORDS) else "another"
+        if isinstance(value, float):
+            return repr(struct.unpack("<d", struct.pack("<q", number))[0])
+        if isinstance(value, bool):
+            return str(bool(number))
+        return str(number)
+
+    got = ", ".join(f"{shown(number)} on rank {rank}" for rank, number in enumerate(column))
+    return f"{function}: the ranks of the group must agree about {name}, got {got}"
