@@ -220,8 +220,10 @@ class ButterflyConv(ConvLayer):
         u = rearrange(x, "b l h -> b h l")
         u_f = self.input_transform(u)  # (b h n 2)
         k_f = self.kernel_transform(self._kernel(self.l_max, rate))  # (c h n 2)
-        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        v = _product_op(Spectra(u_f, k_f), length) if compiled else _product(u_f, k_f, length)
+        # One operator where torch would make complex numbers: in a graph, and on DTensors.
+        opaque = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        opaque = opaque or hasattr(k_f, "device_mesh")
+        v = _product_op(Spectra(u_f, k_f), length) if opaque else _product(u_f, k_f, length)
         v = v + self.skip.to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
         y = reference.activate(v, self.activation).to(x.dtype)
         return rearrange(y, "b c h l -> b l c h")

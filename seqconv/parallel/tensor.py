@@ -1,0 +1,241 @@
+"""Layers whose channels are divided among processes: tensor parallelism, for torch's parallelize_module.
+
+Every process makes the kernels of its channels from its part of the generator's parameters, and convolves these
+channels. The linear map is divided by columns, so that its input is gathered before it.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import (
+    DeviceMesh,
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.func import functional_call
+
+from seqconv.layers.base import ConvLayer, KernelGenerator, check_input, padding_of
+from seqconv.layers.butterfly_conv import Butterfly
+from seqconv.layers.hyena import Hyena
+
+LAYERS = (ConvLayer, Hyena)
+
+
+def plan(
+    layer: nn.Module,
+    *,
+    input_layouts: Placement | None = None,
+    output_layouts: Placement | None = None,
+    use_local_output: bool = True,
+) -> ParallelStyle:
+    """How torch's parallelize_module divides the channels of a layer of this package among the processes of a mesh.
+
+        mesh = init_device_mesh("cuda", (8,))
+        parallelize_module(model, mesh, {"blocks.*.conv": plan(model.blocks[0].conv)})
+
+    Sharded along their channels are skip, the kernel generator's parameters that have such an axis (not the sets
+    (A, B) that S4D's channels share with n_ssm < d_model, nor the networks of Hyena's filter and ButterflyConv's
+    matrices, which every process has whole), the linear maps along their outputs, and Hyena's short convolutions.
+    The number of processes need not divide the number of channels. Outputs, gradients and steps of an optimiser are
+    those of one process. mask and lengths are plain tensors for the whole batch. Dropout is that of torch's
+    DTensors; processes without a GPU must be in the same random state.
+
+    Args:
+        layer: S4D, SGConv, LongConv, ButterflyConv, Hyena, or a layer derived from ConvLayer. The plan holds for
+            every such layer.
+        input_layouts: how an input that is a plain tensor is placed, Replicate() by default.
+        output_layouts: how the output is placed, Replicate() by default.
+        use_local_output: True makes the output a plain tensor, False leaves it a DTensor.
+
+    Returns:
+        A torch.distributed.tensor.parallel.ParallelStyle. A mesh has one dimension: slice others.
+
+    Raises:
+        TypeError: layer is none of this package's, here or where the plan is applied.
+    """
+    _check("plan", layer)
+    for name, value in (("input_layouts", input_layouts), ("output_layouts", output_layouts)):
+        if value is not None and not isinstance(value, Placement):
+            raise TypeError(f"plan: {name} must be a Placement, got {type(value).__name__}")
+    layouts = (input_layouts or Replicate(), output_layouts or Replicate())
+    return _Channels(*layouts, use_local_output)
+
+
+def _check(function: str, layer) -> None:
+    if not isinstance(layer, LAYERS):
+        text = "S4D, SGConv, LongConv, ButterflyConv, Hyena or another ConvLayer"
+        raise TypeError(f"{function}: layer must be {text}, got {type(layer).__name__}")
+
+
+class _Channels(ParallelStyle):
+    def __init__(self, inputs: Placement, outputs: Placement, local: bool):
+        super().__init__()
+        self.inputs, self.outputs, self.local = inputs, outputs, local
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _check("plan", module)
+        if device_mesh.ndim != 1:
+            text = f"must have one dimension, got {device_mesh.ndim}: slice it, as in mesh['tp']"
+            raise ValueError(f"plan: the mesh {text}")
+        if isinstance(module, _DividedLayer):
+            raise ValueError(f"plan: {type(module).__name__} is divided already")
+        for part in list(module.modules()):
+            if isinstance(part, KernelGenerator):
+                own = _own_axes(part)
+                self._distribute(part, device_mesh, own)
+                _become(part, _WholeMatrices if isinstance(part, Butterfly) else _PartOfKernel)
+                part._divided = frozenset(own)
+            elif type(part) is nn.Linear and not _inside_generator(module, part):
+                self._distribute(part, device_mesh, {"weight": 0, "bias": 0})
+        own = {"skip": 1} | ({"short": 0, "short_bias": 0} if isinstance(module, Hyena) else {})
+        self._distribute(module, device_mesh, own)
+        for part in module.modules():  # what is left: every process has it whole
+            self._distribute(part, device_mesh, {})
+        _become(module, _DividedConvLayer if isinstance(module, ConvLayer) else _DividedLayer)
+        module._style = self
+        return module
+
+    def _distribute(self, module: nn.Module, mesh: DeviceMesh, axes: dict[str, int]) -> None:
+        """Makes DTensors of the module's own parameters and buffers, cut along their axes."""
+        options = {"src_data_rank": self.src_data_rank}
+        for name, t in list(module._parameters.items()):
+            if t is not None and not isinstance(t, DTensor):
+                t, trained = t.detach(), t.requires_grad
+                d = distribute_tensor(t, mesh, [_placement(axes.get(name))], **options)
+                module.register_parameter(name, nn.Parameter(d, requires_grad=trained))
+        for name, t in module._buffers.items():
+            if t is not None and not isinstance(t, DTensor):
+                d = distribute_tensor(t, mesh, [_placement(axes.get(name))], **options)
+                module._buffers[name] = d
+
+
+def _placement(axis: int | None) -> Placement:
+    return Replicate() if axis is None else Shard(axis)
+
+
+def _inside_generator(layer: nn.Module, part: nn.Module) -> bool:
+    generators = [m for m in layer.modules() if isinstance(m, KernelGenerator)]
+    return any(part is m for generator in generators for m in generator.modules())
+
+
+def _own_axes(generator: KernelGenerator) -> dict[str, int]:
+    """The tensors to divide, with their axes: those with all channels, if the generator makes parts of a kernel."""
+    if not generator.makes_parts:
+        return {}
+    axes = {}
+    for name in generator.reads:
+        axis = generator.channel_axes.get(name)
+        t = generator._parameters.get(name, generator._buffers.get(name))
+        if axis is not None and t is not None and t.shape[axis] == generator.d_model:
+            axes[name] = axis
+    return axes
+
+
+def _become(module: nn.Module, kind: type) -> None:
+    """Gives the module a class of the same name, derived from its own, as torch's fully_shard does."""
+    own = type(module)
+    module.__class__ = type(own.__name__, (kind, own), {"__module__": own.__module__})
+
+
+def _states(module: nn.Module) -> dict[str, DTensor]:
+    pairs = (*module.named_parameters(), *module.named_buffers())
+    return {name: t for name, t in pairs if isinstance(t, DTensor)}
+
+
+def _local(t: DTensor) -> Tensor:
+    """What this process has of a parameter, whose gradient comes from its own channels alone."""
+    whole = all(placement.is_replicate() for placement in t.placements)
+    return t.to_local(grad_placements=[Partial()]) if whole else t.to_local()
+
+
+def _channels(count: int, mesh: DeviceMesh) -> slice:
+    """This process's channels, as Shard cuts them."""
+    each = -(-count // mesh.size())
+    first = min(each * mesh.get_local_rank(), count)
+    return slice(first, min(first + each, count))
+
+
+def _joined(local: Tensor, mesh: DeviceMesh, axis: int, count: int) -> DTensor:
+    """All processes' parts, of which this is one, with count channels along the axis."""
+    shape = [*local.shape]
+    shape[axis] = count
+    stride = torch.empty(shape, device="meta").stride()
+    size = {"shape": torch.Size(shape), "stride": stride}
+    return DTensor.from_local(local.contiguous(), mesh, [Shard(axis)], run_check=False, **size)
+
+
+class _PartOfKernel(KernelGenerator):
+    """A generator that makes the kernel of this process's channels, as part of a DTensor."""
+
+    _divided: frozenset[str]
+
+    def forward(self, length: int, rate: float = 1.0, channels: slice | None = None):
+        states = _states(self)
+        if not states:  # the call below
+            return super().forward(length, rate, channels)
+        mesh = next(iter(states.values())).device_mesh
+        local = {name: _local(t) for name, t in states.items()}
+        options = {"rate": rate, "channels": _channels(self.d_model, mesh)}
+        k = functional_call(self, local, (length,), options)
+        return _joined(k, mesh, 1, self.d_model)
+
+    def select(self, tensors: list[Tensor], channels: slice) -> list[Tensor]:
+        """What is divided is cut already; select() gets a tensor without memory in its place."""
+        pairs = list(zip(self.reads, tensors, strict=True))
+        whole = [self._in_place_of(n, t) if n in self._divided else t for n, t in pairs]
+        found = zip(pairs, super().select(whole, channels), strict=True)
+        return [own if name in self._divided else cut for (name, own), cut in found]
+
+    def _in_place_of(self, name: str, t: Tensor) -> Tensor:
+        shape = list(t.shape)
+        shape[self.channel_axes[name]] = self.d_model
+        return t.new_empty(()).expand(shape)
+
+
+class _WholeMatrices(KernelGenerator):
+    """A learned transform of this process's channels, with all matrices; of all channels where they have heads."""
+
+    _divided: frozenset[str]
+
+    def forward(self, x):
+        states = _states(self)
+        if not states:
+            return super().forward(x)
+        if self.heads > 1:
+            local = {name: t.to_local() for name, t in states.items()}
+            z = functional_call(self, local, (x.redistribute(placements=[Replicate()]).to_local(),))
+            return DTensor.from_local(z, x.device_mesh, [Replicate()], run_check=False)
+        local = {name: _local(t) for name, t in states.items()}
+        own = x.redistribute(placements=[Shard(1)]).to_local()
+        return _joined(functional_call(self, local, (own,)), x.device_mesh, 1, x.shape[1])
+
+
+class _DividedLayer(nn.Module):
+    """A layer on DTensors, with plain tensors around it as the plan says."""
+
+    _style: _Channels
+
+    def forward(self, x, mask=None, *, lengths=None, rate: float = 1.0):
+        mesh, style = self.skip.device_mesh, self._style
+        if isinstance(x, Tensor) and not isinstance(x, DTensor):
+            x = DTensor.from_local(x, mesh, [style.inputs], run_check=False)
+        if mask is not None or lengths is not None:
+            name = type(self).__name__
+            check_input(name, x, self.skip, self.d_model)
+            mask, lengths = (
+                t.full_tensor() if isinstance(t, DTensor) else t for t in (mask, lengths)
+            )
+            padding = padding_of(name, x, mask, lengths)
+            mask = DTensor.from_local(padding, mesh, [Replicate()], run_check=False)
+        y = super().forward(x, mask, rate=rate).redistribute(placements=[style.outputs])
+        return y.to_local() if style.local else y
+
+
+class _DividedConvLayer(_DividedLayer):
+    def _convolve(self, x, rate: float):
+        # The linear map has all channels as its input, and heads cannot be joined with channels that are divided.
+        return super()._convolve(x, rate).redistribute(placements=[Replicate()])
