@@ -4,6 +4,9 @@ Every process makes the kernels of its channels from its part of the generator's
 channels. The linear map is divided by columns, so that its input is gathered before it.
 """
 
+import contextlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import (
@@ -16,7 +19,6 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 from torch.distributed.tensor.parallel import ParallelStyle
-from torch.func import functional_call
 
 from seqconv.layers.base import ConvLayer, KernelGenerator, check_input, padding_of
 from seqconv.layers.butterfly_conv import Butterfly
@@ -136,20 +138,38 @@ def _own_axes(generator: KernelGenerator) -> dict[str, int]:
 
 
 def _become(module: nn.Module, kind: type) -> None:
-    """Gives the module a class of the same name, derived from its own, as torch's fully_shard does."""
+    """Gives the module a class derived from its own, as torch's fully_shard does."""
     own = type(module)
-    module.__class__ = type(own.__name__, (kind, own), {"__module__": own.__module__})
+    name = own.__name__ if isinstance(module, LAYERS) else f"Divided{own.__name__}"
+    module.__class__ = type(name, (kind, own), {"__module__": own.__module__})
 
 
-def _states(module: nn.Module) -> dict[str, DTensor]:
-    pairs = (*module.named_parameters(), *module.named_buffers())
-    return {name: t for name, t in pairs if isinstance(t, DTensor)}
+def _mesh(module: nn.Module) -> DeviceMesh:
+    states = (*module.parameters(), *module.buffers())
+    return next(t.device_mesh for t in states if isinstance(t, DTensor))
 
 
 def _local(t: DTensor) -> Tensor:
     """What this process has of a parameter, whose gradient comes from its own channels alone."""
     whole = all(placement.is_replicate() for placement in t.placements)
     return t.to_local(grad_placements=[Partial()]) if whole else t.to_local()
+
+
+@contextlib.contextmanager
+def _local_states(module: nn.Module, local: Callable[[DTensor], Tensor]):
+    """A context in which the module has local(t) in the place of each parameter and buffer t. functional_call would
+    call the module's hooks once more."""
+    before = []
+    for part in module.modules():
+        for states in (part._parameters, part._buffers):
+            before += [(states, key, t) for key, t in states.items() if isinstance(t, DTensor)]
+    try:
+        for states, key, t in before:
+            states[key] = local(t)
+        yield
+    finally:
+        for states, key, t in before:
+            states[key] = t
 
 
 def _channels(count: int, mesh: DeviceMesh) -> slice:
@@ -174,13 +194,13 @@ class _PartOfKernel(KernelGenerator):
     _divided: frozenset[str]
 
     def forward(self, length: int, rate: float = 1.0, channels: slice | None = None):
-        states = _states(self)
-        if not states:  # the call below
-            return super().forward(length, rate, channels)
-        mesh = next(iter(states.values())).device_mesh
-        local = {name: _local(t) for name, t in states.items()}
-        options = {"rate": rate, "channels": _channels(self.d_model, mesh)}
-        k = functional_call(self, local, (length,), options)
+        if channels is not None:
+            raise ValueError(
+                f"{type(self).__name__}: channels are divided already, got {channels!r}"
+            )
+        mesh = _mesh(self)
+        with _local_states(self, _local):
+            k = super().forward(length, rate, _channels(self.d_model, mesh))
         return _joined(k, mesh, 1, self.d_model)
 
     def select(self, tensors: list[Tensor], channels: slice) -> list[Tensor]:
@@ -202,16 +222,15 @@ class _WholeMatrices(KernelGenerator):
     _divided: frozenset[str]
 
     def forward(self, x):
-        states = _states(self)
-        if not states:
-            return super().forward(x)
+        mesh = x.device_mesh
         if self.heads > 1:
-            local = {name: t.to_local() for name, t in states.items()}
-            z = functional_call(self, local, (x.redistribute(placements=[Replicate()]).to_local(),))
-            return DTensor.from_local(z, x.device_mesh, [Replicate()], run_check=False)
-        local = {name: _local(t) for name, t in states.items()}
+            whole = x.redistribute(placements=[Replicate()]).to_local()
+            with _local_states(self, DTensor.to_local):
+                z = super().forward(whole)
+            return DTensor.from_local(z, mesh, [Replicate()], run_check=False)
         own = x.redistribute(placements=[Shard(1)]).to_local()
-        return _joined(functional_call(self, local, (own,)), x.device_mesh, 1, x.shape[1])
+        with _local_states(self, _local):
+            return _joined(super().forward(own), mesh, 1, x.shape[1])
 
 
 class _DividedLayer(nn.Module):

@@ -146,7 +146,7 @@ def rows_in_processes(names):
                 same(with_gradients(operator, own, options, spread(dy, [kind], mesh)), wanted)
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", [3, *[pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)]])
 def test_every_row_in_processes(world):
     run(world, rows_in_processes, list(CASES))
 
