@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from seqconv.layers.base import _require
 from seqconv.layers.conv1d import Conv1d as Conv1d
+from seqconv.layers.padding import require
 from seqconv.ops.checks import FLOATS, check_flag, check_shape, check_tensor
 
 
@@ -126,7 +126,7 @@ class AsAttention(nn.Module):
             hidden = torch.zeros_like(attn_mask).masked_fill(hidden, -torch.inf)
         layer, wanted = ("causal", "exactly the future") if causal else ("not causal", "nothing")
         text = f"AsAttention: attn_mask must hide {wanted} (the layer is {layer}), got another mask"
-        _require((attn_mask == hidden).all(), text)
+        require((attn_mask == hidden).all(), text)
 
 
 _CACHE = "nothing is cached: use_cache must be False"
@@ -164,7 +164,7 @@ def _require_all(conditions: dict[str, Tensor]) -> None:
     device together."""
     if torch.compiler.is_compiling():
         for text, condition in conditions.items():
-            _require(condition.all(), text)
+            require(condition.all(), text)
         return
     valid = torch.stack([condition.all() for condition in conditions.values()]).tolist()
     if not all(valid):

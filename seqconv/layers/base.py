@@ -1,7 +1,7 @@
 """The parts that layers share: the kernel generator, and the block of fftconv, GELU, dropout, linear map and GLU."""
 
 import contextlib
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from seqconv.layers.module import Described
+from seqconv.layers.padding import padding_of
 from seqconv.ops.checks import (
     FLOATS,
     check_choice,
@@ -74,10 +75,13 @@ class KernelGenerator(Described):
                         del module._parameters[key]
                         module.register_buffer(key, tensor.detach())
 
-    def forward(self, length: int, rate: float = 1.0, channels: slice | None = None) -> Tensor:
+    def forward(
+        self, length: int, rate: float = 1.0, channels: slice | None = None, also=None
+    ) -> Tensor:
         """The kernel for inputs of that length. With a rate, which is the number of the kernel's steps in one step
         of the input, it is the kernel for inputs that are sampled 1 / rate times as often. With channels it is the
-        kernel of these channels only."""
+        kernel of these channels only. With a function `also`, it is the pair of the kernel and also(self), which
+        reads the parameters while a sharded generator has them whole."""
         if type(length) is not int or length < 0:
             check_length(type(self).__name__, length)
         if type(rate) is not float or rate != 1.0:
@@ -86,6 +90,8 @@ class KernelGenerator(Described):
             if rate != 1 and not self.resamples:
                 text = f"rate must be 1 (its taps have no time scale), got {rate!r}"
                 raise ValueError(f"{name}: {text}")
+        if also is not None:
+            return self.forward(length, rate, channels), also(self)  # pyright: ignore
         if channels is None:
             return self.generate(self.read(), length, rate)
         self._check_channels(channels)
@@ -206,6 +212,7 @@ class ConvLayer(Described):
 
     shown = ("heads", "bidirectional")
     meaning = ("bidirectional", "activation")
+    _context: Any = None  # where the steps are divided among processes: seqconv.parallel.context
 
     def __init__(
         self,
@@ -270,7 +277,9 @@ class ConvLayer(Described):
         if mask is not None or lengths is not None:
             padding = padding_of(name, x, mask, lengths)
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
-        return self._mix(rearrange(self._convolve(x, rate), "b l c h -> b l (c h)"))
+        context = self._context
+        y = self._convolve(x, rate) if context is None else context.convolve(self, x, rate)
+        return self._mix(rearrange(y, "b l c h -> b l (c h)"))
 
     def _convolve(self, x: Tensor, rate: float) -> Tensor:
         """activation(k * x + skip x), (batch, length, heads, d_model)."""
@@ -345,48 +354,3 @@ def apply_linear(layer: nn.Module, name: str, x: Tensor, wide: int) -> Tensor:
             f"{(*x.shape[:-1], wide)}, got {tuple(y.shape)}"
         )
     return y
-
-
-def padding_of(function: str, x: Tensor, mask, lengths) -> Tensor:
-    """Whether a step is padding, (batch, length), from the one of mask and lengths that is not None."""
-    batch, length, _ = x.shape
-    if lengths is not None:
-        if mask is not None:
-            raise ValueError(f"{function}: mask and lengths exclude each other, got both")
-        check_tensor(
-            function,
-            "lengths",
-            lengths,
-            dtypes=(torch.int64, torch.int32),
-            device=x.device,
-            owner="x",
-        )
-        check_shape(function, "lengths", lengths, (("batch", batch),))
-        valid = ((lengths >= 0) & (lengths <= length)).all()
-        _require(valid, f"{function}: lengths must be between 0 and length={length}")
-        return torch.arange(length, device=x.device) >= lengths.unsqueeze(1)
-    if isinstance(mask, Tensor) and mask.dtype not in (torch.bool, *FLOATS):
-        text = f"{function}: mask must be bool (True is padding) or float with 0 and -inf, got {mask.dtype}"
-        raise TypeError(
-            f"{text}; of 1 where a step is kept and 0 at padding, mask == 0 is such a mask"
-        )
-    check_tensor(function, "mask", mask, device=x.device, owner="x", dtypes=(torch.bool, *FLOATS))
-    check_shape(function, "mask", mask, (("batch", batch), ("length", length)))
-    if mask.dtype == torch.bool:
-        return mask
-    padding = mask == -torch.inf
-    text = f"{function}: mask must be bool (True is padding) or float with 0 and -inf only"
-    _require((padding | (mask == 0)).all(), text)
-    return padding
-
-
-def _require(valid: Tensor, text: str) -> None:
-    """Raises ValueError unless valid. In a compiled graph the check is made when the graph runs."""
-    if torch.compiler.is_compiling():
-        torch._assert_async(valid, text)  # pyright: ignore
-        return
-    functorch = torch._C._functorch  # pyright: ignore
-    while functorch.is_functorch_wrapped_tensor(valid):  # all samples of a vmap at once
-        valid = functorch.get_unwrapped(valid)
-    if not (valid.is_meta or valid.all()):
-        raise ValueError(text)

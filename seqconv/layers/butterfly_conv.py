@@ -100,14 +100,15 @@ class Butterfly(KernelGenerator):
         self.matrices = _Matrices(radix_sizes(self.radices), heads, additive)
         self.override("matrices", lr=lr, weight_decay=0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sets: list[int] | None = None) -> Tensor:
+        """The transform of x. sets names the set of matrices of each channel, where x has not all channels."""
         self.read()  # This refuses matrices in half precision.
         parts = []
         for matrix in self.matrices.values():
             learned = self.dropout(matrix)
             if self.additive:
                 learned = learned + fourier(matrix.shape[1], matrix.device).to(matrix.dtype)
-            parts.append(learned.flatten(1, 2))
+            parts.append(learned.flatten(1, 2) if not sets else learned[sets].flatten(1, 2))
         return butterfly.transform(x, torch.cat(parts, 1), self.radices, self.activation)
 
     def extra_repr(self) -> str:
@@ -217,22 +218,34 @@ class ButterflyConv(ConvLayer):
         if length > self.l_max:
             text = f"must have length <= l_max={self.l_max}, got length={length}"
             raise ValueError(f"ButterflyConv: x {text}")
-        u = rearrange(x, "b l h -> b h l")
-        u_f = self.input_transform(u)  # (b h n 2)
-        k_f = self.kernel_transform(self._kernel(self.l_max, rate))  # (c h n 2)
+        y = self._transformed(
+            rearrange(x, "b l h -> b h l"), self._kernel(self.l_max, rate), length
+        )
+        return rearrange(y, "b c h l -> b l c h")
+
+    def _transformed(
+        self, u: Tensor, k: Tensor, length: int, channels: slice = slice(None)
+    ) -> Tensor:
+        """activation(v), (batch, heads, channels, length), of u (batch, channels, length) and k of these channels."""
+        sets = range(self.d_model)[channels]
+        size = self.d_model // self.input_transform.heads
+        some = (
+            None if len(sets) == self.d_model or size == self.d_model else [c // size for c in sets]
+        )
+        u_f = self.input_transform(u, some)  # (b h n 2)
+        k_f = self.kernel_transform(k, some)  # (c h n 2)
         # One operator where torch would make complex numbers: in a graph, and on DTensors.
         opaque = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         opaque = opaque or hasattr(k_f, "device_mesh")
         v = _product_op(Spectra(u_f, k_f), length) if opaque else _product(u_f, k_f, length)
-        v = v + self.skip.to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
-        y = reference.activate(v, self.activation).to(x.dtype)
-        return rearrange(y, "b c h l -> b l c h")
+        v = v + self.skip[:, channels].to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
+        return reference.activate(v, self.activation).to(u.dtype)
 
 
 def _product(u_f: Tensor, k_f: Tensor, length: int) -> Tensor:
     """Re ifft(u_f k_f)[:length], (batch, heads, d_model, length)."""
     y_f = torch.view_as_complex(u_f).unsqueeze(1) * torch.view_as_complex(k_f)
-    # torch.fft refuses what is empty.
+    # torch.fft refuses to transform nothing.
     return (torch.fft.ifft(y_f) if y_f.numel() else y_f).real[..., :length]
 
 
@@ -244,17 +257,17 @@ class Spectra(NamedTuple):
 
 
 _SHARDINGS = [  # samples, heads, channels; and the product is linear in both
-    (0, Spectra(u=0, k=None)),
-    (1, Spectra(u=None, k=0)),
-    (2, Spectra(u=1, k=1)),
-    (SUM, Spectra(u=SUM, k=None)),
-    (SUM, Spectra(u=None, k=SUM)),
+    (0, {"u": 0}),
+    (1, {"k": 0}),
+    (2, {"u": 1, "k": 1}),
+    (SUM, {"u": SUM}),
+    (SUM, {"k": SUM}),
 ]
 
 _product_op = Operator(
     "butterfly_product",
     Spectra,
     "SymInt length",
-    lambda tensors, length: _product(*tensors, length).contiguous(),
+    lambda tensors, length: _product(tensors.u, tensors.k, length).contiguous(),
     shardings=lambda *_, ranks: _SHARDINGS,
 )

@@ -14,12 +14,12 @@ from seqconv.layers.base import (
     check_input,
     cut,
     full_precision,
-    padding_of,
     sized,
     warn_of_missing_taps,
 )
 from seqconv.layers.module import Described, kernel_dtype
 from seqconv.layers.options import Defaults, refuse
+from seqconv.layers.padding import padding_of
 from seqconv.ops.checks import check_learning_rate, check_positive, check_sampling
 from seqconv.ops.fftconv import fftconv
 from seqconv.ops.register import Operator
@@ -99,13 +99,16 @@ class HyenaFilter(KernelGenerator):
 
     def part(self, tensors: list[Tensor], length: int, rate: float, channels: slice) -> Tensor:
         last = self.linears[-1]
-        none = not len(range(self.d_model)[channels])
-        if none or type(last) is not nn.Linear or _hooked(last):
+        if type(last) is not nn.Linear or _hooked(last):
             return self.generate(tensors, length, rate)[:, channels]
-        weight = cut(last.weight.unflatten(0, (-1, self.d_model)), 1, channels).flatten(0, 1)
-        linears = [*self.linears[:-1], lambda h: F.linear(h, weight)]
-        sizes = self.l_max, self.emb_dim, self.d_model, length, channels
-        return _filter(tensors[0], linears, *sizes)
+        # No other road for a rank without channels: gradients must come in the same order on all ranks.
+        weight = cut(
+            last.weight.unflatten(0, (self.heads, self.d_model)), 1, channels
+        )  # (c h width)
+        linears = [*self.linears[:-1], lambda h: torch.einsum("lw, chw -> lch", h, weight)]
+        return _filter(
+            tensors[0], linears, self.l_max, self.emb_dim, self.d_model, length, channels
+        )
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -122,10 +125,11 @@ def _filter(
         h = torch.cat([t, phase.cos(), -phase.sin()], dim=-1)
         for linear in linears[:-1]:
             h = torch.sin(frequency * linear(h))
-        h = linears[-1](h)  # (l, heads h)
+        h = linears[-1](h)
+        h = h if h.dim() == 3 else h.unflatten(-1, (-1, d_model))  # (l c h)
     slow, fast = (-math.log(0.01) / until for until in (1.5, 0.3))
     decay = torch.exp(-t * torch.linspace(slow, fast, d_model, **like)[channels])  # (l h)
-    k = (h.unflatten(-1, (-1, decay.shape[-1])) * decay.unsqueeze(1)).movedim(0, -1)
+    k = (h * decay.unsqueeze(1)).movedim(0, -1)
     return k.contiguous()  # FSDP warns of views.
 
 
@@ -182,6 +186,7 @@ class Hyena(Described):
 
     causal = True
     shown = meaning = ("order",)
+    _context: Any = None  # where the steps are divided among processes: seqconv.parallel.context
 
     def __init__(
         self,
@@ -251,15 +256,18 @@ class Hyena(Described):
         # Padding is set to zero three times: otherwise the biases of the input projection and of the short
         # convolution would be put there and reach the steps after it.
         wide = (self.order + 1) * self.d_model
+        short, long, make = fftconv, fftconv, self.filter
+        if self._context is not None:
+            length, short, long, make = self._context.hyena(self, x)
         x = apply_linear(self, "in_proj", _zero(x, padding), wide)
-        x = fftconv(_zero(x, padding), self.short, layout="blh") + self.short_bias.to(x.dtype)
+        x = short(_zero(x, padding), self.short, layout="blh") + self.short_bias.to(x.dtype)
         *gates, v = _zero(x, padding).split(self.d_model, dim=-1)
-        k = self.filter(length)
+        k = make(length)
         if isinstance(length, int) and k.shape[-1] < length:
             warn_of_missing_taps(self, k, length)
         for i in range(self.order - 1):
             post_gate = gates[-1] if i == self.order - 2 else None
-            v = fftconv(v, k[i], self.skip[i], pre_gate=gates[i], post_gate=post_gate, layout="blh")
+            v = long(v, k[i], self.skip[i], pre_gate=gates[i], post_gate=post_gate, layout="blh")
         return apply_linear(self, "out_proj", v, self.d_model)
 
 

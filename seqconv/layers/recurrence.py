@@ -67,36 +67,27 @@ class Recurrent(ConvLayer):
             _run_pre_hooks(self.kernel, x.shape[1])
         x, length = sized(x)
         batch = x.shape[0]
-        a, b, c = self._discrete()
+        a, b, c = discrete(self.kernel)
         single = x.dtype != torch.float64
         u = x.movedim(1, 2).to(torch.float32 if single else torch.float64)  # (b h l)
         c = c * c.new_tensor([1.0, -1.0])
         k = mode_sum(a, multiply(c, b), length, single)
         # The response to the state alone is a kernel per sample and head: Re c exp(a (l + 1)) state.
-        left = multiply(_exp(a), state)
+        left = multiply(exponential(a), state)
         rest = mode_sum(a, multiply(c, left.unsqueeze(1)).flatten(0, 1), length, single)
         rest = rest.unflatten(0, (batch, self.heads))
         v = fftconv(u, k, self.skip.to(u.dtype)) + rest
-        state = multiply(_exp(length * a), state) + multiply(b, moments(a, u.flip(-1)))
+        state = multiply(exponential(length * a), state) + multiply(b, moments(a, u.flip(-1)))
         y = activate(v, self.activation).to(x.dtype)
         return self._mix(rearrange(y, "b c h l -> b l (c h)")), state
-
-    def _discrete(self) -> tuple[Tensor, Tensor, Tensor]:
-        """a, b (d_model, modes, 2), and c (heads, d_model, modes, 2) such that v = sum c * state."""
-        discretization = self.kernel.discretization
-        log_dt, A, B, C = self.kernel.system()
-        a, b = discretize(log_dt, A, discretization)
-        factor = 1.0 if discretization == "dss" else 2.0
-        c = C * C.new_tensor([factor, -factor])
-        return a, multiply(b, B), c
 
     def _system(self) -> tuple[Tensor, ...]:
         """The real part of exp(a), repeated as (d_model, modes, 2), and its imaginary part (d_model, modes);
         b (d_model, modes, 2); and c (d_model, heads, 2 modes)."""
 
         def make():
-            a, b, c = self._discrete()
-            re, im = _exp(a).unbind(-1)
+            a, b, c = discrete(self.kernel)
+            re, im = exponential(a).unbind(-1)
             return torch.stack([re, re], -1), im, b, c.flatten(2).transpose(0, 1)
 
         kernel = self.kernel
@@ -128,20 +119,40 @@ class Recurrent(ConvLayer):
         name, kernel = type(self).__name__, self.kernel
         if self.bidirectional:
             raise TypeError(f"{name}: a two-sided layer has no recurrence; a causal one has")
+        if self._context is not None:
+            text = "has no step() and no prefill(); a copy without it has"
+            raise TypeError(f"{name}: a layer under context parallelism {text}")
         if kernel.discretization == "dss_softmax":
             text = "dss_softmax depends on the length and has no recurrence; the others have"
             raise TypeError(f"{name}: {text}")
+        way = self.other_kernel()
+        if way:
+            own, known = type(kernel).__name__, self.generator.__name__
+            text = f"because {own}.{way} may be another kernel than {known}'s"
+            raise TypeError(f"{name}: a kernel of class {own} has no recurrence, {text}")
+
+    def other_kernel(self) -> str | None:
+        """The method by which the generator may make another kernel than that of its system, or None."""
         for way in ("forward", "generate"):
-            if getattr(type(kernel), way, None) is not getattr(self.generator, way):
-                own, known = type(kernel).__name__, self.generator.__name__
-                text = f"because {own}.{way} may be another kernel than {known}'s"
-                raise TypeError(f"{name}: a kernel of class {own} has no recurrence, {text}")
+            if getattr(type(self.kernel), way, None) is not getattr(self.generator, way):
+                return way
+        return None
 
     def _check_state(self, function: str, x: Tensor, state: Tensor) -> None:
         self._check_recurrent()
         check_tensor(function, "state", state, dtypes=(torch.float64,), device=x.device, owner="x")
         parts = (("d_model", self.d_model), ("modes", self.kernel.modes), ("real and imaginary", 2))
         check_shape(function, "state", state, (("batch", x.shape[0]), *parts))
+
+
+def discrete(kernel, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b (d_model, modes, 2), and c (heads, d_model, modes, 2) such that v = sum c * state."""
+    discretization = kernel.discretization
+    log_dt, A, B, C = kernel.system(rate)
+    a, b = discretize(log_dt, A, discretization)
+    factor = 1.0 if discretization == "dss" else 2.0
+    c = C * C.new_tensor([factor, -factor])
+    return a, multiply(b, B), c
 
 
 def _advance(re: Tensor, im: Tensor, b: Tensor, u: Tensor, state: Tensor) -> Tensor:
@@ -200,7 +211,7 @@ def _same(kept: dict, found: dict) -> bool:
     return True
 
 
-def _exp(a: Tensor) -> Tensor:
+def exponential(a: Tensor) -> Tensor:
     """The exponential of complex numbers (..., 2)."""
     re, im = a.unbind(-1)
     return re.exp().unsqueeze(-1) * torch.stack([im.cos(), im.sin()], -1)

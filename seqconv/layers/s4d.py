@@ -156,13 +156,11 @@ class S4DKernel(KernelGenerator):
     def system(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The system in float64: log dt (d_model,) or (d_model, modes), A and B (d_model, modes, 2), and C (heads,
         d_model, modes, 2)."""
-        return _system(*self._arguments(self.read(), rate))
+        return _system(*self._arguments(self.read(), rate, self.d_model // self.n_ssm))
 
-    def _arguments(self, tensors: list[Tensor], rate: float) -> tuple:
+    def _arguments(self, tensors: list[Tensor], rate: float, copies: int) -> tuple:
         """The arguments of _system."""
         names = [self.discretization, self.dt_transform, self.real_transform, self.imag_transform]
-        C, B = tensors[:2]
-        copies = C.shape[1] // B.shape[0] if B.shape[0] else 1
         return tensors, names, copies, self.dt_sinh, self.bandlimit, rate
 
     @property
@@ -186,7 +184,14 @@ class S4DKernel(KernelGenerator):
 
     def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
         """The kernel of the system, whose dt the rate multiplies."""
-        arguments, C = self._arguments(tensors, rate), tensors[0]
+        return self._generate(tensors, length, rate, self.d_model // self.n_ssm)
+
+    def part(self, tensors: list[Tensor], length: int, rate: float, channels: slice) -> Tensor:
+        return self._generate(self.select(tensors, channels), length, rate, 1)
+
+    def _generate(self, tensors: list[Tensor], length: int, rate: float, copies: int) -> Tensor:
+        """copies is the number of channels that share a set (A, B), in turn."""
+        arguments, C = self._arguments(tensors, rate, copies), tensors[0]
         options = length, C.dtype != torch.float64, self.backend
         unchanged = self._own_system
         known = unchanged and self.discretization != "dss_softmax"
@@ -242,7 +247,8 @@ def _modes(tensors, names, *options) -> Tensor:
 
 
 def _shardings(tensors, names, copies, *rest, ranks: int) -> list[tuple]:
-    return [(1, Parameters(1, 0, 0, 0, 0))] if copies == 1 else []
+    channels = {"C": 1} | dict.fromkeys(("B", "inv_dt", "inv_A_real", "inv_A_imag"), 0)
+    return [(1, channels)] if copies == 1 else []
 
 
 _modes_op = Operator(

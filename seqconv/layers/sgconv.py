@@ -217,8 +217,8 @@ def _sample(pieces, rate, lag, count, decay, upsample, combine, law, init_scale)
 
 
 def _shardings(tensors, options, init_scale, two_sided, *rest, ranks: int) -> list[tuple]:
-    channels, linear = (1, Parts(2, 0, 1)), (SUM, Parts(SUM, None, None))
-    return [channels, linear] if two_sided else [channels, linear, (0, Parts(1, None, 0))]
+    rows = [(1, {"pieces": 2, "decay": 0, "norm": 1}), (SUM, {"pieces": SUM})]
+    return rows if two_sided else [*rows, (0, {"pieces": 1, "norm": 0})]
 
 
 _taps_op = Operator(

@@ -82,12 +82,12 @@ def _plain(inputs: Inputs, radices, activation: str | None = None) -> Tensor:
 
 
 def _shardings(inputs: Inputs, radices, *, ranks: int) -> list[tuple]:
-    rows = [(0, Inputs(x=0, matrices=None)), (SUM, Inputs(x=SUM, matrices=None))]
+    rows = [(0, {"x": 0}), (SUM, {"x": SUM})]
     heads = inputs.matrices.shape[0]
     if heads == 1:
-        rows.append((1, Inputs(x=1, matrices=None)))
+        rows.append((1, {"x": 1}))
     elif heads % ranks == 0:  # A head has neighbouring channels.
-        rows.append((1, Inputs(x=1, matrices=0)))
+        rows.append((1, {"x": 1, "matrices": 0}))
     return rows
 
 

@@ -72,19 +72,18 @@ def _gradients(backend, dy, inputs: Inputs, activation, channels_last, wanted) -
 
 def _shardings(inputs: Inputs, activation: str, channels_last: bool, *, ranks: int) -> list[tuple]:
     heads = len(inputs.k.shape) > 2
-    k = 0 if len(inputs.k.shape) == 4 else None
-    none = Inputs(*[None] * len(inputs))
-    rows = [
-        (0, Inputs(u=0, k=k, k_rev=k, skip=None, pre_gate=0, post_gate=0)),
-        (1 + heads, CHANNEL_AXIS),
-        (SUM, none._replace(post_gate=SUM)),
-    ]
+    samples = dict.fromkeys(("u", "pre_gate", "post_gate"), 0)
+    if len(inputs.k.shape) == 4:
+        samples |= {"k": 0, "k_rev": 0}
+    rows = [(0, samples), (1 + heads, CHANNEL_AXIS._asdict()), (SUM, {"post_gate": SUM})]
     if heads:
-        skip = 0 if inputs.skip is not None and len(inputs.skip.shape) == 2 else None
-        rows.append((1, none._replace(k=-3, k_rev=-3, skip=skip, post_gate=1)))
+        several = {"k": -3, "k_rev": -3, "post_gate": 1}
+        if inputs.skip is not None and len(inputs.skip.shape) == 2:
+            several["skip"] = 0
+        rows.append((1, several))
     if activation == "none":
-        rows += [(SUM, none._replace(u=SUM)), (SUM, none._replace(pre_gate=SUM))]
-        rows.append((SUM, none._replace(k=SUM, k_rev=SUM, skip=SUM)))
+        rows += [(SUM, {"u": SUM}), (SUM, {"pre_gate": SUM})]
+        rows.append((SUM, {"k": SUM, "k_rev": SUM, "skip": SUM}))
     return rows
 
 

@@ -2,11 +2,11 @@
 
 An operator declares rows, each of them one way to share it along ONE dimension of a mesh:
 
-    (output, inputs): an axis each, along which a tensor is cut; None, where every process has the whole; or
-    SUM, where the tensor is the sum of what the processes have. The operator on the parts gives the part.
+    (output, {input: ...}): the axis along which a tensor is cut; or SUM, where the tensor is the sum of what the
+    processes have. Every process has the whole of an input that is not named. The operator on the parts gives the part.
 
-    (0, Inputs(u=0, k=None, ...))       samples are shared, and every process has the kernel
-    (SUM, Inputs(u=SUM, k=None, ...))   the operator is linear in u
+    (0, {"u": 0})       samples are shared, and every process has the kernel
+    (SUM, {"u": SUM})   the operator is linear in u
 
 `placements` makes DTensor's rules of them, for the gradient, too. A gradient is cut as its tensor is; it is a sum
 where every process has the whole tensor and a part of the output; and where the tensor is SUM, the operator is linear
@@ -30,12 +30,13 @@ def rows_of(operator, inputs, options, ranks: int) -> list[tuple]:
     rows = operator.shardings(inputs, *options, ranks=ranks) if operator.shardings else []
     found = []
     for out, axes in rows:
-        pairs = list(zip(axes, inputs, strict=True))
-        if any(a is not None and t is not None for a, t in pairs):
-            axes = [
-                a % len(t.shape) if isinstance(a, int) and t is not None else a for a, t in pairs
-            ]
-            found.append((out, axes))
+        if unknown := axes.keys() - set(inputs._fields):
+            text = f"must name {', '.join(inputs._fields)}, got {', '.join(sorted(unknown))}"
+            raise ValueError(f"{operator.name}: shardings {text}")
+        kinds = [None if t is None else axes.get(n) for n, t in inputs._asdict().items()]
+        if any(kind is not None for kind in kinds):
+            pairs = zip(kinds, inputs, strict=True)
+            found.append((out, [k % len(t.shape) if isinstance(k, int) else k for k, t in pairs]))
     return found
 
 

@@ -64,10 +64,10 @@ def _plain(inputs: Modes, length: int, single: bool, fused: bool) -> Tensor:
 
 
 _SHARDINGS = [  # channels, heads, modes; and the kernel is linear in w
-    (1, Modes(a=0, w=1)),
-    (0, Modes(a=None, w=0)),
-    (SUM, Modes(a=1, w=2)),
-    (SUM, Modes(a=None, w=SUM)),
+    (1, {"a": 0, "w": 1}),
+    (0, {"w": 0}),
+    (SUM, {"a": 1, "w": 2}),
+    (SUM, {"w": SUM}),
 ]
 
 

@@ -33,9 +33,14 @@ class Call:
         return slice(first, first + sizes[self.rank])
 
     def kernel(
-        self, generator: KernelGenerator, *, rate: float = 1.0, reduce: bool = False
+        self,
+        generator: KernelGenerator,
+        *,
+        rate: float = 1.0,
+        length: int | None = None,
+        reduce: bool = False,
     ) -> tuple[Tensor, bool]:
-        """A kernel for the whole length, and whether it is that of this rank's channels only.
+        """A kernel for the whole length, or another one, and whether it is that of this rank's channels only.
 
         With reduce=True the gradients of the generator's parameters are summed over the ranks.
         """
@@ -43,7 +48,7 @@ class Call:
         options = {} if rate == 1.0 else {"rate": rate}
         if parted:
             options["channels"] = self.channels
-        arguments = (self.problem.shards.length,)
+        arguments = (self.problem.shards.length if length is None else length,)
         with random_numbers(generator, self.group, alike=not parted):
             if not reduce:
                 return generator(*arguments, **options), parted

@@ -129,11 +129,25 @@ def replicated(group, *tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else next(found) for t in tensors]
 
 
-def summed(grad: Tensor, group) -> Tensor:
-    """The sum of the ranks' gradients, added in float32 at least."""
-    total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous()
+def summed(grad: Tensor, group, number: int = 0) -> Tensor:
+    """The sum of the ranks' gradients, added in float32 at least.
+
+    Raises RuntimeError where ranks have come with gradients of different numbers, which are those of different tensors.
+    """
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    label = number % 61  # small enough for exact sums of squares in float32
+    labels = torch.tensor([label, label * label], dtype=wide).to(grad.device, non_blocking=True)
+    total = torch.cat([grad.reshape(-1).to(wide), labels])
     dist.all_reduce(total, group=group)
-    return total.to(grad.dtype)
+    # Labels have this mean and this mean square only if they are all the same.
+    same = (total[-2:] == labels * dist.get_world_size(group)).all()
+    text = "parallel: the ranks of a group have formed the gradients of their parameters in different orders"
+    if same.is_cpu:
+        if not same:
+            raise RuntimeError(text)
+    else:
+        torch._assert_async(same, text)  # without waiting for the device
+    return total[:-2].view(grad.shape).to(grad.dtype)
 
 
 def _product(shape) -> int:

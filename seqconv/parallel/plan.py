@@ -12,7 +12,8 @@ class Problem:
     """A convolution of (batch, channels, length) with heads kernels of `reach` = (lags of the past, of the future).
 
     sent and returned are the bytes of one number on the way to the convolution and back; modes is the size of a state
-    in complex numbers, 0 where the kernel has none; directions is 2 for a two-sided one.
+    in complex numbers, 0 where the kernel has none; directions is 2 for a two-sided one. whole says that every output
+    reads the whole sequence, so that it must be put together.
     """
 
     shards: Shards
@@ -25,6 +26,7 @@ class Problem:
     returned: int
     modes: int = 0
     directions: int = 1
+    whole: bool = False
 
     @property
     def channel_sizes(self) -> list[int]:
@@ -56,6 +58,8 @@ class Problem:
 
     def ways(self) -> list[str]:
         """The methods that this convolution can take."""
+        if self.whole:
+            return ["a2a"]
         return ["a2a", "halo"] + (["state"] if self.modes and not self.circular else [])
 
     def choose(self, method: str) -> str:

@@ -6,23 +6,20 @@ channels. The linear map is divided by columns, so that its input is gathered be
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import (
-    DeviceMesh,
-    DTensor,
-    Partial,
-    Placement,
-    Replicate,
-    Shard,
-    distribute_tensor,
-)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.placement_types import Placement
 
-from seqconv.layers.base import ConvLayer, KernelGenerator, check_input, padding_of
+from seqconv.layers.base import ConvLayer, KernelGenerator, check_input
 from seqconv.layers.butterfly_conv import Butterfly
 from seqconv.layers.hyena import Hyena
+from seqconv.layers.module import whole
+from seqconv.layers.padding import padding_of
 
 LAYERS = (ConvLayer, Hyena)
 
@@ -83,14 +80,14 @@ class _Channels(ParallelStyle):
         if device_mesh.ndim != 1:
             text = f"must have one dimension, got {device_mesh.ndim}: slice it, as in mesh['tp']"
             raise ValueError(f"plan: the mesh {text}")
-        if isinstance(module, _DividedLayer):
+        if isinstance(module, _DividedLayer) or module._context is not None:
             raise ValueError(f"plan: {type(module).__name__} is divided already")
         for part in list(module.modules()):
             if isinstance(part, KernelGenerator):
                 own = _own_axes(part)
                 self._distribute(part, device_mesh, own)
                 _become(part, _WholeMatrices if isinstance(part, Butterfly) else _PartOfKernel)
-                part._divided = frozenset(own)
+                vars(part)["_divided"] = frozenset(own)
             elif type(part) is nn.Linear and not _inside_generator(module, part):
                 self._distribute(part, device_mesh, {"weight": 0, "bias": 0})
         own = {"skip": 1} | ({"short": 0, "short_bias": 0} if isinstance(module, Hyena) else {})
@@ -98,7 +95,7 @@ class _Channels(ParallelStyle):
         for part in module.modules():  # what is left: every process has it whole
             self._distribute(part, device_mesh, {})
         _become(module, _DividedConvLayer if isinstance(module, ConvLayer) else _DividedLayer)
-        module._style = self
+        vars(module)["_style"] = self
         return module
 
     def _distribute(self, module: nn.Module, mesh: DeviceMesh, axes: dict[str, int]) -> None:
@@ -141,7 +138,7 @@ def _become(module: nn.Module, kind: type) -> None:
     """Gives the module a class derived from its own, as torch's fully_shard does."""
     own = type(module)
     name = own.__name__ if isinstance(module, LAYERS) else f"Divided{own.__name__}"
-    module.__class__ = type(name, (kind, own), {"__module__": own.__module__})
+    module.__class__ = type(name, (kind, own), {"__module__": own.__module__})  # pyright: ignore
 
 
 def _mesh(module: nn.Module) -> DeviceMesh:
@@ -193,11 +190,9 @@ class _PartOfKernel(KernelGenerator):
 
     _divided: frozenset[str]
 
-    def forward(self, length: int, rate: float = 1.0, channels: slice | None = None):
-        if channels is not None:
-            raise ValueError(
-                f"{type(self).__name__}: channels are divided already, got {channels!r}"
-            )
+    def forward(self, length: int, rate: float = 1.0, channels=None, also=None) -> DTensor:
+        if channels is not None or also is not None:
+            raise ValueError(f"{type(self).__name__}: its channels are divided among processes")
         mesh = _mesh(self)
         with _local_states(self, _local):
             k = super().forward(length, rate, _channels(self.d_model, mesh))
@@ -206,8 +201,8 @@ class _PartOfKernel(KernelGenerator):
     def select(self, tensors: list[Tensor], channels: slice) -> list[Tensor]:
         """What is divided is cut already; select() gets a tensor without memory in its place."""
         pairs = list(zip(self.reads, tensors, strict=True))
-        whole = [self._in_place_of(n, t) if n in self._divided else t for n, t in pairs]
-        found = zip(pairs, super().select(whole, channels), strict=True)
+        full = [self._in_place_of(n, t) if n in self._divided else t for n, t in pairs]
+        found = zip(pairs, super().select(full, channels), strict=True)
         return [own if name in self._divided else cut for (name, own), cut in found]
 
     def _in_place_of(self, name: str, t: Tensor) -> Tensor:
@@ -216,27 +211,24 @@ class _PartOfKernel(KernelGenerator):
         return t.new_empty(()).expand(shape)
 
 
-class _WholeMatrices(KernelGenerator):
-    """A learned transform of this process's channels, with all matrices; of all channels where they have heads."""
+class _WholeMatrices(Butterfly):
+    """A learned transform of this process's channels, with all matrices."""
 
-    _divided: frozenset[str]
-
-    def forward(self, x):
-        mesh = x.device_mesh
+    def forward(self, x: Any, sets: list[int] | None = None):
+        mesh, channels = x.device_mesh, x.shape[1]
         if self.heads > 1:
-            whole = x.redistribute(placements=[Replicate()]).to_local()
-            with _local_states(self, DTensor.to_local):
-                z = super().forward(whole)
-            return DTensor.from_local(z, mesh, [Replicate()], run_check=False)
+            sets = [c * self.heads // channels for c in range(channels)[_channels(channels, mesh)]]
         own = x.redistribute(placements=[Shard(1)]).to_local()
         with _local_states(self, _local):
-            return _joined(super().forward(own), mesh, 1, x.shape[1])
+            return _joined(super().forward(own, sets), mesh, 1, channels)
 
 
 class _DividedLayer(nn.Module):
     """A layer on DTensors, with plain tensors around it as the plan says."""
 
     _style: _Channels
+    skip: DTensor
+    d_model: int
 
     def forward(self, x, mask=None, *, lengths=None, rate: float = 1.0):
         mesh, style = self.skip.device_mesh, self._style
@@ -245,16 +237,15 @@ class _DividedLayer(nn.Module):
         if mask is not None or lengths is not None:
             name = type(self).__name__
             check_input(name, x, self.skip, self.d_model)
-            mask, lengths = (
-                t.full_tensor() if isinstance(t, DTensor) else t for t in (mask, lengths)
-            )
+            mask, lengths = (t if t is None else whole(t) for t in (mask, lengths))
             padding = padding_of(name, x, mask, lengths)
             mask = DTensor.from_local(padding, mesh, [Replicate()], run_check=False)
         y = super().forward(x, mask, rate=rate).redistribute(placements=[style.outputs])
         return y.to_local() if style.local else y
 
 
-class _DividedConvLayer(_DividedLayer):
+class _DividedConvLayer(_DividedLayer, ConvLayer):
     def _convolve(self, x, rate: float):
         # The linear map has all channels as its input, and heads cannot be joined with channels that are divided.
-        return super()._convolve(x, rate).redistribute(placements=[Replicate()])
+        y: Any = super()._convolve(x, rate)
+        return y.redistribute(placements=[Replicate()])

@@ -21,7 +21,7 @@ def _definition(inputs: Inputs, scale: float) -> Tensor:
     return scale * torch.einsum("hts,bhs->bht", table, inputs.x)
 
 
-_SHARDINGS = [(0, Inputs(0, None)), (1, Inputs(1, 0)), (SUM, Inputs(SUM, None))]
+_SHARDINGS = [(0, {"x": 0}), (1, {"x": 1, "log_decay": 0}), (SUM, {"x": SUM})]
 
 decayed_sum = Operator(
     "toy_decayed_sum",

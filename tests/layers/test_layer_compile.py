@@ -156,7 +156,7 @@ def test_opaque_operators_keep_torchs_contract():
         False
     )  # opcheck's own machinery has some without such a form
     kernel = S4DKernel(D, d_state=8, bandlimit=0.5).double()
-    tensors, *rest = kernel._arguments(kernel.read(), 2.0)
+    tensors, *rest = kernel._arguments(kernel.read(), 2.0, 1)
     flat = s4d._modes_op.flat(s4d.Parameters(*tensors))
     torch.library.opcheck(s4d._modes_op.fwd, (*flat, *rest), atol=1e-10, rtol=1e-10)
     kernel = SGConvKernel(D, l_max=40, decay="power").double()

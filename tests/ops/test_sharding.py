@@ -3,9 +3,11 @@
 import subprocess
 import sys
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
+import toy_operator
 from operator_table import IN_GRAPHS, OPERATORS
 from processes import run
 from sharding_cases import CASES, L, convolution
@@ -29,6 +31,14 @@ def test_every_operator_declares_how_it_is_shared():
         operator, inputs, options = make()
         assert rows_of(operator, inputs, options, 2), operator.name
         assert operator.name in {CASES[case]()[0].name for case in CASES}
+
+
+def test_rows_name_inputs():
+    inputs = toy_operator.Inputs(torch.zeros(2, 3, 4), torch.zeros(3))
+    rows = lambda *_, ranks: [(0, {"y": 0})]  # noqa: E731
+    operator = SimpleNamespace(name="toy", shardings=rows)
+    with pytest.raises(ValueError, match="toy: shardings must name x, log_decay, got y"):
+        rows_of(operator, inputs, (), 2)
 
 
 # ---- the rows, by parts that one process computes in turn ----

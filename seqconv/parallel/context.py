@@ -1,0 +1,240 @@
+"""Context parallelism: the steps of a sequence are divided among processes, for every layer of a model."""
+
+from contextlib import ExitStack
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from seqconv.layers.base import ConvLayer, KernelGenerator, TiedDropout
+from seqconv.layers.conv1d import Conv1d
+from seqconv.layers.hyena import Hyena
+from seqconv.layers.padding import padding_of
+from seqconv.ops.checks import check_choice
+from seqconv.parallel import exchange, layers
+from seqconv.parallel.call import Call, random_numbers
+from seqconv.parallel.meeting import meet, process_group, shape_of
+from seqconv.parallel.plan import METHODS
+from seqconv.parallel.shards import ORDERS, Shards
+
+NAME = "ContextParallel"
+_MARK = "_seqconv_summed_over"
+# Their masks are the same at all times, so that they must be the same on all ranks.
+_TIED = (TiedDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
+
+
+class ContextParallel(ParallelStyle):
+    """Divides the steps of a layer's input among the processes of a mesh, for torch's parallelize_module.
+
+        parallelize_module(model, mesh["cp"], {"blocks.*.conv": ContextParallel()})
+
+    Afterwards the layer takes this rank's steps x (batch, steps, d_model) and returns theirs; mask (batch, length)
+    and lengths (batch,) are those of whole sequences, on every rank the same. Gradients of the layer's parameters
+    are summed over the ranks in the backward pass. seqconv.parallel.context_parallel does this to a whole model.
+
+    Args:
+        order, shards: as in seqconv.parallel.fftconv.
+        method: "auto", "a2a", "halo", or "state": S4D convolves each shard by itself and adds the response to the
+            state that the shards before it leave, (batch, d_model, d_state / 2) complex numbers from each rank
+            whatever the length. "auto" takes what moves the fewest bytes. ButterflyConv has "a2a" only.
+
+    Raises:
+        ValueError, TypeError: an option is none of these; the module is no layer of this package, or its parameters are
+            sharded over a mesh without the ranks of this one.
+    """
+
+    def __init__(
+        self,
+        *,
+        order: str = "contiguous",
+        method: str = "auto",
+        shards: tuple[int, ...] | None = None,
+    ):
+        check_choice(NAME, "order", order, ORDERS)
+        check_choice(NAME, "method", method, METHODS)
+        self.order, self.method = order, method
+        self.shards = None if shards is None else Shards(tuple(shards), order)
+
+    def _apply(self, module: nn.Module, device_mesh) -> nn.Module:
+        if not isinstance(module, (ConvLayer, Hyena)):
+            raise TypeError(
+                f"{NAME}: module must be a layer of seqconv, got {type(module).__name__}"
+            )
+        group = process_group(NAME, device_mesh)
+        if module._context is not None:
+            raise ValueError(f"{NAME}: module must be without context parallelism, but it has it")
+        if self.shards and self.shards.ranks != dist.get_world_size(group):
+            ranks = dist.get_world_size(group)
+            raise ValueError(
+                f"{NAME}: shards must be {ranks} numbers, got {len(self.shards.sizes)}"
+            )
+        _Context(module, group, self.order, self.method, self.shards)
+        sum_gradients(module, group)
+        _divide_randomness(module, group)
+        return module
+
+
+def context_parallel(model: nn.Module, mesh=None, **options) -> nn.Module:
+    """Divides the steps of all sequences in a model among the processes of a mesh, in place; returns the model.
+
+    Every layer of this package in the model becomes a ContextParallel one. The gradients of all parameters, those of
+    other modules, too, are summed over the ranks, so that they are those of one process where the ranks'
+    losses add up to its loss. Elementwise dropout draws other masks on every rank, and dropout of whole
+    channels the same ones.
+
+    Other modules see this rank's steps only, which is right for what acts on each step by itself. Positional
+    embeddings, means over a sequence and attention need to know of the other ranks.
+
+    With DistributedDataParallel, call this first and then wrap the model. With FSDP2, shard over a mesh that includes
+    these ranks, and call this afterwards.
+
+    Args:
+        model: a module with layers of this package in it, or a layer.
+        mesh: a DeviceMesh of one axis or a ProcessGroup; None is every process.
+        options: those of ContextParallel.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above, or the model has a seqconv.nn.Conv1d, which is not divided.
+
+    Example, on each of several processes:
+        model = context_parallel(model, mesh["cp"])
+        y = model(x.chunk(world, 1)[rank])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"context_parallel: model must be a module, got {type(model).__name__}")
+    style, group = ContextParallel(**options), process_group("context_parallel", mesh)
+    for path, module in model.named_modules():
+        if isinstance(module, Conv1d):
+            text = f"{path or 'model'} is a Conv1d, whose steps are not divided"
+            raise TypeError(f"context_parallel: {text}; parallel.fftconv with its taps is")
+    found = [m for m in model.modules() if isinstance(m, (ConvLayer, Hyena))]
+    if not found:
+        raise ValueError("context_parallel: model must have a layer of seqconv, got none")
+    sum_gradients(model, group)
+    for module in found:
+        style._apply(module, group)
+    _divide_randomness(model, group)
+    model.register_forward_pre_hook(_check_parameters)
+    return model
+
+
+class _Context:
+    """What a layer knows of the other processes. `now` holds the shards of the forward pass that runs."""
+
+    def __init__(self, layer, group, order: str, method: str, shards: Shards | None):
+        self.group, self.order, self.method, self.shards = group, order, method, shards
+        self.now: Shards | None = shards
+        layer._context = self
+        layer.register_forward_pre_hook(self._meet, with_kwargs=True, prepend=True)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        text = "a layer under context parallelism cannot be pickled: save its state_dict"
+        raise TypeError(f"{NAME}: {text}")
+
+    def _meet(self, layer, args, kwargs):
+        """Learns the sizes of the shards, and cuts mask and lengths, which are of whole sequences, to this rank's."""
+        _check_parameters(layer, args)
+        names = "x", "mask"
+        given = dict(zip(names, args, strict=False)) | kwargs
+        x, mask, lengths = (given.get(name) for name in ("x", "mask", "lengths"))
+        ready = isinstance(x, Tensor) and x.dim() == 3
+        facts = {
+            "order": self.order,
+            "method": self.method,
+            "x's batch": x.shape[0] if ready else None,
+        }
+        facts |= {
+            "x's d_model": x.shape[2] if ready else None,
+            "x's dtype": getattr(x, "dtype", None),
+        }
+        facts |= {"x's gradient": getattr(x, "requires_grad", False), "training": layer.training}
+        facts |= {"the layer's d_model": layer.d_model, "rate": float(given.get("rate", 1.0))}
+        facts |= {"gradients being recorded": torch.is_grad_enabled()}
+        facts |= shape_of("mask", mask, 2) | shape_of("lengths", lengths, 1)
+        name = type(layer).__name__
+        steps = x.shape[1] if ready else 0
+        self.now = meet(name, self.group, facts, steps, self.order, None, self.shards)
+        if not ready or (mask is None and lengths is None):
+            return None
+        whole = x.new_empty(1, 1, 1).expand(x.shape[0], self.now.length, 1)
+        padding = padding_of(name, whole, mask, lengths)
+        segments = self.now.segments(dist.get_rank(self.group))
+        own = torch.cat([padding.narrow(1, *segment) for segment in segments], 1)
+        others = {n: v for n, v in given.items() if n not in ("x", "mask", "lengths")}
+        return (x,), others | {"mask": own}
+
+    def _call(self, layer, x: Tensor) -> Call:
+        return layers.call_of(layer, self.now, x, self.method, self.group)
+
+    def convolve(self, layer: ConvLayer, x: Tensor, rate: float) -> Tensor:
+        return layers.convolve(layer, x, rate, self._call(layer, x))
+
+    def hyena(self, layer: Hyena, x: Tensor):
+        return layers.hyena(layer, x, self._call(layer, x))
+
+
+def sum_gradients(model: nn.Module, group) -> None:
+    """Sums the gradients of a model's parameters over the ranks of a group, as each backward pass forms them."""
+    ranks = set(dist.get_process_group_ranks(group))
+    for number, (path, p) in enumerate(model.named_parameters()):
+        if isinstance(p, DTensor):
+            own = set(p.device_mesh.mesh.flatten().tolist())
+            if not ranks <= own:
+                text = f"sharded over a mesh with the ranks {sorted(ranks)}, got {sorted(own)}"
+                raise ValueError(f"{NAME}: {path} must be {text}")
+        elif p.requires_grad and getattr(p, _MARK, None) is None:
+            p.register_hook(lambda grad, number=number: exchange.summed(grad, group, number))
+        setattr(p, _MARK, group)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # FSDP's mean over all ranks becomes a sum over these ones, and a mean over the others.
+            count = next(
+                p.device_mesh.size() for p in module.parameters() if isinstance(p, DTensor)
+            )
+            module.set_gradient_divide_factor(count / len(ranks))
+            for part in module.modules():
+                part._seqconv_sharded = True
+
+
+def _check_parameters(module: nn.Module, args) -> None:
+    if getattr(module, "_seqconv_sharded", False) or not torch.is_grad_enabled():
+        return
+    for path, p in module.named_parameters():
+        if p.requires_grad and getattr(p, _MARK, None) is None:
+            raise RuntimeError(
+                f"{NAME}: the gradient of {path} ({type(module).__name__}) would not be summed over the ranks, "
+                "because the parameter was made or replaced afterwards (by a copy, fully_shard, or a "
+                "parametrization); call context_parallel last"
+            )
+
+
+def _divide_randomness(model: nn.Module, group) -> None:
+    """Dropout of single steps draws other masks on each rank; dropout of whole channels the same. Those of kernels
+    are the kernels' own matter."""
+    inside = {id(m) for g in model.modules() if isinstance(g, KernelGenerator) for m in g.modules()}
+    for module in model.modules():
+        kinds = torch.nn.modules.dropout._DropoutNd
+        if (
+            not isinstance(module, kinds)
+            or id(module) in inside
+            or hasattr(module, "_seqconv_random")
+        ):
+            continue
+        module._seqconv_random = ExitStack()
+        alike = isinstance(module, _TIED)
+
+        def enter(module, args, alike=alike):
+            numbers = random_numbers(module, group, alike=alike)
+            module._seqconv_random.enter_context(numbers)
+
+        def leave(module, args, output):
+            module._seqconv_random.close()
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave, always_call=True)
