@@ -134,10 +134,16 @@ class _Waiting:
             return None
         sys.meta_path.remove(_Waiting)
         spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return None
         run = spec.loader.exec_module
 
         def exec_module(module):
-            run(module)
+            try:
+                run(module)
+            except BaseException:
+                sys.meta_path.insert(0, _Waiting)  # for the next attempt
+                raise
             _register()
 
         spec.loader.exec_module = exec_module
