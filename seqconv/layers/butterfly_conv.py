@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from einops import rearrange
@@ -18,6 +18,7 @@ from seqconv.ops import butterfly
 from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 from seqconv.ops.fftconv import ACTIVATIONS
 from seqconv.ops.register import Operator
+from seqconv.ops.sharding import SUM
 
 
 def radices(n: int) -> tuple[int, ...]:
@@ -233,8 +234,10 @@ class ButterflyConv(ConvLayer):
         )
         u_f = self.input_transform(u, some)  # (b h n 2)
         k_f = self.kernel_transform(k, some)  # (c h n 2)
-        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        v = _product_op([u_f, k_f], length) if compiled else _product(u_f, k_f, length)
+        # One operator where torch would make complex numbers: in a graph, and on DTensors.
+        opaque = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        opaque = opaque or hasattr(k_f, "device_mesh")
+        v = _product_op(Spectra(u_f, k_f), length) if opaque else _product(u_f, k_f, length)
         v = v + self.skip[:, channels].to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
         return reference.activate(v, self.activation).to(u.dtype)
 
@@ -246,9 +249,25 @@ def _product(u_f: Tensor, k_f: Tensor, length: int) -> Tensor:
     return (torch.fft.ifft(y_f) if y_f.numel() else y_f).real[..., :length]
 
 
+class Spectra(NamedTuple):
+    """u (batch, d_model, n, 2) and k (heads, d_model, n, 2)."""
+
+    u: Tensor
+    k: Tensor
+
+
+_SHARDINGS = [  # samples, heads, channels; and the product is linear in both
+    (0, {"u": 0}),
+    (1, {"k": 0}),
+    (2, {"u": 1, "k": 1}),
+    (SUM, {"u": SUM}),
+    (SUM, {"k": SUM}),
+]
+
 _product_op = Operator(
     "butterfly_product",
-    list,
+    Spectra,
     "SymInt length",
-    lambda tensors, length: _product(tensors[0], tensors[1], length).contiguous(),
+    lambda tensors, length: _product(tensors.u, tensors.k, length).contiguous(),
+    shardings=lambda *_, ranks: _SHARDINGS,
 )

@@ -1,7 +1,7 @@
 """S4D: convolution with the kernel of a diagonal state space model (arXiv 2206.11893)."""
 
 import math
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -196,7 +196,7 @@ class S4DKernel(KernelGenerator):
         unchanged = self._own_system
         known = unchanged and self.discretization != "dss_softmax"
         if known and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            a, w = _modes_op(*arguments).split([1, len(C)])
+            a, w = _modes_op(Parameters(*tensors), *arguments[1:]).split([1, len(C)])
             return self.kernel_dropout(mode_sum(a.squeeze(0), w, *options))
         log_dt, A, B, c = _system(*arguments) if unchanged else self.system(rate)
         fits = A.shape == B.shape == c.shape[1:] and log_dt.shape in (A.shape[:1], A.shape[:2])
@@ -208,10 +208,20 @@ class S4DKernel(KernelGenerator):
         return self.kernel_dropout(k)
 
 
+class Parameters(NamedTuple):
+    """The generator's, in their shapes there; inv_A_imag is left out with is_real=True."""
+
+    C: Tensor
+    B: Tensor
+    inv_dt: Tensor
+    inv_A_real: Tensor
+    inv_A_imag: Tensor | None = None
+
+
 def _system(
     tensors, names, copies, dt_sinh, bandlimit, rate
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    C, B, inv_dt, inv_A_real, *inv_A_imag = map(Tensor.double, tensors)
+    C, B, inv_dt, inv_A_real, *inv_A_imag = (t.double() for t in tensors if t is not None)
     _, dt_transform, real_transform, imag_transform = names
     p = torch.sinh(inv_dt) if dt_sinh else inv_dt
     log_dt = p if dt_transform == "exp" else F.softplus(p).log()
@@ -236,11 +246,17 @@ def _modes(tensors, names, *options) -> Tensor:
     return torch.cat([a.unsqueeze(0), w])
 
 
+def _shardings(tensors, names, copies, *rest, ranks: int) -> list[tuple]:
+    channels = {"C": 1} | dict.fromkeys(("B", "inv_dt", "inv_A_real", "inv_A_imag"), 0)
+    return [(1, channels)] if copies == 1 else []
+
+
 _modes_op = Operator(
     "s4d_modes",
-    list,
+    Parameters,
     "str[] names, int copies, bool dt_sinh, float? bandlimit, float rate",
     _modes,
+    shardings=_shardings,
 )
 
 

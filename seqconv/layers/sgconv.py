@@ -2,7 +2,7 @@
 
 import math
 from functools import reduce
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from seqconv.layers.module import fill, kernel_dtype, whole
 from seqconv.layers.options import Defaults, refuse
 from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 from seqconv.ops.register import Operator
+from seqconv.ops.sharding import SUM
 
 
 class SGConvKernel(KernelGenerator):
@@ -142,12 +143,20 @@ class SGConvKernel(KernelGenerator):
         if not torch.compiler.is_compiling():  # where the taps' number would tie graphs to a length
             count = max(min(count, length), 1)
         options = [self.upsample, self.combine, self.law]
-        arguments = (tensors, options, self.init_scale, self.two_sided, rate, count)
+        arguments = (Parts(*tensors), options, self.init_scale, self.two_sided, rate, count)
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         k = (_taps_op if compiled else _taps)(*arguments)
         return (
             k if count == length else k[..., :length]
         )  # A view is made only where one is needed, because FSDP warns of views.
+
+
+class Parts(NamedTuple):
+    """pieces (n_scales, heads, d_model, kernel_dim), decay (d_model,), norm (heads, d_model, 1)."""
+
+    pieces: Tensor
+    decay: Tensor
+    norm: Tensor
 
 
 def _taps(tensors, options, init_scale, two_sided, rate, count) -> Tensor:
@@ -207,11 +216,17 @@ def _sample(pieces, rate, lag, count, decay, upsample, combine, law, init_scale)
     return k
 
 
+def _shardings(tensors, options, init_scale, two_sided, *rest, ranks: int) -> list[tuple]:
+    rows = [(1, {"pieces": 2, "decay": 0, "norm": 1}), (SUM, {"pieces": SUM})]
+    return rows if two_sided else [*rows, (0, {"pieces": 1, "norm": 0})]
+
+
 _taps_op = Operator(
     "sgconv_taps",
-    list,
+    Parts,
     "str[] options, int init_scale, bool two_sided, float rate, int count",
     _taps,
+    shardings=_shardings,
 )
 
 

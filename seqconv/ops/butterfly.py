@@ -16,6 +16,7 @@ from seqconv import reference
 from seqconv.backends.fallback import radix_sizes, split
 from seqconv.backends.pack import DTYPES
 from seqconv.ops.register import Operator
+from seqconv.ops.sharding import SUM
 
 
 class Inputs(NamedTuple):
@@ -80,6 +81,16 @@ def _plain(inputs: Inputs, radices, activation: str | None = None) -> Tensor:
     )
 
 
+def _shardings(inputs: Inputs, radices, *, ranks: int) -> list[tuple]:
+    rows = [(0, {"x": 0}), (SUM, {"x": SUM})]
+    heads = inputs.matrices.shape[0]
+    if heads == 1:
+        rows.append((1, {"x": 1}))
+    elif heads % ranks == 0:  # A head has neighbouring channels.
+        rows.append((1, {"x": 1, "matrices": 0}))
+    return rows
+
+
 operator = Operator(
     "butterfly",
     Inputs,
@@ -89,6 +100,7 @@ operator = Operator(
     gradients=_gradients,
     empty=_empty,
     empty_gradients=_empty_gradients,
+    shardings=_shardings,
 )
 
 

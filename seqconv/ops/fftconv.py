@@ -7,8 +7,9 @@ from torch import Tensor
 from seqconv import backends
 from seqconv.backends.protocol import Explanation, Request
 from seqconv.ops.checks import FLOATS, check_choice, check_shape, check_tensor
-from seqconv.ops.inputs import IS_SIGNAL, Inputs
+from seqconv.ops.inputs import CHANNEL_AXIS, IS_SIGNAL, Inputs
 from seqconv.ops.register import Operator
+from seqconv.ops.sharding import SUM
 from seqconv.ops.transforms import composed, raw_bwd_vmap, raw_fwd_vmap
 
 ACTIVATIONS = (None, "gelu", "silu", "relu")
@@ -69,6 +70,23 @@ def _gradients(backend, dy, inputs: Inputs, activation, channels_last, wanted) -
     return Inputs._make(grad if grad is None else grad.zero_() for grad in grads)
 
 
+def _shardings(inputs: Inputs, activation: str, channels_last: bool, *, ranks: int) -> list[tuple]:
+    heads = len(inputs.k.shape) > 2
+    samples = dict.fromkeys(("u", "pre_gate", "post_gate"), 0)
+    if len(inputs.k.shape) == 4:
+        samples |= {"k": 0, "k_rev": 0}
+    rows = [(0, samples), (1 + heads, CHANNEL_AXIS._asdict()), (SUM, {"post_gate": SUM})]
+    if heads:
+        several = {"k": -3, "k_rev": -3, "post_gate": 1}
+        if inputs.skip is not None and len(inputs.skip.shape) == 2:
+            several["skip"] = 0
+        rows.append((1, several))
+    if activation == "none":
+        rows += [(SUM, {"u": SUM}), (SUM, {"pre_gate": SUM})]
+        rows.append((SUM, {"k": SUM, "k_rev": SUM, "skip": SUM}))
+    return rows
+
+
 operator = Operator(
     "fftconv",
     Inputs,
@@ -80,6 +98,7 @@ operator = Operator(
     empty_gradients=lambda inputs, activation, *rest: _empty_gradients(inputs, *rest),
     vmap=raw_fwd_vmap,
     gradients_vmap=raw_bwd_vmap,
+    shardings=_shardings,
 )
 
 

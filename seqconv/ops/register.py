@@ -16,6 +16,7 @@ definition.
 """
 
 import typing
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch.autograd import Function, forward_ad
 
 from seqconv.backends import choose, recorded
 from seqconv.backends.protocol import Backend
+from seqconv.ops.sharding import constants_replicated, declare
 
 library = torch.library.Library("seqconv", "DEF")
 
@@ -71,10 +73,19 @@ def _unwatched(tensors) -> bool:
     return not (_modes() or _profiled() or _tracing() or _included(_EARLY))
 
 
-def _recording():
-    """A context in which torch records gradients also inside an operator, below its Autograd kernel."""
-    key = torch._C.DispatchKey.AutogradFunctionality
-    return torch._C._SetExcludeDispatchKeyGuard(key, False)
+def _resolving(*more: str) -> ExitStack:
+    """A context in which torch resolves lazy tensors also inside an operator on DTensors or in a graph: there it has
+    switched off what is above Python's dispatch, so that it would read a lazy conjugate as the tensor itself."""
+    stack = ExitStack()
+    for key in ("Conjugate", "Negative", "ZeroTensor", *more):
+        key = torch._C._dispatch_key_parse(key)
+        stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+    return stack
+
+
+def _recording() -> ExitStack:
+    """_resolving, where torch also records gradients below an operator's Autograd kernel."""
+    return _resolving("AutogradFunctionality")
 
 
 def _as_node(t: Tensor | None) -> Tensor | None:
@@ -82,6 +93,11 @@ def _as_node(t: Tensor | None) -> Tensor | None:
     if t is None or not t.requires_grad:
         return t if t is None else t.detach().requires_grad_()
     return t.view_as(t)
+
+
+def given(tensors) -> int:
+    """Which of the tensors are there, the first in the lowest bit."""
+    return sum(1 << i for i, t in enumerate(tensors) if t is not None)
 
 
 class Operator:
@@ -99,6 +115,12 @@ class Operator:
             and (inputs, *options, wanted).
         vmap, gradients_vmap: torch's batching rules of the raw operators; where there is none,
             vmap works through the plain definition only.
+        shardings: shardings(inputs, *options, ranks) -> the ways in which processes can share the work, see
+            seqconv.ops.sharding; without it DTensors are gathered first.
+
+    The raw operators take an int between the tensors and the options: which tensors there are, as `given` has it, or
+    of a list how many. DTensor keeps one decision for all calls that look alike, and of the arguments that are no
+    tensors it looks at those from the first int of the schema on.
     """
 
     def __init__(
@@ -114,11 +136,13 @@ class Operator:
         empty_gradients=None,
         vmap=None,
         gradients_vmap=None,
+        shardings=None,
     ):
         self.name, self.plain, self.chooses = name, plain, forward is not None
         self.forward = forward or self._plain_forward
         self.gradients = gradients or self._plain_gradients
         self.empty, self.empty_gradients = empty or plain, empty_gradients or _empty_like
+        self.takes_list = inputs is list
         self._named = None if inputs is list else inputs
         self._count = None if inputs is list else len(inputs._fields)
         tensors, wanted, found = "Tensor?[] tensors", "bool[] wanted", "Tensor[]"
@@ -127,7 +151,7 @@ class Operator:
             tensors = ", ".join(f"Tensor{'?' * (k is not Tensor)} {n}" for n, k in kinds)
             wanted = f"bool[{self._count}] wanted"
             found = f"({', '.join(['Tensor'] * self._count)})"
-        both = f"{tensors}, {options}" if options else tensors
+        both = f"{tensors}, int given" + (f", {options}" if options else "")
         library.define(f"{name}_fwd({both}) -> Tensor")
         library.define(f"{name}_bwd(Tensor dy, {both}, {wanted}) -> {found}")
         self.fwd = getattr(torch.ops.seqconv, f"{name}_fwd").default
@@ -142,6 +166,8 @@ class Operator:
         for kind, rule in (("fwd", vmap), ("bwd", gradients_vmap)):
             if rule:
                 torch.library.register_vmap(f"seqconv::{name}_{kind}", rule, lib=library)
+        self.shardings = shardings
+        declare(self)
 
     # ---- the roads ----
 
@@ -150,9 +176,9 @@ class Operator:
             if forward_ad._current_level >= 0:
                 text = "forward-mode differentiation does not work inside torch.compile"
                 raise RuntimeError(f"{self.name}: {text}")
-            return self.fwd(*self._flat(inputs), *options)
+            return self.fwd(*self.flat(inputs), *options)
         if _tracing() or _included(_VMAP):
-            return self.fwd(*self._flat(inputs), *options)
+            return self.fwd(*self.flat(inputs), *options)
         if transforms_active() or forward_ad._current_level >= 0:
             return self.plain(inputs, *options)
         if _needs_gradient(inputs):
@@ -169,11 +195,11 @@ class Operator:
         if unwatched:
             return self.forward(chosen[0], inputs, *options), *chosen
         with _below_autograd():
-            return self.fwd(*self._flat(inputs), *options), *chosen
+            return self.fwd(*self.flat(inputs), *options), *chosen
 
     def raw_gradients(self, dy, inputs, options, wanted) -> list:
         """By the raw operator, whatever watches it."""
-        grads = self.bwd(dy, *self._flat(inputs), *options, wanted)
+        grads = self.bwd(dy, *self.flat(inputs), *options, wanted)
         grads = (grads,) if isinstance(grads, Tensor) else grads
         return [g if want else None for g, want in zip(grads, wanted, strict=True)]
 
@@ -182,14 +208,24 @@ class Operator:
     def name_inputs(self, tensors):
         return list(tensors) if self._named is None else self._named(*tensors)
 
-    def _flat(self, inputs) -> tuple:
-        return (list(inputs),) if self._named is None else inputs
+    def flat(self, inputs) -> tuple:
+        """What the raw operators take before the options."""
+        if self._named is None:
+            return list(inputs), len(inputs)
+        return *inputs, given(inputs)
 
-    def _split(self, args: tuple) -> tuple:
+    def split(self, args: tuple) -> tuple:
         """(inputs, options) of the raw operator's arguments."""
         if self._named is None:
-            return args[0], args[1:]
-        return self._named(*args[: self._count]), args[self._count :]
+            inputs, found, *options = args
+        else:
+            inputs = self._named(*args[: self._count])
+            found, *options = args[self._count :]
+        wanted = len(inputs) if self._named is None else given(inputs)
+        if found != wanted:
+            text = f"must be {wanted} for these tensors, got {found}"
+            raise ValueError(f"{self.name}: given {text}")
+        return inputs, tuple(options)
 
     def _outputs(self, grads, like: Tensor):
         """As the schema has it: an empty tensor for a gradient that nobody wants."""
@@ -201,20 +237,20 @@ class Operator:
     # ---- what the raw operators do ----
 
     def _raw_forward(self, *args):
-        inputs, options = self._split(args)
+        inputs, options = self.split(args)
         return self.forward(self._choose(inputs, options)[0], inputs, *options)
 
     def _raw_gradients(self, dy, *args):
-        inputs, options = self._split(args[:-1])
+        inputs, options = self.split(args[:-1])
         backend, _ = self._choose(inputs, options)
         return self._outputs(self.gradients(backend, dy, inputs, *options, args[-1]), dy)
 
     def _fake_forward(self, *args):
-        inputs, options = self._split(args)
+        inputs, options = self.split(args)
         return self.empty(inputs, *options)
 
     def _fake_gradients(self, dy, *args):
-        inputs, options = self._split(args[:-1])
+        inputs, options = self.split(args[:-1])
         return self._outputs(self.empty_gradients(inputs, *options, args[-1]), dy)
 
     def _refuse_transforms(self, op, tensors) -> None:
@@ -226,7 +262,7 @@ class Operator:
             )
 
     def _record_forward(self, *args):
-        inputs, options = self._split(args)
+        inputs, options = self.split(args)
         self._refuse_transforms(self.fwd, inputs)
         if _needs_gradient(inputs):
             return _Differentiable.apply((self, options), *inputs)
@@ -234,7 +270,7 @@ class Operator:
             return self.fwd(*args)
 
     def _record_gradients(self, dy, *args):
-        inputs, options = self._split(args[:-1])
+        inputs, options = self.split(args[:-1])
         self._refuse_transforms(self.bwd, (dy, *inputs))
         if _needs_gradient((dy, *inputs)):
             call = self, *self._choose(inputs, options), options, args[-1]
@@ -245,7 +281,7 @@ class Operator:
     # ---- by the plain definition alone ----
 
     def _plain_forward(self, backend, inputs, *options) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), _resolving():
             return self.plain(inputs, *options)
 
     def _plain_gradients(self, backend, dy, inputs, *options):
@@ -315,7 +351,8 @@ class _Gradient(Function):
     @staticmethod
     def backward(ctx, *grads):
         needed, create = ctx.needs_input_grad[1:], torch.is_grad_enabled()
-        with torch.enable_grad(), recorded(ctx.asked):
+        replicated = constants_replicated(ctx.saved_tensors)
+        with torch.enable_grad(), recorded(ctx.asked), replicated:
             own = [_as_node(t) for t in ctx.saved_tensors]
             dy, *tensors = own
             y = ctx.operator.plain(ctx.operator.name_inputs(tensors), *ctx.options)

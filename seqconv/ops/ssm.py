@@ -16,6 +16,7 @@ from seqconv.backends import fallback, keops
 from seqconv.backends.protocol import Explanation, Request
 from seqconv.ops.checks import check_choice, check_length, check_shape, check_tensor
 from seqconv.ops.register import Operator, transformed
+from seqconv.ops.sharding import SUM
 
 DISCRETIZATIONS = ("zoh", "bilinear", "dss", "dss_softmax")
 BACKENDS = ("auto", "torch", "keops")
@@ -62,6 +63,14 @@ def _plain(inputs: Modes, length: int, single: bool, fused: bool) -> Tensor:
     return fallback.mode_sum(*inputs, length, _dtype(single))
 
 
+_SHARDINGS = [  # channels, heads, modes; and the kernel is linear in w
+    (1, {"a": 0, "w": 1}),
+    (0, {"w": 0}),
+    (SUM, {"a": 1, "w": 2}),
+    (SUM, {"w": SUM}),
+]
+
+
 operator = Operator(
     "ssm",
     Modes,
@@ -71,6 +80,7 @@ operator = Operator(
     gradients=_gradients,
     empty=_empty,
     empty_gradients=_empty_gradients,
+    shardings=lambda *_, ranks: _SHARDINGS,
 )
 
 

@@ -14,13 +14,18 @@ from torch.autograd import Function, forward_ad
 from torch.utils._pytree import tree_map_only
 
 from seqconv.ops.inputs import CHANNEL_AXIS, IS_SIGNAL, Inputs
-from seqconv.ops.register import transforms_active
+from seqconv.ops.register import given, transforms_active
 from seqconv.reference import activate
+
 
 # The raw operators are looked up when they are called: they are registered later, by fftconv.py, which imports
 # this file.
-_fwd = lambda *args: torch.ops.seqconv.fftconv_fwd.default(*args)  # noqa: E731
-_bwd = lambda *args: torch.ops.seqconv.fftconv_bwd.default(*args)  # noqa: E731
+def _fwd(tensors, *options) -> Tensor:
+    return torch.ops.seqconv.fftconv_fwd.default(*tensors, given(tensors), *options)
+
+
+def _bwd(dy, tensors, *options):
+    return torch.ops.seqconv.fftconv_bwd.default(dy, *tensors, given(tensors), *options)
 
 
 def composed(inputs: Inputs, activation: str, channels_last: bool) -> Tensor:
@@ -66,7 +71,7 @@ class _Linear(Function):
 
     @staticmethod
     def forward(u, k, k_rev, skip, channels_last):
-        return _fwd(u, k, k_rev, skip, None, None, "none", channels_last)
+        return _fwd((u, k, k_rev, skip, None, None), "none", channels_last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -98,10 +103,8 @@ class _LinearBackward(Function):
 
     @staticmethod
     def forward(dy, u, k, k_rev, skip, channels_last, wanted):
-        grads = _bwd(
-            dy, u, k, k_rev, skip, None, None, "none", channels_last, (*wanted, False, False)
-        )
-        return grads[:4]
+        tensors = u, k, k_rev, skip, None, None
+        return _bwd(dy, tensors, "none", channels_last, (*wanted, False, False))[:4]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -210,12 +213,12 @@ def bwd_vmap(info, in_dims, call, wanted, dy, *tensors):
 
 
 def raw_fwd_vmap(info, in_dims, *args):
-    *tensors, activation, channels_last = args
-    return fwd_vmap(info, in_dims[:6], lambda *t: _fwd(*t, activation, channels_last), *tensors)
+    tensors, (_, *options) = args[:6], args[6:]
+    return fwd_vmap(info, in_dims[:6], lambda *t: _fwd(t, *options), *tensors)
 
 
 def raw_bwd_vmap(info, in_dims, *args):
-    *tensors, activation, channels_last, wanted = args
-    present = [want and t is not None for want, t in zip(wanted, tensors[1:], strict=True)]
-    call = lambda *t: _bwd(*t, activation, channels_last, wanted)  # noqa: E731
-    return bwd_vmap(info, in_dims[:7], call, present, *tensors)
+    (dy, *tensors), (_, *options) = args[:7], args[7:]
+    present = [want and t is not None for want, t in zip(options[-1], tensors, strict=True)]
+    call = lambda dy, *t: _bwd(dy, t, *options)  # noqa: E731
+    return bwd_vmap(info, in_dims[:7], call, present, dy, *tensors)

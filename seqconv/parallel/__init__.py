@@ -4,6 +4,7 @@ from seqconv.parallel.context import ContextParallel, context_parallel
 from seqconv.parallel.exchange import sum_over_ranks
 from seqconv.parallel.fftconv import explain, fftconv
 from seqconv.parallel.fsdp import fully_shard
+from seqconv.parallel.tensor import plan
 from seqconv.parallel.traffic import Explanation
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "explain",
     "fftconv",
     "fully_shard",
+    "plan",
     "sum_over_ranks",
 ]

@@ -26,7 +26,7 @@ def problem(n: int, length: int, *, batch=2, channels=4, heads=2, dtype=torch.fl
 
 
 def gradients(dz, x, matrices, passes):
-    return operator.bwd(dz, x, matrices, passes, [True, True])
+    return operator.bwd(dz, x, matrices, 3, passes, [True, True])
 
 
 def backend_of(passes) -> str:
@@ -35,7 +35,7 @@ def backend_of(passes) -> str:
 
 
 def check(x, matrices, passes):
-    z = operator.fwd(x, matrices, passes)
+    z = operator.fwd(x, matrices, 3, passes)
     dz = torch.randn_like(z)
     dx, grads = gradients(dz, x, matrices, passes)
     factors = split(matrices.double(), passes)
@@ -78,8 +78,10 @@ def test_lazily_negated_tensors():
     x, matrices, passes = problem(32, 30)
     lazy = torch.complex(x, x).conj().imag
     assert lazy.is_neg()
-    assert torch.equal(operator.fwd(lazy, matrices, passes), operator.fwd(-x, matrices, passes))
-    z = torch.view_as_complex(operator.fwd(x, matrices, passes))
+    assert torch.equal(
+        operator.fwd(lazy, matrices, 3, passes), operator.fwd(-x, matrices, 3, passes)
+    )
+    z = torch.view_as_complex(operator.fwd(x, matrices, 3, passes))
     dz = z.conj().imag.unsqueeze(-1).expand(*z.shape, 2)
     assert dz.is_neg()
     theirs = gradients(-z.imag.unsqueeze(-1).expand(*z.shape, 2), x, matrices, passes)
@@ -93,7 +95,7 @@ def test_threads_do_not_change_a_bit():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            z = operator.fwd(x, matrices, passes)
+            z = operator.fwd(x, matrices, 3, passes)
             results.append([z, *gradients(z, x, matrices, passes)])
     finally:
         torch.set_num_threads(before)
@@ -138,9 +140,9 @@ def test_contract_of_the_operator():
     x, matrices, passes = problem(32, 30)
     for bad in (matrices[:, 1:], matrices[:0], matrices[0], matrices[..., 0]):
         with pytest.raises(ValueError, match=r"matrices must be \(heads >= 1, 260, 2\)"):
-            operator.fwd(x, bad, passes)
+            operator.fwd(x, bad, 3, passes)
     with pytest.raises(TypeError, match="matrices must be one of"):
-        operator.fwd(x, matrices.to(torch.complex64), passes)
+        operator.fwd(x, matrices.to(torch.complex64), 3, passes)
     with pytest.raises(ValueError, match="dz must be like the output"):
         gradients(torch.zeros(2, 4, 31, 2), x, matrices, passes)
     with pytest.raises(TypeError, match="integers wanted"):

@@ -3,6 +3,7 @@
 import torch
 import toy_operator
 
+from seqconv.layers import butterfly_conv, s4d, sgconv
 from seqconv.ops import butterfly, fftconv, ssm
 
 
@@ -36,4 +37,31 @@ def _toy():
     return toy_operator.decayed_sum, toy_operator.Inputs(normal(2, 3, 9), -normal(3).abs()), (2.0,)
 
 
-OPERATORS = {"toy": _toy, "fftconv": _fftconv, "ssm": _ssm, "butterfly": _butterfly}
+def _modes():
+    shapes = (2, 2, 3, 2), (2, 3, 2), (2,), (2, 3), (2, 3)
+    inputs = s4d.Parameters(*[normal(*shape) for shape in shapes])
+    names = ["zoh", "exp", "exp", "none"]
+    return s4d._modes_op, inputs, (names, 1, False, None, 1.0)
+
+
+def _taps():
+    inputs = sgconv.Parts(normal(3, 2, 2, 4), normal(2).abs() + 1, normal(2, 2, 1).abs() + 1)
+    return sgconv._taps_op, inputs, (["linear", "cat", "geometric"], 0, False, 1.0, 16)
+
+
+def _product():
+    inputs = butterfly_conv.Spectra(normal(2, 2, 8, 2), normal(3, 2, 8, 2))
+    return butterfly_conv._product_op, inputs, (4,)
+
+
+OPERATORS = {
+    "toy": _toy,
+    "fftconv": _fftconv,
+    "ssm": _ssm,
+    "butterfly": _butterfly,
+}
+IN_GRAPHS = {  # those that only layers call, and only in graphs that torch.compile makes
+    "s4d_modes": _modes,
+    "sgconv_taps": _taps,
+    "butterfly_product": _product,
+}

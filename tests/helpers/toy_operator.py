@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seqconv.ops.register import Operator
+from seqconv.ops.sharding import SUM
 
 
 class Inputs(NamedTuple):
@@ -20,4 +21,12 @@ def _definition(inputs: Inputs, scale: float) -> Tensor:
     return scale * torch.einsum("hts,bhs->bht", table, inputs.x)
 
 
-decayed_sum = Operator("toy_decayed_sum", Inputs, "float scale", _definition)
+_SHARDINGS = [(0, {"x": 0}), (1, {"x": 1, "log_decay": 0}), (SUM, {"x": SUM})]
+
+decayed_sum = Operator(
+    "toy_decayed_sum",
+    Inputs,
+    "float scale",
+    _definition,
+    shardings=lambda *_, ranks: _SHARDINGS,
+)

@@ -156,12 +156,12 @@ def test_opaque_operators_keep_torchs_contract():
         False
     )  # opcheck's own machinery has some without such a form
     kernel = S4DKernel(D, d_state=8, bandlimit=0.5).double()
-    torch.library.opcheck(
-        s4d._modes_op.fwd, kernel._arguments(kernel.read(), 2.0), atol=1e-10, rtol=1e-10
-    )
+    tensors, *rest = kernel._arguments(kernel.read(), 2.0, 1)
+    flat = s4d._modes_op.flat(s4d.Parameters(*tensors))
+    torch.library.opcheck(s4d._modes_op.fwd, (*flat, *rest), atol=1e-10, rtol=1e-10)
     kernel = SGConvKernel(D, l_max=40, decay="power").double()
-    tensors = [kernel.pieces, kernel.decay, kernel.norm]
+    flat = sgconv._taps_op.flat(sgconv.Parts(kernel.pieces, kernel.decay, kernel.norm))
     rest = (["linear", "cat", "power"], 0, False, 2.0, 20)
-    torch.library.opcheck(sgconv._taps_op.fwd, (tensors, *rest), atol=1e-10, rtol=1e-10)
+    torch.library.opcheck(sgconv._taps_op.fwd, (*flat, *rest), atol=1e-10, rtol=1e-10)
     with pytest.raises(RuntimeError, match="in eager mode only"):
-        torch.func.grad(lambda t: sgconv._taps_op.fwd([t, *tensors[1:]], *rest).sum())(tensors[0])
+        torch.func.grad(lambda t: sgconv._taps_op.fwd(t, *flat[1:], *rest).sum())(flat[0])

@@ -45,18 +45,18 @@ def test_opcheck(dtype):
     tolerance = {"rtol": 5e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {}
     # opcheck's own machinery has operations without a deterministic form
     torch.use_deterministic_algorithms(False)
-    torch.library.opcheck(operator.fwd, (x, matrices, passes), **tolerance)
-    z = operator.fwd(x, matrices, passes)
+    torch.library.opcheck(operator.fwd, (x, matrices, 3, passes), **tolerance)
+    z = operator.fwd(x, matrices, 3, passes)
     assert z.shape == (2, 4, 32, 2) and z.dtype == matrices.dtype
     dz = torch.randn_like(z).requires_grad_()
-    torch.library.opcheck(operator.bwd, (dz, x, matrices, passes, [True, True]), **tolerance)
+    torch.library.opcheck(operator.bwd, (dz, x, matrices, 3, passes, [True, True]), **tolerance)
 
 
 @pytest.mark.parametrize("passes", [(2,), (4, 2), (2, 2, 2), (2, 4, 4)], ids=str)
 def test_gradients_of_both_orders(passes):
     options = {"dtype": torch.float64, "requires_grad": True}
     x, matrices, passes = problem(passes, length=math.prod(passes) - 1, batch=1, **options)
-    call = lambda *t: operator.fwd(*t, passes)  # noqa: E731
+    call = lambda *t: operator.fwd(*t, 3, passes)  # noqa: E731
     assert torch.autograd.gradcheck(call, (x, matrices))
     assert torch.autograd.gradgradcheck(call, (x, matrices))
 
@@ -64,7 +64,7 @@ def test_gradients_of_both_orders(passes):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.func.jvp
 def test_the_raw_operator_refuses_to_be_differentiated_so():
     x, matrices, passes = problem((4, 2), length=8)
-    call = lambda x: operator.fwd(x, matrices, passes)  # noqa: E731
+    call = lambda x: operator.fwd(x, matrices, 3, passes)  # noqa: E731
     with pytest.raises(RuntimeError, match="not on the raw operator"):
         torch.func.jvp(call, (x,), (x,))
     with pytest.raises(RuntimeError, match="not on the raw operator"):
@@ -94,8 +94,8 @@ def test_empty_gradients_on_cudas_road(on_cuda):
 
 def test_work_in_float32_whatever_the_default_dtype(on_cuda, float64):
     x, matrices, passes = problem((16, 2), length=20, dtype=torch.float32)
-    z = operator.fwd(x, matrices, passes)
-    dx, dmatrices = operator.bwd(z, x, matrices, passes, [True, True])
+    z = operator.fwd(x, matrices, 3, passes)
+    dx, dmatrices = operator.bwd(z, x, matrices, 3, passes, [True, True])
     assert {t.dtype for t in (z, dx, dmatrices)} == {torch.float32}
     wanted = reference.butterfly_backward(
         z.double(), x.double(), split(matrices.double(), passes), passes

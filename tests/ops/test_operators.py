@@ -87,9 +87,10 @@ def test_it_compiles(problem):
 def test_the_raw_operators_pass_opcheck(problem):
     operator, inputs, options = problem
     torch.use_deterministic_algorithms(False)  # opcheck has operations without a deterministic form
-    torch.library.opcheck(operator.fwd, (*inputs, *options))
-    dy = torch.randn_like(operator.fwd(*inputs, *options)).requires_grad_()
-    torch.library.opcheck(operator.bwd, (dy, *inputs, *options, [t is not None for t in inputs]))
+    flat = operator.flat(inputs)
+    torch.library.opcheck(operator.fwd, (*flat, *options))
+    dy = torch.randn_like(operator.fwd(*flat, *options)).requires_grad_()
+    torch.library.opcheck(operator.bwd, (dy, *flat, *options, [t is not None for t in inputs]))
 
 
 def test_lazy_tensors_are_resolved(problem):

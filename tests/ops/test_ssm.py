@@ -174,7 +174,7 @@ def test_derivatives_of_nothing():
 
 def raw_gradients(dk, a, w):
     single = dk.dtype == torch.float32
-    return operator.bwd(dk, a, w, dk.shape[-1], single, True, [True, True])
+    return operator.bwd(dk, a, w, 3, dk.shape[-1], single, True, [True, True])
 
 
 def test_the_torch_gradient_is_the_compiled_one():
@@ -241,9 +241,9 @@ def test_operators_pass_opcheck(fused):
     a = torch.stack([-torch.rand(3, 4), torch.randn(3, 4)], -1).double().requires_grad_()
     w = torch.randn(2, 3, 4, 2).double().requires_grad_()
     for single in (True, False):
-        torch.library.opcheck(operator.fwd, (a, w, 50, single, fused))
+        torch.library.opcheck(operator.fwd, (a, w, 3, 50, single, fused))
         dk = torch.randn(2, 3, 50, dtype=torch.float32 if single else torch.float64)
-        arguments = (dk.requires_grad_(), a, w, 50, single, fused, [True, True])
+        arguments = (dk.requires_grad_(), a, w, 3, 50, single, fused, [True, True])
         torch.library.opcheck(operator.bwd, arguments)
 
 

@@ -276,7 +276,7 @@ def test_forward_mode_around_compile_and_raw_operators_raise():
         compiled(forward_ad.make_dual(u, u), k)
     for transform in (lambda f: jvp(f, (u,), (u,)), lambda f: grad(lambda u: f(u).sum())(u)):
         with pytest.raises(RuntimeError, match=r"through seqconv\.fftconv"):
-            transform(lambda u: operator.fwd(u, k, None, None, None, None, "none", False))
+            transform(lambda u: operator.fwd(u, k, None, None, None, None, 3, "none", False))
 
 
 def test_export_with_dynamic_sizes(tmp_path):
@@ -325,10 +325,11 @@ def test_opcheck(case, needs_grad, backend):
     torch.use_deterministic_algorithms(
         False
     )  # opcheck's own machinery has operations without such a form
-    torch.library.opcheck(operator.fwd, (*inputs, *options), **tolerance)
-    dy = torch.randn_like(operator.fwd(*inputs, *options)).requires_grad_(needs_grad)
+    flat = operator.flat(inputs)
+    torch.library.opcheck(operator.fwd, (*flat, *options), **tolerance)
+    dy = torch.randn_like(operator.fwd(*flat, *options)).requires_grad_(needs_grad)
     for wanted in ([True] * 6, [True, False, False, True, False, True]):
-        torch.library.opcheck(operator.bwd, (dy, *inputs, *options, wanted), **tolerance)
+        torch.library.opcheck(operator.bwd, (dy, *flat, *options, wanted), **tolerance)
 
 
 # ---- autocast ----
