@@ -17,8 +17,8 @@ from seqconv.ops.checks import check_choice
 from seqconv.parallel import exchange, layers
 from seqconv.parallel.call import Call, random_numbers
 from seqconv.parallel.meeting import meet, shape_of
-from seqconv.parallel.traffic import METHODS
 from seqconv.parallel.shards import ORDERS, Shards
+from seqconv.parallel.traffic import METHODS
 
 NAME = "ContextParallel"
 _MARK = "_seqconv_summed_over"

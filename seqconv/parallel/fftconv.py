@@ -10,8 +10,8 @@ from seqconv.ops.fftconv import validate
 from seqconv.parallel import exchange
 from seqconv.parallel.call import Call, most_taps, reach_of
 from seqconv.parallel.meeting import meet, shape_of
-from seqconv.parallel.traffic import Explanation, Problem, explanation
 from seqconv.parallel.shards import ORDERS, Shards
+from seqconv.parallel.traffic import Explanation, Problem, explanation
 
 NAME = "parallel.fftconv"
 METHODS = ("auto", "a2a", "halo")

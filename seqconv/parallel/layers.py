@@ -15,8 +15,8 @@ from seqconv.ops.fftconv import fftconv
 from seqconv.ops.ssm import mode_sum, moments, multiply
 from seqconv.parallel import exchange
 from seqconv.parallel.call import Call, hooked, most_taps, random, random_numbers, reach_of
-from seqconv.parallel.traffic import Problem
 from seqconv.parallel.shards import Shards
+from seqconv.parallel.traffic import Problem
 from seqconv.reference import activate
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from seqconv.ops.checks import FLOATS
 from seqconv.ops.fftconv import ACTIVATIONS, LAYOUTS, MODES
 from seqconv.parallel.call import exchange_device
-from seqconv.parallel.traffic import METHODS
 from seqconv.parallel.shards import ORDERS, Shards
+from seqconv.parallel.traffic import METHODS
 
 _NONE = -1  # in the place of what a rank does not have
 _KEPT = 1024

@@ -17,8 +17,8 @@ from seqconv import (
     fftconv,
     parallel,
 )
-from seqconv.parallel.traffic import Problem
 from seqconv.parallel.shards import Shards
+from seqconv.parallel.traffic import Problem
 
 
 class Traffic(TorchDispatchMode):
