@@ -81,6 +81,7 @@ def test_a_hang_ends_and_says_where():
     works(2)
 
 
+@pytest.mark.slow
 def test_a_killed_rank():
     with pytest.raises(RankFailed, match="rank 1: exit code -9"):
         run(2, is_killed, 1)
@@ -92,7 +93,6 @@ def test_processes_of_their_own_say_how_each_rank_ended():
     killed, alive = run_fresh(2, is_killed, 0)
     assert killed.code == -signal.SIGKILL
     assert "in is_killed" in alive.error
-    assert [o.value for o in run_fresh(2, is_killed, 2)] == [0, 1]
     assert works(2) == stay
 
 
