@@ -38,6 +38,15 @@ def opaque() -> None:
     raise Opaque(lambda: None)
 
 
+def leaves() -> None:
+    raise SystemExit(3)
+
+
+def ends() -> None:
+    print("last words", flush=True)
+    os._exit(3)
+
+
 class Opaque(Exception):
     """It cannot be pickled."""
 
@@ -69,6 +78,8 @@ def test_an_exception_is_raised_here_with_the_traceback_of_its_rank():
     assert "in fails" in str(caught.value.__cause__)
     with pytest.raises(RankFailed, match="Opaque"):
         run(1, opaque)
+    with pytest.raises(RankFailed, match="SystemExit: 3"):
+        run(1, leaves)
     works(2)
 
 
@@ -85,6 +96,8 @@ def test_a_hang_ends_and_says_where():
 def test_a_killed_rank():
     with pytest.raises(RankFailed, match="rank 1: exit code -9"):
         run(2, is_killed, 1)
+    with pytest.raises(RankFailed, match="rank 0: exit code 3\nlast words"):
+        run(1, ends)
     works(2)
 
 
