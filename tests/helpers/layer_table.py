@@ -7,17 +7,23 @@ from seqconv.layers.base import KernelGenerator
 
 D, LENGTH = 6, 50
 LAYERS = {
-    "s4d": lambda **options: S4D(D, **options),
-    "long_conv": lambda **options: LongConv(D, **{"l_max": 80, "kernel_dropout": 0.0} | options),
-    "sgconv": lambda **options: SGConv(D, **{"l_max": 80} | options),
+    "s4d": lambda d_model=D, **options: S4D(d_model, **options),
+    "long_conv": lambda d_model=D, **options: LongConv(
+        d_model, **{"l_max": 80, "kernel_dropout": 0.0} | options
+    ),
+    "sgconv": lambda d_model=D, **options: SGConv(d_model, **{"l_max": 80} | options),
 }
 EVERY = LAYERS | {
-    "hyena": lambda **options: Hyena(D, **{"l_max": 80} | options),
-    "butterfly": lambda **options: ButterflyConv(
-        D, **{"l_max": 80, "kernel_dropout": 0.0} | options
+    "hyena": lambda d_model=D, **options: Hyena(d_model, **{"l_max": 80} | options),
+    "butterfly": lambda d_model=D, **options: ButterflyConv(
+        d_model, **{"l_max": 80, "kernel_dropout": 0.0} | options
     ),
-    "sgconv, power": lambda **options: SGConv(D, **{"l_max": 80, "decay": "power"} | options),
-    "s4d, real": lambda **options: S4D(D, **{"init": "real", "is_real": True} | options),
+    "sgconv, power": lambda d_model=D, **options: SGConv(
+        d_model, **{"l_max": 80, "decay": "power"} | options
+    ),
+    "s4d, real": lambda d_model=D, **options: S4D(
+        d_model, **{"init": "real", "is_real": True} | options
+    ),
 }
 
 

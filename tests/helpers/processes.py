@@ -40,12 +40,16 @@ class Outcome(NamedTuple):
     value: Any = None
     error: str | None = None  # the traceback
     code: int | None = None  # -9 after SIGKILL
+    log: str = ""  # what it wrote before it ended
     exception: Exception | None = None  # where it can be pickled
     when: float = 0.0  # it was raised
 
     @property
     def failed(self) -> bool:
         return self.error is not None or self.code is not None
+
+    def told(self) -> str:
+        return self.error or f"exit code {self.code}\n{self.log}"
 
 
 class RankFailed(RuntimeError):
@@ -66,12 +70,10 @@ def run(world: int, function: Callable, *args, timeout: float = 60) -> list:
     outcomes = _pool.call(world, function, args, timeout, timeout + 30, GRACE)
     failed = [rank for rank, outcome in enumerate(outcomes) if outcome.failed]
     if failed:
-        failed.sort(
-            key=lambda rank: outcomes[rank].when
-        )  # ranks that lose a peer fail later than it
-        told = [(rank, outcomes[rank]) for rank in failed]
-        text = "\n".join(f"rank {r}: {o.error or f'exit code {o.code}'}" for r, o in told)
-        raise told[0][1].exception or RankFailed(text) from RankFailed(text)
+        # Ranks that lose a peer fail later than it.
+        told = sorted((outcomes[rank].when, rank) for rank in failed)
+        text = "\n".join(f"rank {rank}: {outcomes[rank].told()}" for _, rank in told)
+        raise outcomes[told[0][1]].exception or RankFailed(text) from RankFailed(text)
     return [outcome.value for outcome in outcomes]
 
 
@@ -175,7 +177,7 @@ def _outcome(worker: _Worker, ready: bool) -> Outcome:
         return pickle.loads(worker.pipe.recv_bytes())
     except (EOFError, ConnectionResetError):
         worker.process.join()
-        return Outcome(code=worker.process.exitcode)
+        return Outcome(code=worker.process.exitcode, log=worker.log.read_text())
 
 
 def _where(timeout: float, workers: list[_Worker], hung: list[int]) -> str:
@@ -216,15 +218,16 @@ def _answer(path, work, rank, world, meet, collective, timeout) -> bytes:
         limit = datetime.timedelta(seconds=collective)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
         return pickle.dumps(Outcome(function(*args)))
-    except Exception as error:
+    except BaseException as error:  # CheckpointException is no Exception
         when = time.monotonic()
-        outcome = Outcome(None, traceback.format_exc(), None, error, when)
+        outcome = Outcome(error=traceback.format_exc(), exception=error, when=when)
         _end_group()  # the others shall not wait for this rank
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            outcome = outcome._replace(exception=None)
-        return pickle.dumps(outcome)
+        with contextlib.suppress(Exception):
+            pickled = pickle.dumps(outcome)
+            pickle.loads(pickled)
+            if isinstance(error, Exception):
+                return pickled
+        return pickle.dumps(outcome._replace(exception=None))
     finally:
         faulthandler.cancel_dump_traceback_later()
 

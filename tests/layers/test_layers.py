@@ -4,9 +4,6 @@ import copy
 import inspect
 import math
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -316,29 +313,6 @@ def test_s4d_by_keops(keops):
         results.append([y, *torch.autograd.grad(y.square().sum(), made.parameters())])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "script", [pytest.param("two_processes.py", marks=pytest.mark.slow), "two_shards.py"]
-)
-def test_distributed(script, tmp_path):
-    """DistributedDataParallel, and shards."""
-    script = str(Path(__file__).parents[1] / "helpers" / script)
-    commands = [[sys.executable, script, str(rank), str(tmp_path)] for rank in range(2)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = [subprocess.Popen(command, **pipes) for command in commands]
-    for rank in ranks:
-        output, _ = rank.communicate(timeout=300)
-        assert rank.returncode == 0, output
-
-
-def test_fully_shard_checks_its_arguments():
-    from seqconv.parallel import fully_shard
-
-    with pytest.raises(TypeError, match="model must be a module, got generator"):
-        fully_shard(S4D(D).parameters())
-    with pytest.raises(TypeError, match=r"mp_policy must be a .*MixedPrecisionPolicy, got dtype"):
-        fully_shard(S4D(D), mp_policy=torch.bfloat16)
 
 
 def test_learns_a_delayed_copy(make):

@@ -38,6 +38,15 @@ def opaque() -> None:
     raise Opaque(lambda: None)
 
 
+def leaves() -> None:
+    raise SystemExit(3)
+
+
+def ends() -> None:
+    print("last words", flush=True)
+    os._exit(3)
+
+
 class Opaque(Exception):
     """It cannot be pickled."""
 
@@ -69,6 +78,8 @@ def test_an_exception_is_raised_here_with_the_traceback_of_its_rank():
     assert "in fails" in str(caught.value.__cause__)
     with pytest.raises(RankFailed, match="Opaque"):
         run(1, opaque)
+    with pytest.raises(RankFailed, match="SystemExit: 3"):
+        run(1, leaves)
     works(2)
 
 
@@ -81,9 +92,12 @@ def test_a_hang_ends_and_says_where():
     works(2)
 
 
+@pytest.mark.slow
 def test_a_killed_rank():
     with pytest.raises(RankFailed, match="rank 1: exit code -9"):
         run(2, is_killed, 1)
+    with pytest.raises(RankFailed, match="rank 0: exit code 3\nlast words"):
+        run(1, ends)
     works(2)
 
 
@@ -92,7 +106,6 @@ def test_processes_of_their_own_say_how_each_rank_ended():
     killed, alive = run_fresh(2, is_killed, 0)
     assert killed.code == -signal.SIGKILL
     assert "in is_killed" in alive.error
-    assert [o.value for o in run_fresh(2, is_killed, 2)] == [0, 1]
     assert works(2) == stay
 
 
