@@ -51,6 +51,7 @@ class KernelGenerator(Described):
     """
 
     d_model: int
+    heads: int
     reads: tuple[str, ...] = ()
     channel_axes: ClassVar[dict[str, int]] = {}
     resamples = False

@@ -2,13 +2,14 @@
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.func import functional_call
 
-from seqconv.layers.base import KernelGenerator
+from seqconv.layers.base import KernelGenerator, cut
 from seqconv.ops.fftconv import fftconv
 from seqconv.parallel import exchange
 from seqconv.parallel.traffic import Problem
@@ -45,7 +46,7 @@ class Call:
         With reduce=True the gradients of the generator's parameters are summed over the ranks.
         """
         parted = self.method == "a2a" and divides(generator)
-        options = {} if rate == 1.0 else {"rate": rate}
+        options: dict[str, Any] = {} if rate == 1.0 else {"rate": rate}
         if parted:
             options["channels"] = self.channels
         arguments = (self.problem.shards.length if length is None else length,)
@@ -85,11 +86,14 @@ class Call:
 
     def _by_channels(self, x, k, skip, k_rev, mode, parted, dtypes, options) -> Tensor:
         x = self.to_channels(x, options["layout"]).to(dtypes[0])
-        part = lambda t, axis: t if t is None else cut_channels(t, axis, self.channels)  # noqa: E731
         if not parted:
-            k, k_rev = part(k, -2), part(k_rev, -2)
-        y = fftconv(x, k, part(skip, -1), k_rev=k_rev, mode=mode, **options)
+            k, k_rev = (self._own_channels(t, -2) for t in (k, k_rev))
+        skip = self._own_channels(skip, -1)
+        y = fftconv(x, k, skip, k_rev=k_rev, mode=mode, **options)
         return self.to_shards(y.to(dtypes[1]), options["layout"])
+
+    def _own_channels(self, t: Tensor | None, axis: int) -> Any:
+        return t if t is None else cut(t, axis % t.dim(), self.channels)
 
     def to_channels(self, x: Tensor, layout: str) -> Tensor:
         """All steps of this rank's channels, from this rank's steps of all channels."""
@@ -168,10 +172,6 @@ def exchange_device(group) -> torch.device:
     """The device through which a group exchanges small numbers: the CPU where the group can."""
     devices = getattr(group, "_device_types", [torch.device("cpu")])
     return torch.device("cpu") if torch.device("cpu") in devices else devices[0]
-
-
-def cut_channels(t: Tensor, axis: int, channels: slice) -> Tensor:
-    return t.narrow(axis, channels.start, channels.stop - channels.start)
 
 
 def _axes(layout: str) -> tuple[int, int]:

@@ -63,7 +63,9 @@ class ContextParallel(ParallelStyle):
             raise TypeError(
                 f"{NAME}: module must be a layer of seqconv, got {type(module).__name__}"
             )
-        group = exchange.process_group(NAME, device_mesh)
+        return self._divide(module, exchange.process_group(NAME, device_mesh))
+
+    def _divide(self, module: ConvLayer | Hyena, group) -> nn.Module:
         if module._context is not None:
             raise ValueError(f"{NAME}: module must be without context parallelism, but it has it")
         if self.shards and self.shards.ranks != dist.get_world_size(group):
@@ -115,7 +117,7 @@ def context_parallel(model: nn.Module, mesh=None, **options) -> nn.Module:
         raise ValueError("context_parallel: model must have a layer of seqconv, got none")
     sum_gradients(model, group)
     for module in found:
-        style._apply(module, group)
+        style._divide(module, group)
     _divide_randomness(model, group)
     model.register_forward_pre_hook(_check_parameters)
     return model
@@ -176,6 +178,7 @@ class _Context:
         return (x,), others | {"mask": own}
 
     def _call(self, layer, x: Tensor) -> Call:
+        assert self.now is not None  # since _meet
         return layers.call_of(layer, self.now, x, self.method, self.group)
 
     def convolve(self, layer: ConvLayer, x: Tensor, rate: float) -> Tensor:
@@ -205,7 +208,7 @@ def sum_gradients(model: nn.Module, group) -> None:
             )
             module.set_gradient_divide_factor(count / len(ranks))
             for part in module.modules():
-                part._seqconv_sharded = True
+                part.__dict__["_seqconv_sharded"] = True
 
 
 def _check_parameters(module: nn.Module, args) -> None:
@@ -232,7 +235,7 @@ def _divide_randomness(model: nn.Module, group) -> None:
             or hasattr(module, "_seqconv_random")
         ):
             continue
-        module._seqconv_random = ExitStack()
+        module.__dict__["_seqconv_random"] = ExitStack()
         alike = isinstance(module, _TIED)
 
         def enter(module, args, alike=alike):

@@ -4,16 +4,21 @@ Everything is built on three collectives of torch.distributed: all_to_all_single
 all_reduce of gradients.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.autograd import Function
+from torch.distributed.device_mesh import DeviceMesh
 
 from seqconv.parallel.shards import Shards, halo
 
-_gather = getattr(collectives, "all_gather_single_autograd", None)  # its name since torch 2.13
-_gather = _gather or collectives.all_gather_tensor_autograd
+if hasattr(collectives, "all_gather_single_autograd"):  # its name since torch 2.13
+    _gather = collectives.all_gather_single_autograd
+else:
+    _gather = collectives.all_gather_tensor_autograd
 
 
 def _all_to_all(parts: list[Tensor], received: list[int], group) -> list[Tensor]:
@@ -149,7 +154,7 @@ class _Summed(Function):
         return None, *[summed(g, ctx.group) if wanted else None for g, wanted in pairs]
 
 
-def replicated(group, *tensors: Tensor | None) -> list[Tensor | None]:
+def replicated(group, *tensors: Tensor | None) -> list[Any]:
     """The same tensors, which every rank has, with gradients that are summed over the ranks."""
     given = [t for t in tensors if t is not None]
     found = iter(_Summed.apply(group, *given) if torch.is_grad_enabled() else given)
@@ -173,7 +178,7 @@ def summed(grad: Tensor, group, number: int = 0) -> Tensor:
         if not same:
             raise RuntimeError(text)
     else:
-        torch._assert_async(same, text)  # without waiting for the device
+        torch._assert_async(same, text)  # pyright: ignore  # without waiting for the device
     return total[:-2].view(grad.shape).to(grad.dtype)
 
 
@@ -186,7 +191,7 @@ def process_group(function: str, group) -> dist.ProcessGroup:
         return dist.group.WORLD  # pyright: ignore
     if isinstance(group, dist.ProcessGroup):
         return group
-    if isinstance(group, dist.DeviceMesh):
+    if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             text = f"a mesh of one axis, got {group.ndim} axes; mesh['name'] is one of them"
             raise ValueError(f"{function}: group must be {text}")

@@ -51,7 +51,8 @@ def fftconv(
             parts r and 2 ranks - 1 - r of torch.chunk(2 ranks), which is how causal attention balances its work.
         method: "a2a" exchanges steps for channels, convolves whole sequences of some channels on each rank, and
             changes back. "halo" fetches the K - 1 steps before a shard (and those after it that k_rev reads) from the
-            ranks that have them. "auto" takes what moves fewer bytes.
+            ranks that have them. "auto" takes what moves fewer bytes, but "halo" only for kernels that reach no
+            further than a shard of average size: with longer ones a rank would hold most of the sequence.
         shards: the number of steps on every rank, if it is known. Nothing but the convolution's own data is exchanged
             then; otherwise the ranks exchange a few integers first, and compare what must agree.
 
@@ -176,7 +177,7 @@ def _begin(tensors, options, group, order, method, shards) -> Call:
 
 
 def _check(tensors, options, order, method, shards, group) -> None:
-    u, k, k_rev, skip, *gates = tensors
+    u, k, k_rev, skip, pre_gate, post_gate = tensors
     activation, mode, layout = options
     check_choice(NAME, "order", order, ORDERS)
     check_choice(NAME, "method", method, METHODS)
@@ -193,9 +194,8 @@ def _check(tensors, options, order, method, shards, group) -> None:
     if mode == "circular" and k_rev is not None:
         raise ValueError("fftconv: k_rev must be None in circular mode, got a tensor")
     # K is compared with the whole length later.
-    validate(
-        u, k, k_rev, skip, *gates, activation, "causal" if mode == "circular" else mode, layout
-    )
+    single = "causal" if mode == "circular" else mode
+    validate(u, k, k_rev, skip, pre_gate, post_gate, activation, single, layout)
     if shards is not None:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         steps = u.shape[-1 if layout == "bhl" else 1]

@@ -40,7 +40,7 @@ def problem_of(layer: ConvLayer | Hyena, shards: Shards, batch: int, dtype: torc
     if isinstance(layer, Hyena):
         sent = size = torch.promote_types(dtype, torch.float32).itemsize
     reach = reach_of(taps, taps if two_sided else 0, shards)
-    modes = layer.kernel.modes if has_state(layer) else 0
+    modes = generator.modes if has_state(layer) else 0  # pyright: ignore
     whole = isinstance(layer, ButterflyConv)
     options = {"modes": modes, "directions": 1 + two_sided, "whole": whole}
     return Problem(shards, batch, layer.d_model, heads, reach, False, sent, size, **options)

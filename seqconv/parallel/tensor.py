@@ -87,7 +87,7 @@ class _Channels(ParallelStyle):
                 own = _own_axes(part)
                 self._distribute(part, device_mesh, own)
                 _become(part, _WholeMatrices if isinstance(part, Butterfly) else _PartOfKernel)
-                vars(part)["_divided"] = frozenset(own)
+                part.__dict__["_divided"] = frozenset(own)
             elif type(part) is nn.Linear and not _inside_generator(module, part):
                 self._distribute(part, device_mesh, {"weight": 0, "bias": 0})
         own = {"skip": 1} | ({"short": 0, "short_bias": 0} if isinstance(module, Hyena) else {})
@@ -95,7 +95,7 @@ class _Channels(ParallelStyle):
         for part in module.modules():  # what is left: every process has it whole
             self._distribute(part, device_mesh, {})
         _become(module, _DividedConvLayer if isinstance(module, ConvLayer) else _DividedLayer)
-        vars(module)["_style"] = self
+        module.__dict__["_style"] = self
         return module
 
     def _distribute(self, module: nn.Module, mesh: DeviceMesh, axes: dict[str, int]) -> None:

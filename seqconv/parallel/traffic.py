@@ -63,10 +63,13 @@ class Problem:
         return ["a2a", "halo"] + (["state"] if self.modes and not self.circular else [])
 
     def choose(self, method: str) -> str:
-        """The method itself, or the one that moves the fewest bytes over all ranks."""
+        """The method itself, or the one that moves the fewest bytes over all ranks. "halo" counts only for kernels that
+        reach no further than a shard: with longer ones a rank would hold and convolve most of the sequence."""
         if method != "auto":
             return method
-        return min(self.ways(), key=self.total)
+        short = sum(self.reach) * self.shards.ranks <= self.shards.length
+        ways = [way for way in self.ways() if way != "halo" or short]
+        return min(ways, key=self.total)
 
 
 @dataclass(frozen=True)

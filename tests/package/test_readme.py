@@ -36,7 +36,10 @@ def blocks(page: Path) -> list[str]:
     return [text for language, text in found if language and not NOT_RUN.match(text)]
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+ALONE = [page for page in PAGES if page.name != "parallel.md"]  # which needs several processes
+
+
+@pytest.mark.parametrize("page", [*ALONE, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_blocks_run_in_order(page):
     """The blocks of one page share their variables and start with none, so that a reader can paste them."""
     names = {}

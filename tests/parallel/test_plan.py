@@ -79,7 +79,10 @@ def test_bytes_are_those_that_are_promised(method, options):
             assert promised == forward
         assert 0 < sum(f for _, f, _, _ in found) == sum(b for _, _, b, _ in found)
         if method == "auto":
-            assert sum(f for _, f, _, _ in found) == min(found[0][3].values())
+            others = found[0][3]
+            if options["taps"] > sum(sizes) / len(sizes):
+                del others["halo"]
+            assert sum(f for _, f, _, _ in found) == min(others.values())
 
 
 def test_the_formula_of_even_shards():
