@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from seqconv.layers.base import ConvLayer, KernelGenerator, TiedDropout, check_input
 from seqconv.layers.conv1d import Conv1d
@@ -21,7 +22,7 @@ from seqconv.parallel.shards import ORDERS, Shards
 from seqconv.parallel.traffic import METHODS
 
 NAME = "ContextParallel"
-_MARK = "_seqconv_summed_over"
+_summed = WeakIdKeyDictionary()  # the parameters whose gradients are summed; copies of them are not in it
 # Their masks are the same at all times, so that they must be the same on all ranks.
 _TIED = (TiedDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
 
@@ -202,9 +203,10 @@ def sum_gradients(model: nn.Module, group) -> None:
             if not ranks <= own:
                 text = f"sharded over a mesh with the ranks {sorted(ranks)}, got {sorted(own)}"
                 raise ValueError(f"{NAME}: {path} must be {text}")
-        elif p.requires_grad and getattr(p, _MARK, None) is None:
+        elif p.requires_grad and p not in _summed:
             p.register_hook(lambda grad, number=number: exchange.summed(grad, group, number))
-        setattr(p, _MARK, group)
+        if p.requires_grad:
+            _summed[p] = True
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # FSDP's mean over all ranks becomes a sum over these ones, and a mean over the others.
@@ -220,7 +222,7 @@ def _check_parameters(module: nn.Module, args) -> None:
     if getattr(module, "_seqconv_sharded", False) or not torch.is_grad_enabled():
         return
     for path, p in module.named_parameters():
-        if p.requires_grad and getattr(p, _MARK, None) is None:
+        if p.requires_grad and p not in _summed:
             raise RuntimeError(
                 f"{NAME}: the gradient of {path} ({type(module).__name__}) would not be summed over the ranks, "
                 "because the parameter was made or replaced afterwards (by a copy, fully_shard, or a "
