@@ -210,10 +210,8 @@ def sum_gradients(model: nn.Module, group) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # FSDP's mean over all ranks becomes a sum over these ones, and a mean over the others.
-            count = next(
-                p.device_mesh.size() for p in module.parameters() if isinstance(p, DTensor)
-            )
-            module.set_gradient_divide_factor(count / len(ranks))
+            sizes = [p.device_mesh.size() for p in module.parameters() if isinstance(p, DTensor)]
+            module.set_gradient_divide_factor(sizes[0] / len(ranks) if sizes else 1.0)
             for part in module.modules():
                 part.__dict__["_seqconv_sharded"] = True
 
