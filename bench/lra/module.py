@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     import lightning
     from lightning.fabric.plugins.io import TorchCheckpointIO
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-    from torchmetrics import MeanMetric
+    from torchmetrics import Metric
     from torchmetrics.classification import MulticlassAccuracy
 
 for _name in ("lightning", "lightning.pytorch", "lightning.fabric"):
@@ -41,6 +41,23 @@ def quiet():
         yield
 
 
+class Mean(Metric):
+    """The mean over samples, in float64. (torchmetrics' own disregards the weights where it lets NaN through.)"""
+
+    def __init__(self):
+        super().__init__()
+        self.set_dtype(torch.float64)
+        for name in ("mean_value", "weight"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, mean: torch.Tensor, count: int) -> None:
+        self.mean_value += mean.double() * count
+        self.weight += count
+
+    def compute(self) -> torch.Tensor:
+        return self.mean_value / self.weight
+
+
 class Training(lightning.LightningModule):
     """The steps. `window` and `evaluated` return mean loss and accuracy over all processes and start anew."""
 
@@ -50,7 +67,7 @@ class Training(lightning.LightningModule):
         for split in ("train", "eval"):
             accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False)
             self.add_module(f"{split}_accuracy", accuracy)
-            self.add_module(f"{split}_loss", MeanMetric(nan_strategy="disable"))
+            self.add_module(f"{split}_loss", Mean())
         self.resumed = None  # the state from which this process continues
 
     def _step(self, batch, split: str):
