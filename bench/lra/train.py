@@ -112,6 +112,8 @@ def _fit(config: options.Config, device: torch.device) -> dict:
         journal.saved = clock
     stamp = Stamp({"identity": identity, "plan": asdict(plan)})
     trainer = make_trainer(config, out, device, plan, [journal, stamp], state)
+    if config.run.precision == "64-true":
+        model.double()  # Lightning does so only after it has loaded a checkpoint, which would be rounded.
     training = Training(model, info.classes, optim, plan)
     result = facts | learn(training, trainer, journal, held_out, splits, device, bool(state))
     if RANK == 0:
