@@ -13,4 +13,5 @@ __all__ = [
     "explain",
     "fftconv",
     "fully_shard",
+    "sum_over_ranks",
 ]
