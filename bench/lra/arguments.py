@@ -67,6 +67,7 @@ def _peek(argv: list[str], command: str) -> tuple[dict, dict, list[str]]:
         if not isinstance(file, dict):
             refuse(command, f"{place} must be a YAML mapping")
         kinds = {"task": str, "layer": str, "model": dict, "kernel": dict, "optim": dict}
+        kinds["parallel"] = dict
         for key, kind in kinds.items():
             if not isinstance(file.get(key, kind()), kind):
                 what = "a word" if kind is str else "a mapping"
@@ -124,9 +125,9 @@ def parse_fit(argv: list[str], command: str = "fit") -> options.Config:
     parser.add_argument("--task", default=task, help="may also be the first argument")
     parser.add_argument("--layer", default=layer, help=", ".join(options.KERNELS))
     groups = {"": options.Run(), "model": recipe.model, "kernel": recipe.kernel}
-    groups["optim"] = recipe.optim
+    groups |= {"optim": recipe.optim, "parallel": options.Parallel()}
     if was:
-        groups |= {"": was.run, "model": was.model, "kernel": was.kernel, "optim": was.optim}
+        groups |= {group: getattr(was, group or "run") for group in groups}
     dests = {
         group: {f.name: f"{group}.{f.name}".lstrip(".") for f in dataclasses.fields(values)}
         for group, values in groups.items()
@@ -165,10 +166,13 @@ def _compare(was: options.Config, config: options.Config, command: str) -> None:
             advice = "; the schedule was fixed when the run began, --stop_minutes ends a session"
         text = f"{config.out} belongs to another run: {', '.join(changed)}{advice}"
         refuse(command, f"--resume: {text}")
-    run = dataclasses.asdict(config.run)
-    free = {name: run[name] for name in ("data", "device", "checkpoint_steps", "wandb", "compare")}
+    names = ("data", "device", "checkpoint_steps", "wandb", "compare")
+    before, now = (
+        {name: getattr(c.run, name) for name in names} | {"parallel.context": c.parallel.context}
+        for c in (was, config)
+    )
     if os.environ.get("RANK", "0") == "0":
-        for change in options.differences(dataclasses.asdict(was.run), free):
+        for change in options.differences(before, now):
             print(f"--resume: {change}")
 
 

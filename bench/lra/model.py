@@ -45,8 +45,11 @@ class Norm(nn.Module):
         super().__init__()
         self.batch = kind == "batch"
         self.norm = nn.BatchNorm1d(d_model) if self.batch else nn.LayerNorm(d_model)
+        self.context = None  # bench.lra.context.Context, where processes divide the steps
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.batch and self.training and self.context is not None:
+            return self.context.batch_norm(self.norm, x)
         return self.norm(x.flatten(0, 1)).view_as(x) if self.batch else self.norm(x)
 
 
@@ -61,6 +64,9 @@ class SequenceClassifier(nn.Module):
     network with a GELU that sees (a, b, a - b, a b) of both.
 
     channels: continuous input has a linear encoder. vocab: tokens have an embedding, initially torch's N(0, 1).
+
+    Where `context` is set, several processes have the same x, and each computes with its own steps of it. The
+    logits are those of whole rows, on every process the same.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class SequenceClassifier(nn.Module):
         self.norms = nn.ModuleList(Norm(model.norm, width) for _ in range(norms))
         self.dropout = (TiedDropout if model.tie_dropout else nn.Dropout)(model.dropout)
         self.prenorm, self.pool, self.pair = model.prenorm, model.pool, pair
+        self.context = None
         if pair:
             hidden = nn.Linear(4 * width, width)
             self.decoder = nn.Sequential(hidden, nn.GELU(), nn.Linear(width, classes))
@@ -94,8 +101,8 @@ class SequenceClassifier(nn.Module):
             self.decoder = nn.Linear(width, classes)
 
     def features(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Returns what is pooled: (batch, length, d_model)."""
-        x = self.encoder(x)
+        """Returns what is pooled: (batch, length, d_model), or this process's steps of it."""
+        x = self.encoder(x if self.context is None else self.context.own(x))
         for layer, norm in zip(self.layers, self.norms, strict=False):
             z = layer(norm(x) if self.prenorm else x, lengths=lengths)
             x = x + self.dropout(z)
@@ -103,7 +110,7 @@ class SequenceClassifier(nn.Module):
         return self.norms[-1](x) if self.prenorm else x
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        x = pooled(self.features(x, lengths), lengths, self.pool)
+        x = pooled(self.features(x, lengths), lengths, self.pool, self.context)
         if self.pair:
             a, b = x.chunk(2)
             x = torch.cat([a, b, a - b, a * b], dim=-1)
@@ -120,15 +127,24 @@ class SequenceClassifier(nn.Module):
         return found
 
 
-def pooled(x: Tensor, lengths: Tensor | None, pool: str) -> Tensor:
-    """(batch, length, d_model) -> (batch, d_model): the mean of the valid steps, or the last of them."""
-    if lengths is None:
+def pooled(x: Tensor, lengths: Tensor | None, pool: str, context=None) -> Tensor:
+    """(batch, length, d_model) -> (batch, d_model): the mean of the valid steps, or the last of them.
+
+    context: x holds this process's steps only, and lengths are those of whole rows.
+    """
+    if lengths is None and context is None:
         return x.mean(1) if pool == "mean" else x[:, -1]
-    if pool == "last":
-        return x[torch.arange(len(x), device=x.device), (lengths - 1).clamp(min=0)]
-    valid = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
-    total = x.masked_fill(~valid.unsqueeze(-1), 0.0).sum(1)
-    return total / lengths.clamp(min=1).unsqueeze(1).to(x.dtype)
+    steps = torch.arange(x.shape[1], device=x.device)
+    if context is not None:
+        steps = steps + context.start
+    if lengths is None:
+        lengths = steps.new_full((len(x),), context.length)
+    count = lengths.clamp(min=1).unsqueeze(1)
+    read = steps < lengths.unsqueeze(1) if pool == "mean" else steps == count - 1
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = x.masked_fill(~read.unsqueeze(-1), 0.0).sum(1, dtype=wide)
+    total = total if context is None else context.sum(total)
+    return (total / count if pool == "mean" else total).to(x.dtype)
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:

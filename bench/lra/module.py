@@ -23,11 +23,14 @@ with warnings.catch_warnings():
     import lightning
     from lightning.fabric.plugins.io import TorchCheckpointIO
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-    from torchmetrics import MeanMetric
+    from torchmetrics import Metric
     from torchmetrics.classification import MulticlassAccuracy
 
 for _name in ("lightning", "lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # the import sets another level
+
+
+MEANS = ("train_loss", "train_accuracy")  # of the steps since the last row
 
 
 @contextlib.contextmanager
@@ -41,25 +44,49 @@ def quiet():
         yield
 
 
-class Training(lightning.LightningModule):
-    """The steps. `window` and `evaluated` return mean loss and accuracy over all processes and start anew."""
+class Mean(Metric):
+    """The mean over samples, in float64. (torchmetrics' own disregards the weights where it lets NaN through.)"""
 
-    def __init__(self, model: SequenceClassifier, classes: int, optim: options.Optim, plan):
+    def __init__(self):
         super().__init__()
-        self.model, self.optim, self.plan = model, optim, plan
+        self.set_dtype(torch.float64)
+        for name in ("mean_value", "weight"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, mean: torch.Tensor, count: int) -> None:
+        self.mean_value += mean.double() * count
+        self.weight += count
+
+    def compute(self) -> torch.Tensor:
+        return self.mean_value / self.weight
+
+
+class Training(lightning.LightningModule):
+    """The steps. `window` and `evaluated` return mean loss and accuracy over all processes and start anew.
+
+    context: how many processes have the same samples, so that one of them counts them and each differentiates its
+    share of their loss.
+    """
+
+    def __init__(
+        self, model: SequenceClassifier, classes: int, optim: options.Optim, plan, context
+    ):
+        super().__init__()
+        self.model, self.optim, self.plan, self.context = model, optim, plan, context
         for split in ("train", "eval"):
             accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False)
             self.add_module(f"{split}_accuracy", accuracy)
-            self.add_module(f"{split}_loss", MeanMetric(nan_strategy="disable"))
+            self.add_module(f"{split}_loss", Mean())
         self.resumed = None  # the state from which this process continues
 
     def _step(self, batch, split: str):
         x, lengths, labels = batch
         logits = self.model(x, lengths)
         loss = loss_of(logits, labels)
-        getattr(self, f"{split}_accuracy").update(logits.detach(), labels)
-        getattr(self, f"{split}_loss").update(loss.detach(), len(labels))
-        return loss
+        if RANK % self.context == 0:
+            getattr(self, f"{split}_accuracy").update(logits.detach(), labels)
+            getattr(self, f"{split}_loss").update(loss.detach(), len(labels))
+        return loss / self.context
 
     def training_step(self, batch, index):
         return self._step(batch, "train")
@@ -97,7 +124,7 @@ class Training(lightning.LightningModule):
         state = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
-        for name in ("train_loss", "train_accuracy"):
+        for name in MEANS:
             state[name] = {k: v.cpu() for k, v in getattr(self, name).metric_state.items()}
         states = [state]
         if self.trainer.world_size > 1:
@@ -107,17 +134,22 @@ class Training(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         states = checkpoint["processes"]
-        # The states of another number of processes are of no use.
-        self.resumed = states[RANK] if len(states) == WORLD else None
+        if len(states) == WORLD:
+            self.resumed = states[RANK]
+        elif RANK == 0:
+            # Another number of processes has no use for their random numbers, but their sums go on in the first one.
+            kept = {name: [state[name] for state in states] for name in MEANS}
+            self.resumed = {n: {k: sum(s[k] for s in of) for k in of[0]} for n, of in kept.items()}
 
     def on_train_batch_start(self, batch, index) -> None:
         if self.resumed is None:
             return
         state, self.resumed = self.resumed, None
-        torch.set_rng_state(state["cpu"])
+        if "cpu" in state:
+            torch.set_rng_state(state["cpu"])
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device)
-        for name in ("train_loss", "train_accuracy"):
+        for name in MEANS:
             for key, value in state[name].items():
                 setattr(getattr(self, name), key, value.to(self.device))
 

@@ -124,6 +124,15 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Parallel:
+    """How processes share the work. A run continues with any other sharing."""
+
+    context: int = option(
+        "neighbouring processes that have the same samples and divide the steps of each", default=1
+    )
+
+
+@dataclass(frozen=True)
 class Run:
     seed: int = option("seed of weights, order and dropout", default=0)
     out: str | None = option("run folder; null: runs/TASK-LAYER-SEED", default=None)
@@ -161,6 +170,7 @@ class Config:
     kernel: object
     optim: Optim
     run: Run
+    parallel: Parallel = Parallel()
 
     @property
     def out(self) -> str:
@@ -201,7 +211,8 @@ def differences(was: dict, now: dict) -> list[str]:
 def from_dict(values: dict) -> Config:
     """Inverts dataclasses.asdict(Config)."""
     groups = {"model": Model, "kernel": KERNELS[values["layer"]], "optim": Optim, "run": Run}
-    parts = {name: cls(**values[name]) for name, cls in groups.items()}
+    values = {"parallel": {}} | values  # older runs have not recorded it
+    parts = {name: cls(**values[name]) for name, cls in (groups | {"parallel": Parallel}).items()}
     return Config(values["task"], values["layer"], **parts)
 
 
@@ -211,6 +222,7 @@ def check(config: Config) -> None:
     positive = {"model.depth": m.depth, "model.d_model": m.d_model, "optim.batch": o.batch}
     positive |= {"optim.epochs": o.epochs, "optim.accumulate": o.accumulate, "optim.lr": o.lr}
     positive |= {"checkpoint_steps": r.checkpoint_steps, "log_steps": r.log_steps}
+    positive["parallel.context"] = config.parallel.context
     limits = ("max_minutes", "stop_minutes", "stop_after", "eval_steps")
     positive |= {k: getattr(r, k) for k in limits if getattr(r, k) is not None}
     if o.schedule_steps is not None:

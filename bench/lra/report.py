@@ -126,11 +126,11 @@ def on_torch_fft(run: dict) -> bool:
 
 def settings(run: dict, *, but: str = "") -> str:
     """Returns what a group of runs shares: data, machine, and all options but the seed and those without effect."""
-    config = {k: v for k, v in run["config"].items() if k != "run"}
+    config = {k: v for k, v in run["config"].items() if k not in ("run", "parallel")}
     names = {"max_minutes", "precision", "eval_steps"} - {but}
     kept = {k: run["config"]["run"].get(k) for k in names}
     facts = {"device", "operator", "processes", "samples", "data"} - {but}
-    facts = {k: run.get(k) for k in facts}
+    facts = {k: run.get(k) for k in facts} | {"context": run.get("context", 1)}
     return json.dumps([config, kept, facts], sort_keys=True)
 
 

@@ -105,6 +105,7 @@ def describe(config, info, splits, model, schedule: Schedule, recipe, device) ->
         "operator": operator(model, info, config.optim.batch // config.optim.accumulate, device),
         "device": name,
         "processes": WORLD,
+        "context": config.parallel.context,
         "threads": threads,
         "seqconv": seqconv.__version__,
         "commit": git("rev-parse", "HEAD") or None,
@@ -164,9 +165,11 @@ def announce(facts: dict, config: options.Config, schedule: Schedule, notes) -> 
     samples = facts["samples"]
     for note in notes:  # before any accuracy is shown beside a published one
         plain.print(f"{facts['task']}: {note}")
+    share = facts["context"]
+    divided = f"; {share} processes divide the steps of each sample" if share > 1 else ""
     plain.print(
         f"{facts['task']}, {facts['layer']}: {facts['parameters']:,} parameters, {samples['train']:,} samples to "
-        f"learn, {samples['val']:,} to validate, {samples['test']:,} to test; {facts['operator']}"
+        f"learn, {samples['val']:,} to validate, {samples['test']:,} to test; {facts['operator']}{divided}"
     )
     published = f", published {facts['published']}%" if facts["published"] else ""
     generated = " Generated data, not the published set." if facts["generated"] else ""

@@ -91,12 +91,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(model: nn.Module, config: Config, splits, device, world: int = 1) -> Timing:
+def measure(
+    model: nn.Module, config: Config, splits, device, world: int = 1, context=None
+) -> Timing:
     """Times a few steps and evaluation batches of a copy of the model. It draws no random number from the run's.
 
-    world: the number of processes that share a batch.
+    world: the number of processes, or of groups of them, that share a batch. context: how those of a group divide
+    the steps, which all of them time together.
     """
     model = copy.deepcopy(model).to(device)
+    if context is not None:
+        context.divide(model)
     optim = config.optim
     part = max(1, optim.batch // optim.accumulate // world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from bench import files, pictures
 from bench.lra import options, recipes, schedule
 from bench.lra.batches import EvalBatches, TrainBatches, move, same, tensors
+from bench.lra.context import Context
 from bench.lra.journal import NEXT_BEST, Diverged, Journal, Stopped, peak_mib
 from bench.lra.module import Stamp, Training, make_trainer, quiet
 from bench.lra.report import levels
@@ -46,19 +47,25 @@ def fit(config: options.Config) -> dict:
     device = device_for(config.run.device)
     if config.run.precision == "16-mixed" and device.type == "cpu":
         raise SystemExit("--precision 16-mixed needs a GPU; a CPU has bf16-mixed")
+    share = config.parallel.context
+    if WORLD % share:
+        text = f"--parallel.context must divide the number of processes, {WORLD}, got {share}"
+        raise SystemExit(
+            f"{text}: torchrun --nproc_per_node={share} -m bench.lra fit ... has as many"
+        )
     if WORLD == 1:
-        return _fit(config, device)
+        return _fit(config, device, None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        return _fit(config, device)
+        return _fit(config, device, Context(share) if share > 1 else None)
     finally:
         # Gloo's threads abort a process that ends while they run.
         dist.destroy_process_group()
 
 
-def _fit(config: options.Config, device: torch.device) -> dict:
+def _fit(config: options.Config, device: torch.device, context: Context | None) -> dict:
     began = time.perf_counter()
     out, optim = Path(config.out), config.optim
     info, splits = open_task(config.task, config.run.data)
@@ -70,20 +77,24 @@ def _fit(config: options.Config, device: torch.device) -> dict:
     state = together(lambda: state and {k: state[k] for k in ("identity", "plan", "global_step")})
     initial = model.kernels(info.l_max) if RANK == 0 else None
 
+    share = config.parallel.context
+    world = WORLD // share
+
     def planned() -> dict:
         timing = None
         if config.run.max_minutes:
-            timing = schedule.measure(model, config, splits, device, WORLD)
+            timing = schedule.measure(model, config, splits, device, world, context)
         whole = recipes.whole(config.task, config.layer, samples)
-        return asdict(schedule.make(config, samples, whole, timing))
+        plan = asdict(schedule.make(config, samples, whole, timing))
+        return together(lambda: plan)
 
-    shares = {"rank": RANK, "world": WORLD, "pin": device.type == "cuda"}
+    shares = {"rank": RANK // share, "world": world, "pin": device.type == "cuda"}
     order = {"batch": optim.batch, "seed": config.run.seed, "accumulate": optim.accumulate}
     try:
         batches = TrainBatches(splits["train"], **order, **shares)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    plan = schedule.Schedule(**(state["plan"] if state else together(planned)))
+    plan = schedule.Schedule(**(state["plan"] if state else planned()))
     batches.set_period(plan.period)
     part = optim.batch // optim.accumulate
     held_out = {s: EvalBatches(splits[s], batch=part, **shares) for s in ("val", "test")}
@@ -112,11 +123,20 @@ def _fit(config: options.Config, device: torch.device) -> dict:
         journal.saved = clock
     stamp = Stamp({"identity": identity, "plan": asdict(plan)})
     trainer = make_trainer(config, out, device, plan, [journal, stamp], state)
-    training = Training(model, info.classes, optim, plan)
+    if config.run.precision == "64-true":
+        model.double()  # Lightning does so only after it has loaded a checkpoint, which would be rounded.
+    if context is not None:
+        context.divide(model)
+    training = Training(model, info.classes, optim, plan, share)
     result = facts | learn(training, trainer, journal, held_out, splits, device, bool(state))
     if RANK == 0:
         clock()
         files.write_json(out / "result.json", result)
+        if context is not None:
+            # The first process goes on alone, with whole rows.
+            weights = model.state_dict()
+            model = classifier(config, info).to(next(iter(weights.values())).dtype)
+            model.load_state_dict(weights)
         finish(config, result, model, initial, info, splits, journal, device)
     if result["status"] != "done":
         raise SystemExit(1)
@@ -220,7 +240,7 @@ def sessions(out: Path, facts: dict) -> list[dict]:
     """Returns where each session of the run was computed. This one is the last."""
     earlier = out / "run.json"
     before = json.loads(earlier.read_text()).get("sessions", []) if earlier.exists() else []
-    names = ("device", "processes", "commit", "torch", "seqconv", "operator")
+    names = ("device", "processes", "context", "commit", "torch", "seqconv", "operator")
     return [*before, {name: facts[name] for name in names}]
 
 

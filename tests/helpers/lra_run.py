@@ -1,7 +1,9 @@
 """Training runs on tests/lra_tiny.py's data, for the tests of bench.lra."""
 
+import contextlib
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,15 @@ def start(*arguments, before=(), delay=0.0, backend="", train=120) -> subprocess
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
-    output, _ = process.communicate(timeout=300)
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends the processes that it has started, which are of other groups
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=40)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == code, output
     return output
 

@@ -108,8 +108,10 @@ def test_nothing_is_shown_of_a_loss_that_nobody_has_seen(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_without_its_options(tmp_path):
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_a_run_goes_on_without_its_options(tmp_path, precision):
     options = (*TINY, "--layer", "sgconv", "--model.dropout", 0.2, "--optim.lr", 0.02)
+    options += ("--precision", precision)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     finish(start("fit", "digits", "--out", whole, *options))
     finish(start("fit", "digits", "--out", parts, *options, "--stop_after", 30), 130)

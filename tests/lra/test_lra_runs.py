@@ -14,6 +14,7 @@ import torch
 from lra_run import TINY, checkpoint, finish, rows, start
 
 from bench.lra.arguments import parse_fit
+from bench.lra.module import Mean
 from bench.lra.report import load, report
 
 
@@ -306,3 +307,13 @@ def test_gpu_runs_in_sessions(tmp_path):
     reached = checkpoint(folder)["global_step"]
     text = finish(start(*command, "--minutes", 0.2, delay=0.05), 130)
     assert "resumed" in text and checkpoint(folder)["global_step"] > reached
+
+
+def test_means_are_over_samples():
+    """Also where the last batch is smaller, and nothing hides a loss that is not finite."""
+    mean = Mean()
+    mean.update(torch.tensor(1.0), 3)
+    mean.update(torch.tensor(5.0), 1)
+    assert mean.compute().item() == 2
+    mean.update(torch.tensor(torch.nan), 1)
+    assert mean.compute().isnan()
