@@ -62,7 +62,7 @@ def paper(gpus=GPUS, lengths=LENGTHS) -> str:
             found = sent(count, length)
             a2a, *others = found
             best = [min(a2a, way, key=found.__getitem__).split(",")[0] for way in others]
-            cells = [f"{n / 1e6:,.1f} MB, {seconds(n)}" for n in found.values()]
+            cells = [f"{n / 1e6:,.{int(n < 1e9)}f} MB, {seconds(n)}" for n in found.values()]
             rows.append([length_name(length), f"{count:,}", *cells, *best])
     kernels = [f"fewest: {taps:,} taps" for taps in TAPS]
     header = ["steps", "GPUs", *sent(2, 2), *kernels, "fewest: S4D"]
