@@ -282,7 +282,8 @@ def report(rows: list[dict], common: dict, args) -> None:
     for row in (r for r in rows if "meeting" in r):
         cells = [row["work"], row["method"], str(row["processes"]), *timed(row)]
         shown.add_row(*cells, f"{1e3 * row['meeting'][1]:.2f}")
-    console.print(shown)
+    if shown.row_count:
+        console.print(shown)
     plain.print("strong: times as fast as one process with the same steps in all.")
     plain.print("weak: the time of one process with a rank's steps, over this time.")
     plain.print(
