@@ -62,6 +62,8 @@ def same_run(rows: list[dict], like: dict | None = None) -> list[dict]:
 
 
 def length_name(length: int) -> str:
+    if length >= 1 << 30 and length % (1 << 30) == 0:
+        return f"{length >> 30}G"
     if length >= 1 << 20 and length % (1 << 20) == 0:
         return f"{length >> 20}M"
     return f"{length >> 10}K" if length >= 1024 and length % 1024 == 0 else str(length)

@@ -285,3 +285,66 @@ def plot_ssm_kernel(rows: list[dict], path: Path) -> None:
     figure.suptitle(f"{first['device']} ({first['isa']}), {shape}", fontsize=10)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+# ---- several processes ----
+
+
+def plot_parallel(rows: list[dict], path: Path) -> None:
+    """Strong and weak scaling, and the bytes that a rank sends, against the number of processes."""
+    rows = [r for r in rows if r["tag"] == "scaling" and r["median"]]
+    if not rows:
+        raise ValueError("nothing to draw: no result was right")
+    longest = max(r["length"] for r in rows)
+    counts = sorted({r["processes"] for r in rows})
+    figure, (strong, weak, sent) = plt.subplots(1, 3, figsize=(14, 5), layout="constrained")
+    names = dict.fromkeys((r["work"], r["method"]) for r in rows if r["processes"] > 1)
+    for i, (work, method) in enumerate(names):
+        for op, line in (("forward", "--"), ("forward+backward", "-")):
+            own = [r for r in rows if (r["work"], r["method"], r["op"]) == (work, method, op)]
+            style = {
+                "color": f"C{i}",
+                "marker": "os^DvP*"[i % 7],
+                "markersize": 5,
+                "linestyle": line,
+            }
+            label = f"{work}, {method}" + (", forward alone" if op == "forward" else "")
+            for axis, value in ((strong, "strong"), (weak, "weak")):
+                found = [
+                    (r["processes"], r[value][1])
+                    for r in own
+                    if value in r and (value == "weak" or r["length"] == longest)
+                ]
+                axis.plot(*zip((1, 1.0), *sorted(found), strict=True), label=label, **style)
+            found = [
+                (r["processes"], (max(r["sent"]) + max(r["sent_backward"])) / 2**20)
+                for r in own
+                if r["length"] == longest
+            ]
+            sent.plot(*zip(*sorted(found), strict=True), **style)
+    strong.plot(counts, counts, color="black", linestyle=":", linewidth=1, label="ideal")
+    weak.axhline(1, color="black", linestyle=":", linewidth=1)
+    title = f"{length_name(longest)} steps"
+    strong.set(title=f"Strong scaling: {title} in all", ylabel="times as fast as one process")
+    weak.set(
+        title=f"Weak scaling: {title} / {counts[-1]} for each", ylabel="time of one process / time"
+    )
+    sent.set(title=f"Bytes: {title}", ylabel="MiB sent, largest of the ranks")
+    sent.set_yscale("log")
+    first = rows[0]
+    for axis in (strong, weak, sent):
+        axis.set_xticks(counts)
+        axis.set_xlabel("processes")
+        axis.grid(alpha=0.3)
+        if counts[-1] > first["cores"] and first["backend"] == "gloo":
+            axis.axvspan(first["cores"], counts[-1], color="gray", alpha=0.15, linewidth=0)
+    handles = strong.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    where = f"{first['device']} ({first['isa']}), {plural(first['cores'], 'core')}"
+    if counts[-1] > first["cores"] and first["backend"] == "gloo":
+        where += "; where it is grey, processes share cores"
+    figure.suptitle(
+        f"{where}; {first['backend']}, d_model {first['d_model']}, float32", fontsize=10
+    )
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

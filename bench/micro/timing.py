@@ -52,13 +52,15 @@ def interleaved(
     budget: float,
     clock: Clock,
     before: dict[str, Callable[[], object]] | None = None,
+    agreed: Callable[[bool], bool] = bool,
 ) -> dict[str, list[float]]:
     """Returns the seconds per call of every function, measured in rounds A B C A B C ...
 
     WARM_UP rounds go first: the C library's heap needs a few before it stops growing. Rounds go on
     until `budget` seconds are spent, but there are at least MIN_ROUNDS and at most MAX_ROUNDS.
     Element i of every list comes from the same round. Where `before` has something for a function,
-    it is called ahead of that function, untimed.
+    it is called ahead of that function, untimed. `agreed` gets whether the time is over, and returns it: by it
+    several processes end after the same round.
     """
     before = before or {}
     for _ in range(WARM_UP):
@@ -70,7 +72,7 @@ def interleaved(
     try:
         start = time.perf_counter()
         for done in range(MAX_ROUNDS):
-            if done >= MIN_ROUNDS and time.perf_counter() - start > budget:
+            if done >= MIN_ROUNDS and agreed(time.perf_counter() - start > budget):
                 break
             for name, function in functions.items():
                 if name in before:

@@ -1,5 +1,6 @@
 """Measurements in processes of their own, each with its C allocator and its number of threads."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -39,7 +40,8 @@ class Worker:
 
     def __call__(self, job: dict, title: str = "") -> list[dict]:
         """title: what a message calls the job; its values by default."""
-        self._send(job)
+        with contextlib.suppress(BrokenPipeError):  # what follows says that the process is dead
+            self._send(job)
         rows = []
         while line := self.process.stdout.readline().strip():
             rows.append(json.loads(line))
@@ -49,7 +51,8 @@ class Worker:
         return rows
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
 

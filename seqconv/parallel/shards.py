@@ -1,5 +1,7 @@
 """Which steps of a sequence each process of a group has."""
 
+import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -61,7 +63,7 @@ def owners(shards: Shards) -> tuple[tuple[int, int, int, int], ...]:
     return tuple(sorted(found))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1 << 12)  # each call asks for every rank
 def halo(shards: Shards, rank: int, left: int, right: int, circular: bool) -> tuple:
     """What a rank needs of the others around its segments: for each segment the pieces before it and those after it,
     each (owner, offset in the owner's shard, size), by time."""
@@ -92,7 +94,12 @@ def _wrapped(first: int, last: int, length: int) -> list[tuple[int, int]]:
 
 
 def _pieces(shards: Shards, first: int, last: int):
-    for start, size, rank, offset in owners(shards):
+    """The pieces of steps first ... last - 1. It looks at no other segment, for there may be thousands."""
+    found = owners(shards)
+    for i in range(max(bisect_right(found, (first, math.inf)) - 1, 0), len(found)):
+        start, size, rank, offset = found[i]
+        if start >= last:
+            break
         begin, end = max(first, start), min(last, start + size)
         if begin < end:
             yield rank, offset + begin - start, end - begin

@@ -1,6 +1,7 @@
 """Which way a convolution over several processes takes, by the bytes that it moves."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from seqconv.parallel.shards import Shards, chunk_sizes, halo
 
@@ -53,8 +54,22 @@ class Problem:
         state = segments * self.directions * batch * self.channels * self.modes * 16
         return state * (shards.ranks - 1)
 
+    @lru_cache(maxsize=256)  # noqa: B019 (a problem is a few numbers, and every call forms an equal one)
     def total(self, method: str) -> int:
-        return sum(self.bytes_of(method, rank) for rank in range(self.shards.ranks))
+        """The bytes of all ranks."""
+        ranks = range(self.shards.ranks)
+        if method != "halo":
+            return sum(self.bytes_of(method, rank) for rank in ranks)
+        # What is received is as much, and one pass over the ranks finds it. Long kernels have too many pieces to keep.
+        steps = sum(
+            n
+            for rank in ranks
+            for sides in halo.__wrapped__(self.shards, rank, *self.reach, self.circular)
+            for side in sides
+            for owner, _, n in side
+            if owner != rank
+        )
+        return self.batch * self.channels * steps * self.sent
 
     def ways(self) -> list[str]:
         """The methods that this convolution can take."""

@@ -1,13 +1,15 @@
 """The bytes that explain() promises are those that the collectives move, and the fewest are chosen."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 from layer_table import D
 from parallel_cases import case, compare, part
 from processes import run
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.micro.traffic import Traffic
 from seqconv import (
     S4D,
     HyenaFilter,
@@ -17,28 +19,8 @@ from seqconv import (
     fftconv,
     parallel,
 )
-from seqconv.parallel.shards import Shards
+from seqconv.parallel.shards import Shards, halo
 from seqconv.parallel.traffic import Problem
-
-
-class Traffic(TorchDispatchMode):
-    """Counts the bytes that this rank sends to others by all_to_all, all_gather and reduce_scatter."""
-
-    def __init__(self):
-        super().__init__()
-        self.sent = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, rank, ranks = func.name(), dist.get_rank(), dist.get_world_size()
-        if name.startswith("_c10d_functional::"):
-            if "all_to_all" in name:
-                t, _, splits = args[:3]
-                self.sent += (sum(splits) - splits[rank]) * t.element_size()
-            elif "all_gather" in name:
-                self.sent += args[0].numel() * args[0].element_size() * (ranks - 1)
-            elif "reduce_scatter" in name:
-                self.sent += args[0].numel() * args[0].element_size() // ranks * (ranks - 1)
-        return func(*args, **(kwargs or {}))
 
 
 def traffic(sizes, method, options):
@@ -94,6 +76,34 @@ def test_the_formula_of_even_shards():
     assert problem.bytes_of("halo", 1) == b * c * (taps - 1) * 4
     assert problem.bytes_of("halo", ranks - 1) == 0  # nobody comes after it
     assert problem.bytes_of("state", 1) == b * c * modes * 16 * (ranks - 1)
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("circular", [False, True])
+def test_the_total_is_that_of_every_rank(order, circular):
+    for reach in ((0, 0), (3, 0), (5, 2), (17, 30)):
+        for ranks in (1, 3, 4):
+            sizes = (12,) * ranks if order == "zigzag" else (5, 0, 9, 7)[:ranks]
+            problem = Problem(Shards(sizes, order), 2, 3, 2, reach, circular, 2, 4, 8)
+            for method in problem.ways():
+                ours = [problem.bytes_of(method, rank) for rank in range(ranks)]
+                assert problem.total(method) == sum(ours), (reach, ranks, method)
+
+
+def test_hundreds_of_ranks_choose_quickly():
+    """Each rank chooses before each call, and must not look at every pair of ranks and at all shards for it."""
+    ranks = 512
+    for taps, chosen in ((100, "halo"), (1 << 20, "a2a")):
+        shards = Shards((1 << 11,) * ranks)
+        problem = Problem(shards, 1, 4096, 1, (taps - 1, 0), False, 2, 2, 1)
+        begin = time.process_time()
+        assert problem.choose("auto") == chosen
+        assert time.process_time() - begin < 5
+    # A rank that sends must know what all others lack, and finds it again at the next call.
+    halo.cache_clear()
+    for _ in range(2):
+        assert problem.bytes_of("halo", 0) == 4096 * (ranks - 1) * (1 << 11) * 2
+    assert halo.cache_info().hits == ranks - 1
 
 
 def layer_traffic(layer, length, method):
