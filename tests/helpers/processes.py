@@ -236,9 +236,10 @@ def _end_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if "torch.distributed.tensor" in sys.modules:  # it keeps meshes, whose groups are no more
-        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+        from torch.distributed.tensor import debug
 
-        _clear_sharding_prop_cache()
+        for cache in ("_python", "_fast_path", ""):  # one function since torch 2.11
+            getattr(debug, f"_clear{cache}_sharding_prop_cache", lambda: None)()
 
 
 _pool = _Pool()
