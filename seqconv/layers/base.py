@@ -304,8 +304,8 @@ class ConvLayer(Described):
         y = apply_linear(self, "linear", self.dropout(y), wide)
         if self.postact is None:
             return y
-        if forward_ad._current_level >= 0 or transforms_active():
-            # torch's glu has no forward derivative of its forward derivative.
+        if forward_ad._current_level >= 0 or transforms_active() or type(y) is not Tensor:
+            # torch's glu has no forward derivative of its forward derivative, and for DTensors no rule before 2.13.
             first, gate = y.chunk(2, dim=-1)
             return first * gate.sigmoid()
         return F.glu(y, dim=-1)

@@ -146,8 +146,8 @@ class LongConvKernel(KernelGenerator):
             return
         with torch.no_grad():
             (taps,) = self.read()
-            k = self._squashed(taps, self.l_max)
-            dead = (whole(k) == 0).float().mean().item()
+            k = self._squashed(whole(taps), self.l_max)
+            dead = (k == 0).float().mean().item()
         if dead > 0.9:
             _warned = True
             warnings.warn(

@@ -128,7 +128,8 @@ def _by_state(layer, x: Tensor, rate: float, call: Call) -> Tensor:
     k_rev = k[heads:] if layer.bidirectional else None
     local = [fftconv(u, k[:heads], layer.skip.to(wide), k_rev=k_rev) for u in us]
     # (sides, segments of all ranks, ...) and where each begins and ends.
-    states = gathered.movedim(0, 1).flatten(1, 2)
+    # By way of a row, because torch 2.10 takes contiguous gradients of a gathered tensor only.
+    states = gathered.flatten().view(gathered.shape).movedim(0, 1).flatten(1, 2)
     places = [place for r in range(shards.ranks) for place in shards.segments(r)]
     out = []
     for v, (start, size) in zip(local, segments, strict=True):

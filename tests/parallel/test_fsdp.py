@@ -28,6 +28,7 @@ def quiet() -> None:
     """torch's linear map returns a view, of which fully_shard warns, and it draws no random DTensors on CPUs."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     warnings.filterwarnings("ignore", "DTensor random operators may not")
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # of torch 2.10's own
 
 
 def off(ours, wanted) -> float:
