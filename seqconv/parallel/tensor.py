@@ -248,4 +248,5 @@ class _DividedConvLayer(_DividedLayer, ConvLayer):
     def _convolve(self, x, rate: float):
         # The linear map has all channels as its input, and heads cannot be joined with channels that are divided.
         y: Any = super()._convolve(x, rate)
-        return y.redistribute(placements=[Replicate()])
+        own = y.redistribute(placements=[Replicate()]).to_local().contiguous()
+        return DTensor.from_local(own, self.skip.device_mesh, [Replicate()], run_check=False)
