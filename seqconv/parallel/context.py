@@ -21,7 +21,6 @@ from seqconv.parallel.shards import ORDERS, Shards
 from seqconv.parallel.traffic import METHODS
 
 NAME = "ContextParallel"
-_MARK = "_seqconv_summed_over"
 # Their masks are the same at all times, so that they must be the same on all ranks.
 _TIED = (TiedDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
 
@@ -123,7 +122,15 @@ def context_parallel(model: nn.Module, mesh=None, **options) -> nn.Module:
     return model
 
 
-class _Context:
+class _OfProcesses:
+    """What belongs to running processes."""
+
+    def __reduce__(self):
+        text = "a model under context parallelism cannot be pickled: save its state_dict"
+        raise TypeError(f"{NAME}: {text}")
+
+
+class _Context(_OfProcesses):
     """What a layer knows of the other processes. `now` holds the shards of the forward pass that runs."""
 
     def __init__(self, layer, group, order: str, method: str, shards: Shards | None):
@@ -134,10 +141,6 @@ class _Context:
 
     def __deepcopy__(self, memo):
         return self
-
-    def __reduce__(self):
-        text = "a layer under context parallelism cannot be pickled: save its state_dict"
-        raise TypeError(f"{NAME}: {text}")
 
     def begin(self, layer, x: Tensor) -> Call:
         """The call that a forward pass of x would make."""
@@ -188,6 +191,20 @@ class _Context:
         return layers.hyena(layer, x, self._call(layer, x))
 
 
+class _Sum:
+    """The hook of a parameter, which is also what shows that its gradient is summed: copies have no hooks."""
+
+    def __init__(self, group, number: int):
+        self.group, self.number = group, number
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return exchange.summed(grad, self.group, self.number)
+
+
+def _is_summed(p: Tensor) -> bool:
+    return any(type(hook) is _Sum for hook in (p._backward_hooks or {}).values())
+
+
 def sum_gradients(model: nn.Module, group) -> None:
     """Sums the gradients of a model's parameters over the ranks of a group, as each backward pass forms them."""
     ranks = set(dist.get_process_group_ranks(group))
@@ -197,9 +214,11 @@ def sum_gradients(model: nn.Module, group) -> None:
             if not ranks <= own:
                 text = f"sharded over a mesh with the ranks {sorted(ranks)}, got {sorted(own)}"
                 raise ValueError(f"{NAME}: {path} must be {text}")
-        elif p.requires_grad and getattr(p, _MARK, None) is None:
-            p.register_hook(lambda grad, number=number: exchange.summed(grad, group, number))
-        setattr(p, _MARK, group)
+        elif not _is_summed(p) and (p.is_floating_point() or p.is_complex()):
+            trained = p.requires_grad
+            p.requires_grad_()  # A frozen one gets the hook, too, for it may be trained later.
+            p.register_hook(_Sum(group, number))
+            p.requires_grad_(trained)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # FSDP's mean over all ranks becomes a sum over these ones, and a mean over the others.
@@ -212,15 +231,19 @@ def sum_gradients(model: nn.Module, group) -> None:
 
 
 def _check_parameters(module: nn.Module, args) -> None:
-    if getattr(module, "_seqconv_sharded", False) or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return
-    for path, p in module.named_parameters():
-        if p.requires_grad and getattr(p, _MARK, None) is None:
-            raise RuntimeError(
-                f"{NAME}: the gradient of {path} ({type(module).__name__}) would not be summed over the ranks, "
-                "because the parameter was made or replaced afterwards (by a copy, fully_shard, or a "
-                "parametrization); call context_parallel last"
-            )
+    for path, part in module.named_modules():
+        if "_seqconv_sharded" in vars(part):
+            continue
+        for name, p in part._parameters.items():
+            if p is not None and p.requires_grad and not _is_summed(p):
+                full = f"{path}.{name}" if path else name
+                raise RuntimeError(
+                    f"{NAME}: the gradient of {full} ({type(module).__name__}) would not be summed over the ranks, "
+                    "because the parameter was made or replaced afterwards (by a copy, fully_shard, or a "
+                    "parametrization); call context_parallel last"
+                )
 
 
 def _divide_randomness(model: nn.Module, group) -> None:
@@ -235,15 +258,22 @@ def _divide_randomness(model: nn.Module, group) -> None:
             or hasattr(module, "_seqconv_random")
         ):
             continue
-        module.__dict__["_seqconv_random"] = ExitStack()
-        alike = isinstance(module, _TIED)
+        numbers = module.__dict__["_seqconv_random"] = _Numbers(group, isinstance(module, _TIED))
+        module.register_forward_pre_hook(numbers.enter)
+        module.register_forward_hook(numbers.leave, always_call=True)
 
-        def enter(module, args, alike=alike):
-            numbers = random_numbers(module, group, alike=alike)
-            module._seqconv_random.enter_context(numbers)
 
-        def leave(module, args, output):
-            module._seqconv_random.close()
+class _Numbers(_OfProcesses):
+    """The random numbers of a dropout module, while its forward pass runs."""
 
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave, always_call=True)
+    def __init__(self, group, alike: bool):
+        self.group, self.alike, self.stack = group, alike, ExitStack()
+
+    def __deepcopy__(self, memo):
+        return _Numbers(self.group, self.alike)
+
+    def enter(self, module, args):
+        self.stack.enter_context(random_numbers(module, self.group, alike=self.alike))
+
+    def leave(self, module, args, output):
+        self.stack.close()

@@ -1,0 +1,85 @@
+"""What is done to a model before and after context parallelism: freezing, copies, pickles."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+from context_cases import part, relative
+from layer_table import D
+from processes import run
+from torch import nn
+
+from seqconv import S4D, parallel
+from seqconv.parallel.shards import Shards, chunk_sizes
+
+LENGTH = 21
+
+
+def same_gradients(change_before, change_after, bound=1e-12, **options):
+    """Gradients of a divided model equal one process's, with changes made to both before and after the division."""
+    models = []
+    for divided in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(S4D(D), nn.Linear(D, D)).double()
+        change_before(model)
+        if divided:
+            parallel.context_parallel(model, **options)
+        change_after(model)
+        models.append(model)
+    plain, ours = models
+    shards = Shards(chunk_sizes(LENGTH, dist.get_world_size()))
+    g = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(2, LENGTH, D, generator=g, dtype=torch.float64) for _ in range(2))
+    own = lambda t: part(t, shards, dist.get_rank(), 1)  # noqa: E731
+    y, z = plain(x), ours(own(x))
+    assert relative(z.detach(), own(y.detach())) < bound
+    (y * weight).sum().backward()
+    (z * own(weight)).sum().backward()
+    for (path, p), q in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), path
+        if p.grad is not None:
+            assert relative(q.grad, p.grad) < bound, path
+
+
+def leave(model):
+    pass
+
+
+def freeze(model):
+    model.requires_grad_(False)
+
+
+def train(model):
+    model.requires_grad_(True)
+
+
+def freeze_and_train(model):
+    freeze(model)
+    train(model)
+
+
+@pytest.mark.parametrize("before, after", [(freeze, train), (leave, freeze_and_train)])
+def test_parameters_that_are_trained_later_have_whole_gradients(before, after):
+    run(2, same_gradients, before, after)
+
+
+def pickles():
+    layer = parallel.context_parallel(S4D(D, dropout=0.1))
+    parameters = io.BytesIO()
+    torch.save(layer.state_dict(keep_vars=True), parameters)
+    parameters.seek(0)
+    other = parallel.context_parallel(S4D(D))
+    other.load_state_dict(torch.load(parameters), assign=True)
+    with pytest.raises(RuntimeError, match=r"the gradient of skip \(S4D\) would not be summed"):
+        other(torch.ones(1, 3, D))
+    for model in (layer, nn.Sequential(layer), nn.Sequential(layer.dropout)):
+        with pytest.raises(TypeError, match="cannot be pickled: save its state_dict"):
+            torch.save(model, io.BytesIO())
+    with torch.no_grad():
+        copy.deepcopy(layer)(torch.ones(1, 3, D))
+
+
+def test_pickles_hold_parameters_only():
+    run(2, pickles)
