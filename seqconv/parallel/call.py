@@ -51,7 +51,7 @@ class Call:
             options["channels"] = self.channels
         arguments = (self.problem.shards.length if length is None else length,)
         with random_numbers(generator, self.group, alike=not parted):
-            if not reduce:
+            if not reduce or not any(True for _ in generator.parameters()):
                 return generator(*arguments, **options), parted
             names, values = zip(*generator.named_parameters(), strict=True)
             found = dict(zip(names, exchange.replicated(self.group, *values), strict=True))

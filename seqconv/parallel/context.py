@@ -17,7 +17,7 @@ from seqconv.ops.checks import check_choice
 from seqconv.parallel import exchange, layers
 from seqconv.parallel.call import Call, random_numbers
 from seqconv.parallel.meeting import meet, shape_of
-from seqconv.parallel.shards import ORDERS, Shards
+from seqconv.parallel.shards import ORDERS, Shards, given
 from seqconv.parallel.traffic import METHODS
 
 NAME = "ContextParallel"
@@ -55,7 +55,7 @@ class ContextParallel(ParallelStyle):
         check_choice(NAME, "order", order, ORDERS)
         check_choice(NAME, "method", method, METHODS)
         self.order, self.method = order, method
-        self.shards = None if shards is None else Shards(tuple(shards), order)
+        self.shards = given(NAME, shards, order)
 
     def _apply(self, module: nn.Module, device_mesh) -> nn.Module:
         if not isinstance(module, (ConvLayer, Hyena)):
@@ -152,9 +152,11 @@ class _Context(_OfProcesses):
         """Learns the sizes of the shards, and cuts mask and lengths, which are of whole sequences, to this rank's."""
         _check_parameters(layer, args)
         names = "x", "mask"
-        given = dict(zip(names, args, strict=False)) | kwargs
-        x, mask, lengths = (given.get(name) for name in ("x", "mask", "lengths"))
+        found = dict(zip(names, args, strict=False)) | kwargs
+        x, mask, lengths = (found.get(name) for name in ("x", "mask", "lengths"))
         ready = isinstance(x, Tensor) and x.dim() == 3
+        rate = found.get("rate", 1.0)
+        rate = float(rate) if isinstance(rate, (int, float)) else rate  # The layer refuses others.
         facts = {
             "order": self.order,
             "method": self.method,
@@ -165,7 +167,7 @@ class _Context(_OfProcesses):
             "x's dtype": getattr(x, "dtype", None),
         }
         facts |= {"x's gradient": getattr(x, "requires_grad", False), "training": layer.training}
-        facts |= {"the layer's d_model": layer.d_model, "rate": float(given.get("rate", 1.0))}
+        facts |= {"the layer's d_model": layer.d_model, "rate": rate}
         facts |= {"gradients being recorded": torch.is_grad_enabled()}
         facts |= shape_of("mask", mask, 2) | shape_of("lengths", lengths, 1)
         name = type(layer).__name__
@@ -177,7 +179,7 @@ class _Context(_OfProcesses):
         padding = padding_of(name, whole, mask, lengths)
         segments = self.now.segments(dist.get_rank(self.group))
         own = torch.cat([padding.narrow(1, *segment) for segment in segments], 1)
-        others = {n: v for n, v in given.items() if n not in ("x", "mask", "lengths")}
+        others = {n: v for n, v in found.items() if n not in ("x", "mask", "lengths")}
         return (x,), others | {"mask": own}
 
     def _call(self, layer, x: Tensor) -> Call:
