@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from seqconv.layers.base import ConvLayer, KernelGenerator, TiedDropout, check_input
+from seqconv.layers.butterfly_conv import ButterflyConv
 from seqconv.layers.conv1d import Conv1d
 from seqconv.layers.hyena import Hyena
 from seqconv.layers.padding import padding_of
@@ -72,6 +73,11 @@ class ContextParallel(ParallelStyle):
             raise ValueError(
                 f"{NAME}: shards must be {ranks} numbers, got {len(self.shards.sizes)}"
             )
+        for name in ("_convolve", "_kernel"):
+            known = [getattr(kind, name) for kind in (ConvLayer, ButterflyConv)]
+            if isinstance(module, ConvLayer) and getattr(type(module), name) not in known:
+                text = f"{type(module).__name__} convolves by a {name} of its own, which is not divided"
+                raise TypeError(f"{NAME}: {text}")
         _Context(module, group, self.order, self.method, self.shards)
         sum_gradients(module, group)
         _divide_randomness(module, group)

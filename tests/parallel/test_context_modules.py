@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -83,3 +84,62 @@ def pickles():
 
 def test_pickles_hold_parameters_only():
     run(2, pickles)
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+def other_generate(model):
+    kernel, generate = model[0].kernel, model[0].kernel.generate
+    kernel.generate = lambda *args: 3 * generate(*args)
+
+
+def other_dropout(model):
+    model[0].kernel.kernel_dropout = Half()
+
+
+def hooked_dropout(model):
+    model[0].kernel.kernel_dropout.register_forward_hook(lambda module, args, k: k.flip(1))
+
+
+def hooked_kernel(model):
+    model[0].kernel.register_forward_hook(lambda module, args, k: k.flip(1))
+
+
+CHANGES = [other_generate, other_dropout, hooked_dropout, hooked_kernel]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("method", ["a2a", "halo"])
+def test_changed_kernels_are_those_of_one_process(change, method):
+    run(2, partial(same_gradients, method=method), leave, change)
+
+
+def refuses_state(change):
+    model = parallel.context_parallel(nn.Sequential(S4D(D)), method="state")
+    change(model)
+    with pytest.raises(
+        ValueError, match="method must be one of 'auto', 'a2a', 'halo' for this S4D"
+    ):
+        model(torch.randn(1, 5, D))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_kernels_have_no_state(change):
+    run(2, refuses_state, change)
+
+
+class Twice(S4D):
+    def _convolve(self, x, rate):
+        return 2 * super()._convolve(x, rate)
+
+
+def divides_twice():
+    with pytest.raises(TypeError, match="Twice convolves by a _convolve of its own"):
+        parallel.context_parallel(Twice(D))
+
+
+def test_layers_with_another_convolution():
+    run(1, divides_twice)
