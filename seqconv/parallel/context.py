@@ -5,6 +5,7 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -154,6 +155,7 @@ class _Context(_OfProcesses):
         check_input(type(layer).__name__, x, layer.skip, layer.d_model)
         return self._call(layer, x)
 
+    @_disable_dynamo  # torch.compile cannot look into process groups, nor wait for numbers of other ranks.
     def _meet(self, layer, args, kwargs):
         """Learns the sizes of the shards, and cuts mask and lengths, which are of whole sequences, to this rank's."""
         _check_parameters(layer, args)
@@ -192,9 +194,11 @@ class _Context(_OfProcesses):
         assert self.now is not None  # since _meet
         return layers.call_of(layer, self.now, x, self.method, self.group)
 
+    @_disable_dynamo
     def convolve(self, layer: ConvLayer, x: Tensor, rate: float) -> Tensor:
         return layers.convolve(layer, x, rate, self._call(layer, x))
 
+    @_disable_dynamo
     def hyena(self, layer: Hyena, x: Tensor):
         return layers.hyena(layer, x, self._call(layer, x))
 
@@ -238,6 +242,7 @@ def sum_gradients(model: nn.Module, group) -> None:
                 part.__dict__["_seqconv_sharded"] = True
 
 
+@_disable_dynamo
 def _check_parameters(module: nn.Module, args) -> None:
     if not torch.is_grad_enabled():
         return
@@ -280,8 +285,10 @@ class _Numbers(_OfProcesses):
     def __deepcopy__(self, memo):
         return _Numbers(self.group, self.alike)
 
+    @_disable_dynamo
     def enter(self, module, args):
         self.stack.enter_context(random_numbers(module, self.group, alike=self.alike))
 
+    @_disable_dynamo
     def leave(self, module, args, output):
         self.stack.close()

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from seqconv.layers.base import KernelGenerator
 from seqconv.ops.checks import check_choice
@@ -17,6 +18,7 @@ NAME = "parallel.fftconv"
 METHODS = ("auto", "a2a", "halo")
 
 
+@_disable_dynamo
 def fftconv(
     u: Tensor,
     k: Tensor | KernelGenerator,

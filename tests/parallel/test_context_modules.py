@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from functools import partial
 
 import pytest
@@ -12,13 +13,11 @@ from layer_table import D
 from processes import run
 from torch import nn
 
-from seqconv import S4D, parallel
+from seqconv import S4D, fftconv, parallel
 from seqconv.parallel.shards import Shards, chunk_sizes
 
-LENGTH = 21
 
-
-def same_gradients(change_before, change_after, bound=1e-12, **options):
+def same_gradients(change_before, change_after, bound=1e-12, length=21, **options):
     """Gradients of a divided model equal one process's, with changes made to both before and after the division."""
     models = []
     for divided in (False, True):
@@ -30,9 +29,9 @@ def same_gradients(change_before, change_after, bound=1e-12, **options):
         change_after(model)
         models.append(model)
     plain, ours = models
-    shards = Shards(chunk_sizes(LENGTH, dist.get_world_size()))
+    shards = Shards(chunk_sizes(length, dist.get_world_size()))
     g = torch.Generator().manual_seed(1)
-    x, weight = (torch.randn(2, LENGTH, D, generator=g, dtype=torch.float64) for _ in range(2))
+    x, weight = (torch.randn(2, length, D, generator=g, dtype=torch.float64) for _ in range(2))
     own = lambda t: part(t, shards, dist.get_rank(), 1)  # noqa: E731
     y, z = plain(x), ours(own(x))
     assert relative(z.detach(), own(y.detach())) < bound
@@ -143,3 +142,29 @@ def divides_twice():
 
 def test_layers_with_another_convolution():
     run(1, divides_twice)
+
+
+def compiled(method):
+    """Values and gradients at two lengths, of which the second has another graph, with a compiled model."""
+    warnings.simplefilter("ignore")  # torch warns of its own modules
+    compile_ = lambda model: model.compile(backend="aot_eager")  # noqa: E731
+    for length in (21, 8):
+        same_gradients(leave, compile_, method=method, length=length)
+
+
+@pytest.mark.parametrize("method", ["a2a", "state"])
+def test_compiled_models(method):
+    run(2, compiled, method, timeout=200)
+
+
+def compiled_fftconv():
+    warnings.simplefilter("ignore")
+    u, k = torch.randn(1, 4, 6), torch.randn(4, 9)
+    own = u.chunk(2, -1)[dist.get_rank()]
+    run_ = torch.compile(lambda u, k: 2 * parallel.fftconv(u, k), backend="aot_eager")
+    wanted = 2 * fftconv(u, k).chunk(2, -1)[dist.get_rank()]
+    assert relative(run_(own, k), wanted) < 1e-6
+
+
+def test_compiled_fftconv():
+    run(2, compiled_fftconv, timeout=200)
