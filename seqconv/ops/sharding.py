@@ -133,17 +133,20 @@ class _Waiting:
         if name != _MODULE:
             return None
         sys.meta_path.remove(_Waiting)
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(
+                0, _Waiting
+            )  # Who asks for the module may not import it, or in vain.
         if spec is None or spec.loader is None:
             return None
         run = spec.loader.exec_module
 
         def exec_module(module):
-            try:
-                run(module)
-            except BaseException:
-                sys.meta_path.insert(0, _Waiting)  # for the next attempt
-                raise
+            run(module)
+            with contextlib.suppress(ValueError):  # when it is loaded once more
+                sys.meta_path.remove(_Waiting)
             _register()
 
         spec.loader.exec_module = exec_module

@@ -51,7 +51,7 @@ class Call:
             options["channels"] = self.channels
         arguments = (self.problem.shards.length if length is None else length,)
         with random_numbers(generator, self.group, alike=not parted):
-            if not reduce:
+            if not reduce or not any(True for _ in generator.parameters()):
                 return generator(*arguments, **options), parted
             names, values = zip(*generator.named_parameters(), strict=True)
             found = dict(zip(names, exchange.replicated(self.group, *values), strict=True))
@@ -128,8 +128,9 @@ def most_taps(generator: KernelGenerator, length: int) -> int:
 
 
 def hooked(module) -> bool:
-    """Whether hooks on a module may change what it returns. Those of torch.distributed gather parameters only."""
-    hooks = module._forward_hooks.values()
+    """Whether hooks on a module or its parts may change what it returns. Those of torch.distributed gather parameters
+    only."""
+    hooks = [hook for part in module.modules() for hook in part._forward_hooks.values()]
     return any(not getattr(h, "__module__", "").startswith("torch.distributed") for h in hooks)
 
 

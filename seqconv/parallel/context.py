@@ -5,12 +5,13 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from seqconv.layers.base import ConvLayer, KernelGenerator, TiedDropout, check_input
+from seqconv.layers.butterfly_conv import ButterflyConv
 from seqconv.layers.conv1d import Conv1d
 from seqconv.layers.hyena import Hyena
 from seqconv.layers.padding import padding_of
@@ -18,11 +19,10 @@ from seqconv.ops.checks import check_choice
 from seqconv.parallel import exchange, layers
 from seqconv.parallel.call import Call, random_numbers
 from seqconv.parallel.meeting import meet, shape_of
-from seqconv.parallel.shards import ORDERS, Shards
+from seqconv.parallel.shards import ORDERS, Shards, given
 from seqconv.parallel.traffic import METHODS
 
 NAME = "ContextParallel"
-_summed = WeakIdKeyDictionary()  # the parameters whose gradients are summed; copies of them are not in it
 # Their masks are the same at all times, so that they must be the same on all ranks.
 _TIED = (TiedDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
 
@@ -57,7 +57,7 @@ class ContextParallel(ParallelStyle):
         check_choice(NAME, "order", order, ORDERS)
         check_choice(NAME, "method", method, METHODS)
         self.order, self.method = order, method
-        self.shards = None if shards is None else Shards(tuple(shards), order)
+        self.shards = given(NAME, shards, order)
 
     def _apply(self, module: nn.Module, device_mesh) -> nn.Module:
         if not isinstance(module, (ConvLayer, Hyena)):
@@ -74,6 +74,11 @@ class ContextParallel(ParallelStyle):
             raise ValueError(
                 f"{NAME}: shards must be {ranks} numbers, got {len(self.shards.sizes)}"
             )
+        for name in ("_convolve", "_kernel"):
+            known = [getattr(kind, name) for kind in (ConvLayer, ButterflyConv)]
+            if isinstance(module, ConvLayer) and getattr(type(module), name) not in known:
+                text = f"{type(module).__name__} convolves by a {name} of its own, which is not divided"
+                raise TypeError(f"{NAME}: {text}")
         _Context(module, group, self.order, self.method, self.shards)
         sum_gradients(module, group)
         _divide_randomness(module, group)
@@ -124,7 +129,15 @@ def context_parallel(model: nn.Module, mesh=None, **options) -> nn.Module:
     return model
 
 
-class _Context:
+class _OfProcesses:
+    """What belongs to running processes."""
+
+    def __reduce__(self):
+        text = "a model under context parallelism cannot be pickled: save its state_dict"
+        raise TypeError(f"{NAME}: {text}")
+
+
+class _Context(_OfProcesses):
     """What a layer knows of the other processes. `now` holds the shards of the forward pass that runs."""
 
     def __init__(self, layer, group, order: str, method: str, shards: Shards | None):
@@ -136,23 +149,22 @@ class _Context:
     def __deepcopy__(self, memo):
         return self
 
-    def __reduce__(self):
-        text = "a layer under context parallelism cannot be pickled: save its state_dict"
-        raise TypeError(f"{NAME}: {text}")
-
     def begin(self, layer, x: Tensor) -> Call:
         """The call that a forward pass of x would make."""
         self._meet(layer, (x,), {})
         check_input(type(layer).__name__, x, layer.skip, layer.d_model)
         return self._call(layer, x)
 
+    @_disable_dynamo  # torch.compile cannot look into process groups, nor wait for numbers of other ranks.
     def _meet(self, layer, args, kwargs):
         """Learns the sizes of the shards, and cuts mask and lengths, which are of whole sequences, to this rank's."""
         _check_parameters(layer, args)
         names = "x", "mask"
-        given = dict(zip(names, args, strict=False)) | kwargs
-        x, mask, lengths = (given.get(name) for name in ("x", "mask", "lengths"))
+        found = dict(zip(names, args, strict=False)) | kwargs
+        x, mask, lengths = (found.get(name) for name in ("x", "mask", "lengths"))
         ready = isinstance(x, Tensor) and x.dim() == 3
+        rate = found.get("rate", 1.0)
+        rate = float(rate) if isinstance(rate, (int, float)) else rate  # The layer refuses others.
         facts = {
             "order": self.order,
             "method": self.method,
@@ -163,7 +175,7 @@ class _Context:
             "x's dtype": getattr(x, "dtype", None),
         }
         facts |= {"x's gradient": getattr(x, "requires_grad", False), "training": layer.training}
-        facts |= {"the layer's d_model": layer.d_model, "rate": float(given.get("rate", 1.0))}
+        facts |= {"the layer's d_model": layer.d_model, "rate": rate}
         facts |= {"gradients being recorded": torch.is_grad_enabled()}
         facts |= shape_of("mask", mask, 2) | shape_of("lengths", lengths, 1)
         name = type(layer).__name__
@@ -180,18 +192,34 @@ class _Context:
         padding = padding_of(name, whole, mask, lengths)
         segments = self.now.segments(dist.get_rank(self.group))
         own = torch.cat([padding.narrow(1, *segment) for segment in segments], 1)
-        others = {n: v for n, v in given.items() if n not in ("x", "mask", "lengths")}
+        others = {n: v for n, v in found.items() if n not in ("x", "mask", "lengths")}
         return (x,), others | {"mask": own}
 
     def _call(self, layer, x: Tensor) -> Call:
         assert self.now is not None  # since _meet
         return layers.call_of(layer, self.now, x, self.method, self.group)
 
+    @_disable_dynamo
     def convolve(self, layer: ConvLayer, x: Tensor, rate: float) -> Tensor:
         return layers.convolve(layer, x, rate, self._call(layer, x))
 
+    @_disable_dynamo
     def hyena(self, layer: Hyena, x: Tensor):
         return layers.hyena(layer, x, self._call(layer, x))
+
+
+class _Sum:
+    """The hook of a parameter, which is also what shows that its gradient is summed: copies have no hooks."""
+
+    def __init__(self, group, number: int):
+        self.group, self.number = group, number
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return exchange.summed(grad, self.group, self.number)
+
+
+def _is_summed(p: Tensor) -> bool:
+    return any(type(hook) is _Sum for hook in (p._backward_hooks or {}).values())
 
 
 def sum_gradients(model: nn.Module, group) -> None:
@@ -203,10 +231,11 @@ def sum_gradients(model: nn.Module, group) -> None:
             if not ranks <= own:
                 text = f"sharded over a mesh with the ranks {sorted(ranks)}, got {sorted(own)}"
                 raise ValueError(f"{NAME}: {path} must be {text}")
-        elif p.requires_grad and p not in _summed:
-            p.register_hook(lambda grad, number=number: exchange.summed(grad, group, number))
-        if p.requires_grad:
-            _summed[p] = True
+        elif not _is_summed(p) and (p.is_floating_point() or p.is_complex()):
+            trained = p.requires_grad
+            p.requires_grad_()  # A frozen one gets the hook, too, for it may be trained later.
+            p.register_hook(_Sum(group, number))
+            p.requires_grad_(trained)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # FSDP's mean over all ranks becomes a sum over these ones, and a mean over the others.
@@ -216,16 +245,21 @@ def sum_gradients(model: nn.Module, group) -> None:
                 part.__dict__["_seqconv_sharded"] = True
 
 
+@_disable_dynamo
 def _check_parameters(module: nn.Module, args) -> None:
-    if getattr(module, "_seqconv_sharded", False) or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return
-    for path, p in module.named_parameters():
-        if p.requires_grad and p not in _summed:
-            raise RuntimeError(
-                f"{NAME}: the gradient of {path} ({type(module).__name__}) would not be summed over the ranks, "
-                "because the parameter was made or replaced afterwards (by a copy, fully_shard, or a "
-                "parametrization); call context_parallel last"
-            )
+    for path, part in module.named_modules():
+        if "_seqconv_sharded" in vars(part):
+            continue
+        for name, p in part._parameters.items():
+            if p is not None and p.requires_grad and not _is_summed(p):
+                full = f"{path}.{name}" if path else name
+                raise RuntimeError(
+                    f"{NAME}: the gradient of {full} ({type(module).__name__}) would not be summed over the ranks, "
+                    "because the parameter was made or replaced afterwards (by a copy, fully_shard, or a "
+                    "parametrization); call context_parallel last"
+                )
 
 
 def _divide_randomness(model: nn.Module, group) -> None:
@@ -240,15 +274,24 @@ def _divide_randomness(model: nn.Module, group) -> None:
             or hasattr(module, "_seqconv_random")
         ):
             continue
-        module.__dict__["_seqconv_random"] = ExitStack()
-        alike = isinstance(module, _TIED)
+        numbers = module.__dict__["_seqconv_random"] = _Numbers(group, isinstance(module, _TIED))
+        module.register_forward_pre_hook(numbers.enter)
+        module.register_forward_hook(numbers.leave, always_call=True)
 
-        def enter(module, args, alike=alike):
-            numbers = random_numbers(module, group, alike=alike)
-            module._seqconv_random.enter_context(numbers)
 
-        def leave(module, args, output):
-            module._seqconv_random.close()
+class _Numbers(_OfProcesses):
+    """The random numbers of a dropout module, while its forward pass runs."""
 
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave, always_call=True)
+    def __init__(self, group, alike: bool):
+        self.group, self.alike, self.stack = group, alike, ExitStack()
+
+    def __deepcopy__(self, memo):
+        return _Numbers(self.group, self.alike)
+
+    @_disable_dynamo
+    def enter(self, module, args):
+        self.stack.enter_context(random_numbers(module, self.group, alike=self.alike))
+
+    @_disable_dynamo
+    def leave(self, module, args, output):
+        self.stack.close()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 
+from seqconv.ops.checks import check_tensor
 from seqconv.parallel.shards import Shards, halo
 
 if hasattr(collectives, "all_gather_single_autograd"):  # its name since torch 2.13
@@ -24,7 +25,7 @@ else:
 def _all_to_all(parts: list[Tensor], received: list[int], group) -> list[Tensor]:
     """Sends parts[r] to rank r, and returns what came from each rank, flat, of these sizes."""
     sent = [part.numel() for part in parts]
-    flat = torch.cat([part.reshape(-1) for part in parts])
+    flat = _Once.apply(torch.cat([part.reshape(-1) for part in parts]))
     out = collectives.all_to_all_single_autograd(flat, received, sent, group)
     return list(out.split(received))
 
@@ -112,7 +113,28 @@ def with_halo(
 
 def gather(t: Tensor, group) -> Tensor:
     """The tensors of all ranks, (ranks, ...). It does not wait: the first use of the result does."""
-    return _gather(t.contiguous().unsqueeze(0), 0, group)
+    return _gather(_Once.apply(t.contiguous().unsqueeze(0)), 0, group)
+
+
+class _Once(Function):
+    """The tensor itself, with a first derivative only."""
+
+    @staticmethod
+    def forward(ctx, t):
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_graphs()
+        return grad
+
+
+def _refuse_graphs() -> None:
+    """Raises in a backward pass that is recorded: what is differentiated then differs from rank to rank, so that one
+    rank would wait for others that have no part in it."""
+    if torch.is_grad_enabled():
+        text = "create_graph must be False: there are first derivatives only over several processes"
+        raise RuntimeError(f"parallel: {text}")
 
 
 class _Total(Function):
@@ -139,6 +161,7 @@ def sum_over_ranks(t: Tensor, group=None) -> Tensor:
         t: of the same shape and dtype on all ranks.
         group: a ProcessGroup, or a DeviceMesh of one axis; None is every process.
     """
+    check_tensor("parallel.sum_over_ranks", "t", t)
     return _Total.apply(t, process_group("parallel.sum_over_ranks", group))
 
 
@@ -166,20 +189,25 @@ def summed(grad: Tensor, group, number: int = 0) -> Tensor:
 
     Raises RuntimeError where ranks have come with gradients of different numbers, which are those of different tensors.
     """
+    _refuse_graphs()
+    if grad.layout != torch.strided:
+        text = f"gradients must be dense, got layout {grad.layout}"
+        raise TypeError(f"parallel: {text} (of nn.Embedding(sparse=True)?)")
     wide = torch.promote_types(grad.dtype, torch.float32)
-    label = number % 61  # small enough for exact sums of squares in float32
-    labels = torch.tensor([label, label * label], dtype=wide).to(grad.device, non_blocking=True)
+    digits = [number // 61**i % 61 for i in range(3)]  # Sums of their squares are exact in float32.
+    labels = torch.tensor([*digits, *[n * n for n in digits]], dtype=wide)
+    labels = labels.to(grad.device, non_blocking=True)
     total = torch.cat([grad.reshape(-1).to(wide), labels])
     dist.all_reduce(total, group=group)
     # Labels have this mean and this mean square only if they are all the same.
-    same = (total[-2:] == labels * dist.get_world_size(group)).all()
+    same = (total[-6:] == labels * dist.get_world_size(group)).all()
     text = "parallel: the ranks of a group have formed the gradients of their parameters in different orders"
     if same.is_cpu:
         if not same:
             raise RuntimeError(text)
     else:
         torch._assert_async(same, text)  # pyright: ignore  # without waiting for the device
-    return total[:-2].view(grad.shape).to(grad.dtype)
+    return total[:-6].view(grad.shape).to(grad.dtype)
 
 
 def process_group(function: str, group) -> dist.ProcessGroup:

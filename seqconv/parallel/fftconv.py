@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from seqconv.layers.base import KernelGenerator
 from seqconv.ops.checks import check_choice
@@ -10,13 +11,14 @@ from seqconv.ops.fftconv import validate
 from seqconv.parallel import exchange
 from seqconv.parallel.call import Call, most_taps, reach_of
 from seqconv.parallel.meeting import meet, shape_of
-from seqconv.parallel.shards import ORDERS, Shards
+from seqconv.parallel.shards import ORDERS, given
 from seqconv.parallel.traffic import Explanation, Problem, explanation
 
 NAME = "parallel.fftconv"
 METHODS = ("auto", "a2a", "halo")
 
 
+@_disable_dynamo
 def fftconv(
     u: Tensor,
     k: Tensor | KernelGenerator,
@@ -61,12 +63,13 @@ def fftconv(
 
     Every tensor has a gradient: for u and the gates that of this rank's steps, for k, skip, k_rev and the parameters of
     a generator the whole one, summed over the ranks, on every rank. What each rank differentiates is its own part of a
-    sum over the ranks: the losses of the ranks add up to the one of one process.
+    sum over the ranks: the losses of the ranks add up to the one of one process. There are first derivatives only.
 
     Raises:
         ValueError, TypeError: an argument is not as above. Where ranks disagree about a shape, a dtype or an option,
             every rank raises the same error, which names what they disagree about.
-        RuntimeError: torch.distributed is not initialized, or a rank does not come within the group's timeout.
+        RuntimeError: torch.distributed is not initialized, or a rank does not come within the group's timeout; or the
+            call is differentiated with create_graph=True, by torch.func or in forward mode.
 
     Example, on each of several processes:
         y = seqconv.parallel.fftconv(u.chunk(world, -1)[rank], k, group=mesh["cp"])
@@ -130,9 +133,10 @@ def explain(
 
 def _begin(tensors, options, group, order, method, shards) -> Call:
     group = exchange.process_group(NAME, group)
-    refused = None
+    refused = known = None
     try:
-        _check(tensors, options, order, method, shards, group)
+        _check(tensors, options, order, method)
+        known = given(NAME, shards, order)
     except (TypeError, ValueError) as error:
         text = str(error)
         refused = type(error)(text if text.startswith(NAME) else text.replace("fftconv", NAME, 1))
@@ -155,8 +159,7 @@ def _begin(tensors, options, group, order, method, shards) -> Call:
         f"the gradient of {n}": trained(t)
         for n, t in zip("k k_rev skip".split(), tensors[1:4], strict=True)
     }
-    found = shards and Shards(tuple(shards), order) if refused is None else None
-    found = meet(NAME, group, facts, size(step), order, refused, found)
+    found = meet(NAME, group, facts, size(step), order, refused, known)
     heads = k.heads if generated else k.shape[-3] if k.dim() > 2 else 1
     taps = most_taps(k, found.length) if generated else k.shape[-1]
     if mode == "circular" and taps > found.length:
@@ -176,7 +179,7 @@ def _begin(tensors, options, group, order, method, shards) -> Call:
     return Call(group, dist.get_rank(group), problem, problem.choose(method))
 
 
-def _check(tensors, options, order, method, shards, group) -> None:
+def _check(tensors, options, order, method) -> None:
     u, k, k_rev, skip, pre_gate, post_gate = tensors
     activation, mode, layout = options
     check_choice(NAME, "order", order, ORDERS)
@@ -196,9 +199,3 @@ def _check(tensors, options, order, method, shards, group) -> None:
     # K is compared with the whole length later.
     single = "causal" if mode == "circular" else mode
     validate(u, k, k_rev, skip, pre_gate, post_gate, activation, single, layout)
-    if shards is not None:
-        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        steps = u.shape[-1 if layout == "bhl" else 1]
-        if len(shards) != ranks or shards[rank] != steps:
-            wanted = f"the steps on each of {ranks} ranks, {steps} on rank {rank}"
-            raise ValueError(f"fftconv: shards must be {wanted}, got {tuple(shards)}")

@@ -27,7 +27,12 @@ def has_state(layer: nn.Module) -> bool:
     kernel = layer.kernel
     if layer.other_kernel() or getattr(kernel, "discretization", "dss_softmax") == "dss_softmax":
         return False
-    return not (hooked(kernel) or "forward" in vars(kernel) or random(kernel))
+    if (
+        vars(kernel).keys() & {"forward", "generate"}
+        or type(kernel.kernel_dropout) is not nn.Dropout
+    ):
+        return False
+    return not (hooked(kernel) or random(kernel))
 
 
 def problem_of(layer: ConvLayer | Hyena, shards: Shards, batch: int, dtype: torch.dtype) -> Problem:

@@ -6,21 +6,24 @@ import weakref
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from seqconv.ops.checks import FLOATS
 from seqconv.ops.fftconv import ACTIVATIONS, LAYOUTS, MODES
+from seqconv.ops.register import transforms_active
 from seqconv.parallel.call import exchange_device
 from seqconv.parallel.shards import ORDERS, Shards
 from seqconv.parallel.traffic import METHODS
 
 _NONE = -1  # in the place of what a rank does not have
+_OTHER = -2  # in the place of what is refused whatever it is
 _KEPT = 1024
 _seen = weakref.WeakKeyDictionary()  # by group
 _WORDS = (*ORDERS, *METHODS, *MODES, *LAYOUTS, *ACTIVATIONS[1:])
 
 
 def code(value) -> int:
-    """A fact as an integer: a dtype, a word, a flag, a number or None."""
+    """A fact as an integer: a dtype, a word, a flag, a number, None, or what no rank takes."""
     if value is None:
         return _NONE
     if isinstance(value, str):
@@ -29,7 +32,7 @@ def code(value) -> int:
         return FLOATS.index(value) if value in FLOATS else 99
     if isinstance(value, float):
         return struct.unpack("<q", struct.pack("<d", value))[0]
-    return int(value)
+    return int(value) if isinstance(value, int) else _OTHER
 
 
 def shape_of(name: str, t, axes: int) -> dict:
@@ -55,15 +58,28 @@ def meet(
     """Exchanges a few numbers with all ranks of the group: the sizes of their shards, and facts that must agree.
 
     A rank that refuses its arguments takes part, too, so that no other rank waits for it. Where the sizes are known,
-    the ranks meet the first time only that they have these sizes and facts.
+    the ranks meet the first time only that they have these sizes and facts. Afterwards each rank sees to its own
+    size alone.
 
     Raises:
         ValueError: ranks differ in a fact, which the message names with every rank's value; or another rank has
             refused its arguments.
+        RuntimeError: the call is differentiated or mapped by torch.func, or in forward mode.
     """
+    if transforms_active() or forward_ad._current_level >= 0:
+        text = "torch.func transforms and forward-mode differentiation do not work over several processes"
+        raise RuntimeError(f"{function}: {text}")
+    facts = {"shards, given or not": known is not None} | facts
     numbers = tuple(map(code, facts.values()))
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    if known is not None and refused is None:
+        if known.ranks != ranks or known.sizes[rank] != length:
+            wanted = f"the steps on each of {ranks} ranks, {length} on rank {rank}"
+            refused = ValueError(f"{function}: shards must be {wanted}, got {known.sizes}")
     seen = _seen.setdefault(group, set())
     if known is not None and (numbers, known) in seen:
+        if refused is not None:
+            raise refused  # The others do not wait here.
         return known
     own = torch.tensor([length, refused is not None, *numbers])
     table = exchange(own, group).tolist()
@@ -103,7 +119,7 @@ def _disagreement(function: str, name: str, column: list[int], value) -> str:
         if name.endswith("dtype"):
             return str(FLOATS[number]).removeprefix("torch.") if number < 99 else "another dtype"
         if name in ("order", "method", "mode", "layout", "activation"):
-            return repr(_WORDS[number]) if number < len(_WORDS) else "another"
+            return repr(_WORDS[number]) if 0 <= number < len(_WORDS) else "another"
         if isinstance(value, float):
             return repr(struct.unpack("<d", struct.pack("<q", number))[0])
         if isinstance(value, bool):

@@ -50,6 +50,16 @@ class Shards:
         return [(sum(parts[:place]), parts[place]) for place in places]
 
 
+def given(function: str, sizes, order: str) -> Shards | None:
+    """The shards that a caller says there are, or None."""
+    if sizes is None:
+        return None
+    if not isinstance(sizes, (tuple, list)) or any(type(n) is not int or n < 0 for n in sizes):
+        text = f"must be the number of steps on each rank, got {sizes!r}"
+        raise ValueError(f"{function}: shards {text}")
+    return Shards(tuple(sizes), order)
+
+
 @lru_cache(maxsize=256)
 def owners(shards: Shards) -> tuple[tuple[int, int, int, int], ...]:
     """(start, size, rank, offset in the rank's shard) of every segment that is not empty, by start."""

@@ -20,6 +20,7 @@ from seqconv.layers.butterfly_conv import Butterfly
 from seqconv.layers.hyena import Hyena
 from seqconv.layers.module import whole
 from seqconv.layers.padding import padding_of
+from seqconv.parallel.call import random_numbers
 
 LAYERS = (ConvLayer, Hyena)
 
@@ -194,7 +195,9 @@ class _PartOfKernel(KernelGenerator):
         if channels is not None or also is not None:
             raise ValueError(f"{type(self).__name__}: its channels are divided among processes")
         mesh = _mesh(self)
-        with _local_states(self, _local):
+        # Dropout draws for these channels only; the default generators of all processes stay in the same state.
+        numbers = random_numbers(self, mesh.get_group(), alike=not self.makes_parts)
+        with _local_states(self, _local), numbers:
             k = super().forward(length, rate, _channels(self.d_model, mesh))
         return _joined(k, mesh, 1, self.d_model)
 

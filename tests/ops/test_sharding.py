@@ -309,8 +309,11 @@ class Inputs(NamedTuple):
     x: Tensor
 
 assert ("torch.distributed.tensor" in sys.modules) == {before}
+{then}
 early = Operator("early", Inputs, "", lambda inputs: inputs.x.sin())
 import torch.distributed.tensor.parallel
+from seqconv.ops import sharding
+assert not sharding._declared
 late = Operator("late", Inputs, "", lambda inputs: inputs.x.sin())
 assert not any("seqconv.ops" in str(finder) for finder in sys.meta_path)
 rules = torch.distributed.tensor.DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs
@@ -320,10 +323,19 @@ assert found >= {{f"seqconv.{{name}}_{{kind}}.default" for name in names for kin
 """
 
 
+ASKED = "import importlib.util; importlib.util.find_spec('torch.distributed.tensor')"
+
+
 @pytest.mark.parametrize(
-    "first", ["", "import torch.distributed.tensor", "import torch.distributed"]
+    ("first", "then"),
+    [
+        ("", ""),
+        ("import torch.distributed.tensor", ""),
+        ("import torch.distributed", ""),
+        ("", ASKED),
+    ],
 )
-def test_the_rules_are_there_when_dtensors_are(first):
-    text = IMPORTS.format(first=first, before=first.endswith("tensor"))
+def test_the_rules_are_there_when_dtensors_are(first, then):
+    text = IMPORTS.format(first=first, then=then, before=first.endswith("tensor"))
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120)
     assert not done.returncode, done.stderr

@@ -240,3 +240,20 @@ def test_what_is_no_layer_is_refused():
             plan(other)
     with pytest.raises(TypeError, match="plan: input_layouts must be a Placement, got int"):
         plan(S4D(4), input_layouts=0)
+
+
+def drops_parts_of_kernels():
+    """The taps that dropout has left, of this process's channels, and the next random number."""
+    torch.manual_seed(0)
+    layer = divided(LongConv(5, l_max=40, kernel_dropout=0.5, lam=0.0))
+    layer(torch.randn(2, 40, 5))
+    kept = layer.kernel(40).to_local().detach() != 0
+    return kept, torch.rand(()).item()
+
+
+def test_kernel_dropout_leaves_processes_in_the_same_random_state():
+    """With 3 channels on one process and 2 on the other; and their channels have masks of their own."""
+    (first, number), (second, other) = run(2, drops_parts_of_kernels)
+    assert number == other
+    assert 0.2 < first.double().mean() < 0.8 and 0.2 < second.double().mean() < 0.8
+    assert not torch.equal(first[:, :2], second)
