@@ -180,11 +180,6 @@ class _Context(_OfProcesses):
         facts |= shape_of("mask", mask, 2) | shape_of("lengths", lengths, 1)
         name = type(layer).__name__
         steps = x.shape[1] if ready else 0
-        if self.shards and steps != self.shards.sizes[dist.get_rank(self.group)]:
-            text = (
-                f"shards must be the steps on each rank, got {list(self.shards.sizes)} for {steps}"
-            )
-            raise ValueError(f"{NAME}: {text} on rank {dist.get_rank(self.group)}")
         self.now = meet(name, self.group, facts, steps, self.order, None, self.shards)
         if not ready or (mask is None and lengths is None):
             return None

@@ -63,12 +63,12 @@ def test_refusals():
         "ValueError: ContextParallel: shards must be 2 numbers, got 3",
         "TypeError: ContextParallel: module must be a layer of seqconv, got Linear",
         "ValueError: ContextParallel: skip must be sharded over a mesh with the ranks [0, 1], got [",
-        "ValueError: ContextParallel: shards must be the steps on each rank, got [3, 2] for 4 on rank ",
+        "ValueError: S4D: shards must be the steps on each of 2 ranks, 4 on rank ",
         "ValueError: ContextParallel: method must be one of 'auto', 'a2a' for this ButterflyConv, got 'halo'",
         "ValueError: ButterflyConv: x must have length <= l_max=7 on all ranks together, got length=8",
         "ValueError: ContextParallel: method must be one of 'auto', 'a2a', 'halo' for this LongConv, got",
         "TypeError: S4D: a layer under context parallelism has no step() and no prefill()",
-        "TypeError: ContextParallel: a layer under context parallelism cannot be pickled: save its state_dict",
+        "TypeError: ContextParallel: a model under context parallelism cannot be pickled: save its state_dict",
     ]
     for found in run(2, refusals):
         for text, start in zip(found, wanted, strict=True):
