@@ -18,7 +18,7 @@ from seqconv.layers.padding import padding_of
 from seqconv.ops.checks import check_choice
 from seqconv.parallel import exchange, layers
 from seqconv.parallel.call import Call, random_numbers
-from seqconv.parallel.meeting import meet, shape_of
+from seqconv.parallel.meeting import checksum, meet, shape_of
 from seqconv.parallel.shards import ORDERS, Shards, given
 from seqconv.parallel.traffic import METHODS
 
@@ -178,6 +178,8 @@ class _Context(_OfProcesses):
         facts |= {"the layer's d_model": layer.d_model, "rate": rate}
         facts |= {"gradients being recorded": torch.is_grad_enabled()}
         facts |= shape_of("mask", mask, 2) | shape_of("lengths", lengths, 1)
+        if self.shards is None:
+            facts["the values of mask and lengths (a checksum)"] = checksum(mask, lengths)
         name = type(layer).__name__
         steps = x.shape[1] if ready else 0
         self.now = meet(name, self.group, facts, steps, self.order, None, self.shards)

@@ -193,6 +193,10 @@ def layers_differ(what: str) -> str:
             options["lengths"] = torch.tensor([3, 4])
         elif what == "tensor":
             x = None
+    if what.startswith("other"):
+        options["lengths"] = torch.tensor([3, 15 + rank])
+    if what == "other masks":
+        options["mask"] = torch.arange(10) >= options.pop("lengths").unsqueeze(1) - 8
     try:
         layer(x, **options)
     except (TypeError, ValueError) as error:
@@ -207,6 +211,8 @@ def test_layers_name_disagreements():
         "rate": "rate, got 1.0 on rank 0, 2.0 on rank 1",
         "training": "training, got True on rank 0, False on rank 1",
         "lengths": "lengths's presence, got False on rank 0, True on rank 1",
+        "other lengths": "the values of mask and lengths (a checksum), got 33 on rank 0, 35 on rank 1",
+        "other masks": "the values of mask and lengths (a checksum), got 112 on rank 0, 94 on rank 1",
         "tensor": "x's batch, got 2 on rank 0, nothing on rank 1",
     }
     for what, text in wanted.items():
