@@ -218,22 +218,20 @@ class ButterflyConv(ConvLayer):
         if length > self.l_max:
             text = f"must have length <= l_max={self.l_max}, got length={length}"
             raise ValueError(f"ButterflyConv: x {text}")
-        y = self._transformed(
-            rearrange(x, "b l h -> b h l"), self._kernel(self.l_max, rate), length
-        )
+        u = rearrange(x, "b l h -> b h l")
+        y = self._transformed(u, lambda: self._kernel(self.l_max, rate), length)
         return rearrange(y, "b c h l -> b l c h")
 
-    def _transformed(
-        self, u: Tensor, k: Tensor, length: int, channels: slice = slice(None)
-    ) -> Tensor:
-        """activation(v), (batch, heads, channels, length), of u (batch, channels, length) and k of these channels."""
+    def _transformed(self, u: Tensor, make, length: int, channels: slice = slice(None)) -> Tensor:
+        """activation(v), (batch, heads, channels, length), of u (batch, channels, length) and make(), the kernel of
+        these channels. It is made after the transform of u: in this order dropout draws its numbers."""
         sets = range(self.d_model)[channels]
         size = self.d_model // self.input_transform.heads
         some = (
             None if len(sets) == self.d_model or size == self.d_model else [c // size for c in sets]
         )
         u_f = self.input_transform(u, some)  # (b h n 2)
-        k_f = self.kernel_transform(k, some)  # (c h n 2)
+        k_f = self.kernel_transform(make(), some)  # (c h n 2)
         # One operator where torch would make complex numbers: in a graph, and on DTensors.
         opaque = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         opaque = opaque or hasattr(k_f, "device_mesh")

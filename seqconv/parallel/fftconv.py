@@ -5,7 +5,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from seqconv.layers.base import KernelGenerator
+from seqconv.layers.base import ConvLayer, KernelGenerator
+from seqconv.layers.hyena import Hyena
 from seqconv.ops.checks import check_choice
 from seqconv.ops.fftconv import validate
 from seqconv.parallel import exchange
@@ -123,6 +124,9 @@ def explain(
     other arguments are the layer's own.
     """
     context = getattr(k, "_context", None)
+    if context is None and isinstance(k, (ConvLayer, Hyena)):
+        text = "must be under context parallelism to be explained, call context_parallel first"
+        raise ValueError(f"parallel.explain: the {type(k).__name__} {text}")
     if context is not None:
         call = context.begin(k, u)
         return explanation(call.problem, call.method)

@@ -110,7 +110,7 @@ def _butterfly(layer: ButterflyConv, x: Tensor, rate: float, call: Call) -> Tens
     k = k if parted else k[:, call.channels]
     u = rearrange(call.to_channels(x, "blh"), "b l h -> b h l")
     with random_numbers(layer, call.group, alike=True):
-        y = layer._transformed(u, k, length, call.channels)
+        y = layer._transformed(u, lambda: k, length, call.channels)
     return call.to_shards(rearrange(y, "b c h l -> b l c h"), "blh")
 
 

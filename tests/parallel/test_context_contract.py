@@ -48,6 +48,7 @@ def refusals() -> list[str]:
         message(context_parallel(LongConv(D, l_max=7), method="state"), x),
         message(twice.step, x[:, 0], None),
         message(pickle.dumps, twice),
+        message(parallel.explain, x, S4D(D)),
     ]
 
 
@@ -69,6 +70,7 @@ def test_refusals():
         "ValueError: ContextParallel: method must be one of 'auto', 'a2a', 'halo' for this LongConv, got",
         "TypeError: S4D: a layer under context parallelism has no step() and no prefill()",
         "TypeError: ContextParallel: a model under context parallelism cannot be pickled: save its state_dict",
+        "ValueError: parallel.explain: the S4D must be under context parallelism to be explained",
     ]
     for found in run(2, refusals):
         for text, start in zip(found, wanted, strict=True):
