@@ -179,7 +179,9 @@ class _Context(_OfProcesses):
         facts |= {"gradients being recorded": torch.is_grad_enabled()}
         facts |= shape_of("mask", mask, 2) | shape_of("lengths", lengths, 1)
         if self.shards is None:
-            facts["the values of mask and lengths (a checksum)"] = checksum(mask, lengths)
+            facts["mask and lengths, which are those of whole rows (a checksum of them)"] = (
+                checksum(mask, lengths)
+            )
         name = type(layer).__name__
         steps = x.shape[1] if ready else 0
         self.now = meet(name, self.group, facts, steps, self.order, None, self.shards)
@@ -215,8 +217,12 @@ class _Sum:
         return exchange.summed(grad, self.group, self.number)
 
 
+def _has(p: Tensor, hooks: tuple[type, ...]) -> bool:
+    return any(type(hook) in hooks for hook in (p._backward_hooks or {}).values())
+
+
 def _is_summed(p: Tensor) -> bool:
-    return any(type(hook) is _Sum for hook in (p._backward_hooks or {}).values())
+    return _has(p, (_Sum,))
 
 
 def sum_gradients(model: nn.Module, group) -> None:
@@ -234,12 +240,37 @@ def sum_gradients(model: nn.Module, group) -> None:
             p.register_hook(_Sum(group, number))
             p.requires_grad_(trained)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # FSDP's mean over all ranks becomes a sum over these ones, and a mean over the others.
-            sizes = [p.device_mesh.size() for p in module.parameters() if isinstance(p, DTensor)]
-            module.set_gradient_divide_factor(sizes[0] / len(ranks) if sizes else 1.0)
-            for part in module.modules():
-                part.__dict__["_seqconv_sharded"] = True
+        if not isinstance(module, FSDPModule):
+            continue
+        for part in module.modules():
+            part.__dict__["_seqconv_sharded"] = True
+        if not any(isinstance(hook, _Scale) for hook in module._forward_pre_hooks.values()):
+            # After FSDP's own hook, which gathers the parameters.
+            module.register_forward_pre_hook(_Scale(len(ranks)))
+
+
+class _Scale(_OfProcesses):
+    """Makes of FSDP's means over all ranks sums over the context ranks, and means over the others: a hook of an FSDP
+    module, which gives every parameter that is gathered for its forward pass a hook. FSDP's own divide factor does so
+    for some meshes and dtypes only."""
+
+    def __init__(self, ranks: int):
+        self.ranks = ranks
+
+    def __call__(self, module: nn.Module, args) -> None:
+        if not torch.is_grad_enabled():
+            return
+        for p in module.parameters():
+            if p.requires_grad and not isinstance(p, DTensor) and not _has(p, (_Sum, _Times)):
+                p.register_hook(_Times(self.ranks))
+
+
+class _Times:
+    def __init__(self, factor: int):
+        self.factor = factor
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return grad * self.factor
 
 
 @_disable_dynamo

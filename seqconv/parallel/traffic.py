@@ -109,8 +109,8 @@ class Explanation:
         way = {"a2a": "all-to-all, channels divided", "halo": "halo", "state": "states gathered"}
         beside = ", ".join(f"{name} {count:,}" for name, count in self.others.items())
         return (
-            f"{way[self.method]} over {len(self.shards)} processes; bytes sent in forward by each rank at most "
-            f"{max(self.sent):,}, by all {sum(self.sent):,} ({beside})"
+            f"{way[self.method]} over {len(self.shards)} processes; in a forward pass each sends at most "
+            f"{max(self.sent):,} bytes, all together {sum(self.sent):,} (by each method: {beside})"
         )
 
 

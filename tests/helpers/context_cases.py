@@ -119,13 +119,15 @@ def whole(t):
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def model_trains(world, context, wrap, steps=2, micro=2, bound=1e-11, length=37):
+def model_trains(
+    world, context, wrap, dtype=torch.float64, bound=1e-11, steps=2, micro=2, length=37
+):
     """A model on data x context ranks against one process: parameters after steps of accumulated gradients."""
     data = world // context
     mesh = dist.init_device_mesh("cpu", (data, context), mesh_dim_names=("dp", "cp"))
     row, place = mesh["dp"].get_local_rank(), mesh["cp"].get_local_rank()
     g = torch.Generator().manual_seed(5)
-    batch, double = 2 * data, {"generator": g, "dtype": torch.float64}
+    batch, double = 2 * data, {"generator": g, "dtype": dtype}
     batches = []
     for _ in range(steps):
         draws = range(micro)
@@ -141,7 +143,7 @@ def model_trains(world, context, wrap, steps=2, micro=2, bound=1e-11, length=37)
             ]
         )
     torch.manual_seed(7)
-    plain = Model().double()
+    plain = Model().to(dtype)
     ours = copy.deepcopy(plain)
     # Torch says so of every model whose last operation is a linear map.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")

@@ -49,6 +49,14 @@ def test_models_train_as_in_one_process(wrap):
     run(4, model_trains, 4, 2 if wrap else 4, wrap)
 
 
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp", "fsdp, flat"])
+@pytest.mark.parametrize(("world", "context"), [(2, 2), (2, 1), (3, 3), (4, 1)])
+def test_models_train_on_other_meshes(wrap, world, context):
+    """FSDP reduces by other operations where a mesh has an axis of one rank, and in float32."""
+    run(world, model_trains, world, context, wrap, torch.float32, 1e-4)
+    run(world, model_trains, world, context, wrap)
+
+
 def pools():
     rank, ranks = dist.get_rank(), dist.get_world_size()
     x = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
