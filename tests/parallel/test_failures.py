@@ -205,14 +205,15 @@ def layers_differ(what: str) -> str:
 
 
 def test_layers_name_disagreements():
+    values = "mask and lengths, which are those of whole rows (a checksum of them)"
     wanted = {
         "batch": "x's batch, got 2 on rank 0, 1 on rank 1",
         "dtype": "x's dtype, got float32 on rank 0, float64 on rank 1",
         "rate": "rate, got 1.0 on rank 0, 2.0 on rank 1",
         "training": "training, got True on rank 0, False on rank 1",
         "lengths": "lengths's presence, got False on rank 0, True on rank 1",
-        "other lengths": "the values of mask and lengths (a checksum), got 33 on rank 0, 35 on rank 1",
-        "other masks": "the values of mask and lengths (a checksum), got 112 on rank 0, 94 on rank 1",
+        "other lengths": f"{values}, got 33 on rank 0, 35 on rank 1",
+        "other masks": f"{values}, got 112 on rank 0, 94 on rank 1",
         "tensor": "x's batch, got 2 on rank 0, nothing on rank 1",
     }
     for what, text in wanted.items():
