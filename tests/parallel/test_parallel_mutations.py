@@ -39,7 +39,7 @@ MUTATIONS = {
     ),
     "parameters' gradients are not summed": (
         context,
-        "exchange.summed(grad, group, number)",
+        "exchange.summed(grad, self.group, self.number)",
         "grad",
     ),
     "a halo that is a step short": (shards, "(start - left, start)", "(start - left + 1, start)"),
@@ -82,7 +82,7 @@ def mutated(name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mistakes_are_caught(name):
-    outcomes = run_fresh(3, mutated, name, timeout=40, collective=5)
+    outcomes = run_fresh(3, mutated, name, timeout=40, collective=3)
     assert any(outcome.failed for outcome in outcomes)
     assert not any("assert source.count" in (outcome.error or "") for outcome in outcomes)
 
