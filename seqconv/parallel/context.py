@@ -277,16 +277,21 @@ class _Times:
 def _check_parameters(module: nn.Module, args) -> None:
     if not torch.is_grad_enabled():
         return
+    groups = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    inside = {id(part) for group in groups for part in group.modules()}  # not gathered yet
     for path, part in module.named_modules():
-        if "_seqconv_sharded" in vars(part):
+        sharded = "_seqconv_sharded" in vars(part)
+        if sharded and id(part) in inside:
             continue
         for name, p in part._parameters.items():
-            if p is not None and p.requires_grad and not _is_summed(p):
+            if p is None or not p.requires_grad or (sharded and isinstance(p, DTensor)):
+                continue
+            if not _has(p, (_Sum, _Times) if sharded else (_Sum,)):
                 full = f"{path}.{name}" if path else name
                 raise RuntimeError(
                     f"{NAME}: the gradient of {full} ({type(module).__name__}) would not be summed over the ranks, "
                     "because the parameter was made or replaced afterwards (by a copy, fully_shard, or a "
-                    "parametrization); call context_parallel last"
+                    "parametrization), or gathered for another method than forward; call context_parallel last"
                 )
 
 

@@ -9,6 +9,7 @@ from context_cases import Model
 from layer_table import D
 from processes import run
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor.parallel import parallelize_module
 
 from seqconv import S4D, ButterflyConv, Hyena, LongConv, parallel
@@ -104,6 +105,27 @@ def test_parameters_that_are_replaced_later():
         for text in found:
             assert text.startswith("RuntimeError: ContextParallel: the gradient of "), text
             assert "call context_parallel last" in text
+
+
+def another_method() -> str:
+    """FSDP gathers the parameters for a method that is not forward, and calls no hooks for it."""
+
+    class Scorer(Model):
+        def score(self, x):
+            return self.forward(x).sum()
+
+    model = Scorer()
+    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
+    parallel.fully_shard(model, mesh=mesh)
+    context_parallel(model, mesh["cp"])
+    register_fsdp_forward_method(model, "score")
+    return message(model.score, torch.randn(2, 5, 2))
+
+
+def test_parameters_that_are_gathered_for_another_method():
+    for text in run(2, another_method):
+        assert text.startswith("RuntimeError: ContextParallel: the gradient of "), text
+        assert "for another method than forward" in text
 
 
 def state_dicts() -> None:
