@@ -44,10 +44,22 @@ CEILINGS = {
 
 
 # What releases of NVRTC before 13.5 do otherwise: (architecture, kernel) -> registers, bytes of the largest spill.
-# A word spilled once in a thread, and four more registers that still leave the four blocks of 128 threads.
+# A word or two spilled in a thread, and four more registers that still leave the four blocks of 128 threads. The
+# kernel that sums up the taps' gradient spills more: it runs once in a call.
 BEFORE_13_5 = {
     ("sm_90", "tensor_forward_bf16_accurate"): (128, 4),
     ("sm_90", "ssm_backward"): (128, 0),
+} | {
+    (arch, name): (128, spilled)
+    for arch in ("sm_100", "sm_120")
+    for name, spilled in [
+        ("taps_gradient", 72),
+        *[
+            (f"tensor_backward_{kind}_fast_{n}", 8)
+            for kind in ("bf16", "f16")
+            for n in (8192, 16384, 32768)
+        ],
+    ]
 }
 
 
