@@ -33,7 +33,7 @@ sanitize: .venv/ready  ## the kernels' tests under AddressSanitizer and Undefine
 	  ASAN_OPTIONS=detect_leaks=0 ../../$(BIN)/python -m pytest -q -m "not slow" \
 	  tests/ops/test_fftconv.py tests/ops/test_random.py tests/ops/test_ssm.py tests/cpu $(ARGS)
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 SEQCONV_EMULATOR_FLAGS="$(SANITIZE)" ../../$(BIN)/python -m pytest -q \
+	  ASAN_OPTIONS=detect_leaks=0 SEQCONV_EMULATOR_FLAGS="$(SANITIZE) -O1" ../../$(BIN)/python -m pytest -q \
 	  tests/cuda/test_device.py tests/cuda/test_cuda_ssm.py tests/cuda/test_cuda_butterfly.py \
 	  -k "operators_cases or edge_lengths or three_passes or windows or sizes or growing or matrices" $(ARGS)
 

@@ -83,7 +83,7 @@ def tolerance(
     if case.dtype == "float64":
         baseline = (2.0**-47, 2.0**-44)
     if tensor_cores and case.dtype in ("bfloat16", "float16"):
-        stated = 2 * OPERAND_ERROR[True]  # fp16 operands, twice in gradients
+        stated = 2 * OPERAND_ERROR  # fp16 operands, twice in gradients
         baseline = (baseline[0] + stated / 2, baseline[1] + 4 * stated)
     l2 = {"float32": 3e-7 if case.length <= 65536 else 4.5e-7}.get(case.dtype, 2 * baseline[0])
     crest = max((x.abs().max() / x.square().mean().sqrt()).item() for x in exact)

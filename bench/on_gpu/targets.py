@@ -37,12 +37,13 @@ def limit_of(row: dict) -> float | None:
 
 
 def predicted(case: Case, limits: Limits) -> dict:
-    """Returns the planner's lower bound in seconds, and the bytes and warp instructions that it comes from."""
+    """Returns the seconds of the planner's model, and the bytes and warp instructions that they come from."""
     heads = (case.heads,) if case.heads > 1 else ()
     with torch.device("meta"):
         u = torch.empty(case.batch, case.channels, case.length, dtype=DTYPES[case.dtype])
         k = torch.empty(*heads, case.channels, case.kernel_taps)
-    problem = convolution.describe(u, k, k if case.mode == "two_sided" else None)
+    gates = (u, u) if case.mode == "gated" else (None, None)
+    problem = convolution.describe(u, k, k if case.mode == "two_sided" else None, *gates)
     plans = [make_plan(problem, limits)]
     if case.op != "forward":
         plans.append(make_plan(problem, limits, backward=True))

@@ -33,6 +33,9 @@ SEQCONV_DEVICE float shuffle_xor(float x, int lanes) {
   return __shfl_xor_sync(0xffffffffu, x, lanes);
 }
 
+// a b + c, rounded once. Where compilers choose which product to fuse, a kernel that knows more
+// does not give the same bits.
+SEQCONV_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SEQCONV_DEVICE int log2_of(int power) { return 31 - __clz(power); }
 
 // Every access to shared memory goes through these two (the emulator looks for races there).

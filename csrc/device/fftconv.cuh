@@ -12,15 +12,16 @@ struct Work {
   int first, last;          // rows of the group
 };
 
+template <class Shape = AnyTransform>
 SEQCONV_DEVICE Work work(const ConvolutionArgs& a) {
-  const int slot = threadIdx.x / (int)a.row_threads, channels = (int)a.channels,
-            groups = (int)a.groups;
+  const int row_threads = Shape::threads(a.row_threads), slot = threadIdx.x / row_threads,
+            channels = (int)a.channels, groups = (int)a.groups;
   const int channel = blockIdx.x % channels, group = blockIdx.x / channels % groups,
             set = blockIdx.x / channels / groups;
   const int rows = (int)((a.per_sample ? 1 : a.batch) * a.windows),
             share = (rows + groups - 1) / groups;
   const int end = (group + 1) * share;
-  const Team team{(int)threadIdx.x % (int)a.row_threads, (int)a.row_threads};
+  const Team team{(int)threadIdx.x % row_threads, row_threads};
   return {team, slot, set, channel, group, group * share, end < rows ? end : rows};
 }
 SEQCONV_DEVICE Place place(const ConvolutionArgs& a, const Work& w, int first) {
@@ -43,45 +44,62 @@ SEQCONV_DEVICE int sums_row(const ConvolutionArgs& a, const Work& w, int head) {
 }
 SEQCONV_DEVICE int plane_size(i64 n) { return (int)(n + (n >> 4) + 1); }
 
-template <class Source>
-SEQCONV_DEVICE void forward_passes(const Transform& t, Plane plane, Source source, Team team) {
-  first_pass(t, plane, (int)t.n, AllColumns(), source, team);
+// Kernels that know their length read and write rows that are as they must be in pass 0 itself, and
+// stage others in the plane (inlined in a pass, gates and activations would be repeated for every
+// point). A thread stages those points that are its own in pass 0 too.
+template <class Shape, class Source>
+SEQCONV_DEVICE void forward_passes(const Shape& t, Plane plane, Source source, Team team) {
+  const int n = (int)t.n;
+  if constexpr (Shape::known) {
+    const auto row = source.plain_row();
+    for (int i = team.rank; i < n && !row; i += team.size)
+      store_shared(plane.at(i), to_complex(source(i)));
+    first_pass(t, plane, n, KnownColumns(), row, team);
+  } else {
+    first_pass(t, plane, n, AllColumns(), source, team);
+  }
   sync_block();
-  middle_passes<false>(t, plane, (int)t.n, (int)t.passes - 1, AllColumns(), team);
+  middle_passes<false>(t, plane, n, (int)t.passes - 1, typename Shape::Columns(), team);
 }
 // The sink is made at the end, since it would cost the passes registers.
-template <class MakeSink>
-SEQCONV_DEVICE void inverse_passes(const Transform& t, Plane plane, MakeSink make_sink, Team team) {
+template <class Shape, class MakeSink>
+SEQCONV_DEVICE void inverse_passes(const Shape& t, Plane plane, MakeSink make_sink, Team team) {
+  const int n = (int)t.n;
   sync_block();
-  middle_passes<true>(t, plane, (int)t.n, (int)t.passes - 1, AllColumns(), team);
-  last_pass(t, plane, (int)t.n, AllColumns(), team);
-  sync_block();
+  middle_passes<true>(t, plane, n, (int)t.passes - 1, typename Shape::Columns(), team);
+  if constexpr (Shape::known) {
+    const auto row = make_sink().plain_row();
+    last_pass(t, plane, n, KnownColumns(), row, team);
+    if (row) return;
+  } else {
+    last_pass(t, plane, n, AllColumns(), PlainRow<float>{}, team);
+    sync_block();
+  }
   const auto sink = make_sink();
-  for (int i = team.rank; i < (int)t.n; i += team.size) sink(i, load_shared(plane.at(i)));
-  sync_block();
+  for (int i = team.rank; i < n; i += team.size) sink(i, load_shared(plane.at(i)));
+  if (!Shape::known) sync_block();
 }
 
-// Where the spectrum's element at position `at` of the plane is kept. In kColumns neighbouring
-// threads of the float32 kernels have neighbours. kTiles is the order of the tensor cores' results
-// (tile.cuh), 256 to a tile, and there the taps' spectrum is divided by a power of two. kHalfTiles
-// is the same as fp16 pairs, where every lane has real parts, then imaginary ones.
-enum Order { kColumns = 0, kTiles = 1, kHalfTiles = 2 };
-SEQCONV_DEVICE int spectrum_index(int f, int at, i64 order) {
-  if (order == kColumns) return f;
-  const int row = at >> 4 & 15, column = at & 15, lane = (row & 7) * 4 + (column & 7) / 2;
-  const int pair = (column >> 3) * 2 + (row >> 3);
-  return at / 256 * 256 + lane * 8 + pair * 2 + (column & 1);
-}
-SEQCONV_DEVICE void store_spectrum(c32* row, int index, i64 order, c32 z) {
-  if (order != kHalfTiles) {
-    row[index] = z;
-    return;
+// How spectra are kept. In kColumns neighbouring threads of the float32 kernels have neighbours.
+// kTiles is the order of the tensor cores' results: 256 frequencies to a tile, of which each lane
+// has 8. The taps' spectrum is divided by a power of two and kept as fp16 numbers there.
+enum Order { kColumns = 0, kTiles = 1 };
+// Where the element at position `at` of a row of n points lies, in elements of its tiles. A lane's
+// elements are `each` neighbours in all, and its imaginary parts lie half a tile behind.
+struct TilePlace {
+  int tile, lane, pair, odd;
+
+  SEQCONV_DEVICE TilePlace(int at, int n) {
+    const int tiles = n >> 8, place = at >> 8, row = at >> 4 & 15, column = at & 15;
+    tile = tiles <= 16 ? place : (place & 15) * (tiles >> 4) + (place >> 4);
+    lane = (row & 7) * 4 + (column & 7) / 2;
+    pair = (column >> 3) * 2 + (row >> 3), odd = column & 1;
   }
-  // index = tile, lane, pair, one of two: 16 numbers to a lane
-  fp16* halves = (fp16*)row + index / 8 * 16 + index % 8;
-  from_float(halves[0], z.re);
-  from_float(halves[8], z.im);
-}
+  SEQCONV_DEVICE int of_taps() const { return tile * 512 + (lane * 4 + pair) * 2 + odd; }
+  SEQCONV_DEVICE int of_sums() const {
+    return tile * 512 + (pair >> 1) * 128 + lane * 4 + (pair & 1) * 2 + odd;
+  }
+};
 
 SEQCONV_DEVICE float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 // The exponent e of the power of two with size / 2^e in [1/4, 1/2)
@@ -104,6 +122,18 @@ SEQCONV_DEVICE TapsRow taps_row(const ConvolutionArgs& a) {
   const Team team{(int)threadIdx.x % (int)a.row_threads, (int)a.row_threads};
   return {team, slot, row < rows ? row : rows - 1, row < rows};
 }
+
+// A row that is one of `outer` pieces of a row of taps.
+struct Piece {
+  i64 first;  // the first element of the whole row
+  int before, n;
+
+  SEQCONV_DEVICE Piece(const ConvolutionArgs& a, i64 row)
+      : first(row / a.outer * a.outer * a.transform.n),
+        before((int)(row % a.outer * a.transform.n)),
+        n((int)(a.outer * a.transform.n)) {}
+  SEQCONV_DEVICE TilePlace tile(int at) const { return TilePlace(before + at, n); }
+};
 
 // The power of two above the Euclidean norm of the taps, which is the root mean square of their
 // spectrum, for tensor cores. The taps are brought near 1 first: their squares may leave float32's
@@ -136,7 +166,7 @@ SEQCONV_DEVICE void taps_divisors(const ConvolutionArgs& a, unsigned char* share
 
 SEQCONV_DEVICE void spectrum(const ConvolutionArgs& a, unsigned char* shared) {
   const TapsRow r = taps_row(a);
-  const Transform& t = a.transform;
+  const AnyTransform t{a.transform};
   const Plane plane{(c32*)shared + r.slot * plane_size(t.n)};
   const Taps source = taps(a, r.row);
   float scale = (float)a.spectrum_scale;
@@ -148,11 +178,18 @@ SEQCONV_DEVICE void spectrum(const ConvolutionArgs& a, unsigned char* shared) {
     scale /= divisor;
   }
   forward_passes(t, plane, source, r.team);
-  c32* out = (c32*)((u32*)a.spectrum + r.row * t.n * (a.order == kHalfTiles ? 1 : 2));
+  const Piece piece(a, r.row);
   middle<kForwardOnly>(
       t, plane,
-      [&](int f, int at, c32 z) {
-        if (r.real) store_spectrum(out, spectrum_index(f, at, a.order), a.order, z * scale);
+      [&](i64 f, int at, c32 z) {
+        if (!r.real) return z;
+        if (a.order == kColumns) {
+          a.spectrum[r.row * t.n + f] = z * scale;
+        } else {
+          fp16* to = (fp16*)a.spectrum + 2 * piece.first + piece.tile(at).of_taps();
+          from_float(to[0], z.re * scale);
+          from_float(to[256], z.im * scale);
+        }
         return z;
       },
       r.team);
@@ -161,17 +198,25 @@ SEQCONV_DEVICE void spectrum(const ConvolutionArgs& a, unsigned char* shared) {
 // Adds up the parts in their order and transforms the sum back to the taps.
 SEQCONV_DEVICE void taps_gradients(const ConvolutionArgs& a, unsigned char* shared) {
   const TapsRow r = taps_row(a);
-  const Transform& t = a.transform;
+  const AnyTransform t{a.transform};
   const i64 rows = (a.per_sample ? a.batch : 1) * a.heads * a.channels;
   const Plane plane{(c32*)shared + r.slot * plane_size(t.n)};
   const float scale = (float)a.gradient_scale;
-  const c32* partial = a.dk_parts + r.row * t.n;
+  const Piece piece(a, r.row);
   middle<kInverseOnly>(
       t, plane,
-      [&](int f, int at, c32) {
-        const c32* from = partial + spectrum_index(f, at, a.order);
-        c32 sum = *from;
-        for (i64 part = 1; part < a.parts; ++part) sum = sum + from[part * rows * t.n];
+      [&](i64 f, int at, c32) {
+        // The real part and, `apart` numbers further on, the imaginary one.
+        const bool tiles = a.order != kColumns;
+        const i64 first =
+            tiles ? 2 * piece.first + piece.tile(at).of_sums() : 2 * (r.row * t.n + f);
+        const float* from = (const float*)a.dk_parts + first;
+        const int apart = tiles ? 256 : 1;
+        c32 sum{from[0], from[apart]};
+        for (i64 part = 1; part < a.parts; ++part) {
+          from += 2 * rows * t.n;
+          sum = sum + c32{from[0], from[apart]};
+        }
         return sum * scale;
       },
       r.team);
@@ -186,30 +231,31 @@ SEQCONV_DEVICE void taps_gradients(const ConvolutionArgs& a, unsigned char* shar
 }
 
 // y = post_gate * activation(k * (pre_gate u) + skip pre_gate u)
-template <class T>
+template <class T, class Shape = AnyTransform>
 SEQCONV_DEVICE void forward(const ConvolutionArgs& a, unsigned char* shared) {
-  const Work w = work(a);
-  const Transform& t = a.transform;
+  const Work w = work<Shape>(a);
+  const Shape t = Shape::of(a.transform);
+  const int heads = Shape::known ? 1 : (int)a.heads;
   const int size = plane_size(t.n);
-  const Plane x{(c32*)shared + w.slot * size}, v{a.heads > 1 ? x.data + a.slots * size : x.data};
+  const Plane x{(c32*)shared + w.slot * size}, v{heads > 1 ? x.data + a.slots * size : x.data};
   for (int first = w.first; first < w.last; first += (int)a.slots) {
     forward_passes(t, x, input<T>(a, place(a, w, first)), w.team);
-    if (a.heads > 1) {
+    if (heads > 1) {
       middle<kForwardOnly>(
           t, x,
-          [&](int, int at, c32 z) {
+          [&](i64, int at, c32 z) {
             store_shared(x.at(at), z);
             return z;
           },
           w.team);
     }
-    for (int head = 0; head < (int)a.heads; ++head) {
+    for (int head = 0; head < heads; ++head) {
       const c32* k = a.spectrum + taps_row(a, w, head) * t.n;
-      if (a.heads > 1) {
+      if (heads > 1) {
         middle<kInverseOnly>(
-            t, v, [&](int f, int at, c32) { return load_shared(x.at(at)) * k[f]; }, w.team);
+            t, v, [&](i64 f, int at, c32) { return load_shared(x.at(at)) * k[f]; }, w.team);
       } else {
-        middle<kBoth>(t, v, [&](int f, int, c32 z) { return z * k[f]; }, w.team);
+        middle<kBoth>(t, v, [&](i64 f, int, c32 z) { return z * k[f]; }, w.team);
       }
       inverse_passes(
           t, v, [&] { return Sinks<T>::output(a, inside(a, place(a, w, first)), head); }, w.team);
@@ -219,25 +265,28 @@ SEQCONV_DEVICE void forward(const ConvolutionArgs& a, unsigned char* shared) {
 
 // Computes from x and dv the gradients of u and pre_gate, and those of the taps as sums of spectra,
 // of which every slot of a group has one.
-template <class T>
+template <class T, class Shape = AnyTransform>
 SEQCONV_DEVICE void backward(const ConvolutionArgs& a, unsigned char* shared) {
-  const Work w = work(a);
-  const Transform& t = a.transform;
+  const Work w = work<Shape>(a);
+  const Shape t = Shape::of(a.transform);
+  const int heads = Shape::known ? 1 : (int)a.heads;
   const int size = plane_size(t.n);
   const int stride = (int)a.slots * size;
   const bool with_dk = a.dk_parts != nullptr,
              with_dx = a.du.data != nullptr || a.dpre_gate.data != nullptr;
-  const Plane g{(c32*)shared + w.slot * size}, x{g.data + (with_dk ? stride : 0)};
-  const Plane sum{a.heads > 1 ? x.data + stride : g.data};
+  // Places are selected, and no pointers, of which the compiler would not know that they are
+  // shared.
+  const int g_at = w.slot * size, x_at = g_at + (with_dk ? stride : 0),
+            sum_at = heads > 1 ? x_at + stride : g_at;
+  const Plane g{(c32*)shared + g_at}, x{(c32*)shared + x_at}, sum{(c32*)shared + sum_at};
   for (int first = w.first; first < w.last; first += (int)a.slots) {
     // These are made where they are needed, since they would cost the butterflies registers.
     const auto whole = [&] { return place(a, w, keep_here(first)); };
     const auto outputs = [&] { return inside(a, whole()); };
     const bool begins = first == w.first;
-    for (int signal = with_dk ? -1 : 0; signal < (int)a.heads;
-         ++signal) {  // x, then dv of every head
+    for (int signal = with_dk ? -1 : 0; signal < heads; ++signal) {  // x, then dv of every head
       const bool is_x = signal < 0;
-      const Plane plane = is_x ? x : g;
+      const Plane plane{(c32*)shared + (is_x ? x_at : g_at)};
       forward_passes(t, plane, is_x ? input<T>(a, outputs()) : gradient<T>(a, whole(), signal),
                      w.team);
       if (!is_x && a.dskip_parts != nullptr) {
@@ -248,21 +297,22 @@ SEQCONV_DEVICE void backward(const ConvolutionArgs& a, unsigned char* shared) {
       }
       const c32* k = a.spectrum + taps_row(a, w, is_x ? 0 : signal) * t.n;
       c32* dk = with_dk && !is_x ? a.dk_parts + sums_row(a, w, signal) * t.n : nullptr;
-      const auto product = [&](int f, int at, c32 z) {
+      const auto product = [&](i64 f, int at, c32 z) {
         if (with_dk) {
           const c32 d = z * conj(load_shared(x.at(at)));
           dk[f] = begins ? d : dk[f] + d;
         }
         return with_dx ? z * conj(k[f]) : z;
       };
-      if (!is_x && with_dx && a.heads == 1) {
+      if (!is_x && with_dx && heads == 1) {
         middle<kBoth>(t, g, product, w.team);
         continue;
       }
+      const Plane to{(c32*)shared + (is_x ? x_at : sum_at)};
       middle<kForwardOnly>(
           t, plane,
-          [&](int f, int at, c32 z) {
-            c32* kept = (is_x ? x : sum).at(at);
+          [&](i64 f, int at, c32 z) {
+            c32* kept = to.at(at);
             if (!is_x) z = product(f, at, z);
             if (is_x || with_dx)
               store_shared(kept, is_x || signal == 0 ? z : load_shared(kept) + z);
@@ -272,9 +322,9 @@ SEQCONV_DEVICE void backward(const ConvolutionArgs& a, unsigned char* shared) {
       sync_block();
     }
     if (!with_dx) continue;
-    if (a.heads > 1) {
+    if (heads > 1) {
       middle<kInverseOnly>(
-          t, sum, [&](int, int at, c32) { return load_shared(sum.at(at)); }, w.team);
+          t, sum, [&](i64, int at, c32) { return load_shared(sum.at(at)); }, w.team);
     }
     inverse_passes(t, sum, [&] { return input_gradient<T>(a, outputs()); }, w.team);
   }
@@ -307,9 +357,10 @@ SEQCONV_DEVICE void long_forward(const ConvolutionArgs& a, const LongWork& w, un
                                  Source source) {
   const int points = (int)(a.outer * a.columns);
   const Plane plane{(c32*)shared};
-  first_pass(a.transform, plane, points, w.window, source, w.team);
+  const AnyTransform t{a.transform};
+  first_pass(t, plane, points, w.window, source, w.team);
   sync_block();
-  middle_passes<false>(a.transform, plane, points, (int)a.transform.passes, w.window, w.team);
+  middle_passes<false>(t, plane, points, (int)t.passes, w.window, w.team);
   c32* out = a.long_rows + w.row * a.transform.n;
   for (int i = w.team.rank; i < points; i += w.team.size)
     out[w.window.global(i)] = load_shared(plane.at(i));
@@ -321,11 +372,12 @@ SEQCONV_DEVICE void long_inverse(const ConvolutionArgs& a, const LongWork& w, un
   const Plane plane{(c32*)shared};
   const c32* in = a.long_rows + w.row * a.transform.n;
   const float scale = 1.f / (float)a.outer;
+  const AnyTransform t{a.transform};
   for (int i = w.team.rank; i < points; i += w.team.size)
     store_shared(plane.at(i), in[w.window.global(i)]);
   sync_block();
-  middle_passes<true>(a.transform, plane, points, (int)a.transform.passes, w.window, w.team);
-  last_pass(a.transform, plane, points, w.window, w.team);
+  middle_passes<true>(t, plane, points, (int)t.passes, w.window, w.team);
+  last_pass(t, plane, points, w.window, PlainRow<float>{}, w.team);
   sync_block();
   for (int i = w.team.rank; i < points; i += w.team.size)
     sink(w.window.global(i), load_shared(plane.at(i)) * scale);

@@ -11,8 +11,10 @@ SEQCONV_DEVICE c32 operator+(c32 a, c32 b) { return {a.re + b.re, a.im + b.im}; 
 SEQCONV_DEVICE c32 operator-(c32 a, c32 b) { return {a.re - b.re, a.im - b.im}; }
 SEQCONV_DEVICE c32 operator*(c32 a, float s) { return {a.re * s, a.im * s}; }
 SEQCONV_DEVICE c32 operator*(c32 a, c32 b) {
-  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+  return {fused(a.re, b.re, -(a.im * b.im)), fused(a.re, b.im, a.im * b.re)};
 }
+SEQCONV_DEVICE c32 to_complex(float a) { return {a, 0.f}; }
+SEQCONV_DEVICE c32 to_complex(c32 a) { return a; }
 SEQCONV_DEVICE c32 conj(c32 a) { return {a.re, -a.im}; }
 template <bool kConj>
 SEQCONV_DEVICE c32 conj_if(c32 a) {
@@ -41,15 +43,6 @@ SEQCONV_DEVICE void dft(c32 (&z)[3]) {
 }
 
 template <bool kInverse>
-SEQCONV_DEVICE void dft(c32 (&z)[4]) {
-  const c32 a = z[0] + z[2], b = z[0] - z[2], c = z[1] + z[3], d = quarter<kInverse>(z[1] - z[3]);
-  z[0] = a + c;
-  z[1] = b + d;
-  z[2] = a - c;
-  z[3] = b - d;
-}
-
-template <bool kInverse>
 SEQCONV_DEVICE void dft(c32 (&z)[5]) {
   const float c1 = 0.30901699437494742410f, c2 = -0.80901699437494742410f;
   const float s1 = 0.95105651629515357212f, s2 = 0.58778525229247312917f;
@@ -64,51 +57,84 @@ SEQCONV_DEVICE void dft(c32 (&z)[5]) {
   z[4] = p - r;
 }
 
-// exp(-2 pi i k / 16)
+// exp(-2 pi i k / 64), a constant where k is one
 template <bool kInverse>
-SEQCONV_DEVICE c32 sixteenth(int k) {
-  const float c[16] = {
-      1.f,  0.92387953251128675613f,  0.70710678118654752440f,  0.38268343236508977173f,
-      0.f,  -0.38268343236508977173f, -0.70710678118654752440f, -0.92387953251128675613f,
-      -1.f, -0.92387953251128675613f, -0.70710678118654752440f, -0.38268343236508977173f,
-      0.f,  0.38268343236508977173f,  0.70710678118654752440f,  0.92387953251128675613f};
-  return conj_if<kInverse>(c32{c[k & 15], c[(k + 4) & 15]});
+SEQCONV_DEVICE c32 root(int k) {
+  const float c[5][4] = {{1.f, 0.99518472667f, 0.98078528040f, 0.95694033573f},
+                         {0.92387953251f, 0.88192126435f, 0.83146961230f, 0.77301045336f},
+                         {0.70710678119f, 0.63439328416f, 0.55557023302f, 0.47139673683f},
+                         {0.38268343237f, 0.29028467725f, 0.19509032202f, 0.09801714033f},
+                         {0.f}};
+  const auto cosine = [&](int i) {
+    i = (i & 63) > 32 ? 64 - (i & 63) : i & 63;
+    return i > 16 ? -c[(32 - i) / 4][-i & 3] : c[i / 4][i & 3];
+  };
+  return conj_if<kInverse>(c32{cosine(k), cosine(k + 16)});
 }
 
-// A times B points: columns of A, twiddles, rows of B; the result is in natural order.
-template <bool kInverse, int A, int B>
-SEQCONV_DEVICE void dft_of_two(c32 (&z)[A * B]) {
+// x, y = x + w y, x - w y for w = root(k). The larger part of w is taken out of it, which saves two
+// of eight operations.
+template <bool kInverse>
+SEQCONV_DEVICE void combine(c32& x, c32& y, int k) {
+  const c32 w = root<kInverse>(k), a = x;
+  if (k % 16 == 0) {
+    const c32 b = k == 0 ? y : quarter<kInverse>(y);
+    x = a + b;
+    y = a - b;
+    return;
+  }
+  const bool real = fabsf(w.re) > fabsf(w.im);
+  const float s = real ? w.re : w.im, t = real ? w.im / s : w.re / s;
+  const c32 b = real ? c32{fused(-t, y.im, y.re), fused(t, y.re, y.im)}
+                     : c32{fused(t, y.re, -y.im), fused(t, y.im, y.re)};
+  x = {fused(s, b.re, a.re), fused(s, b.im, a.im)};
+  y = {fused(-s, b.re, a.re), fused(-s, b.im, a.im)};
+}
+
+// Of 4 points, where point i is multiplied by root(k i) before.
+template <bool kInverse>
+SEQCONV_DEVICE void dft(c32 (&z)[4], int k = 0) {
+  c32 a = z[0], b = z[2], c = z[1], d = z[3];
+  combine<kInverse>(a, b, 2 * k);
+  combine<kInverse>(c, d, 2 * k);
+  combine<kInverse>(a, c, k);
+  combine<kInverse>(b, d, k + 16);
+  z[0] = a, z[1] = b, z[2] = c, z[3] = d;
+}
+
+// A times 4 points: columns of A, twiddles, rows of 4; the result is in natural order.
+template <bool kInverse, int A>
+SEQCONV_DEVICE void dft_by_four(c32 (&z)[4 * A]) {
 #pragma unroll
-  for (int j = 0; j < B; ++j) {
+  for (int j = 0; j < 4; ++j) {
     c32 column[A];
 #pragma unroll
-    for (int i = 0; i < A; ++i) column[i] = z[i * B + j];
+    for (int i = 0; i < A; ++i) column[i] = z[i * 4 + j];
     dft<kInverse>(column);
 #pragma unroll
-    for (int p = 0; p < A; ++p)
-      z[p * B + j] = p * j == 0 ? column[p] : column[p] * sixteenth<kInverse>(p * j * 16 / (A * B));
+    for (int i = 0; i < A; ++i) z[i * 4 + j] = column[i];
   }
-  c32 out[A * B];
+  c32 out[4 * A];
 #pragma unroll
   for (int p = 0; p < A; ++p) {
-    c32 row[B];
+    c32 row[4];
 #pragma unroll
-    for (int j = 0; j < B; ++j) row[j] = z[p * B + j];
-    dft<kInverse>(row);
+    for (int j = 0; j < 4; ++j) row[j] = z[p * 4 + j];
+    dft<kInverse>(row, p * 16 / A);
 #pragma unroll
-    for (int q = 0; q < B; ++q) out[p + A * q] = row[q];
+    for (int q = 0; q < 4; ++q) out[p + A * q] = row[q];
   }
 #pragma unroll
-  for (int i = 0; i < A * B; ++i) z[i] = out[i];
+  for (int i = 0; i < 4 * A; ++i) z[i] = out[i];
 }
 
 template <bool kInverse>
 SEQCONV_DEVICE void dft(c32 (&z)[8]) {
-  dft_of_two<kInverse, 2, 4>(z);
+  dft_by_four<kInverse, 2>(z);
 }
 template <bool kInverse>
 SEQCONV_DEVICE void dft(c32 (&z)[16]) {
-  dft_of_two<kInverse, 4, 4>(z);
+  dft_by_four<kInverse, 4>(z);
 }
 
 template <int kValue>

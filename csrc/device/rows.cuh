@@ -19,6 +19,7 @@ struct ConvolutionArgs {
   i64 outer, lower;        // long rows: points of the outer transform, and points below it
   i64 columns;             // long rows: columns of a block
   i64 order;               // in which spectra are kept, of enum Order
+  i64 head;                // tensor cores' gradients: the head whose turn it is
   double spectrum_scale;   // by which the taps' spectra are multiplied
   double gradient_scale;   // by which the spectra of the taps' gradients are multiplied
   Transform transform;
@@ -27,6 +28,7 @@ struct ConvolutionArgs {
   c32* dk_parts;       // (part, row of taps, n): sums of dv times the conjugate of x
   float* dskip_parts;  // (part, head, channel, row_threads): sums of dv times x
   u32* x_spectra;      // tensor cores: (part, row of taps, n), where x's spectra wait for dv's
+  float* dx;           // (batch, channels, length): sums over heads, where there are several
   c32* long_rows;      // long rows between their passes: (sample, head, channel, n)
   float* dv;           // (batch, heads, channels, length), where it is not simply post_gate * dy
   // k, k_rev, skip and their gradients have any dtype, and the others have the kernel's.
@@ -72,6 +74,29 @@ SEQCONV_DEVICE Place inside(const ConvolutionArgs& a, Place p) {
   return p;
 }
 
+// A row that is read or written as it is, neighbours in memory; null for others.
+template <class T>
+struct PlainRow {
+  T* data;
+  int begin, end;
+
+  SEQCONV_DEVICE explicit operator bool() const { return data != nullptr; }
+  // op(i, place) for the place of each point of a column
+  template <int R, class Op>
+  SEQCONV_DEVICE void each(int t, int distance, Op op) const {
+    T* p = data + t;
+    const int from = begin - t, to = end - t;
+    if (from <= 0 && (R - 1) * distance < to) {
+#pragma unroll
+      for (int i = 0; i < R; ++i) op(i, p + i * distance);
+    } else {
+#pragma unroll
+      for (int i = 0; i < R; ++i)
+        if (from <= i * distance && i * distance < to) op(i, p + i * distance);
+    }
+  }
+};
+
 // gate * value, zero outside the place
 template <class T>
 struct Gated {
@@ -88,6 +113,9 @@ struct Gated {
     if (dv != nullptr) return dv[t];
     const float x = to_float(data[t * step]);
     return gate == nullptr ? x : x * to_float(gate[t * gate_step]);
+  }
+  SEQCONV_DEVICE PlainRow<const T> plain_row() const {
+    return {plain ? data : nullptr, begin, end};
   }
   // Whether the row can be read in pieces of 8, which lie wholly inside or outside of it.
   SEQCONV_DEVICE bool in_pieces() const {
@@ -168,6 +196,7 @@ struct Output {
   int begin, end;
   bool plain;  // y = v, neighbours in memory
 
+  SEQCONV_DEVICE PlainRow<T> plain_row() const { return {plain ? y : nullptr, begin, end}; }
   SEQCONV_DEVICE void operator()(int t, c32 z) const {
     if (t < begin || t >= end) return;
     if (plain) return from_float(y[t], z.re);
@@ -229,6 +258,7 @@ struct InputGradient {
   int begin, end;
   bool plain;  // du = dx, neighbours in memory
 
+  SEQCONV_DEVICE PlainRow<T> plain_row() const { return {plain ? du : nullptr, begin, end}; }
   SEQCONV_DEVICE void operator()(int t, c32 z) const {
     if (t < begin || t >= end) return;
     if (plain) return from_float(du[t], z.re);

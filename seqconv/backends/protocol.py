@@ -25,7 +25,7 @@ class Explanation:
     isa: str | None  # instruction set of the CPU kernel, or what a GPU kernel is compiled for
     threads: int  # of the CPU, or of one block of the GPU
     fallback: str | None  # why no fused kernel is used; None if one is
-    plan: str | None = None  # on a GPU: how the rows are laid out, and a predicted lower bound
+    plan: str | None = None  # on a GPU: how the rows are laid out, and the model's time
 
     def __str__(self) -> str:
         size = "" if self.fft_size is None else f" of {self.fft_size} points"

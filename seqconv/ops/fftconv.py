@@ -279,8 +279,8 @@ def explain(
 ) -> Explanation:
     """Which backend and plan `fftconv` takes for these arguments, and why not a faster one. Computes nothing.
 
-    On a GPU the plan ends with a lower bound of the time. It is the planner's model, not a measurement: it takes
-    every issue slot as used and leaves out what gates read, the skip's sum and the taps' gradient in the cache.
+    On a GPU the plan ends with a time, which is not a measurement. It says "simulated" where a model of an H100 has
+    run the kernels' machine code, and "lower bound" where bytes and instructions were counted.
 
     Example:
         >>> explain(torch.zeros(1, 4, 1000), torch.zeros(4, 1000)).fallback is None

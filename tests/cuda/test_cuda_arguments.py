@@ -9,7 +9,7 @@ import torch
 from emulated import FLAGS
 from emulated import HERE as EMULATOR
 
-from seqconv.backends.cuda import arguments, convolution, kernels, layout, recipe, ssm
+from seqconv.backends.cuda import arguments, convolution, half_tables, kernels, layout, recipe, ssm
 from seqconv.backends.cuda.arguments import STRUCTURES, Structure
 from seqconv.backends.pack import ACTIVATIONS, DTYPES
 
@@ -50,6 +50,21 @@ def test_the_headers_have_the_fields_that_python_lists():
     assert structures_in(kernels.headers()) == listed(STRUCTURES)
 
 
+def printed_by(body: str, tmp_path) -> list[str]:
+    """What a program prints that includes the kernels and the header which stands for CUDA on the host."""
+    headers = [f'#include "{name}.cuh"' for name in ("butterfly", "ssm", "half_gradients")]
+    text = ["#include <cstddef>", '#include "emulator.h"', *headers, "int main() {", body, "}"]
+    unit, program = tmp_path / "printed.cpp", tmp_path / "printed"
+    unit.write_text("\n".join(text))
+    includes = [f"-I{EMULATOR}", f"-I{kernels.folder()}"]
+    flags = [*(flag for flag in FLAGS if flag != "-O1"), *includes]
+    half = ["-mf16c"] if os.uname().machine == "x86_64" else []
+    compiler = os.environ.get("CXX", "g++")
+    subprocess.run([compiler, *flags, *half, str(unit), "-o", str(program)], check=True)
+    found = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
+    return found.splitlines()
+
+
 def test_the_compiler_puts_the_fields_where_python_does(tmp_path):
     """offsetof says so, in a program that includes the header which stands for CUDA on the host."""
     lines, expected = [], []
@@ -61,17 +76,25 @@ def test_the_compiler_puts_the_fields_where_python_does(tmp_path):
             place = f"offsetof({name}, {key}), sizeof({name}::{key}), {same}"
             lines.append(f'std::printf("{name}.{key} %zu %zu %d\\n", {place});')
             expected.append(f"{name}.{key} {8 * one.places[key]} {8 * field.size} 1")
-    headers = [f'#include "{name}.cuh"' for name in ("butterfly", "ssm", "tensor_fftconv")]
-    text = ["#include <cstddef>", '#include "emulator.h"', *headers, "int main() {", *lines, "}"]
-    unit, program = tmp_path / "offsets.cpp", tmp_path / "offsets"
-    unit.write_text("\n".join(text))
-    includes = [f"-I{EMULATOR}", f"-I{kernels.folder()}"]
-    flags = [*(flag for flag in FLAGS if flag != "-O2"), *includes]
-    half = ["-mf16c"] if os.uname().machine == "x86_64" else []
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, *flags, *half, str(unit), "-o", str(program)], check=True)
-    found = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
-    assert found.splitlines() == expected
+    assert printed_by("\n".join(lines), tmp_path) == expected
+
+
+def test_shapes_have_the_sizes_of_the_kernels(tmp_path):
+    """Threads and shared memory, and the table that a kernel copies there."""
+    lines, expected = [], []
+    for shape in sorted(set(kernels.HALF_SHAPES.values())):
+        numbers = ", ".join(map(str, (*shape[:4], shape.flags)))
+        lines.append(
+            f'{{ typedef Shape<{numbers}> S; std::printf("%d %d %d %d\\n", S::threads * S::slots, S::shared, '
+            "S::keeps, S::padded ? S::padding + 12 * 512 : S::tables); }"
+        )
+        table = half_tables.build(shape.points, shape.whole_twiddles)
+        expected.append((shape.threads, shape.shared, shape.whole_twiddles, 4 * table.numel()))
+    found = [tuple(map(int, line.split())) for line in printed_by("\n".join(lines), tmp_path)]
+    assert len(found) == len(expected) > 50
+    for one, wanted in zip(found, expected, strict=True):
+        # A table may hold matrices behind those that a kernel copies.
+        assert one[:3] == wanted[:3] and one[3] <= wanted[3] <= one[3] + 12 * 512
 
 
 CHANGES = {  # of the headers
@@ -130,11 +153,7 @@ def test_codes_and_sizes():
     of_activations = numbers(r"enum Activation \{(.*?)\}")
     assert {name.lower(): n for name, n in of_activations.items()} == ACTIVATIONS
     orders = numbers(r"enum Order \{(.*?)\}")
-    assert orders == {
-        "Columns": layout.ORDERS[""],
-        "Tiles": layout.ORDERS["_accurate"],
-        "HalfTiles": layout.ORDERS["_fast"],
-    }
+    assert orders == {"Columns": layout.ORDERS["radix"], "Tiles": layout.ORDERS["half"]}
     tiles = numbers(r"constexpr int (kRowLength = \d+, kTileRows = \d+)")
     assert tiles == {"RowLength": ssm.ROW, "TileRows": ssm.ROWS}
     assert numbers(r"constexpr int (kModes = \d+)") == {"Modes": ssm.MODES}

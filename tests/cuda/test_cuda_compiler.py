@@ -164,7 +164,7 @@ def test_prebuilt_kernels_need_no_compiler(bare, tmp_path, monkeypatch):
         with pytest.raises(compiler.NoCompiler) as caught:
             fftconv(u.half(), k)
     text = str(caught.value)
-    for wanted in ("tensor_forward_f16", "sm_90", str(tmp_path), str(compiler.PACKAGED)):
+    for wanted in ("half_forward_f16_512_any", "sm_90", str(tmp_path), str(compiler.PACKAGED)):
         assert wanted in text
     assert "pip install nvidia-cuda-nvrtc" in text
     assert "python -m seqconv.prebuild --arch sm_90" in text and driver._hint(caught.value) == ""

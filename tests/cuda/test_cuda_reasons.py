@@ -83,9 +83,11 @@ def test_a_driver_older_than_the_compiler(monkeypatch, fresh, version, wanted):
 
 def test_explain_shows_the_plan(device):
     with use_backend(OnDevice(device)):
-        text = str(seqconv.explain(torch.randn(8, 4, 5000).bfloat16(), torch.randn(4, 5000)))
-    assert "tensor cores" in text and "5120" in text and "sm_90" in text
-    assert "predicted lower bound" in text
+        u, k = torch.zeros(1, 1, 1000).bfloat16().expand(64, 768, -1), torch.zeros(768, 1000)
+        half = str(seqconv.explain(u, k))
+        floats = str(seqconv.explain(torch.randn(8, 4, 5000), torch.randn(4, 5000)))
+    assert "tensor cores, 1024 points" in half and "sm_90" in half and "simulated: " in half
+    assert "float32, 5120 points" in floats and "estimated: " in floats
 
 
 def test_explain_tells_a_cuda_tensor_what_it_takes(device, monkeypatch):

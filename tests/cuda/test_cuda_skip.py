@@ -1,17 +1,19 @@
 """The skip's gradient on a device: the kernel that ends its sum, alone and behind every plan of the backward pass."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import Case, double
-from device_cases import FEW, SMALL, OnePlane, one_plane, run
+from device_cases import FEW, SMALL, run
 from emulated import forget_recipes
+from half_cases import half_launches, tensor_cores_only
 
 from seqconv import reference
 from seqconv.backends.cuda import convolution
 from seqconv.backends.cuda.arguments import arguments
-from seqconv.backends.cuda.convolution import SKIP_THREADS
+from seqconv.backends.cuda.convolution import SKIP_THREADS, SUFFIX
 from seqconv.backends.cuda.problem import H100
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,10 +63,15 @@ PLANS = {
         Case(2, 2, 9000, 9000, heads=2),
         replace(SMALL, tensor_cores=False),
     ),
-    "tensor cores": (Case(5, 3, 1000, 1000, dtype=torch.bfloat16), FEW),
-    "one plane": (Case(5, 2, 1000, 1000, dtype=torch.float16), OnePlane(processors=1)),
-    "pieces": (Case(5, 2, 1000, 1000, dtype=torch.float16), one_plane(1024)),
+    "pieces": (Case(5, 3, 1000, 1000, dtype=torch.bfloat16), FEW),
+    "whole rows": (Case(5, 3, 1024, 1024, dtype=torch.float16), FEW),
+    "any rows": (Case(5, 3, 1001, 1001, dtype=torch.float16), FEW),
+    "heads on tensor cores": (Case(3, 2, 1024, 1024, heads=2, dtype=torch.bfloat16), FEW),
+    "one row at a time": (Case(3, 1, 32768, 32768, dtype=torch.bfloat16), FEW),
 }
+# What a plan launches on tensor cores.
+HALF = {"pieces": "1024_ragged", "whole rows": "1024", "any rows": "1024_any"}
+HALF |= {"heads on tensor cores": "1024_any", "one row at a time": "32768"}
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -72,6 +79,12 @@ def test_every_plan(machine, plan, monkeypatch):
     """One skip serves all heads, or each has its own. The gradients lie apart and have any dtype. They are the same to
     the bit in every order of the threads, and whether all channels go at once or some at a time."""
     case, limits = PLANS[plan]
+    ran = {f"half_backward_{SUFFIX[case.dtype]}_{HALF[plan]}"} if plan in HALF else set()
+    with tensor_cores_only() if plan in HALF else contextlib.nullcontext():
+        check_plan(machine, case, limits, ran, monkeypatch)
+
+
+def check_plan(machine, case: Case, limits, ran: set[str], monkeypatch):
     for skip in ("h", "ch") if case.heads else ("h",):
         tensors = replace(case, skip=skip).tensors()
         names = ("u", "k", "k_rev", "skip", "pre_gate", "post_gate")
@@ -99,6 +112,7 @@ def test_every_plan(machine, plan, monkeypatch):
             grads = (None, None, None, dskip, None, None)
             convolution.backward(device, grads, dy, *inputs, "none")
             assert any(kernel == "skip_gradient" for kernel, *_ in device.launches)
+            assert half_launches(device) == ran
             assert (memory[..., ::2, :] == 7).all() and (memory[..., 1::2] == 7).all()
             assert torch.equal(seen.setdefault(dtype, dskip), dskip)
             allowed = 2e-6 if dtype == torch.float32 else 4e-3

@@ -3,10 +3,7 @@
 Every dtype, mode and engine is compared with float64 in several orders of threads, and races are looked for.
 """
 
-import contextlib
-import math
 from dataclasses import replace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,11 +18,8 @@ from device_cases import (
     ORDERS,
     SMALL,
     TURING,
-    OnePlane,
     case_inputs,
     check,
-    one_plane,
-    planned,
     results,
 )
 from emulated import OnDevice, forget_recipes
@@ -34,9 +28,7 @@ from operator_cases import CASES, PROPERTIES
 
 from seqconv import fftconv, reference, use_backend
 from seqconv.backends.cuda import convolution, kernels
-from seqconv.backends.cuda.plan import make_plan
-from seqconv.backends.cuda.problem import H100, Limits, Problem
-from seqconv.backends.cuda.recipe import Recipe
+from seqconv.backends.cuda.problem import H100
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.dtype != torch.float64], ids=str)
@@ -47,14 +39,24 @@ def test_the_operators_cases(machine, case):
         assert device.launches
 
 
-SUMS = [  # mode and dtype; float32 has one way of adding up
-    *[("fast", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)],
-    *[("accurate", dtype) for dtype in (torch.float16, torch.bfloat16)],
-]
+def edges() -> list:
+    """A length, a mode and a dtype. float32 has one way of adding up.
+
+    Every number of points has its own kernels. So from 250 points on, half of the others are slow, which are in turn
+    one dtype's and the other one's.
+    """
+    found, modes = [], ("fast", "accurate")
+    for i, length in enumerate(LENGTHS):
+        found.append(pytest.param(length, "fast", torch.float32))
+        for j, dtype in enumerate((torch.float16, torch.bfloat16)):
+            for later, mode in enumerate(modes):
+                slow = length > 250 and (i + j + later) % 2 == 1
+                mark = [pytest.mark.slow] * slow
+                found.append(pytest.param(length, mode, dtype, marks=mark))
+    return found
 
 
-@pytest.mark.parametrize("mode, dtype", SUMS, indirect=["mode"], ids=str)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length, mode, dtype", edges(), indirect=["mode"], ids=str)
 def test_edge_lengths(machine, mode, dtype, length):
     which = (
         LENGTHS.index(length) + [torch.float32, torch.float16, torch.bfloat16].index(dtype)
@@ -71,185 +73,27 @@ def test_edge_lengths(machine, mode, dtype, length):
         )
 
 
-@pytest.mark.parametrize("n", kernels.FIXED)
-def test_kernels_that_know_their_length(machine, n, monkeypatch):
-    """They are as exact as is stated, and give the same bits as the kernel for any length."""
-    dtype = (torch.float16, torch.bfloat16)[n.bit_length() % 2]
-    case = Case(2, 1, n - 1, n - 1, taps_rev=n - 2, skip="h", dtype=dtype)
-    device = machine.device(FEW)
-    check(device, case)
-    ran = {kernel for kernel, *_ in device.launches if "tensor" in kernel}
-    assert len(ran) == 2 and all(kernel.endswith(f"_fast_{n}") for kernel in ran)
-    fixed, usual = results(machine, case, FEW, 7), dict(kernels.KERNELS)
-    for kernel in ran:
-        del usual[kernel]
-    monkeypatch.setattr(kernels, "KERNELS", usual)
-    forget_recipes()
-    for a, b in zip(fixed, results(machine, case, FEW, 0), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("length", [16384, 32768, 51200])
-def test_longest_single_passes(machine, mode, length):
-    """One launch takes a whole row of 16-bit numbers by a transform of the row's length, and two-sided rows too."""
-    case = Case(1, 140, length, length, taps_rev=length - 1, skip="h", dtype=torch.bfloat16)
-    device = machine.device(FEW)
-    tensors = case.tensors()
-    narrow = {
-        n: None if t is None else t[..., :1, :] if n != "skip" else t[:1]
-        for n, t in tensors.items()
-    }
-    y = torch.empty(1, 1, length, dtype=case.dtype)
-    plan = convolution.make_plan(
-        convolution.describe(tensors["u"], tensors["k"], tensors["k_rev"]), H100
-    )
-    assert (plan.engine, plan.n, plan.long) == ("tensor", length, False)
-    convolution.forward(
-        device,
-        y,
-        *[narrow[n] for n in ("u", "k", "k_rev", "skip", "pre_gate", "post_gate")],
-        "none",
-    )
-    leaves = {n: t if t is None else t.requires_grad_() for n, t in double(narrow).items()}
-    y64 = reference.fftconv_fft(**leaves)
-    assert rel_l2(y, y64) <= STATED[mode] + ROUNDING[case.dtype]
-
-    plan = convolution.make_plan(
-        convolution.describe(tensors["u"], tensors["k"], tensors["k_rev"]), H100, backward=True
-    )
-    assert (plan.engine, plan.n, plan.aside) == ("tensor", length, length > 27904)
-    names, dy = ("u", "k", "k_rev", "skip"), torch.randn(1, 1, length).to(case.dtype)
-    grads = [torch.empty_like(narrow[n]) for n in names]
-    inputs = [narrow[n] for n in (*names, "pre_gate", "post_gate")]
-    convolution.backward(device, (*grads, None, None), dy, *inputs, "none")
-    assert not any(kernel.startswith("long_gradient") for kernel, *_ in device.launches)
-    exact = torch.autograd.grad(y64, [leaves[n] for n in names], dy.double())
-    for name, grad, grad64 in zip(names, grads, exact, strict=True):
-        assert rel_l2(grad, grad64) <= 2 * STATED[mode] + ROUNDING.get(grad.dtype, 0), name
-
-
-def test_taps_gradients_in_pieces(machine, mode):
-    """The rows fit twice as fp16 numbers, but the taps do not fit once as float32 numbers."""
-    case = Case(2, 1, 1024, 1024, taps_rev=1023, skip="h", dtype=torch.float16)
-    device = machine.device(Limits(shared=8500, shared_total=64000, processors=1))
-    check(device, case, mode)
-    plan = make_plan(convolution.describe(*case_inputs(case)), device.limits, backward=True)
-    assert (plan.engine, plan.n, plan.planes) == ("tensor", 1024, 2)
-    assert "long_taps_gradient" in [kernel for kernel, *_ in device.launches]
-
-
-ONE_PLANE = [
-    Case(3, 2, 700, 700, taps_rev=699, skip="h", pre_gate=True, activation="gelu"),  # 3 x 256
-    Case(2, 2, 1200, 1200, mode="circular", post_gate=True, layout="blh"),
-    Case(3, 2, 2000, 2000, skip="h", taps_rev=7, per_sample=True, heads=1),
-    Case(2, 1, 5000, 5000, skip="h", taps_rev=4999),
-    Case(2, 1, 9000, 70, skip="h", pre_gate=True),  # windows
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", ONE_PLANE, ids=str)
-def test_one_plane_for_two_spectra(machine, mode, dtype, case, monkeypatch):
-    """Gradients take one pass where the block's memory holds a row only once, and no row of float32 taps."""
-    case, plans = replace(case, dtype=dtype), []
-
-    def noted(problem, limits, backward=False):
-        plan = make_plan(problem, limits, backward)
-        plans.append(plan) if backward else None
-        return plan
-
-    monkeypatch.setattr(convolution, "make_plan", noted)
-    n = {700: 768, 1200: 1280, 2000: 2048, 5000: 5120, 9000: 1280}[case.length]
-    device = machine.device(one_plane(n))
-    check(device, case, mode)
-    ran = [kernel for kernel, *_ in device.launches]
-    assert any(kernel.startswith("tensor_backward") for kernel in ran), ran
-    assert not any("backward_c32" in kernel for kernel in ran)
-    assert plans and all(plan.aside for plan in plans)
-    if case.taps == case.length:
-        assert {(plan.n, plan.windows) for plan in plans} == {(n, 1)}
-        assert "long_taps_gradient" in ran
-    else:
-        assert all(plan.windows > 1 for plan in plans)
-
-
 @pytest.mark.parametrize(
-    "case",
-    [
-        Case(19, 1, 256, 256, skip="h", dtype=torch.bfloat16),
-        Case(5, 3, 700, 700, taps_rev=3, pre_gate=True, dtype=torch.float16),
-        Case(3, 2, 1000, 1000, heads=1, per_sample=True, dtype=torch.bfloat16),
-        Case(2, 1, 5000, 5000, skip="h", activation="silu", dtype=torch.bfloat16),
-        Case(2, 1, 20000, 64, taps_rev=30, dtype=torch.bfloat16),
-    ],
-    ids=str,
+    "options", [{}, {"pre_gate": True, "post_gate": True}], ids=["plain", "gated"]
 )
-def test_one_plane_or_two_give_the_same(machine, mode, monkeypatch, case):
-    """The bits are the same with any number of slots and groups, since what waits in global memory is not rounded.
-
-    Every slot has room of its own, of which nothing is left as NaN. Blocks that share room would meet on a GPU only.
-    """
-    two = results(machine, case, FEW, 0)
-    empty, scratch, pieces, filled = Recipe.empty, convolution._Prepared.scratch, {}, []
-
-    def recorded(recipe, *shape):
-        pieces.setdefault(recipe, []).append(empty(recipe, *shape))
-        return pieces[recipe][-1]
-
-    def nans(prepared, device):
-        filled.append((prepared, scratch(prepared, device).fill_(math.nan)))
-        return filled[-1][1]
-
-    # No piece lies where another one was: else it could hide what that left as NaN.
-    monkeypatch.setattr(Recipe, "reused", lambda recipe: contextlib.nullcontext())
-    monkeypatch.setattr(Recipe, "empty", recorded)
-    monkeypatch.setattr(convolution._Prepared, "scratch", nans)
-    for a, b in zip(two, results(machine, case, OnePlane(processors=1), 7), strict=True):
-        assert torch.equal(a, b)
-    found = [
-        memory.as_strided(piece.shape, piece.strides, piece.address.offset // 4)
-        for prepared, memory in filled
-        for _, recipe in prepared.parts
-        for piece in pieces[recipe]
+@pytest.mark.parametrize("n", kernels.KNOWN)
+def test_float32_kernels_that_know_their_length(machine, n, options, monkeypatch):
+    """They give the same bits as the kernel for any length, of whole rows, of short ones and of gated ones."""
+    device = machine.device(FEW)
+    check(device, Case(2, 1, n, n, skip="h", **options))
+    ran = {kernel for kernel, *_ in device.launches if "ward" in kernel}
+    expected = [f"{name}_f32_{n}" for name in ("forward", "backward")]
+    assert ran >= {name for name in expected if name in kernels.KERNELS} and expected[0] in ran
+    cases = [
+        Case(2, 1, n - less, n - less, taps_rev=n - 90, skip="h", **options) for less in (0, 63)
     ]
-    assert len(filled) == 2 and len(found) > 4 and not any(t.isnan().any() for t in found)
-
-
-@pytest.mark.parametrize("wanted", ["u", "skip", "u skip", "k"])
-@pytest.mark.parametrize(
-    "limits", [FEW, OnePlane(processors=1), one_plane(1024)], ids=["2", "1", "pieces"]
-)
-def test_gradients_of_some_arguments_are_those_of_all(machine, mode, wanted, limits):
-    """This holds too where no gradient of taps is wanted, and x's spectra are left out."""
-    torch.manual_seed(0)
-    case = Case(3, 2, 1000, 1000, taps_rev=5, skip="h", dtype=torch.bfloat16)
-    tensors, dy = case.tensors(), torch.randn(3, 2, 1000).to(case.dtype)
-    names = ("u", "k", "k_rev", "skip")
-    inputs = [tensors[n] for n in names] + [None, None]
-
-    def gradients(limits, some):
-        grads = [torch.full_like(tensors[n], math.nan) if n in some else None for n in names]
-        with patch.object(convolution, "make_plan", planned):
-            device = machine.device(limits)
-            convolution.backward(device, (*grads, None, None), dy, *inputs, "none")
-        return dict(zip(names, grads, strict=True))
-
-    every = gradients(limits, names)
-    for name, grad in gradients(limits, wanted.split()).items():
-        assert grad is None or torch.equal(grad, every[name]), name
-
-
-def test_scratch_of_long_gradients_is_bounded():
-    """768 channels go some at a time. A call forward needs scratch for spectra only."""
-    for per_sample in (False, True):
-        problem = Problem(64, 1, 768, 32768, 32768, 0, per_sample, 2)
-        plans = [make_plan(problem, H100, backward=b) for b in (False, True)]
-        assert plans[1].aside and plans[1].outer > 1
-        slices = list(convolution._slices(problem, plans))
-        assert sum(count for _, count in slices) == 768
-        each = problem.sets * plans[1].n * (4 + 12 * plans[1].parts + 8)
-        assert slices[0][1] == max(1, (1 << 28) // each) < 768
-        assert list(convolution._slices(problem, plans[:1])) == [(0, 768)]
+    known = [results(machine, case, FEW, 7) for case in cases]
+    monkeypatch.setattr(convolution, "known_kernel", lambda *_: False)
+    forget_recipes()
+    for case, found in zip(cases, known, strict=True):
+        for a, b in zip(found, results(machine, case, FEW, 0), strict=True):
+            assert torch.equal(a, b)
+    forget_recipes()
 
 
 @pytest.mark.parametrize("case", LONG, ids=str)

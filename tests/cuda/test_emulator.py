@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import re
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from seqconv.backends.cuda.arguments import CONVOLUTION
 
 
 def test_every_barrier_is_needed(emulator):
-    """Each barrier is left out in turn. Then a race is found, or the result is another one."""
+    """Each barrier and each wait is left out in turn. Then a race or a copy that nobody waited for is found, or the
+    result is another one. test_half_mutations.py does so with every place of the machine code."""
     right = [results(emulator, case, limits, 0) for case, limits in ORDERS]
     visited = emulator.library.emulator_visited().decode().split()
     others = ("butterfly", "ssm")  # test_cuda_butterfly's and test_cuda_ssm's
@@ -24,11 +26,11 @@ def test_every_barrier_is_needed(emulator):
 
     def noticed(site: str) -> bool:
         for (case, limits), expected in zip(ORDERS, right, strict=True):
-            for order in (0, 1):
+            for order, copies in ((0, 1), (1, 0)):
                 try:
-                    found = results(emulator, case, limits, order, without=site)
+                    found = results(emulator, case, limits, order, without=site, copies=copies)
                 except RuntimeError as error:
-                    assert "race" in str(error), f"{site}: {error}"
+                    assert "race" in str(error) or "waited" in str(error), f"{site}: {error}"
                     return True
                 if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
                     return True
@@ -37,33 +39,71 @@ def test_every_barrier_is_needed(emulator):
     assert [site for site in sites if not noticed(site)] == []
 
 
-FAULTS = [
-    "write after write",
-    "read after write",
-    "write after read",
-    "outside of shared memory",
-    "barrier",
-    "different collectives",
-]
+RACE = "race in shared memory"
+UNAWAITED = "of what an asynchronous copy writes, which nobody waited for"
+FAULTS = {  # the programs of device/faults.h
+    "write after write": f"{RACE}: write after write",
+    "no barrier before a read": RACE,
+    "no barrier before a write": RACE,
+    "outside": "outside of shared memory",
+    "a barrier that some never reach": "waits at a barrier|wait at barriers",
+    "different collectives": "different collectives",
+    "a warp's lanes without a barrier": RACE,
+    "barriers of two halves of the block": RACE,
+    "a chain of named barriers": RACE,
+    "lanes at different barriers": "at different barriers",
+    "a barrier with two counts": "two counts|nobody can complete",
+    "a barrier with no such number": "no such barrier: 0",
+    "a barrier with too few": "nobody can complete|more threads at a barrier",
+    "two threads in two bytes": f"{RACE}: write after write",
+    "a copy read early": f"read {UNAWAITED}",
+    "a wait for all but the last group": f"read {UNAWAITED}",
+    "a copy in no group": f"read {UNAWAITED}",
+    "no barrier after a wait": f"{RACE}|{UNAWAITED}",
+    "a copy written over": f"write {UNAWAITED}",
+    "a copy over what others read": f"{RACE}|{UNAWAITED}",
+    "no wait": "the block ends while nobody has waited",
+    "a short copy": "another value",
+    "a misaligned copy": "multiples of 16",
+    "a misaligned load": "misaligned",
+    "transposed tiles stored and loaded": "another value",
+    "tiles in the order of rows": "another value",
+    "tiles stored where they were loaded": RACE,
+    "products of another type": "another value",
+    "functions of pairs": "another value",
+}
 
 
-@pytest.mark.parametrize("which", range(len(FAULTS)), ids=FAULTS)
-def test_the_emulator_notices(emulator, which):
-    emulator.library.emulate_fault.restype = ctypes.c_char_p
-    error = emulator.library.emulate_fault(which)
-    assert error is not None and FAULTS[which] in error.decode()
+@pytest.mark.parametrize("order", [0, 1, 7])
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_emulator_notices(emulator, name, order):
+    """Without its fault a program is right. Both hold whenever asynchronous copies happen."""
+    which = list(FAULTS).index(name)
+    for copies in (0, 1, 2):
+        assert emulator.library.emulate_fault(which, False, order, copies) is None
+        error = emulator.library.emulate_fault(which, True, order, copies)
+        assert error and re.search(FAULTS[name], error), error
 
 
-def test_tensor_core_instructions_match_the_formula(emulator, mode):
-    """Each radix has a pass there and one back. A complex product takes 8 instructions, or 4 where one side is real."""
-    for length, outer in ((256, 0), (4096, 1), (8192, 2)):
-        case = Case(1, 1, length, length, dtype=torch.float16)
+def test_every_program_has_a_name(emulator):
+    assert emulator.library.emulate_fault(len(FAULTS), False).startswith("no such program")
+
+
+def test_tensor_core_instructions_match_the_formula(emulator):
+    """A complex product of 16 x 16 numbers takes 8 instructions, and 4 where one side is real: 40 for 256 points there
+    and back. What a row brings beside itself costs nothing."""
+    for length, options in (
+        (256, {}),
+        (4096, {}),
+        (4000, {}),
+        (4096, {"pre_gate": True, "post_gate": True}),
+    ):
+        case = Case(2, 1, length, length, dtype=torch.float16, **options)
         before = emulator.library.tensor_products()
         with use_backend(OnDevice(emulator.device(FEW))):
-            fftconv(*[case.tensors()[n] for n in ("u", "k")])
-        tiles, passes = length // 256, 2 + outer
-        expected = tiles * (2 * 4 + (2 * passes - 2) * 8)
-        assert emulator.library.tensor_products() - before == expected
+            case.run(fftconv, case.tensors())
+        tiles = 2 * max(256, 1 << (length - 1).bit_length()) // 256
+        assert emulator.library.tensor_products() - before == 40 * tiles
 
 
 @pytest.mark.parametrize("step", [-BAND // 4, -1, 2, 1 + BAND // 4], ids=str)

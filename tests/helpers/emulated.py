@@ -1,6 +1,7 @@
 """Builds csrc/device for the host, and runs its kernels in the emulator, which has the interface of a device."""
 
 import ctypes
+import functools
 import os
 import subprocess
 import tempfile
@@ -14,49 +15,96 @@ from seqconv.backends.cuda.problem import H100, Limits
 from seqconv.backends.cuda.tables import Tables
 
 HERE = Path(__file__).parent / "device"
-FLAGS = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+# A kernel runs as fast with -O1 as with -O2, and is built in two thirds of the time.
+FLAGS = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+# Every library has its own blocks and counts, of which another one's loader must not make the same.
+APART = ["-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
 
 
-def build(*extra: str) -> ctypes.CDLL:
-    """The kernels as a shared library, which is built once for each state of the sources."""
-    text = (HERE / "host.cpp").read_text() + "".join(
-        f"ENTRY({name}, {kernel.arguments}, {kernel.body})\n"
-        for name, kernel in kernels.KERNELS.items()
-    )
-    asked = os.environ.get("SEQCONV_EMULATOR_FLAGS", "").split()  # sanitizers
-    flags = [*FLAGS, *(["-mf16c"] if os.uname().machine == "x86_64" else []), *asked, *extra]
-    compiler = os.environ.get("CXX", "g++")
-    headers = [*sorted(kernels.folder().glob("*.cuh")), *sorted(HERE.glob("*.h"))]
-    state = (text, flags, compiler, [path.read_bytes() for path in headers])
+class Library:
+    """The kernels for the host: a shared library for each, which is built when it is first asked for."""
 
-    def make(path: Path) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            unit = Path(folder) / "host.cpp"
-            unit.write_text(text)
-            includes = [f"-I{HERE}", f"-I{kernels.folder()}", "-shared", "-fPIC"]
-            subprocess.run([compiler, *flags, *includes, str(unit), "-o", str(path)], check=True)
+    def __init__(self, *extra: str):
+        asked = os.environ.get("SEQCONV_EMULATOR_FLAGS", "").split()  # sanitizers
+        half = ["-mf16c"] if os.uname().machine == "x86_64" else []
+        self.flags = [*FLAGS, *APART, *half, *asked, *extra]
+        self.compiler = os.environ.get("CXX", "g++")
+        headers = [*sorted(kernels.folder().glob("*.cuh")), *sorted(HERE.glob("*.h"))]
+        self.state = [path.read_bytes() for path in headers]
+        self.loaded: dict[str, ctypes.CDLL] = {}
 
-    library = ctypes.CDLL(str(kept("emulator.so", state, make)))
-    library.emulator_visited.restype = ctypes.c_char_p
-    library.tensor_products.restype = ctypes.c_long
-    return library
+    def path(self, name: str, entry: str) -> Path:
+        """The library of host.cpp with an entry, which is built once for each state of the sources."""
+        text = (HERE / "host.cpp").read_text() + entry
+
+        def make(path: Path) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                unit = Path(folder) / "host.cpp"
+                unit.write_text(text)
+                includes = [f"-I{HERE}", f"-I{kernels.folder()}"]
+                command = [self.compiler, *self.flags, *includes, str(unit), "-o", str(path)]
+                # The compiler needs no sanitizer, which the tests may run under, and is slow with one.
+                environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+                subprocess.run(command, check=True, env=environment)
+
+        return kept(f"{name}.so", (text, self.flags, self.compiler, self.state), make)
+
+    def path_of(self, kernel: str) -> Path:
+        known = kernels.KERNELS[kernel]
+        return self.path(kernel, f"ENTRY({kernel}, {known.arguments}, {known.body})\n")
+
+    def of(self, kernel: str) -> ctypes.CDLL:
+        """The library of one kernel."""
+        if kernel not in self.loaded:
+            library = self.loaded[kernel] = ctypes.CDLL(str(self.path_of(kernel)))
+            library.emulator_visited.restype = ctypes.c_char_p
+            library.tensor_products.restype = ctypes.c_long
+            getattr(library, f"emulate_{kernel}").restype = ctypes.c_char_p
+            getattr(library, f"arguments_of_{kernel}").restype = ctypes.c_size_t
+        return self.loaded[kernel]
+
+    def emulator_visited(self) -> bytes:
+        """The barriers and waits that kernels have come to so far, one a line."""
+        sites = {site for one in self.loaded.values() for site in one.emulator_visited().split()}
+        return b"\n".join(sorted(sites))
+
+    def tensor_products(self) -> int:
+        """The tensor core instructions that all warps have run so far."""
+        return sum(one.tensor_products() for one in self.loaded.values())
+
+    def emulate_fault(
+        self, which: int, broken: bool, order: int = 0, copies: int = 0
+    ) -> str | None:
+        """What the emulator says of a program of device/faults.h."""
+        faults = Library("-DSEQCONV_FAULTS").path("faults", "")
+        run = ctypes.CDLL(str(faults)).emulate_fault
+        run.restype, run.argtypes = (
+            ctypes.c_char_p,
+            [ctypes.c_int, ctypes.c_bool, *[ctypes.c_uint] * 2],
+        )
+        error = run(which, broken, order, copies)
+        return error and error.decode()
 
 
-def arguments_size(library: ctypes.CDLL, kernel: str) -> int:
+@functools.cache
+def build() -> Library:
+    return Library()
+
+
+def arguments_size(library: Library, kernel: str) -> int:
     """The bytes of the structure that the kernel takes."""
-    size = getattr(library, f"arguments_of_{kernel}")
-    size.restype = ctypes.c_size_t
-    return size()
+    return getattr(library.of(kernel), f"arguments_of_{kernel}")()
 
 
 @dataclass
 class Emulator:
-    """A device whose kernels run on the host. order and without are those of Options in device/block.h."""
+    """A device whose kernels run on the host. order, without and copies are those of Options in device/block.h."""
 
-    library: ctypes.CDLL
+    library: Library
     limits: Limits = H100
     order: int = 0
     without: str = ""
+    copies: int = 0
     arch: str = "sm_90"
     launches: list = field(default_factory=list)
     table = Tables(lambda words: words, lambda: False)
@@ -65,13 +113,13 @@ class Emulator:
         assert 0 < threads <= kernels.KERNELS[kernel].threads and 0 < grid < 1 << 31
         assert shared <= self.limits.shared
         self.launches.append((kernel, grid, threads, shared))
-        run = getattr(self.library, f"emulate_{kernel}")
-        run.restype = ctypes.c_char_p
+        run = getattr(self.library.of(kernel), f"emulate_{kernel}")
         without = self.without.encode()
         address, count = arguments.buffer_info()
         assert count * arguments.itemsize == arguments_size(self.library, kernel)
         address = ctypes.c_void_p(address)
-        error = run(address, grid, threads, ctypes.c_size_t(shared), self.order, without)
+        options = (self.order, without, self.copies)
+        error = run(address, grid, threads, ctypes.c_size_t(shared), *options)
         if error:
             raise RuntimeError(f"{kernel}: {error.decode()}")
 
@@ -84,8 +132,10 @@ class EmulatorLibrary:
     def __init__(self):
         self.library = build()
 
-    def device(self, limits: Limits = H100, order: int = 0, without: str = "") -> Emulator:
-        return Emulator(self.library, limits, order, without)
+    def device(
+        self, limits: Limits = H100, order: int = 0, without: str = "", copies: int = 0
+    ) -> Emulator:
+        return Emulator(self.library, limits, order, without, copies)
 
 
 def forget_recipes() -> None:

@@ -29,8 +29,8 @@ class GuardedRecipe(Recipe):
         self.living: list[tuple[int, int]] = []  # the pieces' beginnings and ends, in bytes
         self.at_launches: list[list[tuple[int, int]]] = []
 
-    def empty(self, *shape: int):
-        piece = super().empty(*shape)
+    def empty(self, *shape: int, **options):
+        piece = super().empty(*shape, **options)
         self.living.append((piece.address.offset, self._taken))
         self._taken = -(-self._taken // ALIGNMENT) * ALIGNMENT + BAND
         self.bytes = max(self.bytes, self._taken)

@@ -27,7 +27,7 @@ FLAGS = [
     *("-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
     *("-ftree-loop-vectorize", "-fvect-cost-model=unlimited", "-Wall", "-Wextra"),
 ]
-RACES = {"shared": 1, "global": 2, "both": 3, "none": 0}
+RACES = {"shared": 1, "global": 2, "both": 3, "none": 0, "banks": 4}
 ROUNDINGS = {"exact": 0, "in order": 1, "pessimistic": 2}
 
 
@@ -86,9 +86,16 @@ class Program:
 
     def counts(self) -> list[tuple[int, int, int, str]]:
         """For every instruction, how many warps and lanes ran it, its line and its text."""
+        return [(*numbers, text) for *numbers, _, text in self._counted()]
+
+    def bank_conflicts(self) -> list[tuple[int, int, str]]:
+        """Turns of shared memory that conflicts cost, with races="banks", line and text of those instructions."""
+        return [(turns, line, text) for _, _, line, turns, text in self._counted() if turns]
+
+    def _counted(self) -> list[tuple]:
         rows = library().ptx_counts(self.handle, 0).decode().splitlines()
-        split = [row.split(" ", 3) for row in rows]
-        return [(int(warps), int(lanes), int(line), text) for warps, lanes, line, text in split]
+        split = [row.split(" ", 4) for row in rows]
+        return [(*map(int, numbers), text) for *numbers, text in split]
 
 
 # The objects that live by now are looked through once. The collector leaves them alone from here on.
@@ -146,15 +153,16 @@ def arch_of(limits: Limits) -> str:
     """The architecture of the smallest compute capability that has such limits."""
     if not limits.tensor_cores:
         return "sm_75"
-    return "sm_80" if limits.shared == 166912 else "sm_90"
+    return {101376: "sm_86", 166912: "sm_80"}.get(limits.shared, "sm_90")
 
 
 @dataclass
 class PtxDevice:
     """A device for the CUDA backend.
 
-    order says which lanes and warps go first, as it does for the emulator. races and rounding, that of matrix
-    products, are keys of RACES and ROUNDINGS. change makes another source of a kernel's, and alter other PTX.
+    order says which lanes and warps go first, and copies when asynchronous copies happen, as for the emulator. races
+    and rounding, that of matrix products, are keys of RACES and ROUNDINGS. change makes another source of a kernel's,
+    and alter other PTX.
     """
 
     limits: Limits = H100
@@ -165,6 +173,7 @@ class PtxDevice:
     options: tuple[str, ...] = ()
     change: Callable[[str, str], str] | None = None
     alter: Callable[[str, str], str] | None = None
+    copies: int = 0
     launches: list = field(default_factory=list)
     forbidden: list[tuple[int, int]] = ()  # address and size of memory that no launch may touch
     table = Tables(lambda words: words, lambda: False)
@@ -182,7 +191,7 @@ class PtxDevice:
         program = self.program(kernel)
         address, count = arguments.buffer_info()
         assert program.parameters_size == count * arguments.itemsize
-        flags = (RACES[self.races], ROUNDINGS[self.rounding], 0)
+        flags = (RACES[self.races], ROUNDINGS[self.rounding], self.copies)
         options = Launch(grid, threads, shared, min(self.order, 2), *flags)
         program.launch(options, address, without(living_memory(), self.forbidden))
 
@@ -192,5 +201,5 @@ class PtxLibrary:
 
     name = "ptx"
 
-    def device(self, limits: Limits = H100, order: int = 0) -> PtxDevice:
-        return PtxDevice(limits, order)
+    def device(self, limits: Limits = H100, order: int = 0, copies: int = 0) -> PtxDevice:
+        return PtxDevice(limits, order, copies=copies)

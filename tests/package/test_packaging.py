@@ -102,7 +102,7 @@ def test_wheel_is_abi3_and_carries_the_sources(wheel):
         "seqconv/csrc/cpu/transform.h",
         "seqconv/csrc/module.cpp",
     } <= names
-    assert {"seqconv/backends/cuda/plan.py", "seqconv/csrc/device/tensor.cuh"} <= names
+    assert {"seqconv/backends/cuda/plan.py", "seqconv/csrc/device/half_shape.cuh"} <= names
     assert not any(n.startswith(("tests", "bench")) for n in names)
     required = re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata, re.M)
     assert sorted(r.strip() for r in required) == ["einops>=0.7", "torch>=2.10"]

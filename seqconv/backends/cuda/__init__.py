@@ -65,7 +65,9 @@ class Cuda:
         device = self.device(request.inputs[0].device)
         if request.operator != "fftconv":
             return Explanation("cuda", "matrix product", None, 1, device.arch, ssm.THREADS, None)
-        plan = make_plan(convolution.describe(*request.inputs[:3]), device.limits, False)
+        u, k, k_rev, _, *gates = request.inputs
+        problem = convolution.describe(u, k, k_rev, *gates, request.options[0])
+        plan = make_plan(problem, device.limits, False)
         size = plan.n, plan.windows
         return Explanation(
             "cuda", "right-angle fft", *size, device.arch, plan.threads, None, str(plan)

@@ -14,12 +14,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from seqconv.backends.cuda import kernels
 from seqconv.backends.cuda.arguments import transform
 from seqconv.backends.cuda.layout import Base, Layout
-from seqconv.backends.cuda.plan import Plan, make_plan
+from seqconv.backends.cuda.plan import Plan, known_kernel, make_plan
 from seqconv.backends.cuda.problem import Limits, Problem
-from seqconv.backends.cuda.recipe import Operand, Recipe, geometries, operands
+from seqconv.backends.cuda.recipe import Operand, Recipe, geometries, offset, operands
 from seqconv.backends.pack import ABSENT, reach, zero_unreached
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -35,7 +34,7 @@ def _rows(long_rows: Operand, outer: int) -> tuple:
 
 
 def _fast(dtype: torch.dtype) -> bool:
-    """Whether torch's own switches allow that products are summed in fp16."""
+    """Whether torch's own switches allow fp16 operands and sums, and with them tensor cores."""
     if dtype == torch.bfloat16:
         return bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
     if dtype == torch.float16:
@@ -43,25 +42,46 @@ def _fast(dtype: torch.dtype) -> bool:
     return True
 
 
-def describe(u: Tensor, k: Tensor, k_rev: Tensor | None) -> Problem:
-    return _describe(u, k, k_rev, _fast(u.dtype))
+def describe(
+    u: Tensor,
+    k: Tensor,
+    k_rev: Tensor | None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    activation: str = "none",
+) -> Problem:
+    """Describes a call of fftconv as far as its plan depends on it. y is taken to be as u is."""
+    made = operands(geometries([u, k, k_rev, pre_gate, post_gate], offset))
+    u, k, k_rev, *gates = made
+    beside = _beside(*gates, activation)
+    return _describe(u, k, k_rev, _fast(u.dtype), [u, *gates], beside)
 
 
-def _describe(u, k, k_rev, fast: bool) -> Problem:
-    """Describes a call by its tensors or by operands that stand for them."""
+def _beside(pre_gate, post_gate, activation: str) -> str | None:
+    """What a forward pass does beside the convolution, as far as kernels have been made for it."""
+    if pre_gate is None and post_gate is None:
+        return {"none": "", "gelu": "gelu"}.get(activation)
+    return "gated" if pre_gate and post_gate and activation == "none" else None
+
+
+def _describe(u, k, k_rev, fast: bool, signals: list, beside: str | None) -> Problem:
+    """Describes a call by operands: signals are all rows that are read and written."""
     batch, channels, length = u.shape
     heads = 1 if k.dim() == 2 else k.shape[-3]
     taps, taps_rev = reach(length, k, k_rev)
-    per_sample, element = k.dim() == 4, u.element_size()
-    return Problem(batch, heads, channels, length, taps, taps_rev, per_sample, element, fast)
+    pieces = all(x is None or x.in_pieces() for x in signals)
+    size = u.element_size()
+    return Problem(
+        batch, heads, channels, length, taps, taps_rev, k.dim() == 4, size, fast, pieces, beside
+    )
 
 
 class _Call:
     """Writes the launches of one call to its recipe."""
 
-    def __init__(self, recipe: Recipe, problem: Problem, plan: Plan, u: Operand, activation: str):
+    def __init__(self, recipe, problem: Problem, plan: Plan, u: Operand, activation, backward):
         self.recipe, self.problem = recipe, problem
-        self.layout = Layout(problem, plan, activation)
+        self.layout = Layout(problem, plan, activation, backward)
         self.suffix = SUFFIX[u.dtype]
         self.empty = recipe.empty
 
@@ -89,22 +109,24 @@ class _Call:
         return self.empty(batch, heads, self.problem.channels, 2 * self.layout.n)
 
     def kernel(self, name: str) -> str:
-        """The name of the kernel for this length, or else of the one for any length."""
-        found = f"{self.layout.prefix}{name}_{self.suffix}{self.layout.mode}"
-        fixed = f"{found}_{self.layout.n}"
-        return fixed if fixed in kernels.KERNELS else found
+        """The name of the kernel of the plan."""
+        at = self.layout
+        if at.half:
+            return f"half_{name}_{self.suffix}_{at.n}{at.form}"
+        known = known_kernel(self.problem, at.n, name == "backward")
+        return f"{name}_{self.suffix}" + (f"_{at.n}" if known else "")
 
     def spectrum(self, k: Tensor, k_rev, skip) -> dict:
         """Makes the taps' spectrum, complex (row of taps, n) in the order that the passes leave. Returns its fields."""
         at, p = self.layout, self.problem
         given = {"k": k, "k_rev": k_rev, "skip": skip}
         out = {"spectrum": self.empty(p.taps_rows, at.words)}
-        if at.mode:
+        if at.half:
             out["divisors"] = self.empty(p.taps_rows)
         if at.outer == 1:
             self.of_taps("spectrum", at.taps, 1, **out, **given)
             return out
-        if at.mode:
+        if at.half:
             self.of_taps("taps_divisors", at.column_taps, 1, **out, **given)
         with self.recipe.reused():
             rows = self.long_rows(p.sets, p.heads)
@@ -148,15 +170,22 @@ class _Call:
             dk is not None or dk_rev is not None,
             du is not None or dpre_gate is not None,
         )
-        dk_parts = self.empty(at.parts, p.taps_rows, 2 * at.n) if with_dk else None
+        # Kernels on tensor cores sum up dk's spectrum in any case.
+        summed = with_dk or at.half
+        dk_parts = self.empty(at.parts, p.taps_rows, 2 * at.n) if summed else None
         sink = {"du": du, "dpre_gate": dpre_gate}
         taps = {"dk": dk, "dk_rev": dk_rev}
         if not at.long:
             dskip_parts = dskip and self.dskip_parts(at.parts * p.sets, at.row_threads)
             sums = {"dk_parts": dk_parts, "dskip_parts": dskip_parts}
-            if with_dk and at.aside:
+            if at.aside:
                 sums["x_spectra"] = self.empty(at.parts, p.taps_rows, at.words)
-            self.of_rows(self.kernel("backward"), **spectrum, **sums, **source, **sink)
+            heads = p.heads if at.half else 1  # the radix kernels take all heads at once
+            if with_dx and heads > 1:
+                sums["dx"] = self.empty(p.batch, p.channels, p.length)
+            for head in range(heads):
+                told = spectrum | sums | source | sink | ({"head": head} if heads > 1 else {})
+                self.of_rows(self.kernel("backward"), **told)
         else:
             x, dv = self.long_rows(p.batch, 1), self.long_rows(p.batch, p.heads)
             dx = x if with_dx else None  # a row of x is read before its gradient is written
@@ -195,10 +224,9 @@ def _channels_at_once(problem: Problem, plans: list[Plan]) -> int:
             each = 8 * plan.n * (problem.batch * signals + 3 * problem.heads * problem.sets)
             count = max(1, min(count, SCRATCH_BYTES // each))
     for plan in plans[1:]:
-        if plan.engine == "tensor" and plan.outer > 1:
+        if plan.engine == "half" and (plan.outer > 1 or plan.aside):
             # These are the taps' spectra, the sums of their gradients, x's spectra, and the rows of the sums' inverse.
-            words = plan.n * (1 if problem.fast else 2)
-            each = 4 * words + plan.parts * (8 * plan.n + 4 * words * plan.aside) + 8 * plan.n
+            each = plan.n * (4 + plan.parts * (8 + 4 * plan.aside) + 8)
             count = max(1, min(count, SCRATCH_BYTES // (each * problem.sets * problem.heads)))
     return count
 
@@ -259,11 +287,12 @@ _KEPT = 512  # so many kinds of calls are known at a time
 def _forward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
     """Prepares a call of y, u, k, k_rev, skip, pre_gate, post_gate."""
     made = operands(known)
-    problem = _describe(*made[1:4], fast)
+    y, u, k, k_rev, _, *gates = made
+    problem = _describe(u, k, k_rev, fast, [y, u, *gates], _beside(*gates, activation))
     plan = make_plan(problem, limits)
 
     def write(recipe, problem, y, u, k, k_rev, skip, pre_gate, post_gate):
-        call = _Call(recipe, problem, plan, u, activation)
+        call = _Call(recipe, problem, plan, u, activation, backward=False)
         call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, y=y, post_gate=post_gate)
 
     return _Prepared(made, (-2, *_AXES), problem, [plan], write)
@@ -273,34 +302,50 @@ def _forward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
 def _backward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
     """Prepares a call of dy, u, k, k_rev, skip, pre_gate, post_gate, and the gradients of the latter six."""
     made = operands(known)
-    problem = _describe(*made[1:4], fast)
+    dy, u, k, k_rev, _, pre_gate, post_gate, du, *_, dpre_gate, dpost_gate = made
+    linear = any(t is not None for t in made[7:12])
     # Where the pre-activation is needed, a forward pass of its own computes it. Everything behind it is linear.
-    plans = [make_plan(problem, limits, backward=backward) for backward in (False, True)]
+    with_dv = activation != "none" and linear
+    gates = pre_gate, post_gate
+    describe = functools.partial(_describe, u, k, k_rev, fast)
+    if with_dv:
+        # dv may be of u's dtype where the kernel multiplies dy with the slope before it rounds.
+        slope = activation == "gelu" and gates == (None, None) and u.dtype == torch.bfloat16
+        again = make_plan(describe([u, dy], "slope" if slope else None), limits)
+        slope = "_slope" in again.form
+    else:
+        again = make_plan(
+            describe([u, pre_gate, dy, dpost_gate], _beside(pre_gate, dy, activation)), limits
+        )
+    if with_dv and not slope:
+        beside = None  # dv is float32
+    else:
+        beside = {0: "", 2: "gated"}.get(2 - gates.count(None))
+    grads = [du, dpre_gate]
+    problem = describe([u, *gates, dy, *grads], beside)
+    plan = make_plan(problem, limits, backward=True)
 
-    def write(recipe, problem, *tensors):
-        _write_backward(recipe, problem, plans, activation, *tensors)
-
-    return _Prepared(made, (-2, *_AXES, *_AXES), problem, plans, write)
-
-
-def _write_backward(recipe, problem, plans, activation, dy, u, k, k_rev, skip, *rest):
-    pre_gate, post_gate, du, dk, dk_rev, dskip, dpre_gate, dpost_gate = rest
-    linear = any(t is not None for t in (du, dk, dk_rev, dskip, dpre_gate))
-    source = {"u": u, "pre_gate": pre_gate, "dy": dy, "post_gate": post_gate}
-    if (activation != "none" and linear) or dpost_gate is not None:
-        call = _Call(recipe, problem, plans[0], u, activation)
-        if activation != "none" and linear:
+    def write(recipe, problem, dy, u, k, k_rev, skip, pre_gate, post_gate, *grads):
+        source = {"u": u, "pre_gate": pre_gate, "dy": dy, "post_gate": post_gate}
+        du, dk, dk_rev, dskip, dpre_gate, dpost_gate = grads
+        if with_dv or dpost_gate is not None:
+            call = _Call(recipe, problem, again, u, activation, backward=False)
+            sink = {"y": dpost_gate, "post_gate": dy}  # dy times what came of the activation
             shape = (problem.batch, problem.heads, problem.channels, problem.length)
-            source["dv"] = recipe.empty(*shape)
-        sink = {name: source.get(name) for name in ("dy", "post_gate", "dv")}
-        with recipe.reused():
+            if with_dv and slope:
+                source["dy"] = sink["y"] = recipe.empty(*shape, dtype=u.dtype)
+            elif with_dv:
+                source["dv"] = recipe.empty(*shape)
+                sink = {name: source.get(name) for name in ("dy", "post_gate", "dv")}
+                sink["dpost_gate"] = dpost_gate
+            with recipe.reused():
+                call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, **sink)
+        if linear:
+            call = _Call(recipe, problem, plan, u, "none", backward=True)
             spectrum = call.spectrum(k, k_rev, skip)
-            call.convolve(spectrum, u, pre_gate, dpost_gate=dpost_gate, **sink)
-    if not linear:
-        return
-    call = _Call(recipe, problem, plans[1], u, "none")
-    spectrum = call.spectrum(k, k_rev, skip)
-    call.gradients(spectrum, source, du, dpre_gate, dk, dk_rev, dskip)
+            call.gradients(spectrum, source, du, dpre_gate, dk, dk_rev, dskip)
+
+    return _Prepared(made, (-2, *_AXES, *_AXES), problem, [again, plan], write)
 
 
 def forward(device, y, u, k, k_rev, skip, pre_gate, post_gate, activation) -> None:

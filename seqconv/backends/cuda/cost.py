@@ -1,41 +1,40 @@
-"""The model of the time that a plan takes: bytes over bandwidth, and warp instructions over issue slots.
+"""The model of the time that a plan takes, which serves to choose between plans. `explain` shows its times.
 
-It serves to choose between plans, and `explain` shows its times. They are lower bounds and no measurements: the model
-takes every issue slot as used, and leaves out what gates read and do, the skip's sum, and the cache's traffic with the
-gradient of the taps.
+Kernels on tensor cores have simulated times. Those that compute in float32 have a lower bound: bytes over bandwidth,
+and warp instructions over issue slots, as if every slot were used.
 """
 
-from seqconv.backends.cuda.kernels import FIXED
-from seqconv.backends.cuda.lengths import INNER
 from seqconv.backends.cuda.problem import Limits, Problem
+from seqconv.backends.cuda.simulated import ROWS
 
 LAUNCH = 3e-6  # seconds of a launch
 # The instructions were counted in sm_90's machine code, on the path of plain rows. In float32 a point takes
 # RADIX_ENDS for the first and the last pass, the middle one there and back, reading and writing, and RADIX_PASS for
 # every other pass.
 RADIX_ENDS, RADIX_PASS = 100, 49
-# On tensor cores, four numbers count: for a tile of 256 points, reading and the inner 256 points, the first outer pass
-# with writing, and every other outer pass; for a warp of a row, the addresses, matrices and twiddles of each outer
-# pass. Kernels for any length take TENSOR_ANY, and those that know theirs TENSOR_KNOWN. Sums in float32 cost more.
-TENSOR_ANY, TENSOR_KNOWN, TENSOR_ACCURATE = (243, 266, 312, 500), (228, 205, 203, 260), 1.35
-# A tile is written for TENSOR_WRITE where there is no outer pass. Every warp of a row takes TENSOR_ROW besides.
-TENSOR_WRITE, TENSOR_ROW = 150, 150
+# Kernels that know their length take these shares of them, forward and backward.
+KNOWN_SHARE = (0.54, 0.66)
+USED = 0.7  # of the issue slots, as simulated kernels do: so much a lower bound counts beside a simulated time
 BUSY, FULL = (
     8,
     16,
 )  # warps that keep a multiprocessor busy, and warps that its registers suffice for
+# Kernels for any rows, and for rows that are not whole, take so many times the cycles of those for whole rows. These
+# are ratios of their instructions on contiguous rows.
+ANY, RAGGED = 2.2, 1.15
 
 
-def instructions(problem, engine: str, n: int, radices: tuple[int, ...], threads: int = 0) -> float:
-    """The warp instructions of one transform there and back."""
-    if engine == "radix":
-        return n * (RADIX_ENDS + RADIX_PASS * (len(radices) - 2)) / 32
-    outer = len(radices) - 2
-    known = problem.fast and n in FIXED
-    inner, first, other, setup = TENSOR_KNOWN if known else TENSOR_ANY
-    tile = inner + (first + other * (outer - 1) if outer else TENSOR_WRITE)
-    tiles = n / INNER * tile * (1 if problem.fast else TENSOR_ACCURATE)
-    return tiles + threads / 32 * (TENSOR_ROW + setup * outer)
+def half_row(name: str) -> tuple[float, float]:
+    """Simulated cycles of a multiprocessor, and warp instructions, for a row by half_forward_4096 or a like name."""
+    plain = name.replace("_any", "").replace("_ragged", "")
+    factor = ANY if "_any" in name else RAGGED if "_ragged" in name else 1
+    cycles, instructions = ROWS[plain]
+    return factor * cycles, factor * instructions
+
+
+def instructions(n: int, radices: tuple[int, ...]) -> float:
+    """The warp instructions of one float32 transform there and back, by the kernels for any length."""
+    return n * (RADIX_ENDS + RADIX_PASS * (len(radices) - 2)) / 32
 
 
 def seconds_of(
@@ -51,6 +50,7 @@ def seconds_of(
 
 
 def signal_bytes(problem: Problem, backward: bool) -> float:
-    """The bytes of u and y, or of u, dy and du."""
+    """The bytes of u and y, or of u, dy and du, and of gates and their gradients where the problem has both."""
     each = 1 + problem.heads + (1 if backward else 0)
+    each += {"gated": 3 if backward else 2, "slope": 1}.get(problem.beside, 0)
     return each * problem.element * problem.length * problem.batch * problem.channels

@@ -1,19 +1,16 @@
 """What all launches of one plan are told apart from tensors: arguments, threads and tables for each kind of kernel."""
 
-import math
 from typing import NamedTuple
 
+from seqconv.backends.cuda.half_tables import build as build_half
+from seqconv.backends.cuda.half_tables import scales
 from seqconv.backends.cuda.lengths import MAX_PASSES
 from seqconv.backends.cuda.plan import Plan
 from seqconv.backends.cuda.problem import Problem
-from seqconv.backends.cuda.tables import SCALES, build, build_tensor
+from seqconv.backends.cuda.tables import build
 from seqconv.backends.pack import ACTIVATIONS
 
-ORDERS = {
-    "": 0,
-    "_accurate": 1,
-    "_fast": 2,
-}  # how spectra are kept: enum Order of csrc/device/fftconv.cuh
+ORDERS = {"radix": 0, "half": 1}  # how spectra are kept: enum Order of csrc/device/fftconv.cuh
 
 
 class Base(NamedTuple):
@@ -29,12 +26,11 @@ class Layout:
     """What all calls of one plan share. For each kind of kernel these are its arguments apart from tensors, the
     constants that it needs, and its threads."""
 
-    def __init__(self, problem: Problem, plan: Plan, activation: str):
+    def __init__(self, problem: Problem, plan: Plan, activation: str, backward: bool):
         self.n, self.outer, self.lower, self.long = plan.n, plan.outer, plan.lower, plan.long
         self.parts, self.row_threads, self.aside = plan.parts, plan.row_threads, plan.aside
-        self.mode = ("_fast" if problem.fast else "_accurate") if plan.engine == "tensor" else ""
-        self.prefix = "tensor_" if plan.engine == "tensor" else ""
-        self.words = (1 if self.mode == "_fast" else 2) * plan.n  # of a spectrum
+        self.half, self.form = plan.engine == "half", plan.form
+        self.words = (1 if self.half else 2) * plan.n  # of a spectrum
         spectrum_scale, gradient_scale = self._scales(plan)
         fields = {
             "batch": problem.batch,
@@ -55,7 +51,8 @@ class Layout:
             "outer": plan.outer,
             "lower": plan.lower,
             "columns": plan.columns,
-            "order": ORDERS[self.mode],
+            "order": ORDERS[plan.engine],
+            "head": 0,
             "spectrum_scale": spectrum_scale,
             "gradient_scale": gradient_scale,
         }
@@ -83,11 +80,13 @@ class Layout:
             whole = (plan.n, plan.radices, passes - 1, True)
             self.rows = self._radix(fields, *whole)
             self.taps = self._radix(fields | of_taps, *whole)
-        if plan.engine == "tensor":
-            table = (build_tensor, plan.n, plan.radices)
-            self.rows = self._base(fields, plan.n, plan.radices, table)
         channels = problem.sets * problem.channels * (plan.outer if plan.long else 1)
         self.rows_launch = (channels * plan.groups, plan.threads, plan.shared)
+        if self.half:
+            table = (build_half, plan.n, plan.shape.whole_twiddles)
+            self.rows = self._base(fields, plan.n, plan.radices, table)
+            units = channels * plan.groups * (1 if backward else problem.heads)
+            self.rows_launch = (min(units, plan.blocks), plan.threads, plan.shared)
         self.taps_launch = (plan.taps_slots, plan.taps_threads * plan.taps_slots, plan.taps_shared)
         self.columns_shared = plan.columns_shared
 
@@ -96,7 +95,7 @@ class Layout:
         """What undoes the scale of the transforms, for the taps' spectra and for the inverse of their gradients."""
         if plan.engine == "radix":
             return 1 / plan.lower, 1 / plan.lower  # the outer passes carry the rest
-        there, back = (math.prod(SCALES[r][i] for r in plan.radices) for i in (0, 1))
+        there, back = scales(plan.n)
         # The gradients' outer passes carry the rest.
         return 1 / (plan.n * there * back), 1 / (plan.lower * there * there)
 

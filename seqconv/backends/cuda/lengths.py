@@ -4,18 +4,13 @@ import functools
 
 RADICES = (2, 3, 4, 5, 8, 16)  # the kernels have butterflies of these
 LAST = 16  # the last radix of every transform
-INNER = 256  # the tensor cores keep so many points in registers
+INNER = 256  # tensor cores keep so many points in registers
 MAX_PASSES = 8  # the kernels take the radices as the bytes of one number
 
 
 def radix_bytes(n: int) -> int:
     """The bytes of a row of complex float32 in shared memory, which is one element wider every 16."""
     return 8 * (n + n // 16 + 1)
-
-
-def tensor_bytes(n: int) -> int:
-    """The bytes of a row of complex fp16 in shared memory, which is 16 bytes wider every 256 and every 4096."""
-    return 4 * n + 16 * (n // 256 + n // 4096)
 
 
 def split(m: int) -> tuple[int, ...] | None:

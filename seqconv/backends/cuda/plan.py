@@ -9,12 +9,17 @@ from dataclasses import dataclass, replace
 
 from seqconv.backends.cuda.cost import (
     FULL,
+    KNOWN_SHARE,
+    LAUNCH,
     RADIX_ENDS,
     RADIX_PASS,
+    USED,
+    half_row,
     instructions,
     seconds_of,
     signal_bytes,
 )
+from seqconv.backends.cuda.kernels import HALF_POINTS, KERNELS, HalfShape, half_shape
 from seqconv.backends.cuda.lengths import (
     INNER,
     LAST,
@@ -23,24 +28,23 @@ from seqconv.backends.cuda.lengths import (
     radix_bytes,
     sizes,
     split,
-    tensor_bytes,
 )
 from seqconv.backends.cuda.problem import H100, Limits, Problem
 
 MAX_THREADS = 512  # of a block; more would leave too few registers for 16 complex points
 PIECE = 8  # the kernels read and write so many numbers at once where a window's ends allow it
 MAX_PARTS = 8  # partial sums of the taps' gradient; there are more only where channels are too few to fill the device
-# The relative L2 error of the tensor cores' fp16 operands, where sums are fp16 (True, fast) or float32. The rounding of
-# the result itself comes on top. The tests hold both to it.
-OPERAND_ERROR = {True: 1.5e-3, False: 8e-4}
+# The relative L2 error of the tensor cores' fp16 operands and sums. The rounding of the result itself comes on top. The
+# tests hold the kernels to it.
+OPERAND_ERROR = 1.5e-3
 
 
 @dataclass(frozen=True)
 class Plan:
     """A transform of n points for every window of a row, and its place on the device.
 
-    The engine "radix" computes in float32, and "tensor" on tensor cores with fp16 operands. n is outer * lower. Where
-    outer > 1, the radix engine takes three passes over global memory, and the tensor engine takes them for the
+    The engine "radix" computes in float32, and "half" on tensor cores with fp16 operands. n is outer * lower. Where
+    outer > 1, the radix engine takes three passes over global memory, and the half engine takes them for the
     spectra of the taps and for their gradients. A row is cut into `windows` of `step` outputs each.
     """
 
@@ -52,15 +56,18 @@ class Plan:
     windows: int
     step: int
     lead: int  # points of a window that lie before its first output
-    planes: int  # rows of n points in shared memory for each slot
+    planes: int  # radix: rows of n points in shared memory for each slot
     row_threads: int
     slots: int
-    groups: int  # blocks that share a channel
+    groups: int  # blocks that share a channel; half: units of its rows
     taps_threads: int  # row_threads of the kernels that transform taps
     taps_slots: int  # and their slots
     moved: float  # bytes through the device's memory, as the model counts them
     work: float  # warp instructions, as the model counts them
-    seconds: float  # the lower bound that the model predicts from both
+    seconds: float  # by the model of cost.py
+    form: str = ""  # half: of the kernels, a key of kernels.FORMS
+    shape: HalfShape | None = None  # half: of the kernels
+    blocks: int = 0  # half: of a launch at most
 
     @property
     def radices(self) -> tuple[int, ...]:
@@ -80,8 +87,8 @@ class Plan:
 
     @property
     def aside(self) -> bool:
-        """Whether x's spectrum waits in global memory in backward, while dv has the only plane."""
-        return self.engine == "tensor" and self.planes == 1
+        """Whether x's spectra wait in global memory in backward, and dk's sums are there."""
+        return self.shape is not None and self.shape.pair == 1
 
     @property
     def parts(self) -> int:
@@ -94,8 +101,8 @@ class Plan:
     @property
     def shared(self) -> int:
         """The bytes of shared memory that the kernels take which convolve."""
-        if self.engine == "tensor":
-            return self.slots * (self.planes * tensor_bytes(self.n) + self.row_threads // 8)
+        if self.shape is not None:
+            return self.shape.shared
         return self.slots * self.planes * radix_bytes(self.lower)
 
     @property
@@ -107,37 +114,29 @@ class Plan:
         return radix_bytes(self.outer * self.columns)
 
     def __str__(self) -> str:
-        where = "tensor cores" if self.engine == "tensor" else "float32"
+        where = "tensor cores" if self.engine == "half" else "float32"
         text = f"{where}, {self.n} points = {' x '.join(map(str, self.radices))}"
         if self.long:
             text += f" in three passes over global memory ({self.outer} x {self.lower})"
         if self.windows > 1:
             text += f", {self.windows} windows of {self.step}"
         text += f"; {self.slots} x {self.row_threads} threads and {self.shared} bytes a block"
-        return f"{text}; predicted lower bound {self.seconds * 1e6:.0f} us"
+        time = "simulated:" if self.engine == "half" else "lower bound:"
+        return f"{text}; {time} {self.seconds * 1e6:.0f} us"
 
 
 @functools.lru_cache(64)
-def _largest(limits: Limits, engine: str, planes: int) -> int:
-    """The points of the longest row that a block holds `planes` times."""
-    room = radix_bytes if engine == "radix" else tensor_bytes
-    unit = LAST if engine == "radix" else INNER
-    spare = (
-        0 if engine == "radix" else 64
-    )  # each warp keeps the largest element that it has seen there
-    n = limits.shared // planes // 4 // unit * unit
-    while n and room(n) * planes + spare > limits.shared:
-        n -= unit
+def _largest(limits: Limits, planes: int) -> int:
+    """The points of the longest float32 row that a block holds `planes` times."""
+    n = limits.shared // planes // 8 // LAST * LAST
+    while n and radix_bytes(n) * planes > limits.shared:
+        n -= LAST
     return n
 
 
-def _teams(n: int, engine: str) -> tuple[int, ...]:
-    """The numbers of threads that may share a row of n points. Few warps with many tiles each have less to set up."""
-    if engine == "radix":
-        return (min(MAX_THREADS, n // LAST),)
-    tiles, most = n // INNER, MAX_THREADS // 32
-    warps = {-(-tiles // rounds) for rounds in (1, 2, 4) if tiles <= rounds * most}
-    return tuple(32 * w for w in sorted(warps or {-(-tiles // -(-tiles // most))}))
+def _team(n: int) -> int:
+    """The threads that share a float32 row of n points."""
+    return min(MAX_THREADS, n // LAST)
 
 
 def _slots(limits: Limits, row_threads: int, row_bytes: int, rows: int) -> int:
@@ -166,70 +165,143 @@ def make_plan(problem: Problem, limits: Limits = H100, backward: bool = False) -
     if backward:  # the gradient is convolved with the taps turned round
         past, future = future, past
     lead = -(-past // PIECE) * PIECE
-    found = []
-    usual = 1 + backward + (problem.heads > 1)
-    engines = [("radix", usual)]
-    if problem.element == 2 and limits.tensor_cores and not (backward and problem.heads > 1):
-        engines.append(("tensor", usual))
-        if backward:
-            engines.append(("tensor", 1))  # x's spectrum waits in global memory
-    for engine, planes in engines:
-        unit = LAST if engine == "radix" else INNER
-        all_sizes = [n for n in sizes(_largest(limits, engine, planes)) if n % unit == 0]
-        # A plan has one window of the whole row, or windows whose transforms see the taps' reach around them.
-        whole = [n for n in all_sizes if n >= problem.length][:3]
-        windows = [(n, n, 0) for n in whole]
-        for n in all_sizes:
-            step = (n - lead - future) // PIECE * PIECE
+
+    def cut(lengths, whole: int):
+        """(n, step, lead) of one window for the whole row, or of windows whose transforms see the taps' reach."""
+        yield from [(n, n, 0) for n in lengths if n >= problem.length][:whole]
+        for n in lengths:
             if max(2 * (past + future), INNER) <= n < problem.length:
-                windows.append((n, step, lead))
-        for window in windows:
-            for team in _teams(window[0], engine):
-                found.append(_one_pass(problem, limits, engine, *window, team, planes, backward))
-        if engine == "radix" and (not whole or problem.length >= 4096):
-            found += _three_passes(problem, limits, planes, backward)
-    return min((p for p in found if p is not None), key=lambda p: p.seconds)
+                yield n, (n - lead - future) // PIECE * PIECE, lead
+
+    planes = 1 + backward + (problem.heads > 1)
+    lengths = sizes(_largest(limits, planes))
+    found = [_one_pass(problem, limits, *window, planes, backward) for window in cut(lengths, 3)]
+    if problem.length > (lengths[-1] if lengths else 0) or problem.length >= 4096:
+        found += _three_passes(problem, limits, planes, backward)
+    if problem.element == 2 and problem.fast and limits.tensor_cores:
+        for n, *window in cut(HALF_POINTS, 1):
+            for form in _forms(problem, n, backward):
+                shape = half_shape(backward, n, form)
+                if shape and shape.shared <= limits.shared:
+                    found.append(_half(problem, limits, form, shape, *window, backward))
+                    break
+    plans = [plan for plan in found if plan is not None]
+    return min(plans, key=lambda p: p.seconds / (1 if p.engine == "half" else USED))
 
 
-def _one_pass(problem, limits, engine, n, step, lead, row_threads, planes, backward) -> Plan | None:
-    windows = -(-problem.length // step)
+def _forms(problem: Problem, n: int, backward: bool):
+    """The forms of kernels that serve a problem, the best first."""
+    several = backward and problem.heads > 1  # dx is summed over heads
+    if problem.pieces and problem.beside is not None and not several:
+        beside = f"_{problem.beside}" * bool(problem.beside)
+        if problem.length == n:
+            yield beside
+        yield f"_ragged{beside}"
+    yield "_any"
+
+
+def _balanced(units: int, rows: int, at_once: int, blocks: int, spent: float, most: int) -> int:
+    """The groups into which the rows of each set of taps are cut so that the busiest block is done first.
+
+    Blocks take whole units. Each costs what `spent` steps of rows cost on top of its rows.
+    """
+
+    def steps(groups: int) -> float:
+        share = -(-rows // groups)
+        return -(-units * groups // min(blocks, units * groups)) * (-(-share // at_once) + spent)
+
+    tried = range(1, max(1, min(most, -(-rows // at_once), 2 * -(-blocks // units) + 8)) + 1)
+    groups = min(tried, key=steps)
+    return -(-rows // -(-rows // groups))  # no unit is without rows
+
+
+def _half(problem, limits, form, shape: HalfShape, step, lead, backward) -> Plan | None:
+    n, windows = shape.points, -(-problem.length // step)
+    taps = _taps_of(problem, limits, n)
+    if taps is None:
+        return None
     rows = (1 if problem.per_sample else problem.batch) * windows
-    radices = factor(n)
-    row_bytes = planes * (radix_bytes(n) if engine == "radix" else tensor_bytes(n))
-    slots = _slots(limits, row_threads, row_bytes, min(rows, MAX_PARTS) if backward else rows)
-    groups = _groups(problem, limits, rows, slots, backward)
-    # The taps' transforms are float32 with either engine, and are made in pieces where a whole one does not fit.
-    outer_radices: tuple[int, ...] = ()
+    resident = max(1, min(shape.blocks, limits.shared_total // (shape.shared + 1024)))
+    blocks = limits.processors * resident
+    units = max(1, problem.sets * problem.channels * (1 if backward else problem.heads))
+    most = rows
+    if backward:  # each group has sums of its own to write
+        most = max(1, (MAX_PARTS if units >= blocks else rows // 2) // shape.slots)
+    groups = _balanced(units, rows, shape.slots * shape.pair, blocks, 2 if backward else 0.5, most)
+    launches = (3 if backward else 2) + bool(taps["outer_radices"]) * (3 if backward else 2)
+    moved = signal_bytes(problem, backward) * (n / step if windows > 1 else 1)
+    moved += 8 * n * problem.taps_rows
+    moved += 16 * n * problem.taps_rows * groups * shape.slots if backward else 0
+    if taps["outer_radices"]:  # the pieces go there and back
+        moved += (32 if backward else 16) * n * problem.taps_rows
+    turns = -(-units * groups // min(blocks, units * groups)) * -(-rows // groups)
+    turns *= problem.heads if backward else 1
+    cycles, of_row = half_row(f"half_{'backward' if backward else 'forward'}_{n}{form}")
+    of_taps = problem.taps_rows * instructions(n, factor(n)) / 2
+    beside = min(resident, -(-units * groups // limits.processors))  # blocks of a multiprocessor
+    busy = turns * beside * cycles / limits.clock + of_taps / limits.issue
+    return Plan(
+        engine="half",
+        n=n,
+        **taps,
+        windows=windows,
+        step=step,
+        lead=lead,
+        planes=1,
+        row_threads=32 * shape.warps,
+        slots=shape.slots,
+        groups=groups,
+        moved=moved,
+        work=of_taps + of_row * units * rows * (problem.heads if backward else 1),
+        seconds=max(busy, moved / limits.bandwidth) + launches * LAUNCH,
+        form=form,
+        shape=shape,
+        blocks=blocks,
+    )
+
+
+def _taps_of(problem: Problem, limits: Limits, n: int) -> dict | None:
+    """How the taps are transformed, in float32 with either engine: in pieces where a whole row does not fit."""
+    radices, outer_radices = factor(n), ()
     while radix_bytes(n // math.prod(outer_radices)) > limits.shared:
         outer_radices = radices[: len(outer_radices) + 1]
     outer = math.prod(outer_radices)
     if outer > 1 and n // outer < INNER:
         return None  # spectra are kept in tiles of 256
-    columns = _columns(limits, outer, n // outer)
-    (taps_threads,) = _teams(n // outer, "radix")
-    taps_slots = _slots(limits, taps_threads, radix_bytes(n // outer), problem.taps_rows * outer)
+    taps_threads = _team(n // outer)
+    return {
+        "outer_radices": outer_radices,
+        "lower_radices": radices[len(outer_radices) :],
+        "columns": _columns(limits, outer, n // outer),
+        "taps_threads": taps_threads,
+        "taps_slots": _slots(
+            limits, taps_threads, radix_bytes(n // outer), problem.taps_rows * outer
+        ),
+    }
 
-    launches = (3 if backward else 2) + bool(outer_radices) * (3 if backward else 2)
-    spectrum = (4 if engine == "tensor" and problem.fast else 8) * n * problem.taps_rows
+
+def _one_pass(problem, limits, n, step, lead, planes, backward) -> Plan:
+    windows = -(-problem.length // step)
+    rows = (1 if problem.per_sample else problem.batch) * windows
+    row_threads, row_bytes = _team(n), planes * radix_bytes(n)
+    slots = _slots(limits, row_threads, row_bytes, min(rows, MAX_PARTS) if backward else rows)
+    groups = _groups(problem, limits, rows, slots, backward)
+    taps = _taps_of(problem, limits, n)
+    spectrum = 8 * n * problem.taps_rows
     moved = signal_bytes(problem, backward) * (n / step if windows > 1 else 1)
     moved += 2 * spectrum + (16 * n * problem.taps_rows * groups * slots if backward else 0)
-    if outer_radices:  # the pieces go there and back
-        moved += (32 if backward else 16) * n * problem.taps_rows
-    if backward and planes == 1:  # these are spectra of x, most of which stay in the cache
-        moved += (8 if problem.fast else 16) * n * windows * problem.batch * problem.channels
     transforms = (1 + problem.heads) / 2 + (problem.heads / 2 if backward else 0)
-    work = transforms * instructions(problem, engine, n, radices, row_threads)
-    work *= problem.batch * problem.channels * windows
-    work += problem.taps_rows * instructions(problem, "radix", n, radices) / 2
+    if known_kernel(problem, n, backward):
+        transforms *= KNOWN_SHARE[backward]
+    work = transforms * problem.batch * problem.channels * windows + problem.taps_rows / 2
+    work *= instructions(n, factor(n))
     blocks = problem.sets * problem.channels * groups
     fit = min(limits.shared_total // (slots * row_bytes), FULL * 32 // (row_threads * slots))
     warps = max(1, min(fit, blocks / limits.processors)) * row_threads * slots / 32
     return Plan(
-        engine=engine,
+        engine="radix",
         n=n,
-        outer_radices=outer_radices,
-        lower_radices=radices[len(outer_radices) :],
-        columns=columns,
+        **taps,
         windows=windows,
         step=step,
         lead=lead,
@@ -237,12 +309,15 @@ def _one_pass(problem, limits, engine, n, step, lead, row_threads, planes, backw
         row_threads=row_threads,
         slots=slots,
         groups=groups,
-        taps_threads=taps_threads,
-        taps_slots=taps_slots,
         moved=moved,
         work=work,
-        seconds=seconds_of(limits, moved, work, blocks, warps, launches),
+        seconds=seconds_of(limits, moved, work, blocks, warps, 3 if backward else 2),
     )
+
+
+def known_kernel(problem: Problem, n: int, backward: bool) -> bool:
+    """Whether a float32 kernel knows this length. Such kernels have one head."""
+    return problem.heads == 1 and f"{'backward' if backward else 'forward'}_f32_{n}" in KERNELS
 
 
 def _columns(limits: Limits, outer: int, lower: int) -> int:
@@ -258,7 +333,7 @@ def _columns(limits: Limits, outer: int, lower: int) -> int:
 def _three_passes(problem, limits, planes, backward) -> list[Plan]:
     found = []
     rows = 1 if problem.per_sample else problem.batch
-    largest = _largest(limits, "radix", planes)
+    largest = _largest(limits, planes)
     for lower in (2**i for i in range(8, largest.bit_length())):
         outer = outer_length(-(-problem.length // lower))
         n, outer_radices, radices = outer * lower, split(outer), factor(lower)
@@ -266,14 +341,14 @@ def _three_passes(problem, limits, planes, backward) -> list[Plan]:
         if radix_bytes(outer * columns) > limits.shared:
             continue
         inner = replace(problem, channels=problem.channels * outer)
-        (row_threads,) = _teams(lower, "radix")
+        row_threads = _team(lower)
         slots = _slots(limits, row_threads, planes * radix_bytes(lower), min(rows, MAX_PARTS))
         groups = _groups(inner, limits, rows, slots, backward)
         taps_slots = _slots(limits, row_threads, radix_bytes(lower), inner.taps_rows)
         signals = problem.batch * problem.channels * (1 + problem.heads + backward)
         moved = signal_bytes(problem, backward) + 16 * n * signals + 48 * n * problem.taps_rows
         moved += 16 * n * problem.taps_rows * groups * slots if backward else 0
-        work = outer * instructions(problem, "radix", lower, radices)
+        work = outer * instructions(lower, radices)
         work += n * (RADIX_ENDS + RADIX_PASS * (len(outer_radices) - 1)) / 32
         work *= (signals + problem.taps_rows) / 2
         found.append(
@@ -307,4 +382,4 @@ def longest(limits: Limits) -> int:
     """The longest row that every kind of call can take. Gradients with several heads need the most memory."""
     power = lambda n: 1 << (n.bit_length() - 1)  # noqa: E731
     outer = power(limits.shared // 9)  # a block takes one column at a time
-    return outer * power(_largest(limits, "radix", 3))
+    return outer * power(_largest(limits, 3))

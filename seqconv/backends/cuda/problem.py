@@ -35,7 +35,11 @@ class Problem:
     taps_rev: int
     per_sample: bool
     element: int
-    fast: bool = True  # products of 16-bit tensors may be summed in fp16
+    fast: bool = True  # 16-bit tensors may be computed with fp16 operands and sums
+    pieces: bool = True  # all rows can be read and written 16 bytes at a time
+    beside: str | None = (
+        ""  # what is done beside the convolution: "", "gelu", "gated", or None for anything else
+    )
 
     @property
     def sets(self) -> int:

@@ -35,6 +35,18 @@ class Operand:
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    aligned: bool = True  # the memory begins at a multiple of 16 bytes
+
+    def in_pieces(self) -> bool:
+        """Whether every row can be read 16 bytes at a time: rows without gaps, which begin at multiples of them."""
+        each = 16 // self.dtype.itemsize
+        *others, time = zip(self.shape, self.strides, strict=True)
+        return (
+            self.aligned
+            and time[0] % each == 0
+            and time[1] == 1
+            and all(size == 1 or stride % each == 0 for size, stride in others)
+        )
 
     def cut(self, axis: int, count: int) -> "Operand":
         """The operand's first `count` elements along an axis, which is counted from the end."""
@@ -54,9 +66,16 @@ class Operand:
         return self.dtype.itemsize
 
 
-def geometries(tensors: list[Tensor | None]) -> list[tuple | None]:
-    """What operands are made from."""
-    return [None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors]
+def geometries(tensors: list[Tensor | None], address=Tensor.data_ptr) -> list[tuple | None]:
+    """What operands are made from. address(tensor) says where it begins, up to multiples of 16 bytes."""
+    return [
+        None if t is None else (t.dtype, t.shape, t.stride(), address(t) % 16 == 0) for t in tensors
+    ]
+
+
+def offset(tensor: Tensor) -> int:
+    """Bytes from the beginning of the tensor's memory, which allocators align. A tensor of a compiler has no more."""
+    return tensor.storage_offset() * tensor.element_size()
 
 
 def operands(geometries: tuple) -> list[Operand | None]:
@@ -84,13 +103,13 @@ class Recipe:
         self.bytes = 0  # of the scratch memory
         self._tensors, self._taken = tensors, 0
 
-    def empty(self, *shape: int) -> Operand:
-        """Takes a piece of the scratch memory, for float32 numbers."""
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Operand:
+        """Takes a piece of the scratch memory."""
         start = -(-self._taken // ALIGNMENT) * ALIGNMENT
-        self._taken = start + 4 * math.prod(shape)
+        self._taken = start + dtype.itemsize * math.prod(shape)
         self.bytes = max(self.bytes, self._taken)
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        return Operand(Address(SCRATCH, start), torch.float32, shape, strides)
+        return Operand(Address(SCRATCH, start), dtype, shape, strides)
 
     @contextmanager
     def reused(self):

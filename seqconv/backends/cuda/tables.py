@@ -3,12 +3,13 @@
 They are computed in float64 and rounded once.
 """
 
-import math
 import threading
 from collections import OrderedDict
 
 import torch
 from torch import Tensor
+
+from seqconv.backends.cuda.half_tables import roots
 
 _FIRST = 16  # places for the factors of the first inputs
 
@@ -22,12 +23,6 @@ class CaptureError(RuntimeError):
     """Something that a capture cannot hold was still to be done."""
 
 
-def _roots(numerator: Tensor, denominator: int) -> Tensor:
-    """exp(-2 pi i numerator / denominator), where whole turns are dropped exactly."""
-    turn = (numerator % denominator).to(torch.float64) * (-2 * math.pi / denominator)
-    return torch.polar(torch.ones_like(turn), turn)
-
-
 def build(n: int, radices: tuple[int, ...], passes: int, twist: bool) -> Tensor:
     """complex64: the factors of the first inputs, then the twiddles of each of the first `passes` passes.
 
@@ -36,86 +31,16 @@ def build(n: int, radices: tuple[int, ...], passes: int, twist: bool) -> Tensor:
     """
     first = torch.ones(_FIRST, dtype=torch.complex128)
     if twist:
-        first[: radices[0]] = _roots(-torch.arange(radices[0]), 4 * radices[0])
+        first[: radices[0]] = roots(-torch.arange(radices[0]), 4 * radices[0])
     parts, block = [first], n
     for d in range(passes):
         columns = torch.arange(block // radices[d])
-        table = _roots(torch.arange(radices[d])[:, None] * columns, block)
+        table = roots(torch.arange(radices[d])[:, None] * columns, block)
         if twist and d == 0:
-            table = table * _roots(-columns, 4 * n)
+            table = table * roots(-columns, 4 * n)
         parts.append(table.flatten())
         block //= radices[d]
     return torch.cat(parts).to(torch.complex64)
-
-
-def _operand(matrix: Tensor) -> Tensor:
-    """A complex 16 x 16 matrix as the fp16 pairs of a left operand: 256 words, whose first half is the real parts.
-
-    Lane (group g, thread t) holds rows g and g + 8 of columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 (PTX
-    ISA, mma.m16n8k16). The words are in the order (lane, column half, row half).
-    """
-    planes = torch.stack([matrix.real, matrix.imag]).to(torch.float16)
-    parts = planes.view(2, 2, 8, 2, 4, 2)  # plane, row half, group, column half, thread, pair
-    return parts.permute(0, 2, 4, 3, 1, 5).contiguous().view(torch.int32).flatten()
-
-
-def _words(table: Tensor, count: int | None = None) -> Tensor:
-    """Complex numbers as float32 words, which zeros fill up to `count` words."""
-    words = torch.view_as_real(table.to(torch.complex64)).contiguous().view(torch.int32).flatten()
-    return words if count is None else torch.nn.functional.pad(words, (0, count - len(words)))
-
-
-# A pass and its inverse are scaled by these powers of two, which are about 1 / sqrt(radix).
-SCALES = {
-    2: (0.5, 1.0),
-    3: (0.5, 0.5),
-    4: (0.5, 0.5),
-    5: (0.5, 0.5),
-    8: (0.5, 0.25),
-    16: (0.25, 0.25),
-}
-
-
-def _dft(radix: int) -> Tensor:
-    index = torch.arange(radix)
-    return _roots(index[:, None] * index, radix)
-
-
-def build_tensor(n: int, radices: tuple[int, ...]) -> Tensor:
-    """int32 words for csrc/device/tensor.cuh, in the order of the offsets in half_plane.cuh.
-
-    The two innermost radices are 16. Each pass before them has its matrix, scaled by SCALES and repeated as often
-    as 16 rows hold it, then the inverse's matrix, then the twiddles of column c of group g as the product of one
-    factor for c and one for g. The twist is part of the first pass as in `build`.
-    """
-    assert radices[-2:] == (16, 16), radices
-    outer = radices[:-2]
-    inner = _roots(torch.arange(16)[:, None] * torch.arange(16), 256)
-    if not outer:  # the first of the two inner passes reads the row itself
-        inner = inner * _roots(-torch.arange(16), 4 * n)
-    matrix, back = _dft(16) * SCALES[16][0], _dft(16).conj() * SCALES[16][1]
-    order = [4 * (i // 2 % 4) + 2 * (i // 8) + i % 2 for i in range(16)]  # half_plane.cuh's in_time
-    words = [_operand(matrix), _operand(back[order]), _words(inner), _words(inner.T[order])]
-    block = n
-    for d, radix in enumerate(outer or (16,)):
-        matrix = _dft(radix)
-        if d == 0:  # w^(i n / radix) at input i
-            matrix = matrix * _roots(-torch.arange(radix), 4 * radix)
-        copies = torch.block_diag(*[matrix] * (16 // radix))
-        room = torch.zeros(16, 16, dtype=torch.complex128)
-        room[: len(copies), : len(copies)] = copies
-        back = room.conj().T.resolve_conj()
-        words += [_operand(room * SCALES[radix][0]), _operand(back * SCALES[radix][1])]
-        if not outer:
-            break
-        p = torch.arange(radix)[:, None]
-        columns, groups = torch.arange(16), 16 * torch.arange(block // radix // 16)
-        column, group = _roots(p * columns, block), _roots(p * groups, block)
-        if d == 0:
-            column, group = column * _roots(-columns, 4 * n), group * _roots(-groups, 4 * n)
-        words += [_words(column, 512), _words(group.T)]
-        block //= radix
-    return torch.cat(words)
 
 
 class Tables:

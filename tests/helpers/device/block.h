@@ -1,12 +1,14 @@
-// A block of threads on the host: a fiber for every thread, block barriers and warp collectives by
+// A block of threads on the host: a fiber for every thread, barriers and warp collectives by
 // rendezvous, one block at a time. It finds barriers that some threads never reach, lanes of a warp
 // in different collectives, shared memory that is read before it was written (it starts as NaN) or
-// outside its bounds, races between threads in shared memory, and, through other orders of threads,
-// results that depend on the order.
+// outside its bounds, races between threads in shared memory (races.h), asynchronous copies that
+// nobody waits for (asynchronous.h), and, through other orders of threads, results that depend on
+// the order.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <new>
@@ -35,14 +37,37 @@ struct Fiber {
 };
 struct Warp {
   int arrived = 0, alive = 0;
-  unsigned generation = 0, syncs = 0;
+  unsigned generation = 0;
   const void* site = nullptr;
   void* slot[32] = {};
+  int waiting = 0, barrier = 0;  // lanes that wait at a barrier, and at which
+  u32 syncs = 0;                 // barriers of any kind that came so far
+  u32 clock[32] = {};            // how much of each warp happened before what this one does next
 };
-// Who touched a word of shared memory last, and how many barriers had come by then.
+struct Barrier {
+  int arrived = 0, expected = 0;  // threads
+  unsigned generation = 0;
+};
+// Who touched two bytes of shared memory last, and when.
+struct Access {
+  int warp, thread;  // thread -1: several of the warp
+  u32 clock, syncs;
+};
 struct Word {
-  int writer = -1, reader = -1;
-  unsigned write_block = 0, write_warp = 0, read_block = 0, read_warp = 0;
+  Access write = {0, -1, 0, 0};  // clock 0: nobody
+  u32 readers = 0;  // the warps that have read it since, whose entries are in Block::reads
+  int copy = -1;    // the asynchronous copy that writes it
+};
+// 16 bytes of a thread, on their way from global memory; the last ones may be zeros.
+struct Copy {
+  size_t to;
+  const void* from;
+  int bytes, thread;
+  bool performed, awaited;
+};
+struct CopyGroups {  // of a thread
+  std::vector<int> open;
+  std::deque<std::vector<int>> committed;
 };
 // It has exactly the bytes that were asked for, so that AddressSanitizer sees every step outside.
 struct Shared {
@@ -55,22 +80,34 @@ struct Shared {
     std::memset(data, 0xff, size);  // NaN in every format
   }
 };
+// Order 0 runs threads as they are numbered and 1 in reverse. Others are seeds, by which warps and
+// the lanes in them are shuffled. Asynchronous copies happen at once (copies 0), as late as they
+// may (1), or then and in reverse (2).
+struct Options {
+  unsigned order = 0;
+  size_t shared = 0;
+  std::string without;  // the barrier or wait that a mutation leaves out
+  unsigned copies = 0;
+};
 struct Block {
   dim3 index, size, grid;
+  Options options;
   Shared shared;
   std::vector<Word> words;
+  std::unique_ptr<Access[]> reads;  // one for each word and warp
+  std::vector<Copy> copies;
+  std::vector<CopyGroups> groups;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<int> order;
-  int arrived = 0, alive = 0;
-  unsigned generation = 0;
+  int alive = 0;
+  Barrier barriers[16];
   bool progress = false;
   Context scheduler;
   const std::function<void()>* body = nullptr;
   std::string error;
-  std::string without;  // the barrier that a mutation leaves out
 };
-inline std::set<std::string> visited;  // barriers
+inline std::set<std::string> visited;  // barriers and waits
 inline Block* current_block = nullptr;
 inline Fiber* current = nullptr;
 inline Block& block() { return *current_block; }
@@ -107,47 +144,40 @@ void meet(void* mine, const void* site, Op&& op) {
   }
 }
 
-inline void sync_all() {
+// All have come: what the barrier's warps did before is then known to each of them.
+inline void open_barrier(int id) {
   Block& b = block();
+  u32 clock[32] = {};
+  const auto each = [&](auto f) {
+    for (size_t k = 0; k < b.warps.size(); ++k)
+      if (b.warps[k].waiting && b.warps[k].barrier == id) f(b.warps[k], k);
+  };
+  each([&](Warp& w, size_t) {
+    if (w.waiting != w.alive) fail("more threads at a barrier than it counts");
+    for (int k = 0; k < 32; ++k) clock[k] = std::max(clock[k], w.clock[k]);
+  });
+  each([&](Warp& w, size_t k) {
+    std::memcpy(w.clock, clock, sizeof clock);
+    ++w.clock[k], ++w.syncs, w.waiting = 0;
+  });
+  b.barriers[id].arrived = 0;
+  ++b.barriers[id].generation;
+}
+// The lane waits at a barrier of so many threads. Barrier 0 is the block's.
+inline void sync(int id, int expected) {
+  Block& b = block();
+  Warp& w = warp();
+  Barrier& barrier = b.barriers[id];
+  if (w.waiting && w.barrier != id) fail("lanes of one warp at different barriers");
+  if (barrier.arrived && barrier.expected != expected) fail("a barrier with two counts");
   b.progress = true;
-  if (++b.arrived == b.alive) {
-    b.arrived = 0;
-    ++b.generation;
-  } else {
-    for (const unsigned g = b.generation; b.generation == g;) yield();
+  w.barrier = id, barrier.expected = expected;
+  const unsigned generation = barrier.generation;
+  if (++w.waiting == w.alive) {
+    barrier.arrived += w.alive;
+    if (barrier.arrived == expected) open_barrier(id);
   }
-}
-
-inline bool unordered(const Block& b, const Warp& w, int mine, int other, unsigned age_block,
-                      unsigned age_warp) {
-  if (other == -1 || other == mine || age_block != b.generation) return false;
-  return other == -2 || other / 32 != mine / 32 || age_warp == w.syncs;
-}
-inline void touch(const void* p, size_t bytes, bool write, int thread) {
-  Block& b = block();
-  Warp& w = b.warps[thread / 32];
-  const size_t offset = (const unsigned char*)p - b.shared.data;
-  if ((const unsigned char*)p < b.shared.data || offset + bytes > b.shared.size)
-    fail("outside of shared memory");
-  for (size_t i = offset / 4; i < (offset + bytes + 3) / 4; ++i) {
-    Word& word = b.words[i];
-    if (unordered(b, w, thread, word.writer, word.write_block, word.write_warp))
-      fail(write ? "race in shared memory: write after write"
-                 : "race in shared memory: read after write");
-    if (write && unordered(b, w, thread, word.reader, word.read_block, word.read_warp))
-      fail("race in shared memory: write after read");
-    if (write) {
-      word.writer = thread;
-      word.write_block = b.generation;
-      word.write_warp = w.syncs;
-    } else {
-      const bool again =
-          word.read_block == b.generation && word.reader != -1 && word.reader != thread;
-      word.reader = again && (word.reader == -2 || word.reader / 32 != thread / 32) ? -2 : thread;
-      word.read_block = b.generation;
-      word.read_warp = w.syncs;
-    }
-  }
+  while (barrier.generation == generation) yield();
 }
 
 inline void entry() {
@@ -160,28 +190,22 @@ inline void entry() {
   --b.alive;
   if (w.arrived && w.arrived == w.alive)
     b.error = "a lane ended while its warp waits in a collective";
-  if (b.arrived && b.alive && b.arrived == b.alive)
-    b.error = "a thread ended while its block waits at a barrier";
+  if (w.waiting && w.waiting == w.alive) b.error = "a lane ended while its warp waits at a barrier";
   while (true) yield();
 }
 
-// Order 0 runs threads as they are numbered and 1 in reverse. Others are seeds, by which warps and
-// the lanes in them are shuffled.
-struct Options {
-  unsigned order = 0;
-  size_t shared = 0;
-  std::string without;
-};
-
-inline void run(Block& b, const std::function<void()>& body, const Options& o) {
+inline void run(Block& b, const std::function<void()>& body) {
+  const Options& o = b.options;
   const int threads = b.size.x;
   b.fibers.resize(threads);
   b.warps.resize((threads + 31) / 32);
   b.alive = threads;
   b.body = &body;
-  b.without = o.without;
   b.shared.resize(o.shared);
-  b.words.resize((o.shared + 3) / 4);
+  b.words.resize((o.shared + 1) / 2);
+  b.reads.reset(new Access[b.words.size() * b.warps.size()]);
+  b.groups.resize(threads);
+  for (size_t k = 0; k < b.warps.size(); ++k) b.warps[k].clock[k] = 1;
   b.order.resize(threads);
   for (int i = 0; i < threads; ++i) {
     Fiber& f = b.fibers[i];
@@ -215,6 +239,9 @@ inline void run(Block& b, const std::function<void()>& body, const Options& o) {
       b.error = "threads wait at barriers that nobody can complete";
   }
   current = nullptr;
+  for (const Copy& c : b.copies)
+    if (!c.awaited && b.error.empty())
+      b.error = "the block ends while nobody has waited for an asynchronous copy";
 }
 
 inline void launch(unsigned grid, unsigned threads, const Options& o,
@@ -224,8 +251,9 @@ inline void launch(unsigned grid, unsigned threads, const Options& o,
     b->index = {i, 0, 0};
     b->size = {threads, 1, 1};
     b->grid = {grid, 1, 1};
+    b->options = o;
     current_block = b.get();
-    run(*b, body, o);
+    run(*b, body);
     current_block = nullptr;
     if (!b->error.empty()) throw std::runtime_error(b->error);
   }

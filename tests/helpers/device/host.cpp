@@ -1,9 +1,12 @@
-// The doors of the emulator's library. tests/helpers/emulated.py appends an ENTRY for each kernel.
+// The doors of a library of kernels. tests/helpers/emulated.py appends an ENTRY for each kernel in
+// it.
 #include "emulator.h"
 
 #include "butterfly.cuh"
+#include "half_gradients.cuh"
 #include "ssm.cuh"
-#include "tensor_fftconv.cuh"
+
+#define SEQCONV_DOOR extern "C" __attribute__((visibility("default")))
 
 static std::string last;
 template <class F>
@@ -16,39 +19,30 @@ static const char* guarded(F&& f) {
     return last.c_str();
   }
 }
-extern "C" const char* emulator_visited() {
+SEQCONV_DOOR const char* emulator_visited() {
   last.clear();
   for (const std::string& site : emulator::visited) last += site + "\n";
   return last.c_str();
 }
-extern "C" long tensor_products() { return emulator::products; }
-// Faults that the emulator must find, which one block of two warps commits on purpose.
-extern "C" const char* emulate_fault(int which) {
+SEQCONV_DOOR long tensor_products() { return emulator::products; }
+#ifdef SEQCONV_FAULTS
+#include "faults.h"
+SEQCONV_DOOR const char* emulate_fault(int which, bool broken, unsigned order, unsigned copies) {
   return guarded([&] {
-    emulator::launch(1, 64, {0, 1024, ""}, [&] {
-      u32* shared = (u32*)emulator::block().shared.data;
-      const unsigned thread = threadIdx.x;
-      if (which == 0) store_shared(shared, (u32)thread);  // write after write
-      if (which == 1 && thread < 32) store_shared(shared + thread, 1u);
-      if (which == 1 && thread >= 32) load_shared(shared + thread - 32);  // read after write
-      if (which == 2 && thread < 32) load_shared(shared + thread);
-      if (which == 2 && thread >= 32) store_shared(shared + thread - 32, 1u);  // write after read
-      if (which == 3) store_shared(shared + 250 + thread, 1u);                 // outside
-      if (which == 4 && thread < 40) sync_block();                             // some never come
-      if (which == 5)
-        thread % 32 < 16 ? sync_warp() : (void)shuffle_xor(1.f, 1);  // different collectives
-    });
+    emulator::launch(1, 128, {order, 2048, "", copies}, [&] { faults::program(which, broken); });
   });
 }
+#endif
 
 // The door of one kernel: its name, the structure of its arguments, and what its body calls.
-#define ENTRY(name, Arguments, ...)                                                             \
-  extern "C" size_t arguments_of_##name() { return sizeof(Arguments); }                         \
-  extern "C" const char* emulate_##name(const void* arguments, unsigned grid, unsigned threads, \
-                                        size_t shared, unsigned order, const char* without) {   \
-    return guarded([&] {                                                                        \
-      const Arguments& a = *(const Arguments*)arguments;                                        \
-      emulator::launch(grid, threads, {order, shared, without},                                 \
-                       [&] { __VA_ARGS__(a, emulator::block().shared.data); });                 \
-    });                                                                                         \
+#define ENTRY(name, Arguments, ...)                                                               \
+  SEQCONV_DOOR size_t arguments_of_##name() { return sizeof(Arguments); }                         \
+  SEQCONV_DOOR const char* emulate_##name(const void* arguments, unsigned grid, unsigned threads, \
+                                          size_t shared, unsigned order, const char* without,     \
+                                          unsigned copies) {                                      \
+    return guarded([&] {                                                                          \
+      const Arguments& a = *(const Arguments*)arguments;                                          \
+      emulator::launch(grid, threads, {order, shared, without, copies},                           \
+                       [&] { __VA_ARGS__(a, emulator::block().shared.data); });                   \
+    });                                                                                           \
   }

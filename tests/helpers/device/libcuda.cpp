@@ -1,6 +1,7 @@
 // A CUDA driver library without a device: the few functions that the package
 // calls through cuda.bindings. Modules must be machine code, and a launch runs
-// the kernel of that name in the emulator's library.
+// the kernel of that name in the emulator, whose libraries, one for each kernel,
+// are in the folder SEQCONV_EMULATOR.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -94,11 +95,15 @@ int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
   if (context == nullptr) return 201;
   if (!names.count((long)f) || gy * gz * by * bz != 1 || extra || (int)shared > shared_allowed)
     return 1;
-  static void* emulator = dlopen(std::getenv("SEQCONV_EMULATOR"), RTLD_NOW);
-  using Run = const char* (*)(const void*, unsigned, unsigned, size_t, unsigned, const char*);
-  const Run run = (Run)dlsym(emulator, ("emulate_" + names[(long)f]).c_str());
+  const std::string& name = names[(long)f];
+  void* emulator =
+      dlopen((std::getenv("SEQCONV_EMULATOR") + ("/" + name + ".so")).c_str(), RTLD_NOW);
+  if (emulator == nullptr) return 500;
+  using Run =
+      const char* (*)(const void*, unsigned, unsigned, size_t, unsigned, const char*, unsigned);
+  const Run run = (Run)dlsym(emulator, ("emulate_" + name).c_str());
   if (run == nullptr) return 500;
-  const char* error = run(parameters[0], gx, bx, shared, 0, "");
+  const char* error = run(parameters[0], gx, bx, shared, 0, "", 0);
   if (error) std::fprintf(stderr, "%s\n", error);
   return error ? 719 : 0;
 }

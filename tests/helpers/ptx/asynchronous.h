@@ -168,6 +168,11 @@ template <bool kBulk>
 void wait_group(u8* frame, Instruction& i, u32 lanes) {
   each_lane(lanes, [&](int lane) {
     CopyGroups& g = groups_of<kBulk>(lane);
+    if (!kBulk && machine.launch.copies == 2) {  // all, which is allowed
+      for (size_t k = g.open.size(); k--;) perform(g.open[k]);
+      for (size_t n = g.committed.size(); n--;)
+        for (size_t k = g.committed[n].size(); k--;) perform(g.committed[n][k]);
+    }
     while (g.committed.size() > lanes_of<u32>(frame, i.a)[lane]) {
       for (u32 index : g.committed.front()) {
         perform(index);

@@ -9,15 +9,16 @@ inline void warp_sync(u8*, Instruction&, u32) {
   ++machine.warp_time;
 }  // orders memory, as the others do not
 
-// shfl.bfly: c holds a clamp in bits 0 to 4 and, in bits 8 to 12, the mask of the lane bits that
-// name a segment.
-inline void shuffle_butterfly(u8* frame, Instruction& i, u32 lanes) {
+// shfl.idx and shfl.bfly: c holds a clamp in bits 0 to 4 and, in bits 8 to 12, the mask of the lane
+// bits that name a segment.
+template <bool kButterfly>
+void shuffle(u8* frame, Instruction& i, u32 lanes) {
   u32 value[32], inside = 0;
   std::memcpy(value, lanes_of<u32>(frame, i.a), sizeof value);
   each_lane(lanes, [&](int lane) {
     const u32 by = lanes_of<u32>(frame, i.b)[lane] & 31, c = lanes_of<u32>(frame, i.c)[lane];
     const u32 segment = c >> 8 & 31, last = ((u32)lane & segment) | ((c & 31) & ~segment);
-    u32 from = (u32)lane ^ by;
+    u32 from = kButterfly ? (u32)lane ^ by : ((u32)lane & segment) | (by & ~segment);
     if (from <= last)
       inside |= 1u << lane;
     else
@@ -34,11 +35,18 @@ inline void reduce_max(u8* frame, Instruction& i, u32 lanes) {
 }
 
 // Lane 8 m + r gives the address of row r of matrix m; lane 4 r + w holds word w of row r, or of
-// column r with .trans.
+// column r with .trans. So it is not the lane that gives an address that reads there or writes.
 template <bool kTransposed>
 u16& element(u16 (&matrix)[8][8], int lane, int half) {
   const int r = lane >> 2, c = 2 * (lane & 3) + half;
   return kTransposed ? matrix[c][r] : matrix[r][c];
+}
+inline u8* row_of_matrix(u8* frame, Instruction& i, int lane, bool write) {
+  const u64 address = address_in(frame, i.address, lane);
+  machine.together = true;
+  u8* const row = resolve<Space::kShared>(address, 16, lane, write, i);
+  machine.together = false;
+  return row;
 }
 template <bool kTransposed>
 void load_matrices(u8* frame, Instruction& i, u32) {
@@ -47,8 +55,7 @@ void load_matrices(u8* frame, Instruction& i, u32) {
     u16 matrix[8][8];
     for (int r = 0; r < 8; ++r) {
       const int lane = 8 * m + r;
-      const u64 address = address_in(frame, i.address, lane);
-      std::memcpy(matrix[r], resolve<Space::kShared>(address, 16, lane, false, i), 16);
+      std::memcpy(matrix[r], row_of_matrix(frame, i, lane, false), 16);
     }
     for (int lane = 0; lane < 32; ++lane)
       result[m][lane] =
@@ -66,10 +73,19 @@ void store_matrices(u8* frame, Instruction& i, u32) {
         element<kTransposed>(matrix, lane, half) = (u16)(x[lane] >> (16 * half));
     for (int r = 0; r < 8; ++r) {
       const int lane = 8 * m + r;
-      const u64 address = address_in(frame, i.address, lane);
-      std::memcpy(resolve<Space::kShared>(address, 16, lane, true, i), matrix[r], 16);
+      std::memcpy(row_of_matrix(frame, i, lane, true), matrix[r], 16);
     }
   }
+}
+// movmatrix.trans: from one lane to another, as a store and a transposed load would.
+inline void transpose_matrix(u8* frame, Instruction& i, u32) {
+  u16 matrix[8][8];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int half = 0; half < 2; ++half)
+      element<false>(matrix, lane, half) = (u16)(lanes_of<u32>(frame, i.a)[lane] >> (16 * half));
+  for (int lane = 0; lane < 32; ++lane)
+    lanes_of<u32>(frame, i.d)[lane] =
+        element<true>(matrix, lane, 0) | (u32)element<true>(matrix, lane, 1) << 16;
 }
 
 // ---- mma.m16n8k16 ----

@@ -171,12 +171,14 @@ inline const std::vector<Entry>& entries() {
     BINARY("copysign.f32", u32, u32, u32, (b & 0x7fffffffu) | (a & 0x80000000u)),  // a's sign, b's size
     UNARY("ex2.approx.ftz.f32", float, float, flush_subnormal((float)std::exp2((double)flush_subnormal(a)))),
     // pairs of 16-bit numbers
-    TERNARY("fma.rn.f16x2", u32, u32, fma_half2(a, b, c)),
+    TERNARY("fma.rn.f16x2", u32, u32, fma_half2(a, b, c)), TERNARY("fma.rn.bf16x2", u32, u32, fma_brain2(a, b, c)),
     BINARY("add.f16x2", u32, u32, u32, fma_half2(a, 0x3c003c00u, b)), BINARY("add.rn.f16x2", u32, u32, u32, fma_half2(a, 0x3c003c00u, b)),
     BINARY("sub.f16x2", u32, u32, u32, fma_half2(b, 0xbc00bc00u, a)), BINARY("sub.rn.f16x2", u32, u32, u32, fma_half2(b, 0xbc00bc00u, a)),
     BINARY("mul.f16x2", u32, u32, u32, multiply_half2(a, b)), BINARY("mul.rn.f16x2", u32, u32, u32, multiply_half2(a, b)),
     BINARY("mul.bf16x2", u32, u32, u32, multiply_brain2(a, b)), BINARY("mul.rn.bf16x2", u32, u32, u32, multiply_brain2(a, b)),
     UNARY("neg.f16x2", u32, u32, a ^ 0x80008000u), UNARY("neg.bf16x2", u32, u32, a ^ 0x80008000u),
+    UNARY("abs.f16x2", u32, u32, a & 0x7fff7fffu), UNARY("abs.bf16x2", u32, u32, a & 0x7fff7fffu),
+    BINARY("max.f16x2", u32, u32, u32, larger2(a, b, 0x7c00)), BINARY("max.bf16x2", u32, u32, u32, larger2(a, b, 0x7f80)),
     BINARY("max.xorsign.abs.f16x2", u32, u32, u32, larger_size2(a, b, 0x7c00)),
     BINARY("max.xorsign.abs.bf16x2", u32, u32, u32, larger_size2(a, b, 0x7f80)),
     // conversions; of a pair, a becomes the upper half ("cvt")

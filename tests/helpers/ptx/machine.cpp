@@ -28,6 +28,11 @@ static string place(const Module& m, u32 pc) {
 }
 static int first_of(u32 lanes) { return __builtin_ctz(lanes); }
 
+static void carry_out(u8* frame, Instruction& i, u32 lanes) {
+  machine.banked.clear();
+  i.execute(frame, i, lanes);
+  if (!machine.banked.empty()) i.conflicts += bank_conflicts(machine.banked);
+}
 // The lanes come to a collective; whether they go on at once, as one group. mma and ldmatrix want
 // all 32; in a mask of members, those that have ended count as come ("bar.warp.sync", "shfl.sync").
 static bool meet(Warp& w, Instruction& i, u32 lanes, u32 pc) {
@@ -44,7 +49,7 @@ static bool meet(Warp& w, Instruction& i, u32 lanes, u32 pc) {
         throw Fault{lane, "lanes of one collective name different members"};
     });
   if ((here & members) != members) return false;
-  i.execute(w.frame, i, members);
+  carry_out(w.frame, i, members);
   w.in_collective &= ~members, w.put(members, pc + 1);
   return members == lanes;
 }
@@ -87,7 +92,7 @@ static void run(Module& m, Warp& w) {
       i.warps += active != 0, i.lanes += (u64)__builtin_popcount(active);
       machine.at = &i, machine.at_lanes = active;
       if (i.kind == Kind::kPlain) {
-        if (active) i.execute(frame, i, active);
+        if (active) carry_out(frame, i, active);
         ++pc;
       } else if (i.kind == Kind::kBranch) {
         if (active && active != lanes) {
@@ -97,7 +102,7 @@ static void run(Module& m, Warp& w) {
         }
       } else if (i.kind == Kind::kTryWait) {
         machine.must_wait = false;
-        if (active) i.execute(frame, i, active);
+        if (active) carry_out(frame, i, active);
         ++pc;
         if (machine.must_wait)
           w.put(lanes, pc), w.aside |= lanes, lanes = 0;
@@ -165,7 +170,7 @@ static void set_special(Module& m, u8* frame, const char* name, u32 first, u32 s
 }
 static void start_block(Module& m, std::vector<Warp>& warps, u32 block) {
   const Launch& o = machine.launch;
-  machine.block = block, machine.block_start = ++machine.time;
+  machine.block = block, machine.block_start = ++machine.time, machine.together = false;
   std::memset(machine.shared, 0xff, o.shared);  // NaN in every format
   machine.words.assign(machine.shared_races() ? o.shared / 2 + 1 : 0, SharedWord{});
   machine.readers.assign(machine.words.size() * warps.size(), Reader{});
@@ -299,8 +304,8 @@ extern "C" const char* ptx_counts(Module* m, int reset) {
     string text = m->text[k];
     std::replace(text.begin(), text.end(), '\n', ' ');
     m->report += std::to_string(i.warps) + " " + std::to_string(i.lanes) + " " +
-                 std::to_string(i.line) + " " + text + "\n";
-    if (reset) i.warps = i.lanes = 0;
+                 std::to_string(i.line) + " " + std::to_string(i.conflicts) + " " + text + "\n";
+    if (reset) i.warps = i.lanes = i.conflicts = 0;
   }
   return m->report.c_str();
 }

@@ -3,41 +3,48 @@
 // bar.warp.sync ("Memory Consistency Model"; shfl, mma and ldmatrix order nothing). Blocks are
 // never ordered.
 #pragma once
+#include <set>
+
 #include "state.h"
 
 inline std::string of_thread(s32 thread) { return " of thread " + std::to_string(thread); }
 
 // ---- global memory ----
-inline bool unordered(u32 time, u32 in_warp, s32 other, s32 mine) {
-  if (!time || (time == machine.time && other == mine)) return false;
-  if (time < machine.block_start || (time == machine.time && other == kSeveralWarps)) return true;
-  const s32 warp = other >= 0 ? other / 32 : -2 - other;
-  return time == machine.time && (warp != (s32)machine.warp || in_warp == machine.warp_time);
+inline s32 warp_of(s32 thread) { return thread >= 0 ? thread / 32 : -2 - thread; }
+inline bool unordered(u32 time, u32 in_warp, u32 clock, s32 other, s32 mine) {
+  if (time < machine.block_start) return time > 0;
+  if (other == kSeveralWarps) return time == machine.time;
+  const s32 warp = warp_of(other);
+  if (warp == (s32)machine.warp) return other != mine && in_warp == machine.warp_time;
+  return !machine.happened((u32)warp, clock);
 }
 inline void touch_global(GlobalWord& w, int lane, bool write) {
   const s32 mine = machine.thread(lane);
-  const auto check = [&](const char* what, u32 time, u32 in_warp, s32 other) {
-    if (!unordered(time, in_warp, other, mine)) return;
+  const auto check = [&](const char* what, u32 time, u32 in_warp, u32 clock, s32 other) {
+    if (!unordered(time, in_warp, clock, other, mine)) return;
     const std::string whose = time < machine.block_start ? " of another block"
                               : other < 0                ? " of several threads"
                                                          : of_thread(other);
     throw Fault{lane, std::string("race in global memory: ") + what + whose};
   };
-  check(write ? "write after write" : "read after write", w.written, w.written_in_warp, w.writer);
+  check(write ? "write after write" : "read after write", w.written, w.written_in_warp,
+        w.write_clock, w.writer);
   if (write) {
-    check("write after read", w.read_by_earlier_block ? 1 : w.read, w.read_in_warp, w.reader);
-    w.writer = mine, w.written = machine.time, w.written_in_warp = machine.warp_time;
+    check("write after read", w.read_by_earlier_block ? 1 : w.read, w.read_in_warp, w.read_clock,
+          w.reader);
+    w.writer = mine, w.written = machine.time;
+    w.written_in_warp = machine.warp_time, w.write_clock = machine.now();
     return;
   }
   if (w.read && w.read < machine.block_start) w.read_by_earlier_block = true;
-  const s32 warp = w.reader >= 0 ? w.reader / 32 : -2 - w.reader;
-  if (w.read != machine.time || w.reader == mine)
+  if (!unordered(w.read, w.read_in_warp, w.read_clock, w.reader, mine) ||
+      w.read < machine.block_start)
     w.reader = mine;
-  else if (w.reader == kSeveralWarps || warp != (s32)machine.warp)
-    w.reader = kSeveralWarps;
+  else if (w.reader != kSeveralWarps && warp_of(w.reader) == (s32)machine.warp)
+    w.reader = several_lanes(machine.warp);
   else
-    w.reader = w.read_in_warp == machine.warp_time ? several_lanes((u32)warp) : mine;
-  w.read = machine.time, w.read_in_warp = machine.warp_time;
+    w.reader = kSeveralWarps;
+  w.read = machine.time, w.read_in_warp = machine.warp_time, w.read_clock = machine.now();
 }
 // Within the ranges of living tensors, where they are known; else a wild access ends in a signal.
 inline u8* in_global(u64 address, u32 bytes, int lane, bool write, Instruction& i) {
@@ -72,7 +79,8 @@ inline void after_write(const SharedWord& w, int lane, const char* what) {
   if (w.load >= 0 && !awaited_by_me(machine.copies[(size_t)w.load]))
     throw Fault{lane, std::string("shared memory: ") + what +
                           " of what an asynchronous copy writes, which nobody waited for"};
-  if (w.writer < 0 || w.writer == machine.thread(lane)) return;
+  const bool several = w.together || machine.together;
+  if (w.writer < 0 || (w.writer == machine.thread(lane) && !several)) return;
   const u32 warp = (u32)w.writer / 32;
   if (warp == machine.warp ? w.in_warp == machine.warp_time : !machine.happened(warp, w.clock))
     throw Fault{
@@ -85,7 +93,7 @@ inline void after_reads(const SharedWord& w, u64 word, int lane, const char* wha
                           " to what an asynchronous store reads, which nobody waited for"};
   for (u32 v = 0; v < machine.warps; ++v) {
     const Reader& r = readers_of(word)[v];
-    if (!r.clock || r.thread == machine.thread(lane)) continue;
+    if (!r.clock || (r.thread == machine.thread(lane) && !machine.together)) continue;
     if (v == machine.warp ? r.in_warp == machine.warp_time : !machine.happened(v, r.clock))
       throw Fault{lane, std::string("race in shared memory: ") + what + " after read" +
                             (r.thread < 0 ? " of several threads of warp " + std::to_string(v)
@@ -106,11 +114,12 @@ inline void touch_shared(u64 word, int lane, bool write) {
     after_reads(w, word, lane, "write");
     forget(w, word);
     w.writer = mine, w.clock = machine.now(), w.in_warp = machine.warp_time;
+    w.together = machine.together;
     return;
   }
   Reader& r = readers_of(word)[machine.warp];
   const bool again = r.clock && r.in_warp == machine.warp_time && r.thread != mine;
-  r = {machine.now(), machine.warp_time, again ? -2 : mine};
+  r = {machine.now(), machine.warp_time, again || machine.together ? -2 : mine};
 }
 template <class F>
 void each_word(u32 at, u32 bytes, F&& f) {
@@ -125,8 +134,25 @@ inline u32 shared_offset(u64 address, u32 bytes, int lane) {
 }
 inline u8* in_shared(u64 address, u32 bytes, int lane, bool write) {
   const u32 at = shared_offset(address, bytes, lane);
+  if (machine.counts_banks()) machine.banked.push_back({at, bytes});
   if (machine.shared_races()) each_word(at, bytes, [&](u64 w) { touch_shared(w, lane, write); });
   return machine.shared + at;
+}
+
+// Shared memory has 32 banks of 4 bytes, and serves 128 bytes at a time: 8 lanes of 16 bytes, 16 of
+// 8 or all of fewer. Different words of one bank take a turn each.
+inline u32 bank_conflicts(const std::vector<std::pair<u32, u32>>& lanes) {
+  u32 extra = 0;
+  const size_t at_once = 128 / std::max(4u, lanes.empty() ? 4u : lanes[0].second);
+  for (size_t first = 0; first < lanes.size(); first += at_once) {
+    std::set<u32> words;
+    for (size_t i = first; i < std::min(lanes.size(), first + at_once); ++i)
+      for (u32 b = 0; b < lanes[i].second; b += 4) words.insert((lanes[i].first + b) / 4);
+    u32 turns[32] = {}, most = 1;
+    for (u32 word : words) most = std::max(most, ++turns[word % 32]);
+    extra += most - 1;
+  }
+  return extra;
 }
 
 // ---- state spaces ("State Spaces", "Generic Addressing") ----

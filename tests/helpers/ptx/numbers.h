@@ -47,9 +47,27 @@ inline u32 multiply_half2(u32 a, u32 b) {
     return float_to_half(half_to_float(x) * half_to_float(y));
   });
 }
-inline u32 multiply_brain2(u32 a, u32 b) {
-  return each_half(a, b, 0, [](u16 x, u16 y, u16) {
-    return float_to_brain(brain_to_float(x) * brain_to_float(y));
+// The sum of two doubles, rounded to odd as well: far apart they have more bits than a double.
+inline double sum_to_odd(double x, double y) {
+  const double sum = x + y, part = sum - x, rest = (x - (sum - part)) + (y - part);
+  if (rest == 0 || !std::isfinite(rest)) return sum;
+  const u64 b = bits_as<u64>(sum) - ((rest < 0) != (sum < 0));
+  return bits_as<double>(b | 1);
+}
+inline u32 fma_brain2(u32 a, u32 b, u32 c) {
+  return each_half(a, b, c, [](u16 x, u16 y, u16 z) {
+    const double product = (double)brain_to_float(x) * brain_to_float(y);
+    return float_to_brain(rounded_to_odd(sum_to_odd(product, brain_to_float(z))));
+  });
+}
+inline u32 multiply_brain2(u32 a, u32 b) { return fma_brain2(a, b, 0x80008000u); }
+// max: the number of a number and a NaN; -0 lies below +0.
+inline u32 larger2(u32 a, u32 b, u16 infinity) {
+  return each_half(a, b, 0, [infinity](u16 x, u16 y, u16) {
+    const bool x_is_nan = (x & 0x7fff) > infinity, y_is_nan = (y & 0x7fff) > infinity;
+    if (x_is_nan || y_is_nan) return x_is_nan ? (y_is_nan ? (u16)0x7fff : y) : x;
+    const auto place = [](u16 v) { return v & 0x8000 ? -1 - (v & 0x7fff) : (int)v; };
+    return place(x) > place(y) ? x : y;
   });
 }
 // max.xorsign.abs: the larger size, under the product of the signs; the number of a number and a

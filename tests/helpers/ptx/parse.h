@@ -18,6 +18,7 @@ Execute access(bool stores, const string& type, int size) {
   if (bytes == 2 && size == 2) return of(u16{}, u16{});
   if (bytes == 2 && size == 4) return extends_sign ? of(s16{}, s32{}) : of(u16{}, u32{});
   if (bytes == 4 && size == 4) return of(u32{}, u32{});
+  if (bytes == 4 && size == 8 && !stores) return extends_sign ? of(s32{}, s64{}) : of(u32{}, u64{});
   if (bytes == 8 && size == 8) return of(u64{}, u64{});
   unknown("no access to " + type + " with registers of " + std::to_string(size) + " bytes");
 }
@@ -72,8 +73,8 @@ class InstructionReader {
     i.kind = Kind::kCollective;
     if (name == "bar.warp.sync") {
       want(1), i.execute = warp_sync, i.members = word(0);
-    } else if (name == "shfl.sync.bfly.b32") {
-      want(5), i.execute = shuffle_butterfly;
+    } else if (name == "shfl.sync.bfly.b32" || name == "shfl.sync.idx.b32") {
+      want(5), i.execute = parts[2] == "bfly" ? shuffle<true> : shuffle<false>;
       const Strings d = cut(operands[0], '|');
       i.d = destination(m, d[0], 4);
       i.second_result = d.size() > 1 ? destination(m, d[1], 1) : -1;
@@ -99,6 +100,9 @@ class InstructionReader {
                                : load_matrices<false>;
       vector_of(m, i, operands[stores], i.count, 0, 4);
       i.address = address_of(m, operands[!stores], Space::kShared);
+    } else if (name == "movmatrix.sync.aligned.m8n8.trans.b16") {
+      want(2), i.execute = transpose_matrix;
+      i.d = destination(m, operands[0], 4), i.a = word(1);
     } else if (starts("mma")) {
       const string product = "mma.sync.aligned.m16n8k16.row.col.";
       if (name == product + "f32.f16.f16.f32")
@@ -267,6 +271,7 @@ inline void parse(Module& m, string text) {
       while (text[end] == ':' && text[end + 1] == ':') end = text.find_first_of(";:", end + 2);
       string s = text.substr(at, end - at);
       at = end + (text[end] != '{');
+      const u32 lines = (u32)std::count(s.begin(), s.end(), '\n');
       while (isspace((u8)s.back())) s.pop_back();
       try {
         if (directive) {
@@ -282,7 +287,7 @@ inline void parse(Module& m, string text) {
       } catch (const std::exception& error) {
         unknown("line " + std::to_string(line) + ": " + s + ": " + error.what());
       }
-      line += (u32)std::count(s.begin(), s.end(), '\n');
+      line += lines;
     }
   }
   for (const auto& [index, label] : m.jumps) m.code[index].target = (s32)m.labels.at(label);

@@ -51,6 +51,7 @@ struct Instruction {
   s32 range = 0;             // of global memory that was touched last
   u32 line = 0;              // in the PTX
   u64 warps = 0, lanes = 0;  // how often it ran
+  u64 conflicts = 0;         // turns of shared memory beyond those that its bytes take
 };
 
 template <class T>
@@ -76,9 +77,11 @@ struct Fault {
 
 // ---- who touched memory ----
 // A piece of global memory, two bytes. Times count the barriers of all blocks from 1 on, and of one
-// warp; a barrier of some warps counts as one of the whole block here.
+// warp; clocks are those of the warps. After reads of several warps a barrier of some warps counts
+// as one of the whole block.
 struct GlobalWord {
-  u32 written = 0, written_in_warp = 0, read = 0, read_in_warp = 0;
+  u32 written = 0, written_in_warp = 0, write_clock = 0;
+  u32 read = 0, read_in_warp = 0, read_clock = 0;
   bool read_by_earlier_block = false;
   s32 writer = 0, reader = 0;  // threads; a reader may also be several_lanes(warp) or kSeveralWarps
 };
@@ -91,6 +94,7 @@ struct SharedWord {
   bool known = false;  // something was written here
   s32 writer = -1;     // a thread
   u32 clock = 0, in_warp = 0;
+  bool together = false;      // by all lanes of the writer's warp
   s32 load = -1, store = -1;  // the asynchronous copies that wrote it, or read it, last
 };
 struct Reader {  // of a piece of shared memory, one for each warp
@@ -129,7 +133,7 @@ struct Launch {
   u32 grid, threads, shared;
   u32 order;   // 0: the lanes furthest back together; 1: each lane as far as it comes, the first
                // first; 2: the last
-  u32 races;   // 1: looked for in shared memory, 2: in global memory
+  u32 races;   // 1: looked for in shared memory, 2: in global memory; 4: bank conflicts are counted
   u32 mma;     // 0: sums rounded once; 1: after each term, in float32; 2: cut off pessimistically
   u32 copies;  // 0: asynchronous copies happen at once; 1: as late as they may, in order; 2: the
                // last first
@@ -156,10 +160,13 @@ struct Machine {
   std::vector<Copy> copies;
   std::map<u64, MBarrier> mbarriers;
   std::map<s32, CopyGroups> bulk_groups, piece_groups;
+  bool together = false;  // what happens now is done by all lanes of the warp
   bool must_wait = false, progress = false;
 
   bool shared_races() const { return launch.races & 1; }
   bool global_races() const { return launch.races & 2; }
+  bool counts_banks() const { return launch.races & 4; }
+  std::vector<std::pair<u32, u32>> banked;  // the addresses and bytes of an instruction's lanes
   s32 thread(int lane) const { return (s32)(warp * 32) + lane; }
   u32 now() const { return clock[warp][warp]; }
   bool happened(u32 other, u32 then) const { return clock[warp][other] >= then; }
