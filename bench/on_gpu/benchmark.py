@@ -9,6 +9,8 @@ from bench.micro.contenders import BASELINE, ON_GPU, Case, missing
 from bench.micro.jobs import BOTH
 from bench.micro.measure import enter
 from bench.micro.timing import interleaved, peak_bytes, summary
+from bench.on_gpu import simulated
+from bench.on_gpu.ceilings import MMA
 from bench.on_gpu.machine import WrongReplay, poisoned
 from bench.on_gpu.steps import PARTLY, RIGHT, WRONG
 from bench.on_gpu.targets import BATCH, CHANNELS, FIRST, OTHERS, limit_of, predicted, sized
@@ -27,6 +29,12 @@ KINDS_ALONE = (
 def bandwidth(log) -> float | None:
     """Returns the bytes per second of a copy, from the step that measured it."""
     found = [row["value"] for row in log.rows("ceiling") if row["name"] == "copy"]
+    return found[-1] if found else None
+
+
+def interval(log) -> float | None:
+    """Returns the measured cycles between two tensor core instructions of a scheduler."""
+    found = [row["value"] for row in log.rows("ceiling") if row["name"] == f"{MMA[0]}, 4 warps"]
     return found[-1] if found else None
 
 
@@ -65,6 +73,10 @@ def measure(machine, log, case: Case, names, seconds: float, skip: bool, replay:
             row |= {"peak_bytes": peak_bytes(entrants.calls[name], machine.device)}
         if name == "seqconv":
             row |= predicted(case, machine.limits) | {"target": limit_of(row)}
+            launched = machine.launched(entrants.calls[name])
+            count = case.batch * case.channels
+            row["kernels"] = launched
+            row["simulated"] = simulated.seconds(launched, count, interval(log), simulated.known())
         log.row("time", **row)
         log.say(line(row))
     return green["seqconv"]
@@ -88,6 +100,8 @@ def line(row: dict) -> str:
         parts.append(f"wanted {row['target']:.2f} times")
     if row.get("predicted"):
         parts.append(f"predicted bound {row['predicted'] * 1e3:.4f}")
+    if row.get("simulated"):
+        parts.append(f"simulated {row['simulated'] * 1e3:.4f}")
     if row.get("ratio") and row["contender"] != BASELINE:
         parts.append(f"{row['ratio']:.2f} times {BASELINE}'s speed")
     return text + ", ".join([*parts, f"error {row['error_l2']:.1e}", row["clock"]])

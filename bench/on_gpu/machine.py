@@ -64,6 +64,11 @@ class Machine(ABC):
     def facts(self) -> dict:
         """Returns what the hardware says of itself."""
 
+    @property
+    @abstractmethod
+    def launcher(self):
+        """What the CUDA backend launches its kernels on."""
+
     @abstractmethod
     def synchronize(self) -> None: ...
 
@@ -86,6 +91,23 @@ class Machine(ABC):
     @abstractmethod
     def release(self) -> None:
         """Gives back memory that is no longer used."""
+
+    def launched(self, function: Callable[[], object]) -> list[str]:
+        """Returns the names of the kernels that a call launches, in their order."""
+        device, names = self.launcher, []
+        launch = device.launch
+
+        def recorded(kernel: str, *arguments) -> None:
+            names.append(kernel)
+            launch(kernel, *arguments)
+
+        device.launch = recorded
+        try:
+            function()
+            self.synchronize()
+        finally:
+            del device.launch
+        return names
 
     def timer(self, function: Callable[[], object], replay: bool = False) -> Timer:
         """Times short calls, or all if `replay`, by graph replays. Events time the others, and calls that no graph can
@@ -123,8 +145,12 @@ class Cuda(Machine):
         self._clock = None
 
     @property
+    def launcher(self):
+        return driver.device(self.index)
+
+    @property
     def limits(self) -> Limits:
-        return driver.device(self.index).limits
+        return self.launcher.limits
 
     def reason(self) -> str | None:
         return driver.reason(self.index)
@@ -196,6 +222,10 @@ class Dry(Machine):
         self.emulator = getattr(import_module(module), function)()
         self.limits = self.emulator.limits
         use_backend(emulated.OnDevice(self.emulator))
+
+    @property
+    def launcher(self):
+        return self.emulator
 
     def reason(self) -> str | None:
         return None

@@ -6,6 +6,7 @@ from pathlib import Path
 import einops
 
 from bench.facts import ROOT
+from bench.on_gpu import simulated
 from bench.on_gpu.ceilings import MMA
 from seqconv import prebuild
 from seqconv.backends import cpu
@@ -24,6 +25,7 @@ def pack(arch: str, out: Path) -> int:
     for name in MMA:
         path = cubins / kernels.cubin_name(name, arch)
         path.write_bytes(driver.compile_kernel(name, arch, cached=False))
+    print(simulated.make(arch, out / simulated.NAME))
     target = out / "packages" / "einops"
     shutil.copytree(
         Path(einops.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__")
@@ -34,7 +36,7 @@ def pack(arch: str, out: Path) -> int:
     print(f"""
 Carry the tracked files, and these two, which git ignores, to the same places:
   {extension.relative_to(ROOT)}  ({extension.stat().st_size / 2**20:.1f} MiB)
-  {shown}/  ({size / 2**20:.1f} MiB: kernels for {arch}, einops)
+  {shown}/  ({size / 2**20:.1f} MiB: kernels for {arch}, their simulated times, einops)
 There, in the tree's root, with a Python that has torch, cuda-bindings and pytest:
   python3 -m bench.on_gpu prove --out FOLDER
   python3 -m bench.on_gpu measure --out FOLDER

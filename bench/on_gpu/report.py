@@ -1,5 +1,5 @@
-"""What a run on a GPU says: measured beside predicted beside wanted, which of the planner's constants were wrong and by
-what factor, and the README's section."""
+"""What a run on a GPU says: measured beside predicted, simulated and wanted, which of the planner's constants were
+wrong and by what factor, and the README's section."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +9,7 @@ from bench.facts import length_name
 from bench.files import markdown, replace_between
 from bench.micro.contenders import BASELINE, ON_GPU, Case
 from bench.micro.requirements import Requirement, all_right, ratio_of, verdict, verdicts_table
+from bench.on_gpu import simulated
 from bench.on_gpu.log import rows_of
 from bench.on_gpu.targets import BATCH, FASTER, LENGTHS, TWO_SIDED
 from seqconv.backends.cuda.cost import LAUNCH
@@ -63,7 +64,7 @@ def requirements(rows: list[dict]) -> list[Requirement]:
 
 def measured_table(rows: list[dict]) -> str:
     header = ["case", "contender", "ms", "a copy's", "times", "wanted", "predicted bound"]
-    header += [f"over {BASELINE}", "clock"]
+    header += ["simulated", f"over {BASELINE}", "clock"]
 
     def ms(value: float | None) -> str:
         return f"{value * 1e3:.4g}" if value else ""
@@ -75,10 +76,11 @@ def measured_table(rows: list[dict]) -> str:
     for row in rows:
         cells, middle, floor = [name_of(row), row["contender"]], row["median"], row["floor_copy"]
         if middle is None:
-            lines.append([*cells, "right, not timed" if row["gate"] else "WRONG", *[""] * 6])
+            lines.append([*cells, "right, not timed" if row["gate"] else "WRONG", *[""] * 7])
             continue
         times = two(floor and middle / floor)
         cells += [ms(middle), ms(floor), times, two(row.get("target")), ms(row.get("predicted"))]
+        cells.append(ms(row.get("simulated")))
         lines.append([*cells, two(row.get("ratio")), row["clock"]])
     return markdown(header, lines)
 
@@ -195,6 +197,11 @@ def report(folder: Path, readme: Path | None) -> int:
     status = {row["step"]: row["status"] for row in rows if row["kind"] == "step"}
     print(", ".join(f"{name} {value}" for name, value in status.items()), end="\n\n")
     print(measured_table(timed), end="\n\n")
+    for row in simulated.wrong(timed):
+        factor = row["median"] / row["simulated"]
+        print(
+            f"The simulation is wrong by more than 15 %: {name_of(row)}: {factor:.2f} times as long"
+        )
     header = ["constant of the planner", "assumed", "measured", "factor"]
     print(markdown(header, constants(rows, timed)), end="\n\n")
     print(verdicts_table(requirements(timed)))

@@ -251,12 +251,14 @@ def test_what_is_carried(tmp_path, monkeypatch, capsys):
         lambda a: asked.append(a) or (tmp_path / "o/cubins").mkdir(parents=True),
     )
     monkeypatch.setattr(driver, "compile_kernel", lambda name, arch, cached: made[name])
+    monkeypatch.setattr(pack.simulated, "make", lambda arch, path: f"{arch} {path.name}")
     assert pack.pack("sm_90", tmp_path / "o") == 0
     assert asked == [["--arch", "sm_90", "--out", str(tmp_path / "o" / "cubins")]]
     monkeypatch.setenv("SEQCONV_CUBINS", str(tmp_path / "o" / "cubins"))
     assert all(driver.find_prebuilt(name, 9, 0) == code for name, code in made.items())
     assert (tmp_path / "o" / "packages" / "einops" / "__init__.py").is_file()
     text = capsys.readouterr().out
+    assert "sm_90 simulated.json" in text
     assert "seqconv/_C.abi3.so" in text and "bench.on_gpu prove --out" in text
     monkeypatch.setattr(pack.cpu, "missing", "is not built")
     assert pack.pack("sm_90", tmp_path / "o") == 1

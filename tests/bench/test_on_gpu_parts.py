@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -12,6 +13,9 @@ from emulated import Emulator
 from bench.facts import commit
 from bench.micro import contenders, timing
 from bench.micro.contenders import Case
+from bench.model import code as model_code
+from bench.model import estimate as model_estimate
+from bench.model import kernels as model_kernels
 from bench.on_gpu import (
     benchmark,
     ceilings,
@@ -20,6 +24,7 @@ from bench.on_gpu import (
     machine,
     profile,
     report,
+    simulated,
     smoke,
     steps,
     targets,
@@ -108,7 +113,8 @@ def fake(monkeypatch):
                 cycles = arguments[1] * 8 * threads // 128 * 2  # one every two cycles, at 2 GHz
                 times[i : i + 4] = [100, 100 + cycles, 50, 50 + cycles // 2]
 
-    monkeypatch.setattr(driver, "device", lambda index: Device())
+    device = Device()
+    monkeypatch.setattr(driver, "device", lambda index: device)
     monkeypatch.setattr(driver, "reason", lambda index: None)
     return cuda
 
@@ -134,6 +140,8 @@ def test_the_real_machine(fake):
         pass
     cycles, hertz = ceilings.interval(real, "mma_f16", 4)
     assert cycles == pytest.approx(2.0) and hertz == pytest.approx(2e9)
+    launched = real.launched(lambda: [real.times_of_warps(k, 1, 128, 9) for k in ceilings.MMA])
+    assert tuple(launched) == ceilings.MMA and "launch" not in vars(real.launcher)
 
 
 def test_what_no_graph_can_hold_is_timed_by_events(fake, monkeypatch):
@@ -181,6 +189,9 @@ def test_a_contender_that_fails_is_told_and_time_that_is_up_too(tmp_path, monkey
 
     made = SimpleNamespace(dry=True, device="cpu", limits=H100, release=lambda: None)
     made.timer = lambda function, replay: machine.Timer("a clock", lambda: 1.0)
+    made.launched = lambda function: ["spectrum", "a_forward"]
+    known = {"a_forward": SIMULATED | {"rows": 4}}
+    monkeypatch.setattr(simulated, "known", lambda: known)
     case = Case(dtype="bfloat16", batch=2, length=64)
     monkeypatch.setitem(contenders.CONTENDERS, "torch.fft", ("torch", lambda *_: fails))
     log = Log(tmp_path, "benchmark")
@@ -188,6 +199,7 @@ def test_a_contender_that_fails_is_told_and_time_that_is_up_too(tmp_path, monkey
     assert benchmark.each(made, log, todo, 0.01, replay=False) == RIGHT
     text = capsys.readouterr().out
     assert "torch.fft: CUDA out of memory" in text and "1000.0000 ms" in text
+    assert "simulated 0.1000, " in text  # of 2 rows, where 4 take 0.2 ms
     assert {r["contender"] for r in log.rows("time")} == {"seqconv"}
     late = Log(tmp_path, "benchmark", seconds=-1.0)
     assert benchmark.each(made, late, todo, 0.01, replay=False) == steps.PARTLY
@@ -205,11 +217,11 @@ def test_counters_are_read_as_ncu_prints_them():
 "ID","Kernel Name","gpu__time_duration.sum","smsp__inst_executed.sum"
 "","","ns","inst"
 "0","spectrum","9,120","12,345,678"
-"1","tensor_forward_bf16_fast_4096","760000.5","452788224"
+"1","half_forward_bf16_4096","760000.5","452788224"
 ==PROF== Disconnected"""
     spectrum, forward = profile.parse_counters(text)
     assert spectrum["smsp__inst_executed.sum"] == 12345678
-    assert forward["Kernel Name"] == "tensor_forward_bf16_fast_4096"
+    assert forward["Kernel Name"] == "half_forward_bf16_4096"
     assert forward["gpu__time_duration.sum"] == 760000.5
     assert profile.parse_counters("==ERROR== no permission") == []
 
@@ -274,7 +286,8 @@ def test_the_report_compares_measured_predicted_and_wanted(tmp_path, capsys):
     readme.write_text("before\n<!-- gpu bench -->\nold\n<!-- end of gpu bench -->\nafter\n")
     assert report.report(folder, readme) == 0
     text = capsys.readouterr().out
-    assert "| 0.75 | 0.25 | 3.00 | 1.25 | 0.5 | 9.00 |" in text  # the newer row alone
+    assert "| 0.75 | 0.25 | 3.00 | 1.25 | 0.5 |  | 9.00 |" in text  # the newer row alone
+    assert "The simulation is wrong" not in text
     assert "0.3 |" not in text
     assert "| bandwidth | 3.35 TB/s | 3 TB/s | 0.90 |" in text
     assert "| LAUNCH | 3 us | 6 us | 2.00 |" in text
@@ -285,6 +298,56 @@ def test_the_report_compares_measured_predicted_and_wanted(tmp_path, capsys):
     assert written.startswith("before\n<!-- gpu bench -->\n| bfloat16, 64 samples | 1K | 4K |")
     assert "| forward, ms | - | 0.75 |" in written and "Test GPU, torch 2.11, commit abc" in written
     assert written.endswith("<!-- end of gpu bench -->\nafter\n") and "old" not in written
+
+
+# ---- simulated times ----
+
+SIMULATED = {
+    "points": 4096,
+    "rows": 49152,
+    "floor": 0.1e-3,
+    "simulated": {"4": 0.2e-3, "6": 0.3e-3},
+}
+
+
+def test_simulated_times_are_those_of_the_kernels_for_rows(tmp_path):
+    path = tmp_path / "simulated.json"
+    assert simulated.known(path) == {}
+    path.write_text(
+        json.dumps([SIMULATED | {"kernel": name} for name in ("a_forward", "a_backward")])
+    )
+    of = simulated.known(path)
+    launched = ["spectrum", "a_forward"]
+    assert simulated.seconds(launched, 49152, None, of) == pytest.approx(0.2e-3)
+    assert simulated.seconds(launched, 49152, 5.5, of) == pytest.approx(0.3e-3)
+    assert simulated.seconds(launched, 49152 // 2, 4.9, of) == pytest.approx(0.1e-3)
+    assert simulated.seconds([*launched, "a_backward"], 49152, 4.0, of) == pytest.approx(0.4e-3)
+    assert simulated.seconds([*launched, "b_backward"], 49152, 4.0, of) is None
+    assert simulated.seconds(["spectrum"], 49152, 4.0, of) is None
+
+
+def test_the_report_names_what_the_simulation_gets_wrong(tmp_path, capsys):
+    near, far = times(4096, 0.5, simulated=0.45e-3), times(8192, 0.9, simulated=0.6e-3)
+    fast = times(1024, 0.1, simulated=0.125e-3)
+    assert simulated.wrong([near, far, fast, times(2048, 1.0)]) == [far, fast]
+    assert report.report(folder_of_a_run(tmp_path / "run", near, far, fast), None) == 0
+    text = capsys.readouterr().out
+    assert "| 0.5 | 0.45 | 9.00 |" in text and "| 0.5 | 0.6 | 9.00 |" in text
+    assert text.count("The simulation is wrong by more than 15 %") == 2
+    assert re.search("wrong by more than 15 %: .*8192.*: 1.50 times as long", text)
+
+
+def test_simulated_times_are_made_where_they_can_be(tmp_path, monkeypatch):
+    path = tmp_path / "simulated.json"
+    assert "the model knows sm_90 only" in simulated.make("sm_80", path)
+    monkeypatch.setattr(model_code, "disassembler_reason", lambda: "pip install it")
+    assert "pip install it" in simulated.make("sm_90", path) and not path.exists()
+    monkeypatch.setattr(model_code, "disassembler_reason", lambda: None)
+    monkeypatch.setattr(model_kernels, "describe", lambda name: name == "taps_divisors")
+    monkeypatch.setattr(model_estimate, "count", lambda name, arch: name)
+    monkeypatch.setattr(model_estimate, "estimate", lambda name: SIMULATED | {"kernel": name})
+    assert "simulated for 1 kernels" in simulated.make("sm_90", path)
+    assert simulated.known(path) == {"taps_divisors": SIMULATED | {"kernel": "taps_divisors"}}
 
 
 @pytest.mark.parametrize("wrong", [{"gate": False, "median": None}, None])
