@@ -17,7 +17,7 @@ demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--res
 # Two tests run at a time. OpenMP's threads sleep where they wait, or they would spin in each other's way.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 test test-all: export SEQCONV_COMPILE ?= $(SAMPLE)
-test: .venv/ready  ## every feature once, in less than 7 minutes on two cores
+test: .venv/ready  ## every feature once, in about 10 minutes on two cores
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: .venv/ready  ## all other tests

@@ -87,7 +87,7 @@ def test_explain_shows_the_plan(device):
         half = str(seqconv.explain(u, k))
         floats = str(seqconv.explain(torch.randn(8, 4, 5000), torch.randn(4, 5000)))
     assert "tensor cores, 1024 points" in half and "sm_90" in half and "simulated: " in half
-    assert "float32, 5120 points" in floats and "estimated: " in floats
+    assert "float32, 5120 points" in floats and "lower bound: " in floats
 
 
 def test_explain_tells_a_cuda_tensor_what_it_takes(device, monkeypatch):

@@ -79,6 +79,7 @@ ORDERS = [
     (Case(9, 3, 1024, 1024, pre_gate=True, post_gate=True, skip="h", dtype=torch.bfloat16), FEW),
     (Case(9, 3, 1024, 1024, heads=2, dtype=torch.bfloat16), FEW),
     (Case(5, 5, 1000, 1000, dtype=torch.bfloat16), FEW),  # several channels to a block
+    (Case(19, 2, 2047, 2047, skip="h", dtype=torch.bfloat16), FEW),  # any rows
     (Case(3, 1, 16384, 16384, dtype=torch.bfloat16), FEW),  # no spectrum follows the tables
     (Case(2, 1, 8192, 8192, skip="h", dtype=torch.float16), FEW),
     (Case(2, 1, 20000, 20000, skip="h", dtype=torch.bfloat16), FEW),  # one row after the other
