@@ -62,7 +62,7 @@ struct Shape {
   static constexpr int padding = twiddles + constants + (split == 2 ? 0 : (split - 1) * 64);
   static constexpr int shared = tables + spectrum + slots * slot;
   // Where in the slots matrix m of those in the rows' ends begins.
-  static constexpr int pad(int m) {
+  static SEQCONV_DEVICE constexpr int pad(int m) {
     const int each = rows < 32 ? 1 : rows / 32, of_plane = m / each;
     return of_plane / (pair * planes) * slot + of_plane % (pair * planes) * plane +
            m % each * 32 * pitch + 512;

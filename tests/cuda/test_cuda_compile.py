@@ -20,14 +20,14 @@ ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SHARE = (
     16  # one of so many is compiled at each commit, and of the kernels on tensor cores for sm_90
 )
-HALF_SHARE = 4
+HALF_SHARE = 8
 REGISTERS = 65536  # of a multiprocessor
 # Of a thread on sm_90, by what a kernel's name begins with, the longest that fits: a little above what it takes.
 # Where 512 threads leave 128, and the compiler takes them, it must not have to spill any.
 CEILINGS = {
     "spectrum": 120,
     "taps_divisors": 40,
-    "taps_gradient": 124,
+    "taps_gradient": 128,
     "skip_gradient": 40,
     "long_taps": 120,
     "long_input": 120,

@@ -13,7 +13,7 @@ from accuracy import rel_l2
 from cases import Case, double
 from device_cases import FEW, case_inputs, check, compare, results, run
 from emulated import OnDevice, forget_recipes
-from half_cases import forms_of, half_case, half_launches, tensor_cores_only
+from half_cases import forms_of, half_case, half_launches, sampled, tensor_cores_only
 from judge import ROUNDING, STATED
 
 from seqconv import fftconv, use_backend
@@ -45,12 +45,15 @@ def of_every_form(n: int, quick: tuple[str, ...]):
         yield pytest.param(n, form, marks=[pytest.mark.slow] * (form not in quick), id=f"{n}{form}")
 
 
-GRIDS = [
-    *of_every_form(1024, ("", "_ragged", "_any")),
-    *of_every_form(256, ()),
-    *of_every_form(4096, ()),
-    *of_every_form(16384, ("",)),
-]
+GRIDS = sampled(
+    [
+        *of_every_form(1024, ("", "_ragged", "_any")),
+        *of_every_form(256, ()),
+        *of_every_form(4096, ()),
+        *of_every_form(16384, ("",)),
+    ],
+    6,
+)
 
 
 def with_blocks(blocks: int):

@@ -10,7 +10,7 @@ import torch
 from cases import Case
 from device_cases import FEW
 from emulated import OnDevice
-from half_cases import half_launches, tensor_cores_only
+from half_cases import half_launches, sampled, tensor_cores_only
 from judge import ROUNDING, STATED
 
 from seqconv import fftconv, reference, use_backend
@@ -61,17 +61,20 @@ def small_number(dtype: torch.dtype, n: int) -> float:
 
 
 # The form, by the length of rows.
-KINDS = [
-    pytest.param(n, less, dtype, marks=[pytest.mark.slow] * (n not in (1024, 8192) or slow))
-    for n in HALF_POINTS
-    for less, dtype, slow in (
-        (0, BF16, False),
-        (0, FP16, n > 1024),
-        (16, BF16, True),
-        (1, FP16, True),
-        (1, BF16, n > 1024),
-    )
-]
+KINDS = sampled(
+    [
+        pytest.param(n, less, dtype, marks=[pytest.mark.slow] * (n not in (1024, 8192) or slow))
+        for n in HALF_POINTS
+        for less, dtype, slow in (
+            (0, BF16, False),
+            (0, FP16, n > 1024),
+            (16, BF16, True),
+            (1, FP16, True),
+            (1, BF16, n > 1024),
+        )
+    ],
+    6,
+)
 
 
 def convolved(u, k, dy, device):

@@ -36,6 +36,12 @@ def some(things, count: int) -> list:
     return [things[(count * int(ASKED) + i) % len(things)] for i in range(min(count, len(things)))]
 
 
+def sampled(parameters, count: int) -> list:
+    """All parameters that are not marked slow, and `count` of those that are, which are others at each commit."""
+    parameters = list(parameters)
+    return [p for p in parameters if not p.marks] + some([p for p in parameters if p.marks], count)
+
+
 def half_case(n: int, form: str, dtype=torch.bfloat16, batch: int = 3, channels: int = 2) -> Case:
     """A problem that the kernel of this form takes in one window."""
     less, options = OF_FORMS[form]
