@@ -109,7 +109,7 @@ struct HeadGradient {
 };
 template <class T>
 SEQCONV_DEVICE HeadGradient<T> head_gradient(const ConvolutionArgs& a, const Place& p) {
-  float* dx = a.dx + (p.b * a.channels + p.h) * a.length + p.shift;
+  float* dx = a.dx == nullptr ? nullptr : a.dx + (p.b * a.channels + p.h) * a.length + p.shift;
   return {input_gradient<T>(a, p), dx, a.head == 0, a.head == a.heads - 1};
 }
 
@@ -123,7 +123,7 @@ struct Parts {
     const i64 row = unit.sums_row(a, l.slot);
     dk = (float*)(a.dk_parts + row * S::points);
     dskip = a.dskip_parts == nullptr ? nullptr : a.dskip_parts + row * S::threads + l.rank;
-    x_spectrum = a.x_spectra + row * S::points;
+    x_spectrum = S::pair == 1 ? a.x_spectra + row * S::points : nullptr;
   }
 };
 

@@ -115,7 +115,8 @@ struct Stream {
 
   SEQCONV_DEVICE Stream(const Lane<S>& l, const Tensor& t, const Unit& unit)
       : tensor(&t), head(unit.head) {
-    if (S::whole) first = t.template row<T>(unit.set, head, unit.channel) + piece_time(l, 0);
+    T* row = t.template row<T>(unit.set, head, unit.channel);
+    if (S::whole) first = row == nullptr ? row : row + piece_time(l, 0);
   }
   static SEQCONV_DEVICE int piece_time(const Lane<S>& l, int i) {
     return 256 * (l.warp + S::warps * i) + 8 * l.lane;
