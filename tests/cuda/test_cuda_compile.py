@@ -17,10 +17,8 @@ if compiler.compiler_reason():
 
 NAMES = tuple(kernels.KERNELS)
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-SHARE = (
-    16  # one of so many is compiled at each commit, and of the kernels on tensor cores for sm_90
-)
-HALF_SHARE = 8
+SHARE = 32  # one of so many is compiled at each commit
+HALF_SHARE = 8  # and of the kernels on tensor cores for sm_90
 REGISTERS = 65536  # of a multiprocessor
 # Of a thread on sm_90, by what a kernel's name begins with, the longest that fits: a little above what it takes.
 # Where 512 threads leave 128, and the compiler takes them, it must not have to spill any.
