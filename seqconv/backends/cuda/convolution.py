@@ -252,7 +252,7 @@ class _Prepared:
             return recipe
 
         self.parts = [(start, made(count)) for start, count in _slices(problem, plans)]
-        self.floats = max(recipe.bytes for _, recipe in self.parts) // 4
+        self.floats = -(-max(recipe.bytes for _, recipe in self.parts) // 4)
         # These are bytes from one channel to the next.
         self.steps = [
             0 if t is None else t.strides[axis] * t.element_size()
