@@ -128,12 +128,7 @@ SEQCONV_DEVICE void forward_any(const Lane<S>& l, const ConvolutionArgs& a, cons
     team_max(l, top);
     const int e = within_range(exponent_above(__uint_as_float(top[0])), divisor);
     stage(l, 0, input<T>(a, unit.place_of_row(a, keep_here(row))), e);
-    l.meet();
-    const Raw<S> raw(l);
-    sync_warp();
-    const u32 down[1] = {0};
-    outer_forward<T>(l, raw, OuterMatrix<S>(l), down);
-    l.meet();
+    outer_forward_any<T>(l);
     inner(l, InnerMatrices<S>(l), spectrum);
     l.meet();
     outer_inverse_any<S, 1>(l);

@@ -233,12 +233,7 @@ SEQCONV_DEVICE void backward_any(const Lane<S>& l, const ConvolutionArgs& a, con
                       exponent_above(__uint_as_float(top[1]))};
     stage(l, 0, dv(), e[0]), stage(l, 1, x(), e[1]);
     if (parts.dskip != nullptr) skip += skip_sum(dv(), x(), S::points, Team{l.rank, S::threads});
-    l.meet();
-    const Raw<S> raw(l);
-    sync_warp();
-    const u32 down[2] = {0, 0};
-    outer_forward<T>(l, raw, OuterMatrix<S>(l), down);
-    l.meet();
+    outer_forward_any<T>(l);
     inner_gradients(l, InnerMatrices<S>(l), spectrum, sums, sums.diagonal(e[0] + e[1], l.lane));
     l.meet();
     if (a.du.data == nullptr && a.dpre_gate.data == nullptr) continue;
@@ -325,12 +320,7 @@ SEQCONV_DEVICE void backward_aside(const Lane<S>& l, const ConvolutionArgs& a, c
       team_max(l, top);
       const int e = within_range(exponent_above(__uint_as_float(top[0])), divisor);
       stage(l, 0, source(), e);
-      l.meet();
-      const Raw<S> raw(l);
-      sync_warp();
-      const u32 down[1] = {0};
-      outer_forward<T>(l, raw, OuterMatrix<S>(l), down);
-      l.meet();
+      outer_forward_any<T>(l);
       return e;
     }
   };

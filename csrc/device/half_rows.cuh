@@ -198,6 +198,16 @@ SEQCONV_DEVICE void stage(const Lane<S>& l, int r, const Gated<T>& source, int e
                  halves(v[4] * scale, v[5] * scale), halves(v[6] * scale, v[7] * scale)});
   });
 }
+// The outer pass of rows that the team has staged, in place; then the whole team has come.
+template <class T, class S>
+SEQCONV_DEVICE void outer_forward_any(const Lane<S>& l) {
+  l.meet();
+  const Raw<S> raw(l);
+  sync_warp();
+  const u32 down[S::pair] = {};
+  outer_forward<T>(l, raw, OuterMatrix<S>(l), down);
+  l.meet();
+}
 // Real parts without their scale, for `drain`.
 template <class S, int kRows>
 SEQCONV_DEVICE void outer_inverse_any(const Lane<S>& l) {

@@ -4,6 +4,7 @@
 
 #include "butterfly.cuh"
 #include "half_gradients.cuh"
+#include "long_rows.cuh"
 #include "ssm.cuh"
 
 #define SEQCONV_DOOR extern "C" __attribute__((visibility("default")))
