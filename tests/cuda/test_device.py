@@ -76,7 +76,9 @@ def test_edge_lengths(machine, mode, dtype, length):
 @pytest.mark.parametrize(
     "options", [{}, {"pre_gate": True, "post_gate": True}], ids=["plain", "gated"]
 )
-@pytest.mark.parametrize("n", kernels.KNOWN)
+@pytest.mark.parametrize(
+    "n", [pytest.param(n, marks=[pytest.mark.slow] * (n not in (256, 4096))) for n in kernels.KNOWN]
+)
 def test_float32_kernels_that_know_their_length(machine, n, options, monkeypatch):
     """They give the same bits as the kernel for any length, of whole rows, of short ones and of gated ones."""
     device = machine.device(FEW)

@@ -188,7 +188,7 @@ def fits(limits: Limits, n: int, form: str) -> bool:
 
 def of_others() -> list:
     """Of each architecture with tensor cores one form of 256 points and one of many, which change at each commit."""
-    found = []
+    found, now = [], some([arch for arch, limits in OTHERS.items() if limits.tensor_cores], 2)
     for i, (arch, limits) in enumerate(OTHERS.items()):
         if limits.tensor_cores:
             forms = [(256, form) for form in forms_of(256)]
@@ -196,7 +196,7 @@ def of_others() -> list:
             long = [(n, form) for n, form in long if fits(limits, n, form)]
             step = 0 if ASKED == "all" else int(ASKED)
             for n, form in (forms[(step + i) % len(forms)], long[(7 * step + 11 * i) % len(long)]):
-                mark = [pytest.mark.slow] * (n > 256)
+                mark = [pytest.mark.slow] * (n > 256 or arch not in now)
                 found.append(pytest.param(arch, n, form, marks=mark, id=f"{arch}-{n}{form}"))
     return found
 
