@@ -198,7 +198,9 @@ def headers() -> str:
         text = (folder() / name).read_text().replace("#pragma once\n", "")
         return re.sub(r'#include "(\S+)"\n', lambda match: read(match[1]), text)
 
-    return read("half_gradients.cuh") + read("long_rows.cuh") + read("butterfly.cuh") + read("ssm.cuh")
+    return (
+        read("half_gradients.cuh") + read("long_rows.cuh") + read("butterfly.cuh") + read("ssm.cuh")
+    )
 
 
 def source(name: str) -> str:
