@@ -46,6 +46,11 @@ def test_results_come_in_order_and_errors_come_through():
     assert set(multiprocessing.active_children()) <= before
 
 
+def heeds() -> None:
+    """Makes a new process heed Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def of_session(session: int) -> list[int]:
     """Processes of a session that are not zombies."""
     found = []
@@ -65,8 +70,6 @@ def of_session(session: int) -> list[int]:
 def test_no_process_is_left_however_making_ends(tmp_path, task, way):
     command = [sys.executable, "-m", "bench.lra", "data", "make", task, "--root", str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    # A shell's background jobs ignore SIGINT, and so would their children.
-    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     pipes |= {"start_new_session": True, "preexec_fn": heeds}
     process = subprocess.Popen([*command, "--workers", "3"], cwd=ROOT, **pipes)
     deadline = time.monotonic() + 60
@@ -116,7 +119,12 @@ def in_a_fresh_process(code: str, tmp_path) -> str:
     path.write_text(f"{IN_A_FRESH_PROCESS}\nif __name__ == '__main__':\n{body}")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, path], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=heeds,  # A shell's background jobs ignore SIGINT, and so would their children.
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
