@@ -9,7 +9,7 @@ SAMPLE := $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
 ARCH ?= sm_90
 ARCHS := sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 
-.PHONY: demo test test-all sanitize neon gpu device-compile device-compilers device-ptx build lint size format bench bench-ssm bench-layers bench-table lra-table gallery clean
+.PHONY: demo test test-all sanitize neon gpu device-compile device-compilers device-ptx build lint size format bench bench-ssm bench-layers bench-streaming bench-table lra-table gallery clean
 
 demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--resume
 	$(BIN)/python -m bench.lra fit mnist5k --optim.epochs 6 --compare 15 --overwrite $(ARGS)
@@ -31,11 +31,12 @@ sanitize: .venv/ready  ## the kernels' tests under AddressSanitizer and Undefine
 	cd build/sanitize && CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 ../../$(BIN)/python -m pytest -q -m "not slow" \
-	  tests/ops/test_fftconv.py tests/ops/test_random.py tests/ops/test_ssm.py tests/cpu $(ARGS)
+	  tests/ops/test_fftconv.py tests/ops/test_random.py tests/ops/test_ssm.py tests/ops/test_ssm_step.py tests/ops/test_stream.py \
+	  tests/ops/test_exact_causal.py tests/cpu $(ARGS)
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SEQCONV_EMULATOR_FLAGS="$(SANITIZE) -O1" ../../$(BIN)/python -m pytest -q -n 2 \
-	  tests/cuda/test_device.py tests/cuda/test_cuda_ssm.py tests/cuda/test_cuda_butterfly.py \
-	  -k "operators_cases or windows or sizes or growing or matrices or edge_lengths and 1000 or three_passes and 20000" $(ARGS)
+	  tests/cuda/test_device.py tests/cuda/test_cuda_ssm.py tests/cuda/test_cuda_ssm_step.py tests/cuda/test_cuda_stream.py tests/cuda/test_cuda_butterfly.py \
+	  -k "any_age or operators_cases or windows or sizes or growing or matrices or edge_lengths and 1000 or three_passes and 20000" $(ARGS)
 
 neon:  ## the kernels for arm64, cross-compiled (Debian: g++-aarch64-linux-gnu) and run in qemu-user
 	mkdir -p build
@@ -61,7 +62,7 @@ device-compilers: .venv/ready  ## every CUDA kernel, architecture and NVRTC with
 	done
 	test $(COMPILE) != all || SEQCONV_COMPILE=all $(BIN)/python -m pytest -q -n 2 tests/cuda/test_cuda_compile.py tests/cuda/test_ptx_kernels.py $(ARGS)
 
-PTX_TESTS := tests/cuda/test_device.py tests/cuda/test_cuda_ssm.py tests/cuda/test_cuda_butterfly.py tests/cuda/test_ptx_*.py
+PTX_TESTS := tests/cuda/test_device.py tests/cuda/test_cuda_ssm*.py tests/cuda/test_cuda_stream.py tests/cuda/test_cuda_butterfly.py tests/cuda/test_ptx_*.py
 device-ptx: .venv/ready  ## every device test on the PTX machine, for every architecture; the other targets run a quarter of them
 	SEQCONV_PTX=all SEQCONV_COMPILE=all OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist worksteal -k "not emulator" $(PTX_TESTS) $(ARGS)
 
@@ -95,6 +96,10 @@ bench-ssm: .venv/ready  ## S4D's kernel beside torch.bmm, the einsum and PyKeOps
 bench-layers: .venv/ready  ## every layer beside itself on torch.fft, and the README's table of them
 	$(BIN)/python -m bench.layers --json bench/results/layers.jsonl $(ARGS)
 	$(BIN)/python -m bench.layers --table
+
+bench-streaming: .venv/ready  ## streams step by step beside other ways to generate, in a quarter of an hour; goes on where it was stopped
+	$(BIN)/python -m bench.streaming --json bench/results/streaming.jsonl $(ARGS)
+	$(BIN)/python -m bench.streaming --table
 
 gallery: .venv/ready  ## pictures of every layer's kernels before and after training
 	$(BIN)/python -m bench.gallery $(ARGS)

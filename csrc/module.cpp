@@ -11,10 +11,13 @@
 #include <initializer_list>
 
 #include "cpu/butterfly.h"
+#include "cpu/exact.h"
 #include "cpu/fftconv.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/ssm.h"
+#include "cpu/ssm_step.h"
+#include "cpu/stream.h"
 
 namespace {
 
@@ -98,19 +101,17 @@ PyObject* run(const Op& op) {
   Py_RETURN_NONE;
 }
 
-PyObject* call(PyObject* const* args, Py_ssize_t count, bool backward) {
+using Operator = seqconv::Status (*)(const Problem&);
+
+template <Operator op, bool backward>
+PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Problem problem;
   if (!read_problem(args, count, backward, &problem)) return nullptr;
-  return run([&] { return backward ? seqconv::backward(problem) : seqconv::forward(problem); });
+  return run([&] { return op(problem); });
 }
-
-PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call(args, count, false);
-}
-
-PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call(args, count, true);
-}
+constexpr auto forward = call<seqconv::forward, false>, backward = call<seqconv::backward, true>;
+constexpr auto exact_forward = call<seqconv::exact_forward, false>;
+constexpr auto exact_backward = call<seqconv::exact_backward, true>;
 
 // heads, channels, modes, length, single, threads; addresses of a and w; then of k, or of dk, its
 // three strides, and the addresses of da and dw.
@@ -142,6 +143,63 @@ PyObject* ssm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return run([&] { return backward ? seqconv::ssm_backward(p) : seqconv::ssm_forward(p); });
 }
 
+// batch, heads, channels, modes, activation, threads; addresses of state, power, input, output and
+// y, which are contiguous; then address, dtype and two strides of x, and the same of skip.
+PyObject* ssm_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 19) {
+    PyErr_Format(PyExc_TypeError, "seqconv._C: 19 integers wanted, got %zd", count);
+    return nullptr;
+  }
+  Reader read{args};
+  seqconv::SsmStepProblem p{};
+  for (int64_t* size : {&p.batch, &p.heads, &p.channels, &p.modes}) *size = read.next();
+  p.activation = static_cast<seqconv::Activation>(read.next());
+  p.threads = static_cast<int>(read.next());
+  p.state = reinterpret_cast<double*>(read.address());
+  for (const double** table : {&p.power, &p.input, &p.output})
+    *table = reinterpret_cast<const double*>(read.address());
+  p.y = read.address();
+  for (Tensor* t : {&p.x, &p.skip}) {
+    t->data = read.address();
+    t->dtype = static_cast<seqconv::Dtype>(read.next());
+    for (int i = 0; i < 2; ++i) t->stride[i] = read.next();
+  }
+  if (!read.ok) return nullptr;
+  return run([&] { return seqconv::ssm_step(p); });
+}
+
+// Whether pairs of memory hold the same bytes: two addresses and the number of bytes of each.
+PyObject* same_bytes(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Reader read{args};
+  bool same = true;
+  for (Py_ssize_t i = 0; same && read.ok && i + 3 <= count; i += 3) {
+    const char *x = read.address(), *y = read.address();
+    const size_t bytes = static_cast<size_t>(read.next());
+    if (!read.ok) break;
+    Py_BEGIN_ALLOW_THREADS;
+    same = std::memcmp(x, y, bytes) == 0;
+    Py_END_ALLOW_THREADS;
+  }
+  return read.ok ? PyBool_FromLong(same) : nullptr;
+}
+
+// Whether pairs of dictionaries hold the same objects under the same names in the same order.
+PyObject* same_items(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  for (Py_ssize_t i = 0; i + 1 < count; i += 2) {
+    if (!PyDict_Check(args[i]) || !PyDict_Check(args[i + 1])) {
+      PyErr_SetString(PyExc_TypeError, "seqconv._C: dictionaries wanted");
+      return nullptr;
+    }
+    if (PyDict_Size(args[i]) != PyDict_Size(args[i + 1])) Py_RETURN_FALSE;
+    Py_ssize_t at = 0, also_at = 0;
+    PyObject *key, *value, *also_key, *also_value;
+    while (PyDict_Next(args[i], &at, &key, &value) &&
+           PyDict_Next(args[i + 1], &also_at, &also_key, &also_value))
+      if (key != also_key || value != also_value) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
 // batch, channels, length, heads, n, whether double, threads, x, addresses of matrices and
 // twiddles; then of z, or of dz, dx, and the address of dmatrices.
 PyObject* butterfly(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -171,6 +229,63 @@ PyObject* butterfly(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!read.ok) return nullptr;
   return run(
       [&] { return backward ? seqconv::butterfly_backward(p) : seqconv::butterfly_forward(p); });
+}
+
+// batch, heads, channels, period, whether double, whether spread, activation, threads; u, pre_gate,
+// post_gate and y; addresses of inputs, sums, clock, taps and spectra.
+PyObject* stream_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr Py_ssize_t kCount = 8 + 4 * (1 + kPerTensor) + 5;
+  if (count != kCount) {
+    PyErr_Format(PyExc_TypeError, "seqconv._C: %zd integers wanted, got %zd", kCount, count);
+    return nullptr;
+  }
+  Reader read{args};
+  seqconv::StreamProblem p{};
+  for (int64_t* size : {&p.batch, &p.heads, &p.channels, &p.period}) *size = read.next();
+  p.compute_double = read.next();
+  p.spread = read.next();
+  p.activation = static_cast<seqconv::Activation>(read.next());
+  p.threads = static_cast<int>(read.next());
+  for (Tensor* t : {&p.u, &p.pre_gate, &p.post_gate, &p.y}) *t = read.tensor();
+  p.inputs = read.address();
+  p.sums = read.address();
+  p.clock = reinterpret_cast<int64_t*>(read.address());
+  p.taps = read.address();
+  p.spectra = read.address();
+  if (!read.ok) return nullptr;
+  return run([&] { return seqconv::stream_step(p); });
+}
+
+// heads, channels, taps, period, whether double, threads; addresses of the taps and the spectra.
+PyObject* stream_spectra(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 8) {
+    PyErr_Format(PyExc_TypeError, "seqconv._C: 8 integers wanted, got %zd", count);
+    return nullptr;
+  }
+  Reader read{args};
+  seqconv::StreamKernelProblem p{};
+  for (int64_t* size : {&p.heads, &p.channels, &p.count, &p.period}) *size = read.next();
+  p.compute_double = read.next();
+  p.threads = static_cast<int>(read.next());
+  p.k = read.address();
+  p.spectra = read.address();
+  if (!read.ok) return nullptr;
+  return run([&] { return seqconv::stream_spectra(p); });
+}
+
+PyObject* stream_spectrum_size(PyObject*, PyObject* args) {
+  long long period;
+  int compute_double;
+  if (!PyArg_ParseTuple(args, "Li", &period, &compute_double)) return nullptr;
+  return PyLong_FromLongLong(seqconv::stream_spectrum_size(period, compute_double));
+}
+
+PyObject* prefer_huge_pages(PyObject*, PyObject* args) {
+  long long address, bytes;
+  if (!PyArg_ParseTuple(args, "LL", &address, &bytes)) return nullptr;
+  seqconv::prefer_huge_pages(reinterpret_cast<void*>(static_cast<intptr_t>(address)),
+                             static_cast<size_t>(bytes));
+  Py_RETURN_NONE;
 }
 
 PyObject* set_parallel_for(PyObject*, PyObject* address) {
@@ -210,11 +325,33 @@ PyCFunction fastcall(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
+PyObject* exact_method(PyObject*, PyObject* args) {
+  long long length, taps;
+  if (!PyArg_ParseTuple(args, "LL", &length, &taps)) return nullptr;
+  const seqconv::ExactMethod m = seqconv::exact_method(length, taps);
+  return Py_BuildValue("iL", m.levels, static_cast<long long>(m.n));
+}
+
 PyMethodDef methods[] = {
     {"forward", fastcall(forward), METH_FASTCALL, "Runs the operator on packed arguments."},
     {"backward", fastcall(backward), METH_FASTCALL, "Runs its gradient on packed arguments."},
+    {"exact_forward", fastcall(exact_forward), METH_FASTCALL, "The same without the future."},
+    {"exact_backward", fastcall(exact_backward), METH_FASTCALL, "Its gradient."},
+    {"exact_method", exact_method, METH_VARARGS,
+     "(length, taps): levels of tiles, and points of the longest."},
     {"ssm", fastcall(ssm), METH_FASTCALL, "A state space model's kernel, or its gradient."},
+    {"ssm_step", fastcall(ssm_step), METH_FASTCALL, "A step of a state space model, in place."},
+    {"same_bytes", fastcall(same_bytes), METH_FASTCALL, "Whether pairs of memory are equal."},
+    {"same_items", fastcall(same_items), METH_FASTCALL, "Whether pairs of dictionaries are equal."},
     {"butterfly", fastcall(butterfly), METH_FASTCALL, "A learned butterfly, or its gradient."},
+    {"stream_step", fastcall(stream_step), METH_FASTCALL,
+     "One step of a convolution, and its tiles."},
+    {"stream_spectra", fastcall(stream_spectra), METH_FASTCALL,
+     "A kernel's spectra for the tiles."},
+    {"stream_spectrum_size", stream_spectrum_size, METH_VARARGS,
+     "(period, double): scalars of a row's spectra of all tiles."},
+    {"prefer_huge_pages", prefer_huge_pages, METH_VARARGS,
+     "(address, bytes): a hint for memory that is about to be written."},
     {"set_parallel_for", set_parallel_for, METH_O, "Takes the address of torch_parallel_for."},
     {"set_isa", set_isa, METH_VARARGS, "Selects an instruction set; False if it cannot run here."},
     {"isa", isa, METH_NOARGS, "The instruction set in use."},

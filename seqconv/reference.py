@@ -3,7 +3,7 @@
 `fftconv` is the O(L K) sum itself, `fftconv_fft` the usual torch.fft formulation (zero-padded rfft,
 product, irfft); both have the signature of `seqconv.fftconv` and take any real dtype. `backward` is
 the gradient of `fftconv_fft` in closed form, `butterfly_backward` that of `butterfly`. `ssm_kernel`
-is the Vandermonde sum of S4D. No argument is checked here.
+is the Vandermonde sum of S4D, and `ssm_step` one step of its recurrence. No argument is checked here.
 """
 
 import math
@@ -116,7 +116,7 @@ def activate(v: Tensor, activation: str | None) -> Tensor:
     return F.relu(v) if activation == "relu" else v
 
 
-def _slope(v: Tensor, activation: str | None) -> Tensor:
+def slope(v: Tensor, activation: str | None) -> Tensor:
     if activation == "gelu":
         cdf = 0.5 * torch.erfc(v * -math.sqrt(0.5))
         return cdf + v * torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)
@@ -184,7 +184,7 @@ def backward(dy, u, k, k_rev, skip, pre_gate, post_gate, activation):
     dpost = None if post is None else (dv * activate(v, activation)).reshape(dy.shape)
     if post is not None:
         dv = dv * post.reshape(v.shape)
-    dv = dv * _slope(v, activation)
+    dv = dv * slope(v, activation)
 
     dv_f = torch.fft.rfft(dv, n)
     dx = torch.fft.irfft((dv_f * k_f.conj_physical()).sum(1), n)[..., :length]
@@ -300,3 +300,20 @@ def ssm_kernel(log_dt, A, C, length, *, B=None, discretization="zoh"):
     k = torch.einsum("chn,hn,hnl->chl", c, b, powers).real
     k = k if discretization.startswith("dss") else 2 * k
     return k if C.dtype == torch.float64 else k.float()
+
+
+def ssm_step(state, x, skip, power, input, output, activation=None):
+    """One step of a diagonal state space model: y (batch, heads channels) in x's dtype, and the new state.
+
+    new = power state + input x,  y = activation(Re sum_n output new + skip x)
+
+    state (batch, channels, modes, 2), power and input (channels, modes, 2) and output (heads, channels, modes, 2)
+    hold real and imaginary parts in float64. x is (batch, channels), skip (heads, channels), in any dtype.
+    """
+    u = x.to(state.dtype)
+    re, im = state.unbind(-1)
+    turned = torch.stack([-im, re], -1)
+    new = power[..., :1] * state + (power[..., 1:] * turned + input * u[..., None, None])
+    weights = output * output.new_tensor([1.0, -1.0])
+    v = torch.einsum("chm,bhm->bch", weights.flatten(-2), new.flatten(-2))
+    return activate(v + skip * u.unsqueeze(1), activation).flatten(1).to(x.dtype), new

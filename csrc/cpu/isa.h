@@ -8,9 +8,12 @@
 #include <cstdint>
 
 #include "butterfly.h"
+#include "exact.h"
 #include "fftconv.h"
 #include "plan.h"
 #include "ssm.h"
+#include "ssm_step.h"
+#include "stream.h"
 
 namespace seqconv {
 
@@ -71,6 +74,50 @@ struct ButterflyKernel {
                    char* scratch);
 };
 
+// A step of some channels of a sample, and a tile of one row (see stream.h).
+template <class T>
+struct StreamKernel {
+  int quads;
+  void (*step)(const StreamProblem&, int64_t sample, int64_t channel, int64_t channels);
+  size_t (*scratch_bytes)(const Plan<T>&, int64_t heads);
+  void (*tile)(const StreamProblem&, const Plan<T>&, int64_t sample, int64_t channel, int64_t clock,
+               const T* spectra, int64_t apart, char* scratch);
+  void (*spectrum)(const Plan<T>&, const T* k, int64_t count, T* to);
+};
+
+// The exactly causal convolution (see exact.h): a level's plan and what it does with blocks, by the
+// instruction set for its length.
+template <class T>
+struct ExactLevel {
+  int64_t blocks;  // of a group
+  int64_t reach;   // how many blocks further a block acts
+  const Plan<T>* plan;
+  void (*split)(const Plan<T>&, const T* x, T* to);
+  void (*join)(const Plan<T>&, const T* ring, int64_t reach, int64_t b, const T* kernels, T* data,
+               T* v, int64_t room);
+  void (*spectrum)(const Plan<T>&, const T* k, int64_t count, T* to);
+};
+template <class T>
+struct ExactLevels {
+  int count = 0;
+  ExactLevel<T> level[kMaxLevels];
+};
+// Some heads of a channel, of some samples.
+struct ExactUnit {
+  int64_t channel, head, heads, batch, batch_end;
+};
+template <class T>
+struct ExactKernel {
+  int quads;
+  void (*split)(const Plan<T>&, const T*, T*);
+  void (*join)(const Plan<T>&, const T*, int64_t, int64_t, const T*, T*, T*, int64_t);
+  void (*spectrum)(const Plan<T>&, const T*, int64_t, T*);
+  size_t (*scratch_bytes)(const Problem&, const ExactLevels<T>&, const ExactUnit&);
+  void (*forward)(const Problem&, const ExactLevels<T>&, const ExactUnit&, char* scratch);
+  void (*backward)(const Problem&, const Tensor& dv, const ExactLevels<T>&, const ExactUnit&,
+                   char* scratch);
+};
+
 struct IsaKernels {
   const char* name;
   bool (*runnable)();
@@ -78,6 +125,12 @@ struct IsaKernels {
   ConvKernel<double> conv_f64;
   SsmKernel ssm_f32, ssm_f64;
   ButterflyKernel butterfly_f32, butterfly_f64;
+  StreamKernel<float> stream_f32;
+  StreamKernel<double> stream_f64;
+  void (*ssm_step_f32)(const SsmStepProblem&, const SsmStepUnit&);
+  void (*ssm_step_f64)(const SsmStepProblem&, const SsmStepUnit&);
+  ExactKernel<float> exact_f32;
+  ExactKernel<double> exact_f64;
   const IsaKernels* shorter = nullptr;  // for rows of fewer points than kShort, if not this one
 };
 constexpr int64_t kShort = 65;

@@ -1,9 +1,12 @@
 // All that the translation unit of an instruction set provides.
 #pragma once
 #include "butterfly_unit.h"
+#include "exact_unit.h"
 #include "fftconv_unit.h"
 #include "isa.h"
+#include "ssm_step_unit.h"
 #include "ssm_unit.h"
+#include "stream_unit.h"
 
 namespace seqconv::SEQCONV_ISA {
 
@@ -17,6 +20,12 @@ constexpr IsaKernels all_kernels(const char* name, bool (*runnable)(),
           kSsmKernel<double>,
           kButterflyKernel<float>,
           kButterflyKernel<double>,
+          kStreamKernel<float>,
+          kStreamKernel<double>,
+          ssm_step_unit<float>,
+          ssm_step_unit<double>,
+          kExactKernel<float>,
+          kExactKernel<double>,
           shorter};
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "flush.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -12,19 +13,6 @@ namespace {
 constexpr int64_t kSerialWork = 1 << 16;  // multiply-adds: below, one thread does it all
 constexpr int64_t kFewChannels = 8;
 constexpr int64_t kParts = 4;  // of the length, where there are too few channels
-
-// Powers that decay below the smallest normal number become zero at once: arithmetic on those in
-// between is many times slower on some processors.
-class FlushToZero {
- public:
-#if defined(__x86_64__)
-  FlushToZero() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(saved_ | 0x8040); }
-  ~FlushToZero() { __builtin_ia32_ldmxcsr(saved_); }
-
- private:
-  unsigned saved_;
-#endif
-};
 
 const SsmKernel& kernel_for(const SsmProblem& p) {
   return p.single ? kernels().ssm_f32 : kernels().ssm_f64;

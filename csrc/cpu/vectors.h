@@ -41,9 +41,10 @@ SEQCONV_INLINE Vec<T>& vec(T* at) {
   return *reinterpret_cast<Vec<T>*>(at);
 }
 
+// By subtracting zero, which compilers leave out: of -0 adding it would make 0.
 template <class T>
 SEQCONV_INLINE Vec<T> splat(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};
 }
 
 // Stores past the caches, where the target can: lines that are written whole need not be read

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from seqconv.backends import cpu, fallback
 from seqconv.backends.cuda import gpu
@@ -122,6 +123,32 @@ def choose(operator: str, inputs, options: tuple) -> tuple[Backend, Backend | No
     if operator in backend.always or backend.why_not(Request(operator, inputs, options)) is None:
         return backend, asked
     return fallback, asked
+
+
+_streams: dict[
+    str, Backend
+] = {}  # those that have made spectra of tiles, by the name of their layout
+
+
+def stream(k: Tensor) -> Backend:
+    """The backend that carries out the steps of a stream with the taps k."""
+    backend, _ = choose("stream", (k,), ())
+    _streams[backend.stream_name()] = backend
+    return backend
+
+
+def stream_by(made_by: str, spectra: Tensor) -> Backend:
+    """The backend that has made spectra, whatever a call would take now: only it can read them."""
+    backend = _streams.get(made_by)
+    if backend is None or backend.stream_name() != made_by:
+        raise ValueError(
+            f"stream: the kernel's spectra were made by {made_by!r}, which is not in use; make them anew"
+        )
+    if (backend is cpu and not spectra.is_cpu) or (backend is gpu and not spectra.is_cuda):
+        raise ValueError(
+            f"stream: the kernel's spectra were made by {made_by!r} and are now on {spectra.device}; make them anew"
+        )
+    return backend
 
 
 def explain(request: Request) -> Explanation:

@@ -16,9 +16,11 @@ from torch import Tensor
 from seqconv.backends.pack import (
     ABSENT,
     ACTIVATIONS,
+    DTYPES,
     KERNEL,
     SIGNAL,
     SKIP,
+    STEP,
     laid_out,
     pack,
     reach,
@@ -70,7 +72,7 @@ if (
     )
 
 name = "cpu"
-always = frozenset() if missing else frozenset(("fftconv", "ssm"))
+always = frozenset() if missing else frozenset(("fftconv", "ssm", "ssm_step", "stream"))
 
 
 def compiler() -> str:
@@ -109,6 +111,11 @@ def explain(request: Request) -> Explanation:
         return Explanation("cpu", "matrix product", None, 1, isa(), threads(), None)
     u, k, k_rev, *_ = request.inputs
     length = u.shape[-1]
+    if request.options[2:] == (True,):
+        levels, size = _C.exact_method(length, k.shape[-1])
+        several = "1 level" if levels == 1 else f"{levels} levels"
+        algorithm = f"{several} of exactly causal tiles" if levels else "direct sum"
+        return Explanation("cpu", algorithm, size or None, 1, isa(), threads(), None)
     size, blocks = method(max(length, 1), *reach(length, k, k_rev), u.dtype == torch.float64)
     algorithm = "direct sum" if size == 0 else "right-angle fft"
     return Explanation("cpu", algorithm, size or None, blocks, isa(), threads(), None)
@@ -121,11 +128,12 @@ _TENSORS = (*_INPUTS, SIGNAL, *_INPUTS)  # and y or dy, and the gradients
 
 
 @lru_cache(4096)
-def _layout(activation: str, *known) -> bytes:
+def _layout(activation: str, every_tap: bool, *known) -> bytes:
     """The first argument of _C.forward or _C.backward. `known` has everything of each tensor but where it lies."""
     (dtype, (batch, channels, length), _), (_, k, _), k_rev, skip, *_ = known
     flags = (len(k) == 4) + 2 * (skip is not None and len(skip[1]) == 2)
     taps = reached(length, k[-1], 0 if k_rev is None else k_rev[1][-1])
+    taps = (k[-1], 0) if every_tap else taps
     numbers = [batch, 1 if len(k) == 2 else k[-3], channels, length, *taps]
     numbers += [flags, dtype == torch.float64, ACTIVATIONS[activation]]
     for one, table in zip(known, _TENSORS, strict=False):
@@ -133,7 +141,7 @@ def _layout(activation: str, *known) -> bytes:
     return array("q", numbers).tobytes()
 
 
-def _call(function, tensors: tuple, activation: str) -> None:
+def _call(function, tensors: tuple, activation: str, every_tap: bool = False) -> None:
     """One loop over the tensors: around a short row Python's work takes longer than the kernel."""
     known, addresses = [], []
     for t in tensors:
@@ -144,7 +152,7 @@ def _call(function, tensors: tuple, activation: str) -> None:
             known.append((t.dtype, t.shape, t.stride()))
             addresses.append(t.data_ptr())
     threads = torch.get_num_threads() if threaded else 1  # a forked child takes one
-    function(_layout(activation, *known), threads, *addresses)
+    function(_layout(activation, every_tap, *known), threads, *addresses)
 
 
 def fftconv(y: Tensor, inputs, activation: str) -> None:
@@ -156,6 +164,31 @@ def fftconv_gradients(grads, dy: Tensor, inputs, activation: str) -> None:
     if inputs.k.shape[-1] > length or inputs.k_rev is not None:
         zero_unreached(grads.k, grads.k_rev, length)
     _call(_C.backward, (*inputs, dy, *grads), activation)
+
+
+def _like(t: Tensor | None) -> Tensor | None:
+    """t, or new memory of its kind where time is not innermost: the exact kernels take channels one by one."""
+    return t if t is None or t.stride(-1) == 1 else t.new_empty(t.shape)
+
+
+def _time_innermost(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def fftconv_exact(y: Tensor, inputs, activation: str) -> None:
+    inputs, v = map(_time_innermost, inputs), _like(y)
+    _call(_C.exact_forward, (*inputs, v), activation, every_tap=True)
+    if v is not y:
+        y.copy_(v)
+
+
+def fftconv_exact_gradients(grads, dy: Tensor, inputs, activation: str) -> None:
+    inputs, found = map(_time_innermost, (*inputs, dy)), [*map(_like, grads)]
+    zero_unreached(found[1], None, dy.shape[-1])
+    _call(_C.exact_backward, (*inputs, *found), activation, every_tap=True)
+    for grad, value in zip(grads, found, strict=True):
+        if value is not grad:
+            grad.copy_(value)
 
 
 # ---- the learned butterfly ----
@@ -219,3 +252,88 @@ def ssm(k: Tensor, inputs) -> None:
 
 def ssm_gradients(grads, dk: Tensor, inputs) -> None:
     _ssm(dk, inputs, *dk.stride(), *[grad.data_ptr() for grad in grads])
+
+
+def ssm_step(y: Tensor, inputs, activation: str) -> None:
+    state, x, skip, power, input, output = inputs
+    batch, channels = x.shape
+    # One call with plain arguments: around one step even the unpacking of a tuple takes a part of the time.
+    _C.ssm_step(
+        batch,
+        skip.shape[0],
+        channels,
+        state.shape[2],
+        ACTIVATIONS[activation],
+        torch.get_num_threads() if threaded else 1,
+        state.data_ptr(),
+        power.data_ptr(),
+        input.data_ptr(),
+        output.data_ptr(),
+        y.data_ptr(),
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        *x.stride(),
+        skip.data_ptr(),
+        DTYPES[skip.dtype],
+        *skip.stride(),
+    )
+
+
+# ---- streams ----
+
+
+def empty_in_huge_pages(like: Tensor, shape) -> Tensor:
+    """New memory, of large pages where the system has them: a step touches all rows, far apart, and would miss a
+    small page's translation for each."""
+    t = like.new_empty(shape)
+    # Tensors of a graph and of torch.func's transforms have no address.
+    if missing or torch.compiler.is_compiling() or type(t) is not Tensor or not t.is_cpu:
+        return t
+    if not torch._C._functorch.is_functorch_wrapped_tensor(t):  # pyright: ignore
+        _C.prefer_huge_pages(t.data_ptr(), t.nbytes)
+    return t
+
+
+def stream_name() -> str:
+    return f"cpu {isa()}"
+
+
+def stream_spectra(k: Tensor, period: int) -> Tensor:
+    heads, channels, count = k.shape
+    double = k.dtype == torch.float64
+    spectra = empty_in_huge_pages(k, (heads * channels * _C.stream_spectrum_size(period, double),))
+    asked = torch.get_num_threads() if threaded else 1
+    sizes = (heads, channels, count, period, double, asked)
+    _C.stream_spectra(*sizes, k.data_ptr(), spectra.data_ptr())
+    return spectra
+
+
+def stream_step(y, u, pre_gate, post_gate, rings, taps, spectra, activation, spread) -> None:
+    batch, heads, channels = y.shape
+    inputs, sums, clock = rings
+    _C.stream_step(
+        batch,
+        heads,
+        channels,
+        inputs.shape[1] * inputs.shape[3],
+        inputs.dtype == torch.float64,
+        spread,
+        ACTIVATIONS[activation],
+        torch.get_num_threads() if threaded else 1,
+        *pack(u, STEP),
+        *pack(pre_gate, STEP),
+        *pack(post_gate, STEP),
+        *pack(y, STEP),
+        inputs.data_ptr(),
+        sums.data_ptr(),
+        clock.data_ptr(),
+        taps.data_ptr(),
+        spectra.data_ptr(),
+    )
+
+
+# ---- comparison: of memory by same_bytes(address, address, bytes, ...), and of dictionaries, pair by pair, by
+# same_items(dict, dict, ...): whether they hold the same objects under the same names in the same order ----
+
+if _C is not None:
+    same_bytes, same_items = _C.same_bytes, _C.same_items

@@ -1,24 +1,35 @@
 """Everything in torch, on any device: torch.fft and torch.bmm, slower with the same answers."""
 
+import sys
+
 import torch
 from torch import Tensor
 
 from seqconv import reference
+from seqconv.backends import exact
 from seqconv.backends.pack import reach
 from seqconv.backends.protocol import Explanation, Request
+from seqconv.backends.tiles import spectra as stream_spectra  # noqa: F401
+from seqconv.backends.tiles import step as stream_step  # noqa: F401
 
 name = "reference"
-always = frozenset(("fftconv", "ssm", "butterfly"))
+always = frozenset(("fftconv", "ssm", "ssm_step", "butterfly", "stream"))
 
 
 def why_not(request: Request) -> None:
     return None
 
 
+def stream_name() -> str:
+    return name
+
+
 def explain(request: Request) -> Explanation:
     threads = torch.get_num_threads()
     if request.operator != "fftconv":
         return Explanation("torch", "matrix product", None, 1, None, threads, None)
+    if request.options[2:] == (True,):
+        return exact.explain(_this, request)
     u, k, k_rev, *_ = request.inputs
     n = reference.fft_size(u.shape[-1], *reach(u.shape[-1], k, k_rev))
     return Explanation("reference", "torch.fft", n, 1, None, threads, None)
@@ -38,6 +49,17 @@ def _write(grads, values) -> None:
 
 def fftconv_gradients(grads, dy: Tensor, inputs, activation: str) -> None:
     _write(grads, reference.backward(dy, *inputs, activation))
+
+
+_this = sys.modules[__name__]
+
+
+def fftconv_exact(y: Tensor, inputs, activation: str) -> None:
+    exact.forward(_this, y, inputs, activation)
+
+
+def fftconv_exact_gradients(grads, dy: Tensor, inputs, activation: str) -> None:
+    exact.gradients(_this, grads, dy, inputs, activation)
 
 
 def butterfly(z: Tensor, inputs, radices: tuple[int, ...]) -> None:
@@ -160,3 +182,10 @@ def ssm(k: Tensor, inputs) -> None:
 
 def ssm_gradients(grads, dk: Tensor, inputs) -> None:
     _write(grads, mode_sum_gradients(dk, *inputs))
+
+
+def ssm_step(y: Tensor, inputs, activation: str) -> None:
+    with torch.autocast(y.device.type, enabled=False):
+        found, state = reference.ssm_step(*inputs, activation)
+    y.copy_(found)
+    inputs.state.copy_(state)

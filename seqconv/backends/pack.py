@@ -10,6 +10,7 @@ ABSENT = (0, 0, 0, 0, 0, 0)
 # Which axes of a tensor are batch, head, channel and time, by its number of axes.
 SIGNAL = {3: (0, None, 1, 2), 4: (0, 1, 2, 3)}
 KERNEL = {2: (None, None, 0, 1), 3: (None, 0, 1, 2), 4: (0, 1, 2, 3)}
+STEP = {2: (0, None, 1, None), 3: (0, 1, 2, None)}
 SKIP = {1: (None, None, 0, None), 2: (None, 0, 1, None)}
 
 

@@ -5,11 +5,13 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+BLOCK = 32  # steps of a stream between its tiles, see seqconv.ops.stream
+
 
 class Request(NamedTuple):
     """One call of an operator. Its first input says on which device it is made."""
 
-    operator: str  # "fftconv", "ssm" or "butterfly"; a backend refuses what it does not know
+    operator: str  # "fftconv", "ssm", "ssm_step", "butterfly" or "stream"; a backend refuses what it does not know
     inputs: Any  # the operator's tensors by name
     options: tuple
 
@@ -69,10 +71,35 @@ class Backend(Protocol):
 
     def fftconv_gradients(self, grads, dy: Tensor, inputs, activation: str) -> None: ...
 
+    def fftconv_exact(self, y: Tensor, inputs, activation: str) -> None:
+        """fftconv with exact_causal, without k_rev: no output has a trace of later inputs."""
+        ...
+
+    def fftconv_exact_gradients(self, grads, dy: Tensor, inputs, activation: str) -> None:
+        """The gradient of u or a gate at a time has no trace of dy at earlier times, whose outputs do not see that
+        input; and where an element of dy is 0, the value of its output does not matter."""
+        ...
+
     def ssm(self, k: Tensor, inputs) -> None: ...
 
     def ssm_gradients(self, grads, dk: Tensor, inputs) -> None: ...
 
+    def ssm_step(self, y: Tensor, inputs, activation: str) -> None:
+        """Changes inputs.state in place. It is contiguous, as the tables and y are."""
+        ...
+
     def butterfly(self, z: Tensor, inputs, radices: tuple[int, ...]) -> None: ...
 
     def butterfly_gradients(self, grads, dz: Tensor, inputs, radices: tuple[int, ...]) -> None: ...
+
+    def stream_name(self) -> str:
+        """Names how this backend lays spectra of tiles out, in this process."""
+        ...
+
+    def stream_spectra(self, k: Tensor, period: int) -> Tensor:
+        """The spectra of tiles of BLOCK, 2 BLOCK, ..., period points, for taps (heads, channels, count)."""
+        ...
+
+    def stream_step(
+        self, y: Tensor, u, pre_gate, post_gate, rings, taps, spectra, activation: str, spread: bool
+    ) -> None: ...

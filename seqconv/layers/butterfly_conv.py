@@ -119,6 +119,10 @@ class Butterfly(KernelGenerator):
 TRANSFORM = Defaults(Butterfly)
 
 
+class NoSteps(TypeError, AttributeError):
+    """A layer has no such method, for a reason: hasattr is False, and a call says why."""
+
+
 class ButterflyConv(ConvLayer):
     """Long convolution layer with learned transforms, (batch, length, d_model) -> the same, length <= l_max.
 
@@ -238,6 +242,12 @@ class ButterflyConv(ConvLayer):
         v = _product_op(Spectra(u_f, k_f), length) if opaque else _product(u_f, k_f, length)
         v = v + self.skip[:, channels].to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
         return reference.activate(v, self.activation).to(u.dtype)
+
+    def __getattr__(self, name: str):
+        if name in ("init_state", "step", "prefill"):
+            text = "every output sees every input once the matrices are trained, the future too, so that it has no"
+            raise NoSteps(f"ButterflyConv: {text} {name}; a LongConv with its taps has")
+        return super().__getattr__(name)
 
 
 def _product(u_f: Tensor, k_f: Tensor, length: int) -> Tensor:

@@ -17,9 +17,14 @@ from seqconv.layers.base import (
     sized,
     warn_of_missing_taps,
 )
+from seqconv.layers.kept import tensors_of
 from seqconv.layers.module import Described, kernel_dtype
 from seqconv.layers.options import Defaults, refuse
 from seqconv.layers.padding import padding_of
+from seqconv.layers.recurrence import run_pre_hooks
+from seqconv.layers.state import State, check_kind, mark_of
+from seqconv.layers.streaming import Streaming
+from seqconv.layers.streaming_conv import ConvState, StreamingConv
 from seqconv.ops.checks import check_learning_rate, check_positive, check_sampling
 from seqconv.ops.fftconv import fftconv
 from seqconv.ops.register import Operator
@@ -147,7 +152,15 @@ _filter_op = Operator(
 FILTER = Defaults(HyenaFilter)
 
 
-class Hyena(Described):
+class HyenaState(State):
+    """The states of a Hyena's short convolution and of its long ones."""
+
+    tensors: ClassVar = ("short", "long")
+    short: ConvState
+    long: tuple[ConvState, ...]
+
+
+class Hyena(Streaming, Described):
     """Hyena operator, (batch, length, d_model) -> the same, causal.
 
         x_1, ..., x_N, v = short convolution of (W_in x + b_in), 3 taps
@@ -186,6 +199,7 @@ class Hyena(Described):
 
     causal = True
     shown = meaning = ("order",)
+    _generator = "filter"
     _context: Any = None  # where the steps are divided among processes: seqconv.parallel.context
 
     def __init__(
@@ -269,6 +283,100 @@ class Hyena(Described):
             post_gate = gates[-1] if i == self.order - 2 else None
             v = long(v, k[i], self.skip[i], pre_gate=gates[i], post_gate=post_gate, layout="blh")
         return apply_linear(self, "out_proj", v, self.d_model)
+
+    def _own(self) -> list[Tensor]:
+        return [self.short, self.short_bias, self.skip]
+
+    def _makers(self) -> list[nn.Module]:
+        return [self.filter, self.in_proj]  # A state holds inputs that in_proj has mapped.
+
+    def _first_mark(self, conv: StreamingConv) -> int:
+        before = tensors_of([self.in_proj], [self.short_bias])
+        return mark_of(conv.k, *[t for t in before if t.is_floating_point()])
+
+    def _convolutions(self, taps: int) -> list[StreamingConv]:
+        """The short convolution and the long ones."""
+        pairs = zip(self.filter(taps), self.skip, strict=True)
+        found = [StreamingConv(self.short), *[StreamingConv(k, skip) for k, skip in pairs]]
+        return self._named(found)
+
+    def init_state(
+        self, batch: int, *, length: int | None = None, spread: bool = False
+    ) -> HyenaState:
+        """The state before any input, for so many samples. length bounds the number of steps, which makes the state
+        smaller if they are fewer than taps; spread makes all steps cost about the same."""
+        self._check_length(length)
+        convs = self._streams(length)
+        short, *long = [conv.init_state(batch, length=length, spread=spread) for conv in convs]
+        return HyenaState(short=short, long=tuple(long))
+
+    def step(self, x: Tensor, state: HyenaState) -> tuple[Tensor, HyenaState]:
+        """Maps x (batch, d_model) of one time to y of that time, and returns the state, which it changes in place.
+        It has no gradient, and raises RuntimeError where one is asked for."""
+        name = "Hyena.step"
+        check_input(name, x, self.skip, self.d_model, ("batch",))
+        if self._forward_pre_hooks:
+            x = run_pre_hooks(self, x.unsqueeze(1)).squeeze(1)
+        check_kind(name, state, HyenaState)
+        self._refuse_gradients(name, x, state)
+        short, *long = self._streams_of(name, state, x)
+        x, _ = short.step(self._enter(x), state.short)
+        x = x + self._mine(self.short_bias).to(x.dtype)
+        *gates, v = x.chunk(self.order + 1, dim=-1)
+        for i, (conv, part) in enumerate(zip(long, state.long, strict=True)):
+            post_gate = gates[-1] if i == self.order - 2 else None
+            v, _ = conv.step(v, part, pre_gate=gates[i], post_gate=post_gate)
+        return self._leave(v), state
+
+    def prefill(
+        self,
+        x: Tensor,
+        state: HyenaState,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, HyenaState]:
+        """Maps x (batch, length, d_model), which follows the inputs that led to `state`, to y and the state after it,
+        a new one. It has gradients. mask and lengths are as in forward; padding at the left or right end of a row is
+        no step of it, and y is not defined there."""
+        name = "Hyena.prefill"
+        check_input(name, x, self.skip, self.d_model)
+        if self._forward_pre_hooks:
+            x = run_pre_hooks(self, x)
+        x, _ = sized(x)
+        unmasked = mask is None and lengths is None
+        padding = None if unmasked else padding_of(name, x, mask, lengths)
+        short, *long = self._streams_of(name, state, x)
+        x = self._enter(_zero(x, padding)).movedim(1, 2)
+        x, first = short.prefill(x, state.short, padding=padding)
+        x = x + self._mine(self.short_bias).to(x.dtype).unsqueeze(-1)
+        *gates, v = x.chunk(self.order + 1, dim=1)
+        states = []
+        for i, (conv, part) in enumerate(zip(long, state.long, strict=True)):
+            post_gate = gates[-1] if i == self.order - 2 else None
+            options = {"pre_gate": gates[i], "post_gate": post_gate, "padding": padding}
+            v, part = conv.prefill(v, part, **options)
+            states.append(part)
+        y = self._leave(v.movedim(1, 2))
+        return y, HyenaState(short=first, long=tuple(states))
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """(..., d_model) -> (..., order + 1 times the channels of this process): of every gate, then of v."""
+        return apply_linear(self, "in_proj", x, (self.order + 1) * self.d_model)
+
+    def _mine(self, t: Tensor) -> Tensor:
+        """Of (order + 1) d_model values those of the channels of this process: all, unless they are divided."""
+        return t
+
+    def _leave(self, v: Tensor) -> Tensor:
+        return apply_linear(self, "out_proj", v, self.d_model)
+
+    def _streams_of(self, function: str, state, x: Tensor) -> list[StreamingConv]:
+        check_kind(function, state, HyenaState)
+        if len(state.long) != self.order - 1:
+            text = f"must have {self.order - 1} long convolutions, got {len(state.long)}"
+            raise ValueError(f"{function}: state {text}")
+        return self._streams(state.short.length, x, state)
 
 
 def _zero(x: Tensor, padding: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from seqconv.layers.base import ConvLayer, KernelGenerator
 from seqconv.layers.module import fill, kernel_dtype, whole
 from seqconv.layers.options import Defaults, refuse
+from seqconv.layers.streaming import StreamingLayer
 from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 
 _warned = False  # There is one warning per process, whatever the filters of warnings say.
@@ -165,7 +166,7 @@ class LongConvKernel(KernelGenerator):
 KERNEL, BLOCK = Defaults(LongConvKernel), Defaults(ConvLayer)
 
 
-class LongConv(ConvLayer):
+class LongConv(StreamingLayer):
     """Long convolution layer, (batch, length, d_model) -> the same.
 
     y = GLU(W dropout(gelu(k * x + skip x)) + b), k = dropout(sign(p) max(|p| - lam, 0)), from

@@ -39,6 +39,22 @@ def padding_of(function: str, x: Tensor, mask, lengths) -> Tensor:
     return padding
 
 
+def extents(padding: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every row of padding (batch, length) its first step that is not padding, and the number of steps from that to
+    the last such; zeros for a row of padding alone."""
+    place = torch.arange(padding.shape[1], device=padding.device)
+    end = torch.where(padding, 0, place + 1).amax(1) if len(place) else padding.sum(1)
+    first = torch.where(padding, len(place), place).amin(1).clamp(max=end) if len(place) else end
+    return first, end - first
+
+
+def shifted(x: Tensor, by: Tensor) -> Tensor:
+    """x[..., t + by] of x (..., time), zero outside, for by (..., 1) of the same axes."""
+    place = torch.arange(x.shape[-1], device=x.device) + by
+    inside = (place >= 0) & (place < x.shape[-1])
+    return torch.where(inside, x.gather(-1, place.clamp(0, max(x.shape[-1] - 1, 0))), 0.0)
+
+
 def require(valid: Tensor, text: str) -> None:
     """Raises ValueError unless valid. In a compiled graph the check is made when the graph runs."""
     if torch.compiler.is_compiling():

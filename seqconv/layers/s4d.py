@@ -153,9 +153,13 @@ class S4DKernel(KernelGenerator):
         with device:
             fill(self, s4d_init.initial(self))
 
-    def system(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def system(
+        self, rate: float = 1.0, channels: slice | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The system in float64: log dt (d_model,) or (d_model, modes), A and B (d_model, modes, 2), and C (heads,
-        d_model, modes, 2)."""
+        d_model, modes, 2); or that of these channels."""
+        if channels is not None:
+            return _system(*self._arguments(self.select(self.read(), channels), rate, 1))
         return _system(*self._arguments(self.read(), rate, self.d_model // self.n_ssm))
 
     def _arguments(self, tensors: list[Tensor], rate: float, copies: int) -> tuple:
@@ -323,7 +327,7 @@ class S4D(Recurrent):
 
     dt, A, B and C stay float32 under .to(bfloat16) and .half(). layer(x, rate=2.0) takes inputs that are
     sampled half as often as those of training. init_state, step and prefill run a causal layer as
-    a recurrence, at rate 1 and without masks and kernel dropout.
+    a recurrence, without kernel dropout.
 
     Source: arXiv 2206.11893. Example:
         >>> layer = S4D(8)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from seqconv.layers.base import ConvLayer, KernelGenerator, full_precision
 from seqconv.layers.module import fill, kernel_dtype, whole
 from seqconv.layers.options import Defaults, refuse
+from seqconv.layers.streaming import StreamingLayer
 from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 from seqconv.ops.register import Operator
 from seqconv.ops.sharding import SUM
@@ -233,7 +234,7 @@ _taps_op = Operator(
 KERNEL, BLOCK = Defaults(SGConvKernel), Defaults(ConvLayer)
 
 
-class SGConv(ConvLayer):
+class SGConv(StreamingLayer):
     """Structured global convolution layer, (batch, length, d_model) -> the same.
 
     y = GLU(W dropout(gelu(k * x + skip x)) + b), k from SGConvKernel: w_i = pieces[i], kernel_dim weights

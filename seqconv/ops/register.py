@@ -28,7 +28,7 @@ from seqconv.ops.sharding import constants_replicated, declare
 
 library = torch.library.Library("seqconv", "DEF")
 
-_below_autograd = torch._C._AutoDispatchBelowAutograd
+below_autograd = torch._C._AutoDispatchBelowAutograd
 transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _tracing, _profiled = torch._C._is_tracing, torch.autograd._profiler_enabled
@@ -48,7 +48,7 @@ def transformed(tensors) -> bool:
     return any(forward_ad.unpack_dual(t).tangent is not None for t in found)
 
 
-def _needs_gradient(tensors) -> bool:
+def needs_gradient(tensors) -> bool:
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
@@ -56,14 +56,17 @@ def _needs_gradient(tensors) -> bool:
     return False
 
 
-def _unwatched(tensors) -> bool:
+def unwatched(tensors) -> bool:
     """Plain tensors of a device with kernels, and no mode, profiler or trace that must see the operator.
 
     Torch's dispatcher takes longer than everything else around a kernel, twice so for operators in
     Python. Where nobody watches it, eager calls go past it. It gives lazily negated and lazily zero
     tensors real memory."""
-    if not _PLAIN.issuperset(map(type, tensors)):
-        return False
+    return _PLAIN.issuperset(map(type, tensors)) and unwatched_if_plain(tensors)
+
+
+def unwatched_if_plain(tensors) -> bool:
+    """The same of tensors that are known to be plain ones."""
     first = tensors[0] if tensors[0] is not None else next(t for t in tensors if t is not None)
     if not (first.is_cpu or first.is_cuda):  # device.type takes five times as long
         return False
@@ -181,7 +184,7 @@ class Operator:
             return self.fwd(*self.flat(inputs), *options)
         if transforms_active() or forward_ad._current_level >= 0:
             return self.plain(inputs, *options)
-        if _needs_gradient(inputs):
+        if needs_gradient(inputs):
             return _Differentiable.apply((self, options), *inputs)
         return self._run(inputs, options)[0]
 
@@ -190,11 +193,11 @@ class Operator:
 
     def _run(self, inputs, options) -> tuple[Tensor, Backend | None, Backend | None]:
         """The result, whose derivative nobody asks the raw operator for, and the backend, chosen and asked for."""
-        unwatched = _unwatched(inputs)
+        direct = unwatched(inputs)
         chosen = choose(self.name, inputs, options) if self.chooses else (None, None)
-        if unwatched:
+        if direct:
             return self.forward(chosen[0], inputs, *options), *chosen
-        with _below_autograd():
+        with below_autograd():
             return self.fwd(*self.flat(inputs), *options), *chosen
 
     def raw_gradients(self, dy, inputs, options, wanted) -> list:
@@ -264,18 +267,18 @@ class Operator:
     def _record_forward(self, *args):
         inputs, options = self.split(args)
         self._refuse_transforms(self.fwd, inputs)
-        if _needs_gradient(inputs):
+        if needs_gradient(inputs):
             return _Differentiable.apply((self, options), *inputs)
-        with _below_autograd():
+        with below_autograd():
             return self.fwd(*args)
 
     def _record_gradients(self, dy, *args):
         inputs, options = self.split(args[:-1])
         self._refuse_transforms(self.bwd, (dy, *inputs))
-        if _needs_gradient((dy, *inputs)):
+        if needs_gradient((dy, *inputs)):
             call = self, *self._choose(inputs, options), options, args[-1]
             return self._outputs(_Gradient.apply(call, dy, *inputs), dy)
-        with _below_autograd():
+        with below_autograd():
             return self.bwd(dy, *args)
 
     # ---- by the plain definition alone ----
@@ -325,10 +328,10 @@ class _Differentiable(Function):
         elif torch.is_grad_enabled():
             call = operator, ctx.backend, ctx.asked, options, wanted
             grads = _Gradient.apply(call, dy, *inputs)
-        elif _unwatched((dy, *inputs)):
+        elif unwatched((dy, *inputs)):
             grads = operator.gradients(ctx.backend, dy, inputs, *options, wanted)
         else:
-            with _below_autograd(), recorded(ctx.asked):
+            with below_autograd(), recorded(ctx.asked):
                 grads = operator.raw_gradients(dy, inputs, options, wanted)
         return (None, *grads)
 
@@ -343,9 +346,9 @@ class _Gradient(Function):
         ctx.operator, ctx.options = operator, options
         ctx.wanted = [want and t is not None for want, t in zip(wanted, tensors, strict=True)]
         inputs = operator.name_inputs(tensors)
-        if _unwatched((dy, *inputs)):
+        if unwatched((dy, *inputs)):
             return tuple(operator.gradients(backend, dy, inputs, *options, wanted))
-        with _below_autograd(), recorded(ctx.asked):
+        with below_autograd(), recorded(ctx.asked):
             return tuple(operator.raw_gradients(dy, inputs, options, wanted))
 
     @staticmethod

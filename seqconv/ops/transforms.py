@@ -28,7 +28,7 @@ def _bwd(dy, tensors, *options):
     return torch.ops.seqconv.fftconv_bwd.default(dy, *tensors, given(tensors), *options)
 
 
-def composed(inputs: Inputs, activation: str, channels_last: bool) -> Tensor:
+def composed(inputs: Inputs, activation: str, channels_last: bool, exact: bool) -> Tensor:
     """The operator as torch elementwise operations around its linear core, at least in float32 as in the kernel."""
     u, k, k_rev, skip, pre_gate, post_gate = inputs
     x, gate = u, post_gate
@@ -36,7 +36,7 @@ def composed(inputs: Inputs, activation: str, channels_last: bool) -> Tensor:
         wide = torch.promote_types(u.dtype, torch.float32)
         x = u.to(wide) if pre_gate is None else u.to(wide) * pre_gate.to(wide)
         gate = post_gate if post_gate is None else post_gate.to(wide)
-    y = activate(_Linear.apply(x, k, k_rev, skip, channels_last), activation)
+    y = activate(_Linear.apply(x, k, k_rev, skip, channels_last, exact), activation)
     return (y if gate is None else y * gate).to(u.dtype)
 
 
@@ -70,13 +70,12 @@ class _Linear(Function):
     """y = k * u (+ k_rev) + skip u."""
 
     @staticmethod
-    def forward(u, k, k_rev, skip, channels_last):
-        return _fwd((u, k, k_rev, skip, None, None), "none", channels_last)
+    def forward(u, k, k_rev, skip, channels_last, exact):
+        return _fwd((u, k, k_rev, skip, None, None), "none", channels_last, exact)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, channels_last = inputs
-        ctx.options = (channels_last,)
+        tensors, ctx.options = inputs[:4], inputs[4:]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -84,17 +83,17 @@ class _Linear(Function):
     def backward(ctx, dy):
         wanted = tuple(ctx.needs_input_grad[:4])
         grads = _LinearBackward.apply(dy, *ctx.saved_tensors, *ctx.options, wanted)
-        return (*[g if want else None for g, want in zip(grads, wanted, strict=True)], None)
+        return (*[g if want else None for g, want in zip(grads, wanted, strict=True)], None, None)
 
     @_nestable
-    def jvp(ctx, du, dk, dk_rev, dskip, _):
+    def jvp(ctx, du, dk, dk_rev, dskip, *_):
         u, k, k_rev, skip = ctx.saved_tensors
         y = _Linear.apply(du, k, k_rev, skip, *ctx.options)
         return y + _Linear.apply(u, dk, dk_rev, dskip, *ctx.options)
 
     @staticmethod
-    def vmap(info, in_dims, u, k, k_rev, skip, channels_last):
-        call = lambda u, k, k_rev, skip: _Linear.apply(u, k, k_rev, skip, channels_last)  # noqa: E731
+    def vmap(info, in_dims, u, k, k_rev, skip, *options):
+        call = lambda u, k, k_rev, skip: _Linear.apply(u, k, k_rev, skip, *options)  # noqa: E731
         return fwd_vmap(info, in_dims[:4], call, u, k, k_rev, skip)
 
 
@@ -102,14 +101,14 @@ class _LinearBackward(Function):
     """Gradients of _Linear: du is linear in (dy, k), dk in (dy, u); the unwanted ones are empty tensors."""
 
     @staticmethod
-    def forward(dy, u, k, k_rev, skip, channels_last, wanted):
+    def forward(dy, u, k, k_rev, skip, channels_last, exact, wanted):
         tensors = u, k, k_rev, skip, None, None
-        return _bwd(dy, tensors, "none", channels_last, (*wanted, False, False))[:4]
+        return _bwd(dy, tensors, "none", channels_last, exact, (*wanted, False, False))[:4]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, channels_last, wanted = inputs
-        ctx.options = (channels_last, wanted)
+        tensors, ctx.options = inputs[:5], inputs[5:]
+        wanted = ctx.options[-1]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.mark_non_differentiable(
@@ -119,12 +118,12 @@ class _LinearBackward(Function):
     @staticmethod
     def backward(ctx, *grads):
         dy, u, *kernel = ctx.saved_tensors
-        channels_last, given = ctx.options
+        *options, given = ctx.options
         pairs = zip(grads, (u, *kernel), given, strict=True)
         gu, *gkernel = [
             g if want else t if t is None else torch.zeros_like(t) for g, t, want in pairs
         ]
-        options, wanted = (channels_last,), tuple(ctx.needs_input_grad[1:5])
+        wanted = tuple(ctx.needs_input_grad[1:5])
         ddy = None
         if ctx.needs_input_grad[0]:
             ddy = _Linear.apply(gu, *kernel, *options) + _Linear.apply(u, *gkernel, *options)
@@ -132,22 +131,21 @@ class _LinearBackward(Function):
         return (
             ddy,
             *[g if want else None for g, want in zip(rest, wanted, strict=True)],
-            None,
-            None,
+            *[None] * len(ctx.options),
         )
 
     @_nestable
     def jvp(ctx, dy_t, *tangents):
         dy, *tensors = ctx.saved_tensors
-        wanted = ctx.options[1]
+        wanted = ctx.options[-1]
         one = _LinearBackward.apply(dy_t, *tensors, *ctx.options)
         two = _LinearBackward.apply(dy, *tangents[:4], *ctx.options)
         return tuple(a + b if want else None for a, b, want in zip(one, two, wanted, strict=True))
 
     @staticmethod
-    def vmap(info, in_dims, dy, u, k, k_rev, skip, channels_last, wanted):
-        call = lambda *t: _LinearBackward.apply(*t, channels_last, wanted)  # noqa: E731
-        return bwd_vmap(info, in_dims[:5], call, wanted, dy, u, k, k_rev, skip)
+    def vmap(info, in_dims, dy, u, k, k_rev, skip, *options):
+        call = lambda *t: _LinearBackward.apply(*t, *options)  # noqa: E731
+        return bwd_vmap(info, in_dims[:5], call, options[-1], dy, u, k, k_rev, skip)
 
 
 # Batching. Convolutions of different channels never meet, so any mapped axis folds into the

@@ -123,7 +123,6 @@ def _by_state(layer, x: Tensor, rate: float, call: Call) -> Tensor:
     segments = shards.segments(call.rank)
     longest = max(size for _, size in segments)
     k, (a, b, c) = layer.kernel(longest, rate=rate, also=partial(discrete, rate=rate))
-    c = c * c.new_tensor([1.0, -1.0])
     us = [u.movedim(1, 2).to(wide) for u in x.split([size for _, size in segments], 1)]  # (b h l)
     ends = [[multiply(b, moments(a, u.flip(-1))) for u in us]]
     if layer.bidirectional:

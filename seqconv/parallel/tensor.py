@@ -20,6 +20,10 @@ from seqconv.layers.butterfly_conv import Butterfly
 from seqconv.layers.hyena import Hyena
 from seqconv.layers.module import whole
 from seqconv.layers.padding import padding_of
+from seqconv.layers.recurrence import Recurrent, discrete
+from seqconv.layers.streaming import StreamingLayer
+from seqconv.layers.streaming_conv import StreamingConv
+from seqconv.ops.ssm_step import Step
 from seqconv.parallel.call import random_numbers
 
 LAYERS = (ConvLayer, Hyena)
@@ -95,7 +99,13 @@ class _Channels(ParallelStyle):
         self._distribute(module, device_mesh, own)
         for part in module.modules():  # what is left: every process has it whole
             self._distribute(part, device_mesh, {})
-        _become(module, _DividedConvLayer if isinstance(module, ConvLayer) else _DividedLayer)
+        kinds = {
+            StreamingLayer: _DividedStreamingLayer,
+            Recurrent: _DividedRecurrent,
+            Hyena: _DividedHyena,
+            ConvLayer: _DividedConvLayer,
+        }
+        _become(module, next(to for kind, to in kinds.items() if isinstance(module, kind)))
         module.__dict__["_style"] = self
         return module
 
@@ -253,3 +263,94 @@ class _DividedConvLayer(_DividedLayer, ConvLayer):
         y: Any = super()._convolve(x, rate)
         own = y.redistribute(placements=[Replicate()]).to_local().contiguous()
         return DTensor.from_local(own, self.skip.device_mesh, [Replicate()], run_check=False)
+
+
+class _DividedSteps(_DividedLayer):
+    """Steps and chunks, with this process's channels in the state."""
+
+    def step(self, x, state):
+        y, state = super().step(self._whole_input(x), state)  # pyright: ignore
+        return self._output(y), state
+
+    def prefill(self, x, state, mask=None, *, lengths=None):
+        mask, lengths = (t if t is None else whole(t) for t in (mask, lengths))
+        y, state = super().prefill(self._whole_input(x), state, mask, lengths=lengths)  # pyright: ignore
+        return self._output(y), state
+
+    def _whole_input(self, x):
+        if isinstance(x, Tensor) and not isinstance(x, DTensor):
+            x = DTensor.from_local(x, self.skip.device_mesh, [self._style.inputs], run_check=False)
+        return _whole(x)
+
+    def _output(self, y: DTensor):
+        y = y.redistribute(placements=[self._style.outputs])
+        return y.to_local() if self._style.local else y
+
+    def _channels(self) -> slice:
+        return _channels(self.d_model, self.skip.device_mesh)
+
+    def _joined(self, y: Tensor) -> DTensor:
+        """(..., channels of this process) -> all channels, on every process."""
+        mesh = self.skip.device_mesh
+        own = _whole(_joined(y, mesh, y.dim() - 1, self.d_model))
+        return DTensor.from_local(own, mesh, [Replicate()], run_check=False)
+
+
+class _DividedStreamingLayer(_DividedSteps, _DividedConvLayer, StreamingLayer):
+    def _convolutions(self, taps: int) -> list[StreamingConv]:
+        k, skip = self.kernel(taps).to_local(), self.skip.to_local()
+        return self._named([StreamingConv(k, skip, activation=self.activation)])
+
+    def _mine(self, x: Tensor) -> Tensor:
+        x = DTensor.from_local(x, self.skip.device_mesh, [Replicate()], run_check=False)
+        return _whole(x, Partial())[..., self._channels()]
+
+    def _mixed(self, y: Tensor) -> Tensor:
+        return self._mix(self._joined(y).flatten(-2))
+
+
+class _DividedRecurrent(_DividedSteps, _DividedConvLayer, Recurrent):
+    def _mine(self, x: Tensor) -> Tensor:
+        x = DTensor.from_local(x, self.skip.device_mesh, [Replicate()], run_check=False)
+        return _whole(x, Partial())[..., self._channels()]
+
+    def _mixed(self, y: Tensor) -> Tensor:
+        return self._mix(self._joined(y.unflatten(-1, (self.heads, -1))).flatten(-2))
+
+    def _own_skip(self) -> Tensor:
+        return self.skip.to_local()
+
+    def _discrete(self, kernel, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+        with _local_states(kernel, _local):
+            return discrete(kernel, rate, channels=self._channels())
+
+    def _step_inputs(self, modes: Tensor, x: Tensor, skip, system) -> Step:
+        return Step(modes, self._mine(x), self._own_skip(), *system)
+
+    def other_kernel(self) -> str | None:
+        return None if isinstance(self.kernel, _PartOfKernel) else super().other_kernel()
+
+
+class _DividedHyena(_DividedSteps, Hyena):
+    def _convolutions(self, taps: int) -> list[StreamingConv]:
+        short = self._mine(self.short.movedim(0, -1)).movedim(-1, 0)  # pyright: ignore
+        pairs = zip(self.filter(taps).to_local(), self.skip.to_local(), strict=True)
+        found = [StreamingConv(short), *[StreamingConv(k, skip) for k, skip in pairs]]
+        return self._named(found)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        x = DTensor.from_local(x, self.skip.device_mesh, [Replicate()], run_check=False)
+        return self._mine(super()._enter(x))
+
+    def _mine(self, t: Tensor) -> Tensor:
+        parts = _whole(t, Partial()).unflatten(-1, (self.order + 1, self.d_model))
+        return parts[..., self._channels()].flatten(-2)
+
+    def _leave(self, v: Tensor) -> Tensor:
+        return super()._leave(self._joined(v))
+
+
+def _whole(t, gradient: Placement | None = None) -> Tensor:
+    """All of a DTensor. Its gradient is Partial() where every process uses its own channels only."""
+    whole = t.redistribute(placements=[Replicate()])
+    return whole.to_local(grad_placements=[gradient or Replicate()])

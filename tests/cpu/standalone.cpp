@@ -9,9 +9,11 @@
 #include <vector>
 
 #include "cpu/butterfly.h"
+#include "cpu/exact.h"
 #include "cpu/fftconv.h"
 #include "cpu/isa.h"
 #include "cpu/ssm.h"
+#include "cpu/ssm_step.h"
 
 using seqconv::Dtype;
 using seqconv::Problem;
@@ -102,7 +104,15 @@ struct Run {
     compare(y, y64);
     compare(du, du64);
     compare(dk, dk64);
-    if (taps_rev) compare(dk_rev, dk_rev64);
+    if (taps_rev) {
+      compare(dk_rev, dk_rev64);
+      return worst;
+    }
+    if (seqconv::exact_forward(p) != seqconv::Status::kOk) return HUGE_VAL;
+    if (seqconv::exact_backward(p) != seqconv::Status::kOk) return HUGE_VAL;
+    compare(y, y64);
+    compare(du, du64);
+    compare(dk, dk64);
     return worst;
   }
 };
@@ -190,6 +200,76 @@ bool check_ssm(int64_t heads, int64_t modes, int64_t length, double limit) {
   std::printf("%s ssm, %ld heads, %3ld modes, length %5ld: %.1e%s\n",
               sizeof(T) == 4 ? "float " : "double", static_cast<long>(heads),
               static_cast<long>(modes), static_cast<long>(length), worst, fine ? "" : "  WRONG");
+  return fine;
+}
+
+// A step of a state space model, and the state after it, against their definition.
+template <class T>
+bool check_ssm_step(int64_t batch, int64_t modes, double limit) {
+  using Complex = std::complex<double>;
+  const int64_t heads = 2, channels = 19;
+  std::mt19937 random(3);
+  std::normal_distribution<double> normal;
+  const auto complex = [&](int64_t count) {
+    std::vector<Complex> x(static_cast<size_t>(count));
+    for (Complex& value : x) value = {normal(random), normal(random)};
+    return x;
+  };
+  const auto real = [&](int64_t count) {
+    std::vector<T> x(static_cast<size_t>(count));
+    for (T& value : x) value = static_cast<T>(normal(random));
+    return x;
+  };
+  std::vector<Complex> state = complex(batch * channels * modes), power = complex(channels * modes);
+  const std::vector<Complex> input = complex(channels * modes);
+  const std::vector<Complex> output = complex(heads * channels * modes);
+  std::vector<T> x = real(batch * channels), skip = real(heads * channels);
+  std::vector<T> y(static_cast<size_t>(batch * heads * channels));
+  std::vector<Complex> state64 = state;
+  std::vector<double> y64(y.size());
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < heads * channels; ++i) {
+      const int64_t h = i % channels;
+      const double now = static_cast<double>(x[static_cast<size_t>(b * channels + h)]);
+      double v = static_cast<double>(skip[static_cast<size_t>(i)]) * now;
+      for (int64_t n = 0; n < modes; ++n) {
+        const auto at = static_cast<size_t>((b * channels + h) * modes + n);
+        const auto table = static_cast<size_t>(h * modes + n);
+        if (i < channels) state64[at] = power[table] * state64[at] + input[table] * now;
+        v += (output[static_cast<size_t>(i * modes + n)] * state64[at]).real();
+      }
+      y64[static_cast<size_t>(b * heads * channels + i)] = std::fmax(v, 0.0);
+    }
+  }
+  const auto doubles = [](const std::vector<Complex>& z) {
+    return reinterpret_cast<const double*>(z.data());
+  };
+  seqconv::SsmStepProblem p{};
+  p.batch = batch;
+  p.heads = heads;
+  p.channels = channels;
+  p.modes = modes;
+  p.activation = seqconv::Activation::kRelu;
+  p.threads = 1;
+  p.state = reinterpret_cast<double*>(state.data());
+  p.power = doubles(power);
+  p.input = doubles(input);
+  p.output = doubles(output);
+  p.x = Run<T>::tensor(x, channels, 0, 0);
+  p.skip = Run<T>::tensor(skip, channels, 0, 0);
+  p.x.stride[1] = p.skip.stride[1] = 1;
+  p.y = reinterpret_cast<char*>(y.data());
+  const bool ok = seqconv::ssm_step(p) == seqconv::Status::kOk;
+  Run<T> run{};
+  run.compare(y, y64);
+  Run<double> states{};
+  const double* wanted = doubles(state64);
+  states.compare(std::vector<double>(doubles(state), doubles(state) + 2 * state.size()),
+                 std::vector<double>(wanted, wanted + 2 * state.size()));
+  const bool fine = ok && run.worst < limit && states.worst < 1e-15;
+  std::printf("%s ssm step, batch %ld, %3ld modes: %.1e, state %.1e%s\n",
+              sizeof(T) == 4 ? "float " : "double", static_cast<long>(batch),
+              static_cast<long>(modes), run.worst, states.worst, fine ? "" : "  WRONG");
   return fine;
 }
 
@@ -322,6 +402,12 @@ int main() {
     for (int64_t modes : {1, 9, 40}) {
       fine = check_ssm<float>(2, modes, length, 1e-6) && fine;
       fine = check_ssm<double>(2, modes, length, 3e-12) && fine;
+    }
+  }
+  for (int64_t batch : {1, 6}) {
+    for (int64_t modes : {1, 5, 32}) {
+      fine = check_ssm_step<float>(batch, modes, 2e-7) && fine;
+      fine = check_ssm_step<double>(batch, modes, 1e-15) && fine;
     }
   }
   for (int64_t n : {16, 32, 64, 128, 256, 2048}) {

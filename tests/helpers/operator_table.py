@@ -20,7 +20,19 @@ def _fftconv():
         pre_gate=normal(2, 2, 7),
         post_gate=normal(2, 2, 2, 7),
     )
-    return fftconv.operator, inputs, ("gelu", False)
+    return fftconv.operator, inputs, ("gelu", False, False)
+
+
+def _exact():
+    inputs = fftconv.Inputs(
+        u=normal(2, 2, 40),  # more than the taps that are summed directly
+        k=normal(2, 2, 36),
+        k_rev=None,
+        skip=normal(2),
+        pre_gate=normal(2, 2, 40),
+        post_gate=normal(2, 2, 2, 40),
+    )
+    return fftconv.operator, inputs, ("gelu", False, True)
 
 
 def _ssm():
@@ -57,6 +69,7 @@ def _product():
 OPERATORS = {
     "toy": _toy,
     "fftconv": _fftconv,
+    "fftconv_exact_causal": _exact,
     "ssm": _ssm,
     "butterfly": _butterfly,
 }

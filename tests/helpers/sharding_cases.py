@@ -12,7 +12,15 @@ B, C, L, H = 5, 7, 11, 3
 
 
 def convolution(
-    activation="none", *, heads=0, per_sample=False, k_rev=True, skip="h", gates=(), last=False
+    activation="none",
+    *,
+    heads=0,
+    per_sample=False,
+    k_rev=True,
+    skip="h",
+    gates=(),
+    last=False,
+    exact_causal=False,
 ):
     leading = (*[B] * per_sample, *[heads] * (heads > 0), C)
     out = (B, *[heads] * (heads > 0), C, L)
@@ -24,7 +32,7 @@ def convolution(
         pre_gate=normal(B, C, L) if "pre_gate" in gates else None,
         post_gate=normal(*out) if "post_gate" in gates else None,
     )
-    return fftconv.operator, inputs, (activation, last)
+    return fftconv.operator, inputs, (activation, last, exact_causal)
 
 
 def _ssm():
@@ -66,6 +74,7 @@ CASES = {
     "fftconv heads": lambda: convolution("silu", heads=H, skip="ch", gates=BOTH),
     "fftconv heads, one skip": lambda: convolution(heads=H, gates=["pre_gate"], last=True),
     "fftconv per sample": lambda: convolution("relu", heads=H, per_sample=True, skip="ch"),
+    "fftconv exact": lambda: convolution("gelu", k_rev=False, gates=BOTH, exact_causal=True),
     "ssm": _ssm,
     "butterfly": _butterfly,
     "butterfly heads": lambda: _butterfly(12, 24),

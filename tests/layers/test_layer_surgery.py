@@ -75,7 +75,8 @@ def test_anything_may_stand_for_a_linear_map(make, replace):
             setattr(layer, name, pair[choice])
         results.append([layer(x)])
         if hasattr(layer, "step"):
-            results[-1].append(layer.step(x[:, 0], layer.init_state(2))[0])
+            with torch.no_grad():
+                results[-1].append(layer.step(x[:, 0], layer.init_state(2))[0])
             results[-1].append(layer.prefill(x, layer.init_state(2))[0])
     for ours, wanted in zip(*results, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
@@ -153,7 +154,7 @@ def test_kernels_in_half_precision_are_refused_by_name(make, dtype):
     with pytest.raises(TypeError, match=text):
         torch.func.functional_call(layer, halves(layer, dtype), x)
     if hasattr(layer, "step"):
-        with pytest.raises(TypeError, match=text):
+        with pytest.raises(TypeError, match=text), torch.no_grad():
             torch.func.functional_call(Step(layer), halves(Step(layer), dtype), x[:, 0])
     found = 0
     for place, generator in generators(layer).items():
@@ -228,7 +229,9 @@ def everything(layer, x) -> torch.Tensor:
     """The outputs of the convolution and, where there is one, of the recurrence."""
     y = layer(x)
     if hasattr(layer, "step"):
-        y = torch.cat([y, layer.step(x[:, 0], layer.init_state(len(x)))[0].unsqueeze(1)], 1)
+        with torch.no_grad():
+            now, _ = layer.step(x[:, 0], layer.init_state(len(x)))
+        y = torch.cat([y, now.unsqueeze(1)], 1)
     return y
 
 

@@ -156,7 +156,7 @@ def test_outputs_and_gradients_are_finite_for_huge_inputs(name, options, size):
 @pytest.mark.parametrize("options", [{"bidirectional": True}, {"discretization": "dss_softmax"}])
 def test_an_s4d_without_a_recurrence_says_so(options):
     layer = S4D(D, **options)
-    x, state = torch.randn(2, 9, D), torch.zeros(2, D, 32, 2)
+    x, state = torch.randn(2, 9, D), S4D(D).init_state(2)
     calls = (lambda: layer.init_state(2), lambda: layer.step(x[:, 0], state=state))
     for call in (*calls, lambda: layer.prefill(x, state)):
         with pytest.raises(TypeError, match=r"S4D: .*has no recurrence; .*ha(s|ve)"):

@@ -213,7 +213,8 @@ def calls_that_look_alike(_):
     mesh = mesh_of(torch.distributed.get_world_size())
     torch.manual_seed(1)
     operator, inputs, _ = convolution(gates=["pre_gate", "post_gate"])
-    calls = [("none", False), ("gelu", True), ("none", True), ("relu", False)]
+    calls = [("none", False, False), ("gelu", True, False)]
+    calls += [("none", True, False), ("relu", False, False)]
     patterns = [(True,) * 6, (False, True) * 3, (True, False) * 3, (True, *[False] * 5)]
     signals, kernels = [(None, None), (0, None), (1, 0), (SUM, None)], [True, False]
     for (signal, kernel), (options, wanted), gates, reverse in product(

@@ -156,9 +156,6 @@ def masks_and_layouts(_):
         torch.testing.assert_close(copy.deepcopy(own)(x, padding), y, **close)
         with pytest.raises(ValueError, match="is divided already"):
             plan(own)._apply(own, mesh)
-        if isinstance(own, S4D):
-            with pytest.raises(TypeError, match="DividedS4DKernel has no recurrence"):
-                own.init_state(4)
 
         model = nn.Sequential(Block(layer), Block(made(name))).double()
         again = copy.deepcopy(model)
