@@ -25,6 +25,7 @@ TELLING = (
     "test_layers",
     "test_learned_butterfly",
     "test_sums_of_exponentials",
+    "test_streams",
     "test_cases_of_the_long_kernels",
 )
 END = time.monotonic() + float(os.environ.get("SEQCONV_TEST_LEFT", "inf"))

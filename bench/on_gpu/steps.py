@@ -26,6 +26,7 @@ class Step:
 PROVE = (
     Step("versions", 45, "facts", "what is installed, and whether the kernels load", vital=True),
     Step("smoke", 60, "smoke", "results and gradients against float64"),
+    Step("streams", 30, "streams", "steps of streams against float64, and their times"),
     Step("ceilings", 30, "ceilings", "bandwidth of a copy, interval of mma.sync, a launch"),
     Step("times-4k", 40, "benchmark", "graph replays of 4096 steps"),
     Step("times", 60, "benchmark", "graph replays of 1K, 8K, 16K and 32K steps"),

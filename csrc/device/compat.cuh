@@ -32,6 +32,10 @@ SEQCONV_DEVICE int keep_here(int x) {
 SEQCONV_DEVICE float shuffle_xor(float x, int lanes) {
   return __shfl_xor_sync(0xffffffffu, x, lanes);
 }
+SEQCONV_DEVICE double shuffle_xor(double x, int lanes) {
+  const int high = __shfl_xor_sync(0xffffffffu, __double2hiint(x), lanes);
+  return __hiloint2double(high, __shfl_xor_sync(0xffffffffu, __double2loint(x), lanes));
+}
 
 // a b + c, rounded once. Where compilers choose which product to fuse, a kernel that knows more
 // does not give the same bits.

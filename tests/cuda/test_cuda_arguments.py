@@ -9,9 +9,21 @@ import torch
 from emulated import FLAGS
 from emulated import HERE as EMULATOR
 
-from seqconv.backends.cuda import arguments, convolution, half_tables, kernels, layout, recipe, ssm
+from seqconv.backends.cuda import (
+    arguments,
+    convolution,
+    half_tables,
+    kernels,
+    layout,
+    recipe,
+    ssm,
+    ssm_step,
+    stream,
+)
 from seqconv.backends.cuda.arguments import STRUCTURES, Structure
 from seqconv.backends.pack import ACTIVATIONS, DTYPES
+from seqconv.backends.protocol import BLOCK
+from seqconv.backends.tiles import GOLDEN, GROUP
 
 # What fields of more than one word consist of, in the order that pack and transform give.
 PARTS = {
@@ -52,7 +64,10 @@ def test_the_headers_have_the_fields_that_python_lists():
 
 def printed_by(body: str, tmp_path) -> list[str]:
     """What a program prints that includes the kernels and the header which stands for CUDA on the host."""
-    headers = [f'#include "{name}.cuh"' for name in ("butterfly", "ssm", "half_gradients")]
+    headers = [
+        f'#include "{name}.cuh"'
+        for name in ("butterfly", "ssm", "ssm_step", "stream", "half_gradients")
+    ]
     text = ["#include <cstddef>", '#include "emulator.h"', *headers, "int main() {", body, "}"]
     unit, program = tmp_path / "printed.cpp", tmp_path / "printed"
     unit.write_text("\n".join(text))
@@ -106,6 +121,7 @@ CHANGES = {  # of the headers
     "two tensors swapped": ("Tensor k, dk;", "Tensor dk, k;"),
     "another type": ("double spectrum_scale;", "float spectrum_scale;"),
     "a pointer to another type": ("const double* exponents;", "const c32* exponents;"),
+    "a clock of another type": ("i64* clock;", "float* clock;"),
     "a pointer that may be written to": ("const float* dskip_parts;", "float* dskip_parts;"),
 }
 
@@ -157,6 +173,11 @@ def test_codes_and_sizes():
     tiles = numbers(r"constexpr int (kRowLength = \d+, kTileRows = \d+)")
     assert tiles == {"RowLength": ssm.ROW, "TileRows": ssm.ROWS}
     assert numbers(r"constexpr int (kModes = \d+)") == {"Modes": ssm.MODES}
+    assert numbers(r"constexpr int (kSamples = \d+)") == {"Samples": ssm_step.SAMPLES}
+    assert numbers(r"constexpr int (kBlock = \d+)") == {"Block": BLOCK}
+    assert numbers(r"constexpr int (kRowLanes = \d+)") == {"RowLanes": stream.ROW_LANES}
+    assert numbers(r"constexpr int (kGroup = \d+)") == {"Group": GROUP}
+    assert f"kGolden = {GOLDEN:#X};".replace("X", "x") in kernels.headers()
 
 
 def test_values_that_do_not_fit_are_refused():

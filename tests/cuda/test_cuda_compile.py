@@ -38,6 +38,12 @@ CEILINGS = {
     "ssm_forward": 96,
     "ssm_backward": 124,
     "ssm_gradients": 72,
+    "ssm_step": 64,
+    "stream_step": 48,
+    "stream_clocks": 16,
+    "stream_tiles": 128,
+    "stream_spectra": 128,
+    "stream_tile": 128,
     "forward": 128,
     "backward": 128,
 }
@@ -46,6 +52,9 @@ CEILINGS = {
 # Bytes that a thread may spill outside of the butterflies, a few words in a row. With registers for all of them a
 # multiprocessor would hold fewer blocks.
 SPILLS = {f"backward_{kind}_8192": 40 for kind in ("f32", "bf16", "f16")}
+# Tiles have the sums that wait beside the results; where the first radix is 2, those of several columns.
+SPILLS |= {"stream_tile_32": 32, "stream_tile_512": 12, "stream_tile_8192": 20}
+SPILLS |= {"stream_tile_16384": 8, "stream_tiles": 24}
 # On tensor cores no kernel forward spills, and those backward spill little, but for one whose sums take more registers
 # than it has.
 HALF_SPILLS = {"half_forward": 0, "half_backward": 96}

@@ -131,7 +131,7 @@ def test_compile_and_functorch_take_the_same_kernels(device):
         y = torch.compile(fftconv, backend="eager", fullgraph=True)(u, k)
         mapped = torch.vmap(fftconv, in_dims=(0, None))(u[:, None], k)[:, 0]
         torch.library.opcheck(
-            operator.fwd, (*operator.flat(Inputs(u, k, None, None, None, None)), "none", False),
+            operator.fwd, (*operator.flat(Inputs(u, k, None, None, None, None)), "none", False, False),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
     expected = reference.fftconv_fft(u, k)

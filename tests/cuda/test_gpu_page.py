@@ -1,11 +1,11 @@
-"""docs/gpu.md: which rows one launch convolves on which GPUs."""
+"""docs/gpu.md: which rows one launch convolves on which GPUs, and which tiles a block."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from seqconv.backends.cuda import kernels
+from seqconv.backends.cuda import kernels, stream
 from seqconv.backends.cuda.lengths import sizes
 from seqconv.backends.cuda.plan import _largest
 from seqconv.backends.cuda.problem import Limits
@@ -49,3 +49,16 @@ def test_the_longest_rows_are_those_of_the_plans(size, archs, cells):
         assert stated == f"{found[0]:,} (any: {found[1]:,})"
     for backward, stated in enumerate(whole):
         assert longest_float32(limits, bool(backward)) == stated
+
+
+def test_the_largest_tiles_of_streams():
+    page = " ".join(PAGE.read_text().split())
+    stated = re.findall(r"([\d,]+)(?: points)? on ((?:sm_\d+(?:, | and )?)+)", page)
+    found = {
+        arch: int(n.replace(",", "")) for n, all in stated for arch in re.findall(r"sm_\d+", all)
+    }
+    wanted = {}
+    for size, archs, _ in ROWS:
+        limits = Limits(shared=int(size) * 1024, shared_total=(int(size) + 1) * 1024)
+        wanted |= dict.fromkeys(archs.split(", "), stream.largest(limits, 1 << 20))
+    assert found == wanted

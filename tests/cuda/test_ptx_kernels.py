@@ -13,8 +13,10 @@ import torch
 from butterfly_cases import check_learned_matrices
 from cases import Case
 from device_cases import A100, FEW, SMALL, TURING, check, run
+from emulated import OnDevice
 from half_cases import ASKED, forms_of, half_case, half_launches, some, tensor_cores_only
 from judge import sums
+from stream_problems import one_step
 
 from seqconv.backends.cuda import kernels
 from seqconv.backends.cuda.kernels import HALF_POINTS, half_shape
@@ -119,7 +121,7 @@ def test_the_cases_launch_every_kernel():
         with sums(mode), planned(half):
             run(device, case)
         found |= {kernel for kernel, *_ in device.launches}
-    others = {name for name in kernels.KERNELS if name.startswith(("butterfly", "ssm"))}
+    others = {n for n in kernels.KERNELS if n.startswith(("butterfly", "ssm", "stream"))}
     assert found == set(kernels.KERNELS) - others
 
 
@@ -143,7 +145,30 @@ def test_sums_of_exponentials(order):
     device = ptx_device.PtxDevice(H100, order)
     ssm_cases.check(device, *ssm_cases.problem(1, 1, 5), torch.randn(1, 1, 300))
     few |= {name for name, *_ in device.launches}
-    assert few == {name for name in kernels.KERNELS if name.startswith("ssm")}
+    assert few == {name for name in kernels.KERNELS if name.startswith("ssm")} - {"ssm_step"}
+
+
+# Of tiles, the last of four pieces. Two rows, so that a slot of small ones repeats the last row.
+POINTS = [*kernels.TILES, 65536]
+
+
+def test_the_tiles_launch_every_kernel_of_streams():
+    found = set()
+    for points in POINTS:
+        for spread in (False, True):
+            device = Recording()
+            one_step(OnDevice(device), 1, 2, 1, points, torch.tensor([points - 1]), spread)
+            found |= {kernel for kernel, *_ in device.launches}
+    assert found == {name for name in kernels.KERNELS if name.startswith("stream")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("points", some(POINTS, 4))
+def test_tiles_of_streams(points):
+    device = ptx_device.PtxDevice(order=2)
+    for spread in (False, True):
+        clock = torch.tensor([points - 1])
+        assert one_step(OnDevice(device), 1, 2, 1, points, clock, spread) < 1e-6
 
 
 @pytest.mark.parametrize("radices", [(16, 16, 8), (16, 2)], ids=str)
@@ -178,6 +203,9 @@ def test_other_architectures(arch):
     device = ptx_device.PtxDevice(FEW, arch=arch)
     ssm_cases.check(device, *ssm_cases.problem(2, 3, 17), torch.randn(2, 3, 3000))
     check_learned_matrices(device, (16, 8), torch.float32)
+    for points, spread in ((32, False), (256, False), (256, True)):
+        clock = torch.tensor([points - 1])
+        assert one_step(OnDevice(device), 1, 2, 3, points, clock, spread) < 1e-6
 
 
 def fits(limits: Limits, n: int, form: str) -> bool:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from seqconv.backends.cuda import butterfly, convolution, driver, ssm
+from seqconv.backends import exact
+from seqconv.backends.cuda import butterfly, convolution, driver, ssm, ssm_step, stream
 from seqconv.backends.cuda.plan import longest, make_plan, radix_bytes
 from seqconv.backends.fallback import join, split
 from seqconv.backends.protocol import Explanation, Request
@@ -42,15 +43,12 @@ class Cuda:
 
     def why_not(self, request: Request) -> str | None:
         first = request.inputs[0]
-        if request.operator not in ("fftconv", "ssm", "butterfly"):
+        if request.operator not in ("fftconv", "ssm", "ssm_step", "butterfly", "stream"):
             return f"there is no CUDA kernel for {request.operator}"
-        if request.operator == "ssm":
-            if not request.options[1]:
-                return "float64 has no CUDA kernels"
-        elif first.dtype == torch.float64:
+        if self._is_double(request):
             return "float64 has no CUDA kernels"
         missing = self.missing(first.device)
-        if missing is not None or request.operator == "ssm":
+        if missing is not None or request.operator in ("ssm", "ssm_step", "stream"):
             return missing
         limits = self.device(first.device).limits
         if request.operator == "butterfly":
@@ -61,10 +59,23 @@ class Cuda:
             return f"rows of more than {most} steps have no CUDA plan"
         return None
 
+    def _is_double(self, request: Request) -> bool:
+        """Whether the results are float64; states and exponents always are."""
+        if request.operator == "ssm":
+            return not request.options[1]
+        if request.operator == "ssm_step":
+            return torch.float64 in (request.inputs.x.dtype, request.inputs.skip.dtype)
+        return request.inputs[0].dtype == torch.float64
+
     def explain(self, request: Request) -> Explanation:
         device = self.device(request.inputs[0].device)
+        if request.operator == "stream":
+            arch, threads = device.arch, stream.MOST_THREADS
+            return Explanation("cuda", "right-angle fft", None, 1, arch, threads, None)
         if request.operator != "fftconv":
             return Explanation("cuda", "matrix product", None, 1, device.arch, ssm.THREADS, None)
+        if request.options[2:] == (True,):
+            return exact.explain(self, request)
         u, k, k_rev, _, *gates = request.inputs
         problem = convolution.describe(u, k, k_rev, *gates, request.options[0])
         plan = make_plan(problem, device.limits, False)
@@ -79,11 +90,20 @@ class Cuda:
     def fftconv_gradients(self, grads, dy: Tensor, inputs, activation: str) -> None:
         self.on(dy.device, convolution.backward, grads, dy, *inputs, activation)
 
+    def fftconv_exact(self, y: Tensor, inputs, activation: str) -> None:
+        exact.forward(self, y, inputs, activation)
+
+    def fftconv_exact_gradients(self, grads, dy: Tensor, inputs, activation: str) -> None:
+        exact.gradients(self, grads, dy, inputs, activation)
+
     def ssm(self, k: Tensor, inputs) -> None:
         self.on(k.device, ssm.forward, k, *[t.contiguous() for t in inputs])
 
     def ssm_gradients(self, grads, dk: Tensor, inputs) -> None:
         self.on(dk.device, ssm.backward, *grads, dk, *[t.contiguous() for t in inputs])
+
+    def ssm_step(self, y: Tensor, inputs, activation: str) -> None:
+        self.on(y.device, ssm_step.step, y, inputs, activation)
 
     def butterfly(self, z: Tensor, inputs, radices: tuple[int, ...]) -> None:
         def run(device):
@@ -99,6 +119,17 @@ class Cuda:
             grads.matrices.copy_(join(found, radices))
 
         self.on(dz.device, run)
+
+    def stream_name(self) -> str:
+        return self.name  # how spectra are laid out can be told from their number
+
+    def stream_spectra(self, k: Tensor, period: int) -> Tensor:
+        made = []
+        self.on(k.device, lambda device: made.append(stream.spectra(device, k, period)))
+        return made[0]
+
+    def stream_step(self, y, *given) -> None:
+        self.on(y.device, stream.step, y, *given)
 
 
 gpu = Cuda()

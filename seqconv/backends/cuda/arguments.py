@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from seqconv.backends.cuda.kernels import KERNELS
-from seqconv.backends.pack import KERNEL, SIGNAL, SKIP, pack
+from seqconv.backends.pack import KERNEL, SIGNAL, SKIP, STEP, pack
 
 
 class Field(NamedTuple):
@@ -74,7 +74,8 @@ FLOATS_INPUT = _pointer("const float*", torch.float32)
 WORDS = _pointer("u32*", torch.float32)
 DOUBLES = _pointer("double*", torch.float64)
 DOUBLES_INPUT = _pointer("const double*", torch.float64)
-SIGNALS, TAPS, SKIPS = _tensor(SIGNAL), _tensor(KERNEL), _tensor(SKIP)
+CLOCKS = _pointer("i64*", torch.int64)
+SIGNALS, TAPS, SKIPS, STEPS = map(_tensor, (SIGNAL, KERNEL, SKIP, STEP))
 
 
 class Structure:
@@ -189,11 +190,50 @@ SSM = Structure(
     k=TAPS,
     dk=TAPS,
 )
+SSM_STEP = Structure(
+    batch=INTEGER,
+    heads=INTEGER,
+    channels=INTEGER,
+    modes=INTEGER,
+    lanes=INTEGER,
+    activation=INTEGER,
+    state=DOUBLES,
+    power=DOUBLES_INPUT,
+    input=DOUBLES_INPUT,
+    output=DOUBLES_INPUT,
+    x=STEPS,
+    skip=SKIPS,
+    y=STEPS,
+)
+STREAM = Structure(
+    batch=INTEGER,
+    heads=INTEGER,
+    channels=INTEGER,
+    period=INTEGER,
+    activation=INTEGER,
+    largest=INTEGER,
+    now=INTEGER,
+    points=INTEGER,
+    count=INTEGER,
+    clock=CLOCKS,
+    inputs=FLOATS,
+    sums=FLOATS,
+    taps=FLOATS_INPUT,
+    k=FLOATS_INPUT,
+    spectra=COMPLEX,
+    tables=COMPLEX_INPUT,
+    u=STEPS,
+    pre_gate=STEPS,
+    post_gate=STEPS,
+    y=STEPS,
+)
 STRUCTURES = {
     "ConvolutionArgs": CONVOLUTION,
     "SkipArgs": SKIP_GRADIENT,
     "ButterflyArgs": BUTTERFLY,
     "SsmArgs": SSM,
+    "SsmStepArgs": SSM_STEP,
+    "StreamArgs": STREAM,
 }
 
 

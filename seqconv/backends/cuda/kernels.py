@@ -22,6 +22,12 @@ KNOWN = {
     8192: (2, 16, 16, 16),
     16384: (4, 16, 16, 16),
 }
+TILES = {
+    32: (2, 16),
+    64: (4, 16),
+    128: (8, 16),
+    **KNOWN,
+}  # points of a stream's tiles, or of their pieces
 _ROWS = 512  # threads of the largest block, as seqconv.backends.cuda.plan.MAX_THREADS says
 
 
@@ -36,6 +42,7 @@ class Kernel(NamedTuple):
 
 
 _CONVOLUTION, _BUTTERFLY, _SSM = "ConvolutionArgs", "ButterflyArgs", "SsmArgs"
+_STREAM = "StreamArgs"
 KERNELS: dict[str, Kernel] = {
     "spectrum": Kernel("spectrum", _CONVOLUTION, _ROWS),
     "taps_divisors": Kernel("taps_divisors", _CONVOLUTION, _ROWS),
@@ -49,6 +56,11 @@ KERNELS: dict[str, Kernel] = {
     "ssm_forward": Kernel("ssm_forward", _SSM, 128, 5),
     "ssm_backward": Kernel("ssm_backward", _SSM, 128, 4),
     "ssm_gradients": Kernel("ssm_gradients", _SSM, 128, 4),
+    "ssm_step": Kernel("ssm_step", "SsmStepArgs", 128, 8),
+    "stream_step": Kernel("stream_step", _STREAM, 128, 8),
+    "stream_clocks": Kernel("stream_clocks", _STREAM, 128),
+    "stream_tiles": Kernel("stream_tiles", _STREAM, _ROWS),
+    "stream_spectra": Kernel("stream_spectra", _STREAM, _ROWS),
 }
 for _suffix, _type in (*_IO.items(), ("c32", "c32")):
     for _name in ("forward", "backward"):
@@ -56,11 +68,15 @@ for _suffix, _type in (*_IO.items(), ("c32", "c32")):
 for _suffix, _type in _IO.items():
     for _name in ("long_input", "long_gradient", "long_output", "long_input_gradient"):
         KERNELS[f"{_name}_{_suffix}"] = Kernel(f"{_name}<{_type}>", _CONVOLUTION, _ROWS)
-for _n, _radices in KNOWN.items():
+for _n, _radices in TILES.items():
     _packed = sum(r << (8 * i) for i, r in enumerate(_radices))
     _shape = f"KnownTransform<{_n}, {len(_radices)}, {_packed}>"
     _threads = 256 if _n <= 4096 else _ROWS
     _blocks = 3 if _radices[0] == 16 else 512 // _threads
+    _tile = f"stream_tile<{_shape}>"
+    KERNELS[f"stream_tile_{_n}"] = Kernel(_tile, _STREAM, _threads, 512 // _threads)
+    if _n not in KNOWN:
+        continue
     for _suffix, _type in _IO.items():
         KERNELS[f"forward_{_suffix}_{_n}"] = Kernel(
             f"forward<{_type}, {_shape}>", _CONVOLUTION, _threads, _blocks
@@ -198,9 +214,8 @@ def headers() -> str:
         text = (folder() / name).read_text().replace("#pragma once\n", "")
         return re.sub(r'#include "(\S+)"\n', lambda match: read(match[1]), text)
 
-    return (
-        read("half_gradients.cuh") + read("long_rows.cuh") + read("butterfly.cuh") + read("ssm.cuh")
-    )
+    names = ("half_gradients", "long_rows", "butterfly", "ssm", "ssm_step", "stream")
+    return "".join(read(f"{name}.cuh") for name in names)
 
 
 def source(name: str) -> str:

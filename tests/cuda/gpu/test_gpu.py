@@ -17,14 +17,18 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 
 import ssm_cases
+import step_cases
 from accuracy import rel_l2
 from cases import Case
 from device_cases import LENGTHS, LONG, OPTIONS, compare
 from operator_cases import CASES, PROPERTIES
+from stream_problems import Stream, one_step
 
 import seqconv
 from seqconv import fftconv, reference
-from seqconv.backends.cuda import butterfly, driver
+from seqconv.backends.cuda import butterfly, driver, gpu, kernels
+from seqconv.ops import stream as streaming
+from seqconv.ops.ssm_step import ssm_step
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -212,6 +216,56 @@ def test_sums_of_exponentials(c, h, n, length):
     a, w = ssm_cases.problem(c, h, n, decay=(1e-6, 0.3), turn=130.0)
     device = driver.device(torch.cuda.current_device())
     ssm_cases.check(device, a.cuda(), w.cuda(), torch.randn(c, h, length, device="cuda"))
+
+
+@pytest.mark.parametrize("sizes", [*step_cases.SIZES, (64, 1, 256, 32)], ids=str)
+def test_steps_of_state_space_models(sizes):
+    """Also captured in a graph, whose every replay is one step."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        case = step_cases.problem(*sizes, dtype)
+        case = case._replace(**{name: t.cuda() for name, t in case._asdict().items()})
+        run = lambda step, activation: ssm_step(step, activation)[0]  # noqa: E731
+        step_cases.check(run, case, "gelu", 4e-7)
+        graph, own = torch.cuda.CUDAGraph(), step_cases.copied(case)
+        with torch.cuda.graph(graph):
+            y = run(own, "gelu")
+        own.state.copy_(case.state)
+        wanted = step_cases.copied(case)
+        for _ in range(3):
+            graph.replay()
+            assert torch.equal(y, run(wanted, "gelu")) and torch.equal(own.state, wanted.state)
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["plain", "spread"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_streams(dtype, spread):
+    """A plain step waits for nothing, and launches of a spread one are the same at every step: a graph replays them."""
+    for taps, steps in ((1, 40), (97, 500), (4097, 6000)):
+        case = Stream(3, 2, 37, taps, steps, spread, "gelu", "pre post", dtype)
+        given = case.tensors("cuda")
+        assert case.error(case.run(given), given) < 1
+        if not spread:
+            continue
+        rings, kernel = case.start(given)
+        held, found = [t.clone() for t in case.signals(given, 0)], []
+        streaming.step(*held, rings, kernel, "gelu", True)  # compiles
+        rings.inputs.zero_(), rings.sums.zero_(), rings.clock.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = streaming.step(*held, rings, kernel, "gelu", True)
+        for t in range(steps):
+            for into, new in zip(held, case.signals(given, t), strict=True):
+                into.copy_(new)
+            graph.replay()
+            found.append(y.clone())
+        assert case.error(torch.stack(found, -1), given) < 1
+
+
+@pytest.mark.parametrize("points", [*kernels.TILES, 65536, 1 << 18])
+def test_tiles_of_streams(points):
+    for spread in (False, True):
+        clock = torch.tensor([points - 1])
+        assert one_step(gpu, 1, 2, 3, points, clock, spread, "cuda") < 1e-6
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")

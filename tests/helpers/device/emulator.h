@@ -74,12 +74,13 @@ inline void keep_order() {}
 inline int keep_here(int x) { return x; }
 inline float fused(float a, float b, float c) { return a * b + c; }
 inline int log2_of(int power) { return 31 - __builtin_clz(power); }
-inline float shuffle_xor(float x, int lanes) {
+template <class T>
+T shuffle_xor(T x, int lanes) {
   static const char here = 0;
   struct Op {
-    float in, out;
+    T in, out;
     int lanes;
-  } op{x, 0.f, lanes};
+  } op{x, T(0), lanes};
   emulator::meet(&op, &here, [](void** slots) {
     for (int i = 0; i < 32; ++i)
       ((Op*)slots[i])->out = ((Op*)slots[i ^ ((Op*)slots[i])->lanes])->in;

@@ -6,6 +6,8 @@
 #include "half_gradients.cuh"
 #include "long_rows.cuh"
 #include "ssm.cuh"
+#include "ssm_step.cuh"
+#include "stream.cuh"
 
 #define SEQCONV_DOOR extern "C" __attribute__((visibility("default")))
 
