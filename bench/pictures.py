@@ -348,3 +348,47 @@ def plot_parallel(rows: list[dict], path: Path) -> None:
     )
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+# ---- streams ----
+
+
+def plot_streaming(rows: list[dict], path: Path) -> None:
+    """Time of a step against its position in the longest stream, and the mean against the length, for each batch."""
+    rows = [r for r in rows if r["gate"] and r["threads"] == rows[-1]["threads"]]
+    if not rows:
+        raise ValueError("nothing to draw: no result was right")
+    batches, names = ({r[x]: None for r in rows} for x in ("batch", "contender"))
+    longest = max(r["length"] for r in rows)
+    size = {"figsize": (11, 3.6 * len(batches)), "layout": "constrained"}
+    figure, axes = plt.subplots(len(batches), 2, squeeze=False, sharey=True, **size)
+    for (left, right), batch in zip(axes, batches, strict=True):
+        for i, name in enumerate(names):
+            own = [r for r in rows if (r["batch"], r["contender"]) == (batch, name)]
+            own = sorted({r["length"]: r for r in own}.values(), key=lambda r: r["length"])
+            style = {"color": f"C{i}", "marker": "os^Dv"[i % 5], "markersize": 4}
+            for row in own:
+                if row["length"] == longest:
+                    curve, below = row["curve"], {**style, "linewidth": 1}
+                    left.plot(curve["position"], [1e6 * t for t in curve["mean"]], **below)
+                    if "worst" in curve:
+                        worst = [1e6 * t for t in curve["worst"]]
+                        below |= {"linestyle": ":", "marker": ""}
+                        left.plot(curve["position"], worst, **below)
+            times = [(r["length"], 1e6 * r["total"] / r["length"]) for r in own]
+            if times:
+                right.plot(*zip(*times, strict=True), label=name, **style)
+        title = plural(batch, "sample")
+        left.set(title=f"{title}: a step, by its position", ylabel="us (dotted: the worst)")
+        right.set(title=f"{title}: a step, mean over the stream", yscale="log")
+        length_axis(right, sorted({r["length"] for r in rows}))
+        left.set_xscale("log", base=2)
+        left.set_xlabel(f"position in a stream of {length_name(longest)} steps")
+        left.grid(alpha=0.3)
+    handles = right.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    first = rows[-1]
+    shape = f"{first['channels']} channels, float32, {plural(first['threads'], 'thread')}"
+    figure.suptitle(f"{first['device']} ({first['isa']}), {shape}", fontsize=10)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

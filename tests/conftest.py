@@ -16,7 +16,9 @@ import seqconv
 from seqconv.backends import cpu
 
 # Helpers that assert explain a failure as tests do: they are rewritten when a test imports them.
-pytest.register_assert_rewrite("butterfly_cases", "device_cases", "operator_cases", "ssm_cases")
+pytest.register_assert_rewrite(
+    "butterfly_cases", "device_cases", "operator_cases", "ssm_cases", "step_cases"
+)
 
 
 def pytest_addoption(parser):

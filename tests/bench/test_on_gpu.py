@@ -65,7 +65,7 @@ def test_the_whole_of_it_runs_dry(emulator, bare, tmp_path):
     assert all(r["predicted"] > 0 and r["clock"] for r in timed if r["contender"] == "seqconv")
     assert {r["name"] for r in rows if r["kind"] == "ceiling"} >= {"copy", "launch", "clock"}
     again = on_gpu("prove", "--dry", "--out", out)
-    assert again.returncode == 0 and again.stdout.count("skipped, it passed before") == 5
+    assert again.returncode == 0 and again.stdout.count("skipped, it passed before") == 6
 
     readme = tmp_path / "README.md"
     readme.write_text("<!-- gpu bench -->\nnothing has run\n<!-- end of gpu bench -->\n")
@@ -109,6 +109,15 @@ def test_a_wrong_result_is_red_and_gets_no_time(emulator, tmp_path, fault):
     timed = [r for r in rows if r["kind"] == "time" and r["skip"]]
     assert timed and not any(r["gate"] or r["median"] for r in timed)
     assert "WRONG" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_wrong_stream_is_red(emulator, tmp_path):
+    fault = "if kernel.startswith('stream_tile'): return"
+    (tmp_path / "broken.py").write_text(BROKEN.format(fault=fault))
+    asked = ["prove", "--dry", "broken:device", "--only", "streams", "--out", tmp_path / "out"]
+    result = on_gpu(*asked, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1 and result.stdout.count("WRONG 3x2x37") == 2
 
 
 @pytest.fixture
