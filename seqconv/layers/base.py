@@ -305,7 +305,11 @@ class ConvLayer(Described):
     def _mix(self, y: Tensor) -> Tensor:
         """(batch, length, heads d_model) after the activation -> (batch, length, d_model)."""
         wide = 2 * self.d_model if self.postact == "glu" else self.d_model
-        y = apply_linear(self, "linear", call(self._modules["dropout"], y), wide)
+        dropout: Any = self._modules["dropout"]
+        hooks = dropout._forward_hooks or dropout._forward_pre_hooks or _global_hooks()
+        if dropout.training or hooks or type(dropout) not in _DROPOUTS:  # not idle
+            y = dropout(y)
+        y = apply_linear(self, "linear", y, wide)
         if self.postact is None:
             return y
         if forward_ad._current_level >= 0 or transforms_active() or type(y) is not Tensor:
@@ -349,24 +353,18 @@ def warn_of_missing_taps(layer: Described, k: Tensor, length: int) -> None:
     layer.warn_once("taps", f"{text} is not seen. Make the layer with a larger l_max.")
 
 
-def call(module: Any, x: Tensor) -> Tensor:
-    """module(x). Around one step of a recurrence torch's call of a module takes longer than an idle dropout or the
-    preparation of a linear map. Where no hook, graph or trace sees the call, it is left out."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or _global_hooks():
-        return module(x)
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    if hooks or module._backward_hooks or module._backward_pre_hooks:
-        return module(x)
-    kind, own = type(module), module._parameters
-    if kind is nn.Linear and own.keys() == _WEIGHTS:
-        return F.linear(x, own["weight"], own["bias"])
-    return x if kind in _DROPOUTS and not module.training else module(x)
-
-
 def apply_linear(layer: nn.Module, name: str, x: Tensor, wide: int) -> Tensor:
     """Applies the linear map of that name, or the module in its place: (..., features) -> (..., wide)."""
     linear: Any = layer._modules[name]
-    y = call(linear, x)
+    own = linear._parameters
+    hooks = linear._forward_hooks or linear._forward_pre_hooks
+    hooks = hooks or linear._backward_hooks or linear._backward_pre_hooks or _global_hooks()
+    graph = torch.compiler.is_compiling() or torch._C._is_tracing()
+    if type(linear) is nn.Linear and own.keys() == _WEIGHTS and not (hooks or graph):
+        # Around one step torch's call of a module takes longer than the preparation of a linear map.
+        y = F.linear(x, own["weight"], own["bias"])
+    else:
+        y = linear(x)
     if y.shape[-1] != wide or y.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"{type(layer).__name__}: {name} ({type(linear).__name__}) must map {tuple(x.shape)} to "

@@ -23,7 +23,7 @@ from seqconv.layers.options import Defaults, refuse
 from seqconv.layers.padding import padding_of
 from seqconv.layers.recurrence import run_pre_hooks
 from seqconv.layers.state import State, check_kind, mark_of
-from seqconv.layers.streaming import Streaming
+from seqconv.layers.streaming import Streaming, kernel_of
 from seqconv.layers.streaming_conv import ConvState, StreamingConv
 from seqconv.ops.checks import check_learning_rate, check_positive, check_sampling
 from seqconv.ops.fftconv import fftconv
@@ -296,7 +296,7 @@ class Hyena(Streaming, Described):
 
     def _convolutions(self, taps: int) -> list[StreamingConv]:
         """The short convolution and the long ones."""
-        pairs = zip(self.filter(taps), self.skip, strict=True)
+        pairs = zip(kernel_of(self.filter, taps), self.skip, strict=True)
         found = [StreamingConv(self.short), *[StreamingConv(k, skip) for k, skip in pairs]]
         return self._named(found)
 

@@ -51,7 +51,8 @@ class Recurrent(ConvLayer):
             check_length(name, length, name="length")
         own = self._own_skip()
         modes = own.new_zeros((batch, own.shape[1], kernel.modes, 2), dtype=torch.float64)
-        kept = self._keep(kernel, own.is_cuda)
+        # FSDP's hooks may run only after those of the whole model, at the first step.
+        kept = None if gathered_by_hooks(kernel) else self._keep(kernel, own.is_cuda)
         return S4DState(modes=modes, kernel=0 if kept is None else kept.mark)
 
     def step(self, x: Tensor, state: "S4DState", *, rate: float = 1.0) -> tuple[Tensor, "S4DState"]:
@@ -282,6 +283,12 @@ def discrete(kernel, rate: float = 1.0, **which) -> tuple[Tensor, Tensor, Tensor
     log_dt, A, B, C = kernel.system(rate, **which)
     a, b = discretize(log_dt, A, discretization)
     return a, multiply(b, B), C if discretization == "dss" else 2 * C
+
+
+def gathered_by_hooks(module: nn.Module) -> bool:
+    """Whether hooks of torch.distributed gather the module's parameters when it is called."""
+    hooks = module._forward_pre_hooks.values()
+    return any(getattr(h, "__module__", "").startswith("torch.distributed") for h in hooks)
 
 
 def run_pre_hooks(module: nn.Module, argument):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from seqconv.layers.base import ConvLayer, check_input, sized
 from seqconv.layers.kept import Snapshot, tensors_of, watch
 from seqconv.layers.padding import padding_of
-from seqconv.layers.recurrence import run_pre_hooks
+from seqconv.layers.recurrence import gathered_by_hooks, run_pre_hooks
 from seqconv.layers.state import State, check_kind
 from seqconv.layers.streaming_conv import ConvState, StreamingConv
 from seqconv.ops.checks import check_length
@@ -141,6 +141,12 @@ def _transformed(tensors: list[Tensor]) -> bool:
     return transformed(tensors)
 
 
+def kernel_of(generator, taps: int) -> Tensor:
+    """generator(taps). Under FSDP without its hooks, which may run only inside of the whole model's forward: the
+    parameters must have been gathered, by unshard()."""
+    return generator.forward(taps) if gathered_by_hooks(generator) else generator(taps)
+
+
 class StreamingLayer(Streaming, ConvLayer):
     """A ConvLayer that runs step by step: a layer of yours whose generator makes taps derives from this class. A
     generator with an attribute l_max (or taps) has so many at most; otherwise states need a length."""
@@ -149,7 +155,8 @@ class StreamingLayer(Streaming, ConvLayer):
         return [self.skip]
 
     def _convolutions(self, taps: int) -> list[StreamingConv]:
-        conv = StreamingConv(self.kernel(taps), self.skip, activation=self.activation)
+        k = kernel_of(self.kernel, taps)
+        conv = StreamingConv(k, self.skip, activation=self.activation)
         return self._named([conv])
 
     def _check_streams(self) -> None:

@@ -83,7 +83,7 @@ def test_every_instruction_set(isa, spread):
 @pytest.mark.parametrize("spread", [False, True])
 def test_torch_alone(spread):
     with use_backend("reference"):
-        for sizes in SIZES[1:5]:
+        for sizes in SIZES[:5] + SIZES[6:]:
             assert error(sizes, spread=spread) < 1e-14
         assert error(SIZES[3], torch.bfloat16, spread=spread) < 4e-3
 
