@@ -96,7 +96,7 @@ def state_of(machine, case: Stream, order: int = 0, **options) -> list:
     return [*y, *rings, taps.spectra]
 
 
-ORDERS = [Stream(1, 2, 3, 130, 130), Stream(1, 2, 35, 130, 33, spread=True)]
+ORDERS = [Stream(1, 1, 2, 130, 65), Stream(1, 2, 35, 130, 33, spread=True)]
 
 
 @pytest.mark.parametrize("case", ORDERS, ids=str)
@@ -217,7 +217,7 @@ class Recorded:
 
 def test_a_spread_step_can_be_replayed(machine):
     """The launches of the first step, with the same numbers, are those of every step."""
-    case = Stream(2, 2, 35, 97, 70, spread=True, gates="pre post", activation="gelu")
+    case = Stream(1, 1, 35, 97, 34, spread=True, gates="pre post", activation="gelu")
     given = case.tensors()
     device = Recorded(machine.device(PIECES))
     rings, taps = case.start(given, OnDevice(device))
@@ -297,7 +297,7 @@ def test_a_graph_does_not_repeat_a_plain_step(device):
 @pytest.mark.parametrize("spread", [False, True], ids=["plain", "spread"])
 def test_rows_do_not_meet(machine, spread):
     """A NaN stays in its sample and channel, though rows share blocks of threads."""
-    case = Stream(2, 2, 33, 40, 70, spread)
+    case = Stream(2, 1, 3 + 30 * spread, 40, 40, spread)
     given = case.tensors()
     clean = case.run(given, OnDevice(machine.device()))
     given["u"][1, 0, 3] = torch.nan
