@@ -2,7 +2,9 @@
 #include "stream.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
+static const int64_t kMostf = getenv("MOST") ? atoi(getenv("MOST")) : 256;
 
 #include "isa.h"
 #include "parallel.h"
@@ -10,7 +12,7 @@
 namespace seqconv {
 namespace {
 
-constexpr int64_t kStepUnit = 64;           // channels that are stepped together
+constexpr int64_t kStepUnit = kGroup;       // channels that are stepped together
 constexpr int64_t kSerialRows = 1 << 11;    // outputs: below, one thread steps them all
 constexpr int64_t kTileRun = 4;             // channels whose tiles a thread computes together
 constexpr int64_t kSerialPoints = 1 << 13;  // of tiles: below, one thread computes them all
@@ -68,7 +70,8 @@ class Tiles {
   // Fetches what the tile of n points after step `clock` of a row reads and changes: it lies in
   // lines far apart, which come all at once when they are asked for before.
   void fetch(int64_t b, int64_t h, int64_t clock, int64_t n) const {
-    constexpr int64_t kLine = 64 / sizeof(T), kMost = 1 << 8;
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t kMost = kMostf;
     const int64_t end = clock + 1, points = std::min(n, kMost), blocks = p_.period / kBlock;
     const T* spectrum = spectra(h, n);
     for (int64_t i = 0; i < points; i += kBlock) {
@@ -118,45 +121,44 @@ struct StepUnit {
     return p.batch * ((p.channels + kStepUnit - 1) / kStepUnit);
   }
 };
-static_assert(kStepUnit % kGroup == 0, "units are whole groups");
+
+// The channels of a unit that have a tile due after the step, if any: they have one clock.
+struct DueInUnit {
+  int64_t first, last, clock = 0, n = 0;
+  DueInUnit(const StreamProblem& p, const StepUnit& unit) {
+    const int64_t missing = kBlock - 1 - p.clock_of(unit.b, unit.h) % kBlock;
+    first = unit.h + missing / 2 * kTogether;
+    last = std::min(first + kTogether, unit.h + unit.channels);
+    if (missing % 2 || first >= last) return;
+    clock = p.clock_of(unit.b, first);
+    n = p.tile_after(clock);
+  }
+};
 
 // Few rows have a tile due, of any size: every unit computes its own.
 template <class T>
 Status run_spread(const StreamProblem& p, int threads) {
-  const Tiles<T> tiles(p, kBlock, p.period);
-  if (!tiles) return Status::kOutOfMemory;
-  std::atomic<bool> failed{false};
   const auto step = kernel_for<T>(kShort).step;
   const int64_t units = StepUnit::units(p);
-  // op(channel, clock, points) for every tile of a unit: at most one of a group.
-  const auto each_due = [&](const StepUnit& unit, const auto& op) {
-    for (int64_t first = unit.h; first < unit.h + unit.channels; first += kGroup) {
-      const int64_t missing = kBlock - 1 - p.clock_of(unit.b, first) % kBlock;
-      const int64_t h = first + missing / 2;
-      if (missing % 2 || h >= unit.h + unit.channels) continue;
-      const int64_t clock = p.clock_of(unit.b, h);
-      op(h, clock, p.tile_after(clock));
-    }
-  };
-  const auto one = [&](int64_t i, char*, bool) {
-    if (i + threads < units) {
-      const StepUnit next(p, i + threads);
-      each_due(next,
-               [&](int64_t h, int64_t clock, int64_t n) { tiles.fetch(next.b, h, clock, n); });
-    }
+  int64_t least = p.period, largest = 0;
+  for (int64_t i = 0; i < units; ++i) {
+    const int64_t n = DueInUnit(p, StepUnit(p, i)).n;
+    if (n) least = std::min(least, n);
+    largest = std::max(largest, n);
+  }
+  const Tiles<T> tiles(p, least, largest);
+  if (!tiles) return Status::kOutOfMemory;
+  const size_t bytes = largest ? tiles.scratch_bytes(largest) : 0;
+  return share_out(units, threads, bytes, [&](int64_t i, char* scratch, bool) {
     const StepUnit unit(p, i);
+    const DueInUnit due(p, unit);
+    if (due.n)
+      for (int64_t h = due.first; h < due.last; ++h) tiles.fetch(unit.b, h, due.clock, due.n);
     step(p, unit.b, unit.h, unit.channels);
-    int64_t largest = 0;
-    each_due(unit, [&](int64_t, int64_t, int64_t n) { largest = std::max(largest, n); });
-    if (largest == 0) return;
-    const Memory scratch = allocate(tiles.scratch_bytes(largest));
-    if (!scratch) return failed.store(true);
-    each_due(unit, [&](int64_t h, int64_t clock, int64_t n) {
-      tiles.run(unit.b, h, clock, n, scratch.get());
-    });
-  };
-  const Status status = share_out(units, threads, 0, one);
-  return failed.load() ? Status::kOutOfMemory : status;
+    if (due.n)
+      for (int64_t h = due.first; h < due.last; ++h)
+        tiles.run(unit.b, h, due.clock, due.n, scratch);
+  });
 }
 
 // All rows of a sample have the same tile due, if any.

@@ -24,7 +24,7 @@
 
 namespace seqconv {
 
-constexpr int64_t kBlock = 32, kGroup = 16;
+constexpr int64_t kBlock = 32, kTogether = 4, kGroup = kBlock / 2 * kTogether;
 
 struct StreamProblem {
   int64_t batch, heads, channels, period;
@@ -39,14 +39,14 @@ struct StreamProblem {
   const char* spectra;  // see stream_spectra
 
   int64_t rows() const { return batch * channels; }
-  // With `spread` a channel's clock is ahead of its sample's: of the kGroup channels of a group by
-  // different numbers of steps within a block, so that one of them or none has a tile due at a
-  // step; and of the groups by different numbers of blocks, so that tiles of all sizes are due at
-  // any time. Multiples of an odd number have all residues modulo a power of two equally often. A
-  // group's blocks lie together in memory.
+  // With `spread` a channel's clock is ahead of its sample's. kTogether neighbours, which are
+  // neighbours in memory, have one clock. Those of a group are 2 steps apart, and those of every
+  // other group 1 more, so that at any step one of them has a tile due in every other group. Pairs
+  // of groups are different numbers of blocks apart, so that tiles of all sizes are due at any
+  // time: multiples of an odd number have all residues modulo a power of two equally often.
   int64_t clock_of(int64_t sample, int64_t channel) const {
-    const int64_t group = channel / kGroup, place = channel % kGroup;
-    const int64_t ahead = spread ? 2 * place + group % 2 + kBlock * (group * 0x9E3779B1) : 0;
+    const int64_t group = channel / kGroup, place = channel % kGroup / kTogether;
+    const int64_t ahead = spread ? 2 * place + group % 2 + kBlock * (group / 2 * 0x9E3779B1) : 0;
     return (clock[sample] + ahead) & (period - 1);
   }
   // Of the tile that is due after step c; 0 where none is.

@@ -51,8 +51,7 @@ void stream_unit(const StreamProblem& p, int64_t b, int64_t h, int64_t channels)
     for (int64_t i = 0; i < channels; ++i) x[i] *= gate[i];
   }
   for (int64_t i = 0; i < channels; ++i) {
-    // Neighbours' clocks are 2 steps apart, and all of a group's are known by the first.
-    clock[i] = p.spread && i % kGroup ? (clock[i - 1] + 2) & (p.period - 1) : p.clock_of(b, h + i);
+    clock[i] = i % kTogether ? clock[i - 1] : p.clock_of(b, h + i);
     const int64_t block = block_at(p, b, clock[i], p.channels, h + i);
     reinterpret_cast<T*>(p.inputs)[block + clock[i] % kBlock] = x[i];
     // The sums lie far apart, and come all at once when they are asked for before.
@@ -83,6 +82,8 @@ void stream_unit(const StreamProblem& p, int64_t b, int64_t h, int64_t channels)
   }
 }
 
+constexpr int64_t kAhead = 8;  // blocks of a ring that are asked for before they are needed
+
 // Adds to sums that lie in blocks of kBlock, `apart` scalars apart. Tiles are powers of two of at
 // least kBlock points, so that their pieces are whole vectors.
 template <class T>
@@ -93,6 +94,7 @@ struct AddToBlocks {
     const AddToBlocks& to = *static_cast<const AddToBlocks*>(context);
     for (int64_t i = 0; i < n; i += kLanes<T>) {
       T* sum = to.sums + (t + i) / kBlock * to.apart + (t + i) % kBlock;
+      __builtin_prefetch(sum + kAhead * to.apart, 1);
       store_vector(sum, load_vector(sum) + load_vector(values + i));
     }
   }
@@ -116,7 +118,12 @@ void tile_unit(const StreamProblem& p, const Plan<T>& plan, int64_t b, int64_t h
   const T* from =
       reinterpret_cast<const T*>(p.inputs) + block_at(p, b, end - plan.n, p.channels, h);
   for (int64_t i = 0; i < plan.n; i += kBlock, from += step)
-    for (int64_t j = 0; j < kBlock; j += kLanes<T>) store_vector(x + i + j, load_vector(from + j));
+    for (int64_t j = 0; j < kBlock; j += kLanes<T>) {
+      __builtin_prefetch(from + kAhead * step + j);
+      __builtin_prefetch(spectra + 2 * (i + j), 0, 2);
+      __builtin_prefetch(spectra + 2 * (i + j) + kLanes<T>, 0, 2);
+      store_vector(x + i + j, load_vector(from + j));
+    }
   const Source<T> source{{reinterpret_cast<char*>(x), kDtype<T>, 1}, {}, plan.n};
   const T* shared = nullptr;
   if (p.heads > 1) {

@@ -13,14 +13,15 @@
 //
 // In a plain step all rows have one clock, which the host knows: it launches tiles where they are
 // due. In a spread step every row has its own in global memory, and the launches never change: of a
-// sample's channels, one in kBlock comes to the end of a block.
+// sample's channels, about one in kBlock comes to the end of a block.
 #pragma once
 #include "fftconv.cuh"
 
-constexpr int kBlock = 32;           // steps
-constexpr int kRowLanes = 8;         // of a row in a step; each has four neighbours of a block
-constexpr int kGroup = 16;           // channels whose blocks end at different steps
-constexpr i64 kGolden = 0x9E3779B1;  // that many blocks a group is ahead of the one before
+constexpr int kBlock = 32;    // steps
+constexpr int kRowLanes = 8;  // of a row in a step; each has four neighbours of a block
+constexpr int kTogether = 4;  // neighbouring channels that have one clock
+constexpr int kGroup = kTogether * kBlock / 2;
+constexpr i64 kGolden = 0x9E3779B1;  // blocks that a pair of groups is ahead of the one before
 
 struct StreamArgs {
   i64 batch, heads, channels, period;
@@ -41,8 +42,8 @@ struct StreamArgs {
 
 SEQCONV_DEVICE i64 clock_of(const StreamArgs& a, i64 b, i64 h) {
   if (a.clock == nullptr) return a.now;
-  const int group = (int)h / kGroup, steps = 2 * ((int)h % kGroup) + group % 2;
-  const i64 ahead = steps + kBlock * (group * kGolden);
+  const int group = (int)h / kGroup, place = (int)h % kGroup / kTogether;
+  const i64 ahead = 2 * place + group % 2 + kBlock * (group / 2 * kGolden);
   return (a.clock[b] + ahead) & (a.period - 1);
 }
 // Where in a ring of (batch, blocks, rings, kBlock) the block of a time begins.
@@ -201,16 +202,17 @@ SEQCONV_DEVICE void stream_tile(const StreamArgs& a, unsigned char* shared) {
 // head of every channel that may be due; most of them have nothing to do.
 SEQCONV_DEVICE void stream_tiles(const StreamArgs& a, unsigned char* shared) {
   const int most = (int)(a.period / a.largest);
-  const int of_sample = ((int)a.channels - 1) / (2 * kGroup) + 1;
+  const int of_sample = (((int)a.channels - 1) / (2 * kGroup) + 1) * kTogether;
   int block = blockIdx.x;
   const int number = block % of_sample;
   block /= of_sample;
   const int piece = block % most;
   block /= most;
   const int c = block % (int)a.heads, b = block / (int)a.heads;
-  // Of every second group one channel is so many steps ahead that its block ends.
+  // Of every second group kTogether channels are so many steps ahead that their blocks end.
   const int missing = (int)((kBlock - 1 - a.clock[b]) & (kBlock - 1));
-  const int h = (2 * number + missing % 2) * kGroup + missing / 2;
+  const int group = 2 * (number / kTogether) + missing % 2;
+  const int h = group * kGroup + missing / 2 * kTogether + number % kTogether;
   if (h >= (int)a.channels) return;
   const i64 end = clock_of(a, b, h) + 1, n = end & -end;
   const i64 m = n < a.largest ? n : a.largest;

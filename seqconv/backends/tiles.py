@@ -6,8 +6,8 @@ from torch import Tensor
 from seqconv.backends.protocol import BLOCK
 from seqconv.reference import activate
 
-GROUP = 16  # channels
-TOGETHER = 4  # samples
+TOGETHER = 4  # neighbouring channels that have one clock
+GROUP = TOGETHER * BLOCK // 2  # channels
 GOLDEN = 0x9E3779B1  # odd: its multiples have all residues modulo a power of two equally often
 
 
@@ -17,23 +17,24 @@ def sizes(period: int) -> list[int]:
 
 
 def clocks(clock: Tensor, channels: int, period: int, spread: bool) -> Tensor:
-    """Of every row, (batch, channels). With `spread` the GROUP channels of a group are ahead of their sample by
-    different numbers of steps, and the groups by different numbers of blocks (see csrc/cpu/stream.h)."""
+    """Of every row, (batch, channels). With `spread` channels are ahead of their sample by different numbers of steps
+    and blocks, as csrc/cpu/stream.h says."""
     if not spread:
         return clock.unsqueeze(1).expand(-1, channels)
     channel = torch.arange(channels, device=clock.device)
-    group, place = channel // GROUP, channel % GROUP
-    ahead = 2 * place + group % 2 + BLOCK * (group * GOLDEN)
+    group, place = channel // GROUP, channel % GROUP // TOGETHER
+    ahead = 2 * place + group % 2 + BLOCK * (group // 2 * GOLDEN)
     return (clock.unsqueeze(1) + ahead) % period
 
 
 def first_clocks(batch: int, channels: int, period: int, spread: bool) -> Tensor:
-    """The samples' clocks before any input: with `spread` those of different samples are apart, too, but every TOGETHER
-    of them are alike, so that a tile's spectrum is read once for all of these."""
+    """The samples' clocks before any input. With `spread` the groups of all samples are apart as those of one sample
+    are, one sample's behind those of the sample before."""
     if not spread:
         return torch.zeros(batch, dtype=torch.int64)
-    number, groups = torch.arange(batch) // TOGETHER, -(-channels // GROUP)
-    return (number % 2 + BLOCK * (number * groups * GOLDEN)) % period
+    groups = -(-channels // GROUP)
+    before = torch.arange(batch) * (groups if groups < 2 else groups + groups % 2)
+    return (before % 2 + BLOCK * (before // 2 * GOLDEN)) % period
 
 
 def spectra(k: Tensor, period: int) -> Tensor:

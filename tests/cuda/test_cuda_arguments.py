@@ -23,7 +23,7 @@ from seqconv.backends.cuda import (
 from seqconv.backends.cuda.arguments import STRUCTURES, Structure
 from seqconv.backends.pack import ACTIVATIONS, DTYPES
 from seqconv.backends.protocol import BLOCK
-from seqconv.backends.tiles import GOLDEN, GROUP
+from seqconv.backends.tiles import GOLDEN, GROUP, TOGETHER
 
 # What fields of more than one word consist of, in the order that pack and transform give.
 PARTS = {
@@ -176,7 +176,8 @@ def test_codes_and_sizes():
     assert numbers(r"constexpr int (kSamples = \d+)") == {"Samples": ssm_step.SAMPLES}
     assert numbers(r"constexpr int (kBlock = \d+)") == {"Block": BLOCK}
     assert numbers(r"constexpr int (kRowLanes = \d+)") == {"RowLanes": stream.ROW_LANES}
-    assert numbers(r"constexpr int (kGroup = \d+)") == {"Group": GROUP}
+    assert numbers(r"constexpr int (kTogether = \d+)") == {"Together": TOGETHER}
+    assert GROUP == TOGETHER * BLOCK // 2  # as kGroup is
     assert f"kGolden = {GOLDEN:#X};".replace("X", "x") in kernels.headers()
 
 

@@ -1,5 +1,6 @@
 """Convolutions step by step: the whole convolution, on every backend, and what its mistakes would look like."""
 
+import math
 import resource
 
 import pytest
@@ -209,15 +210,18 @@ def test_spectra_belong_to_the_backend_that_made_them(monkeypatch):
 
 
 def test_tiles_of_all_sizes_are_due_at_any_time():
-    """With `spread`, at every step about as many rows as at any other one have a tile."""
-    period, channels, batch = 4096, 256, 4
-    clock = tiles.first_clocks(batch, channels, period, True)
-    most = []
-    for t in range(0, period, 7):
-        end = tiles.clocks((clock + t) % period, channels, period, True) + 1
-        due = torch.where(end % tiles.BLOCK == 0, end & -end, 0)
-        most.append(due.sum().item())
-    assert max(most) < 5 * period and min(most) > 0
+    """With `spread`, at every step about as many rows as at any other one have a tile, and one of these a large one."""
+    period = 4096
+    for channels, batch in ((256, 4), (64, 16), (320, 3)):
+        clock = tiles.first_clocks(batch, channels, period, True)
+        for t in range(0, period, 7):
+            end = tiles.clocks((clock + t) % period, channels, period, True) + 1
+            due = torch.where(end % tiles.BLOCK == 0, end & -end, 0)[:, :: tiles.TOGETHER]
+            points = due[due > 0].sort(descending=True).values
+            count = len(points)
+            assert abs(count - batch * channels // tiles.TOGETHER / tiles.BLOCK) < 3
+            # Half of them have the least size, a quarter twice as many points, and so on.
+            assert points[1:].sum() <= tiles.BLOCK // 2 * count * (math.log2(count) + 1.5)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from seqconv.backends.cuda.problem import Limits
 from seqconv.backends.cuda.tables import build
 from seqconv.backends.pack import ACTIVATIONS, STEP, pack
 from seqconv.backends.protocol import BLOCK
+from seqconv.backends.tiles import GROUP, TOGETHER
 
 STEP_THREADS, ROW_LANES = 128, 8  # of a block, and of a row
 CLOCK_THREADS = 128
@@ -94,7 +95,8 @@ def step(
     if spread:
         constants = device.table(table, most)  # kept until the launches
         told[_TABLES] = address(constants)
-        blocks = batch * heads * (period // most) * -(-channels // BLOCK)
+        due = -(-channels // (2 * GROUP)) * TOGETHER  # channels, at most
+        blocks = batch * heads * (period // most) * due
         device.launch("stream_step", rows, STEP_THREADS, 0, told)
         device.launch("stream_tiles", blocks, _any_threads(most), radix_bytes(most), told)
         device.launch("stream_clocks", -(-batch // CLOCK_THREADS), CLOCK_THREADS, 0, told)
