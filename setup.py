@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Distribution, Extension, setup
@@ -79,6 +80,21 @@ def extensions() -> list[Extension]:
     ]
 
 
+class BuildInParallel(build_ext):
+    """Compiles several files at a time: some take a quarter of a minute."""
+
+    def build_extensions(self):
+        compile_in_turn = self.compiler.compile
+
+        def compile_all(sources, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda source: compile_in_turn([source], **options), sources)
+                return [path for paths in objects for path in paths]
+
+        self.compiler.compile = compile_all
+        super().build_extensions()
+
+
 class BuildWithCubins(build_py):
     """Adds seqconv/cubins, where SEQCONV_BUILD_CUBINS asks for it."""
 
@@ -109,7 +125,7 @@ class BuildWithCubins(build_py):
 
 
 setup(
-    cmdclass={"build_py": BuildWithCubins},
+    cmdclass={"build_ext": BuildInParallel, "build_py": BuildWithCubins},
     ext_modules=extensions(),
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_ABI else {},
 )
