@@ -39,9 +39,10 @@ sanitize: .venv/ready  ## the kernels' tests under AddressSanitizer and Undefine
 	  -k "any_age or operators_cases or windows or sizes or growing or matrices or edge_lengths and 1000 or three_passes and 20000" $(ARGS)
 
 neon:  ## the kernels for arm64, cross-compiled (Debian: g++-aarch64-linux-gnu) and run in qemu-user
-	mkdir -p build
-	aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Wno-psabi -Icsrc -static -pthread \
-	  tests/cpu/standalone.cpp csrc/cpu/*.cpp -o build/standalone-arm64
+	rm -rf build/neon && mkdir -p build/neon
+	printf '%s\n' tests/cpu/standalone.cpp csrc/cpu/*.cpp | xargs -P 4 -I{} sh -c \
+	  'aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Wno-psabi -Icsrc -pthread -c {} -o build/neon/$$(basename {}).o'
+	aarch64-linux-gnu-g++ -static -pthread build/neon/*.o -o build/standalone-arm64
 	qemu-aarch64 build/standalone-arm64
 
 gpu: .venv/ready  ## what to carry to a machine with a GPU of ARCH=sm_90, and what to run there

@@ -390,5 +390,4 @@ def plot_streaming(rows: list[dict], path: Path) -> None:
     first = rows[-1]
     shape = f"{first['channels']} channels, float32, {plural(first['threads'], 'thread')}"
     figure.suptitle(f"{first['device']} ({first['isa']}), {shape}", fontsize=10)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_small(figure, path)

@@ -2,9 +2,7 @@
 #include "stream.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
-static const int64_t kMostf = getenv("MOST") ? atoi(getenv("MOST")) : 256;
 
 #include "isa.h"
 #include "parallel.h"
@@ -70,8 +68,7 @@ class Tiles {
   // Fetches what the tile of n points after step `clock` of a row reads and changes: it lies in
   // lines far apart, which come all at once when they are asked for before.
   void fetch(int64_t b, int64_t h, int64_t clock, int64_t n) const {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    const int64_t kMost = kMostf;
+    constexpr int64_t kLine = 64 / sizeof(T), kMost = 1 << 8;
     const int64_t end = clock + 1, points = std::min(n, kMost), blocks = p_.period / kBlock;
     const T* spectrum = spectra(h, n);
     for (int64_t i = 0; i < points; i += kBlock) {

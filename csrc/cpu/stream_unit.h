@@ -8,7 +8,7 @@
 
 namespace seqconv::SEQCONV_ISA {
 
-constexpr int64_t kStepChannels = 64;  // of a unit: their values are converted together
+constexpr int64_t kStepChannels = kGroup;  // of a unit: their values are converted together
 
 // Some channels of one tensor of a step, at one sample and head.
 SEQCONV_INLINE Series step_row(const Tensor& t, int64_t b, int64_t c, int64_t h) {

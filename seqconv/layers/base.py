@@ -365,7 +365,8 @@ def apply_linear(layer: nn.Module, name: str, x: Tensor, wide: int) -> Tensor:
         y = F.linear(x, own["weight"], own["bias"])
     else:
         y = linear(x)
-    if y.shape[-1] != wide or y.shape[:-1] != x.shape[:-1]:
+    shape = y.shape
+    if shape[-1] != wide or shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"{type(layer).__name__}: {name} ({type(linear).__name__}) must map {tuple(x.shape)} to "
             f"{(*x.shape[:-1], wide)}, got {tuple(y.shape)}"

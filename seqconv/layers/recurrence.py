@@ -147,7 +147,8 @@ class Recurrent(ConvLayer):
         return self._mix(y)
 
     def _own_skip(self) -> Tensor:
-        return self.skip
+        skip = self._parameters.get("skip")  # Past torch's lookup of attributes.
+        return self.skip if skip is None else skip
 
     def _discrete(self, kernel, rate: float) -> tuple[Tensor, Tensor, Tensor]:
         return discrete(kernel, rate)

@@ -62,7 +62,7 @@ class Snapshot:
             self._named = [
                 dict(names) for names in (vars(module), module._parameters, module._buffers)
             ]
-            self._asked = [f for t in self.tensors for f in (t.data_ptr, t.stride, t.is_neg)]
+            self._asked = [f for t in self.tensors for f in (t.data_ptr, t.is_contiguous, t.is_neg)]
             self._places = self._look()
             pairs = zip(self.copies, self.tensors, strict=True)
             self._numbers = [n for x, y in pairs for n in (x.data_ptr(), y.data_ptr(), x.nbytes)]
