@@ -110,6 +110,22 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return run([&] { return op(problem); });
 }
 constexpr auto forward = call<seqconv::forward, false>, backward = call<seqconv::backward, true>;
+
+// The same with one more integer, the address of a pack's offsets.
+using Packed = seqconv::Status (*)(const Problem&, const int64_t*);
+
+template <Packed op, bool backward>
+PyObject* call_packed(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Problem problem;
+  if (!read_problem(args, count - 1, backward, &problem)) return nullptr;
+  Reader last{args + count - 1};
+  const auto* offsets = reinterpret_cast<const int64_t*>(last.address());
+  if (!last.ok) return nullptr;
+  return run([&] { return op(problem, offsets); });
+}
+constexpr auto forward_packed = call_packed<seqconv::forward_packed, false>;
+constexpr auto backward_packed = call_packed<seqconv::backward_packed, true>;
+
 constexpr auto exact_forward = call<seqconv::exact_forward, false>;
 constexpr auto exact_backward = call<seqconv::exact_backward, true>;
 
@@ -335,6 +351,8 @@ PyObject* exact_method(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"forward", fastcall(forward), METH_FASTCALL, "Runs the operator on packed arguments."},
     {"backward", fastcall(backward), METH_FASTCALL, "Runs its gradient on packed arguments."},
+    {"forward_packed", fastcall(forward_packed), METH_FASTCALL, "The same of rows of any lengths."},
+    {"backward_packed", fastcall(backward_packed), METH_FASTCALL, "Its gradients."},
     {"exact_forward", fastcall(exact_forward), METH_FASTCALL, "The same without the future."},
     {"exact_backward", fastcall(exact_backward), METH_FASTCALL, "Its gradient."},
     {"exact_method", exact_method, METH_VARARGS,

@@ -79,6 +79,35 @@ def fftconv_fft(
     return _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, activation, layout)
 
 
+def fftconv_packed(u, k, cu_seqlens, skip=None, *, layout="bhl", **options):
+    """Rows by themselves, one after another: fftconv of u[:, cu_seqlens[i] : cu_seqlens[i + 1]] for every i.
+
+    u and pre_gate (channels, total), post_gate and y as them, or with heads (heads, channels, total); with
+    layout="blh" time is the first axis. k and k_rev may have one kernel a row, (rows, heads, channels, K).
+    """
+    time = -1 if layout == "bhl" else 0
+    found = []
+    for i, (begin, end) in enumerate(
+        zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
+    ):
+        own = dict(options)
+        for name in ("pre_gate", "post_gate"):
+            if own.get(name) is not None:
+                own[name] = own[name].narrow(time, begin, end - begin).unsqueeze(0)
+        per_row = k.dim() == 4
+        if own.get("k_rev") is not None and per_row:
+            own["k_rev"] = own["k_rev"][i : i + 1]
+        row = u.narrow(time, begin, end - begin).unsqueeze(0)
+        y = fftconv(row, k[i : i + 1] if per_row else k, skip, layout=layout, **own)
+        found.append(y.squeeze(0))
+    heads = k.shape[-3:-2]
+    if not found:
+        return u.new_zeros(
+            (*heads, *u.shape) if layout == "bhl" else (u.shape[0], *heads, u.shape[1])
+        )
+    return torch.cat(found, time)
+
+
 def _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, activation, layout):
     compute = torch.promote_types(u.dtype, torch.float32)
     if layout == "blh":

@@ -56,7 +56,7 @@ struct InputGradient {
 template <class T>
 void add_dot(const Work<T>& w, const Source<T>& a, const Source<T>& b, double* sum) {
   constexpr int64_t kRun = 512;
-  const int64_t length = w.p.length;
+  const int64_t length = a.length;
   const int64_t piece =
       length < kDotPieces * kRun ? length : (length + kDotPieces - 1) / kDotPieces;
   const int64_t count = (length + piece - 1) / piece;
@@ -95,7 +95,7 @@ struct RowGradient {
   const Source<T> in = w.input(b, g);
   const InputGradient<T> epilogue = {w.row(w.u, b, 0, g), w.row(w.pre, b, 0, g),
                                      w.row(w.du, b, 0, g), w.row(w.dpre, b, 0, g)};
-  const Sink<T> dx = {w.row(w.du, b, 0, g), w.p.length, 0,
+  const Sink<T> dx = {w.row(w.du, b, 0, g), in.length, 0,
                       epilogue.gated() ? InputGradient<T>::take : nullptr, &epilogue};
 
   void add() {
@@ -104,7 +104,7 @@ struct RowGradient {
     if (w.method.direct) return add_direct();
     const bool transforms = w.wants_dx || w.wants_dk;
     for (int64_t c = 0; !transforms && c < w.p.heads; ++c) add_skip(c);
-    for (int64_t j = 0; transforms && j < w.method.blocks; ++j) {
+    for (int64_t j = 0; transforms && j < w.blocks(b); ++j) {
       if (w.wants_dk && !early) w.enter_block(w.x, in, j);
       for (int64_t c = 0; c < w.p.heads; ++c) {
         if (j == 0) add_skip(c);  // just before the row is transformed, while it is in cache
@@ -116,7 +116,7 @@ struct RowGradient {
 
   // The gradient of v is dy, or made from v and kept.
   Source<T> gradient(int64_t c) const {
-    return {w.gated ? w.own_row(w.dv + c * w.p.length) : w.row(w.dy, b, c, g), {}, w.p.length};
+    return {w.gated ? w.own_row(w.dv + c * w.p.length) : w.row(w.dy, b, c, g), {}, in.length};
   }
 
   void make_input_spectrum() {
@@ -135,8 +135,8 @@ struct RowGradient {
       const EpilogueGradient<T> epilogue{w.p.activation, w.row(w.post, b, c, g),
                                          w.row(w.dy, b, c, g), w.row(w.dpost, b, c, g),
                                          w.dv + c * w.p.length};
-      const Sink<T> sink{{}, w.p.length, 0, EpilogueGradient<T>::take, &epilogue};
-      convolve<T>(w, g, c, in, early ? w.x : nullptr, sink, Ahead{});
+      const Sink<T> sink{{}, in.length, 0, EpilogueGradient<T>::take, &epilogue};
+      convolve<T>(w, b, g, c, in, early ? w.x : nullptr, sink, Ahead{});
     }
   }
 
@@ -146,12 +146,12 @@ struct RowGradient {
       direct_dots(w, in, gradient(c), w.dots(g, c) + 1);
     if (!w.wants_dx) return;
     alignas(64) T window[kDirectWindow], staging[kDirectChunk];
-    for (int64_t t = 0; t < p.length; t += kDirectChunk) {
+    for (int64_t t = 0; t < in.length; t += kDirectChunk) {
       for (int64_t c = 0; c < p.heads; ++c) {
         const T* dv = gradient(c).window(t - w.reach, kDirectChunk + w.width - 1, window);
         direct_chunk<true, T>(w.kernel(g, c), w.width, dv, staging, c > 0);
       }
-      dx.take_all(t, p.length - t < kDirectChunk ? p.length - t : kDirectChunk, staging);
+      dx.take_all(t, in.length - t < kDirectChunk ? in.length - t : kDirectChunk, staging);
     }
   }
 
@@ -191,7 +191,7 @@ struct RowGradient {
     const Problem& p = w.p;
     if (c + 1 < p.heads && !w.gated) ahead.will_read(w.lines(w.dy, b, g, false, c + 1));
     if (p.kernel_per_sample || b + 1 == w.unit.batch_end)
-      ahead.will_write(w.lines(w.row(p.dk, b, c, g)));
+      ahead.will_write(w.lines(w.kernel_row(p.dk, b, c, g)));
     if (c + 1 < p.heads) return;
     ahead.will_read(w.next_kernel(b, g));
     ahead.will_read(w.lines(w.u, b, g, true));
@@ -229,8 +229,11 @@ void store_sums(Work<T>& w, int64_t g) {
     for (int64_t c = 0; c < p.heads; ++c) {
       const double value = *w.dots(g, c);
       total = p.skip_per_head ? value : total + value;
-      const T rounded = static_cast<T>(total);
-      if (p.skip_per_head || c + 1 == p.heads) write(w.row(p.dskip, 0, c, g), 0, 1, &rounded);
+      if (!p.skip_per_head && c + 1 < p.heads) continue;
+      const Series to = w.kernel_row(p.dskip, 0, c, g);
+      T rounded = static_cast<T>(total);
+      if (p.adds) add_row(to, 0, 1, &rounded);
+      write(to, 0, 1, &rounded);
     }
   });
 }

@@ -48,8 +48,8 @@ constexpr int64_t kDirectWindow = kDirectChunk + kDirectTaps;
 template <class T>
 void direct_forward(const Work<T>& w, const T* kk, const Source<T>& in, const Sink<T>& sink) {
   alignas(64) T window[kDirectWindow], staging[kDirectChunk];
-  for (int64_t t = 0; t < w.p.length; t += kDirectChunk) {
-    const int64_t n = w.p.length - t < kDirectChunk ? w.p.length - t : kDirectChunk;
+  for (int64_t t = 0; t < in.length; t += kDirectChunk) {
+    const int64_t n = in.length - t < kDirectChunk ? in.length - t : kDirectChunk;
     const T* x = in.window(t + w.reach + 1 - w.width, kDirectChunk + w.width - 1, window);
     T* direct = sink.find(t, kDirectChunk);
     direct_chunk<false, T>(kk, w.width, x, direct ? direct : staging, false);
@@ -61,8 +61,8 @@ void direct_forward(const Work<T>& w, const T* kk, const Source<T>& in, const Si
 template <class T>
 void direct_dots(const Work<T>& w, const Source<T>& in, const Source<T>& grad, double* dots) {
   alignas(64) T window[kDirectWindow], staging[kDirectChunk];
-  for (int64_t t = 0; t < w.p.length; t += kDirectChunk) {
-    const int64_t n = w.p.length - t < kDirectChunk ? w.p.length - t : kDirectChunk;
+  for (int64_t t = 0; t < in.length; t += kDirectChunk) {
+    const int64_t n = in.length - t < kDirectChunk ? in.length - t : kDirectChunk;
     const T* x = in.window(t + w.reach + 1 - w.width, kDirectChunk + w.width - 1, window);
     const T* dv = grad.window(t, n, staging);
     for (int64_t j = 0; j < w.width; ++j) dots[j] += dot(dv, x + w.width - 1 - j, n);

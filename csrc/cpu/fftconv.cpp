@@ -3,7 +3,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
 #include <memory>
+#include <new>
+#include <tuple>
+#include <vector>
 
 #include "isa.h"
 #include "parallel.h"
@@ -34,18 +38,20 @@ constexpr int64_t kScratchBytes = 1 << 20;  // these, for short rows
 template <class T>
 class Run {
  public:
-  Run(const Problem& problem, bool is_backward)
+  Run(const Problem& problem, const Method& method, bool is_backward)
       : p_(problem),
         backward_(is_backward),
         kernel_(kernel_for<T>(p_.length)),
-        method_(choose_method(p_.length, p_.taps, p_.taps_rev, kernel_.quads)) {}
+        method_(method) {}
 
   Status run() {
     if (!method_.direct) {
       plan_ = get_plan<T>(method_.n, kernel_.quads);
       if (!plan_) return Status::kOutOfMemory;
     }
-    const int64_t points = p_.batch * p_.heads * p_.channels * p_.length;
+    int64_t steps = p_.packed ? 0 : p_.batch * p_.length;
+    for (int64_t b = 0; p_.packed && b < p_.batch; ++b) steps += p_.length_of(b);
+    const int64_t points = steps * p_.heads * p_.channels;
     threads_ = points < kSerialWork ? 1 : threads_for(p_.threads);
     choose_group();
     for (const Tensor* t : {&p_.y, &p_.du, &p_.dpre_gate, &p_.dpost_gate})
@@ -200,19 +206,88 @@ class Run {
   }
 };
 
-Status run_in_precision(const Problem& p, bool backward) {
-  return p.compute_double ? Run<double>(p, backward).run() : Run<float>(p, backward).run();
+template <class T>
+Method method_of(int64_t length, int64_t taps, int64_t taps_rev) {
+  return choose_method(length, std::min(taps, length), std::min(taps_rev, length - 1),
+                       kernel_for<T>(length).quads);
+}
+
+template <class T>
+Status run(const Problem& p, bool backward) {
+  return Run<T>(p, method_of<T>(p.length, p.taps, p.taps_rev), backward).run();
+}
+
+// Rows of a pack that are handled alike.
+struct Alike {
+  Row row;
+  Method method;
+  bool is_short;
+  auto key() const {
+    return std::make_tuple(method.direct, method.blocks > 1, is_short, method.n);
+  }
+};
+
+// What a pack's rows have in common, one group after another, so that the sums of the kernels'
+// gradients have one order.
+template <class T>
+Status run_packed(const Problem& all, const int64_t* offsets, bool backward) {
+  std::vector<Alike> found;
+  std::map<int64_t, Method> methods;
+  std::vector<Row> rows;
+  try {
+    for (int64_t i = 0; i < all.batch; ++i) {
+      const int64_t length = offsets[i + 1] - offsets[i];
+      if (length == 0) continue;
+      auto known = methods.find(length);
+      if (known == methods.end())
+        known = methods.emplace(length, method_of<T>(length, all.taps, all.taps_rev)).first;
+      found.push_back({{offsets[i], length, i}, known->second, length < kShort});
+    }
+    std::stable_sort(found.begin(), found.end(),
+                     [](const Alike& a, const Alike& b) { return a.key() < b.key(); });
+    for (const Alike& one : found) rows.push_back(one.row);
+  } catch (const std::bad_alloc&) {
+    return Status::kOutOfMemory;
+  }
+  for (size_t begin = 0, end; begin < found.size(); begin = end) {
+    Problem p = all;
+    p.length = 0;
+    for (end = begin; end < found.size() && found[end].key() == found[begin].key(); ++end)
+      p.length = std::max(p.length, rows[end].length);
+    const Method& method = found[begin].method;
+    p.packed = &rows[begin];
+    p.batch = static_cast<int64_t>(end - begin);
+    // As many taps as the rows of this size can have, whichever there are.
+    const int64_t most = method.direct || method.blocks > 1 ? p.length : method.n;
+    p.taps = std::min(all.taps, most);
+    p.taps_rev = std::min(all.taps_rev, most - 1);
+    p.adds = backward;
+    const Status status = Run<T>(p, method, backward).run();
+    if (status != Status::kOk) return status;
+  }
+  return Status::kOk;
 }
 
 }  // namespace
 
-Status forward(const Problem& problem) { return run_in_precision(problem, false); }
-Status backward(const Problem& problem) { return run_in_precision(problem, true); }
+Status forward(const Problem& p) {
+  return p.compute_double ? run<double>(p, false) : run<float>(p, false);
+}
+Status backward(const Problem& p) {
+  return p.compute_double ? run<double>(p, true) : run<float>(p, true);
+}
+Status forward_packed(const Problem& p, const int64_t* offsets) {
+  return p.compute_double ? run_packed<double>(p, offsets, false)
+                          : run_packed<float>(p, offsets, false);
+}
+Status backward_packed(const Problem& p, const int64_t* offsets) {
+  return p.compute_double ? run_packed<double>(p, offsets, true)
+                          : run_packed<float>(p, offsets, true);
+}
 
 Method method(int64_t length, int64_t taps, int64_t taps_rev, bool compute_double) {
-  const int quads =
-      compute_double ? kernel_for<double>(length).quads : kernel_for<float>(length).quads;
-  return choose_method(length, taps, taps_rev, quads);
+  return compute_double ? method_of<double>(length, taps, taps_rev)
+                        : method_of<float>(length, taps, taps_rev);
 }
 
 }  // namespace seqconv

@@ -29,10 +29,10 @@ struct Epilogue {
 
 // v of channel g and head c of sample b, to sink; `spectrum` is that of the input, if known.
 template <class T>
-void convolve(Work<T>& w, int64_t g, int64_t c, const Source<T>& in, const T* spectrum,
+void convolve(Work<T>& w, int64_t b, int64_t g, int64_t c, const Source<T>& in, const T* spectrum,
               const Sink<T>& sink, const Ahead& ahead) {
   if (w.method.direct) return direct_forward(w, w.kernel(g, c), in, sink);
-  for (int64_t j = 0; j < w.method.blocks; ++j) {
+  for (int64_t j = 0; j < w.blocks(b); ++j) {
     Task<T> task(w.a);
     task.source = spectrum;
     task.split = !spectrum;
@@ -76,10 +76,10 @@ void forward_row(Work<T>& w, int64_t b, int64_t g) {
     const T* spectrum = shared ? w.x : nullptr;
     if (w.gated) {
       const Epilogue<T> epilogue{p.activation, w.row(w.post, b, c, g), w.row(w.y, b, c, g)};
-      const Sink<T> sink{{}, p.length, 0, Epilogue<T>::take, &epilogue};
-      convolve(w, g, c, in, spectrum, sink, ahead);
+      const Sink<T> sink{{}, in.length, 0, Epilogue<T>::take, &epilogue};
+      convolve(w, b, g, c, in, spectrum, sink, ahead);
     } else {
-      convolve(w, g, c, in, spectrum, {w.row(w.y, b, c, g), p.length}, ahead);
+      convolve(w, b, g, c, in, spectrum, {w.row(w.y, b, c, g), in.length}, ahead);
     }
   }
 }

@@ -76,7 +76,7 @@ template <bool kIn, class T>
 void move_panel(Work<T>& w, const View<T>& v, int64_t b) {
   if (!v.panel) return;
   constexpr int64_t kTimes = 1024;
-  spread(w.team, w.p.length, kTimes, [&](int64_t begin, int64_t end) {
+  spread(w.team, w.p.length_of(b), kTimes, [&](int64_t begin, int64_t end) {
     for (int64_t c = 0; c < v.heads; ++c) move_times<kIn>(w, v, b, c, begin, end);
   });
 }

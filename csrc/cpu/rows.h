@@ -86,6 +86,17 @@ void write(const Series& s, int64_t t, int64_t n, const T* in) {
 
 constexpr int64_t kChunk = 512;  // positions converted at a time: bursts that memory likes
 
+// values[i] += s[t + i], i < n
+template <class T>
+void add_row(const Series& s, int64_t t, int64_t n, T* values) {
+  T staging[kChunk];
+  for (int64_t i = 0, some; i < n; i += some) {
+    some = n - i < kChunk ? n - i : kChunk;
+    const T* there = read_window(s, t + i, some, staging);
+    for (int64_t j = 0; j < some; ++j) values[i + j] += there[j];
+  }
+}
+
 // s[t + i] = a[i] b[i], i < n <= kChunk
 template <class T>
 void write_product(const Series& s, int64_t t, int64_t n, const T* a, const T* b) {

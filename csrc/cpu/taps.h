@@ -15,20 +15,22 @@ SEQCONV_INLINE Series reversed(Series row, int64_t reach) {
 template <bool kIn, class T>
 void move_taps(const Work<T>& w, const Tensor& k, const Tensor& k_rev, int64_t b, int64_t c,
                int64_t g, T* taps) {
-  const auto move = [](const Series& row, int64_t count, T* to) {
-    if constexpr (kIn)
+  const auto move = [&](const Series& row, int64_t count, T* to) {
+    if constexpr (kIn) {
       read(row, 0, count, to);
-    else
+    } else {
+      if (w.adds_kernels()) add_row(row, 0, count, to);
       write(row, 0, count, to);
+    }
   };
-  if (k_rev && w.reach) move(reversed(w.row(k_rev, b, c, g), w.reach), w.reach, taps);
-  if (k) move(w.row(k, b, c, g), w.p.taps, taps + w.reach);
+  if (k_rev && w.reach) move(reversed(w.kernel_row(k_rev, b, c, g), w.reach), w.reach, taps);
+  if (k) move(w.kernel_row(k, b, c, g), w.p.taps, taps + w.reach);
 }
 
 template <class T>
 T skip_of(const Work<T>& w, int64_t c, int64_t g) {
   T value = 0;
-  if (w.p.skip) read(w.row(w.p.skip, 0, c, g), 0, 1, &value);
+  if (w.p.skip) read(w.kernel_row(w.p.skip, 0, c, g), 0, 1, &value);
   return value;
 }
 
@@ -47,9 +49,9 @@ template <class T>
 void enter_kernel(Work<T>& w, int64_t b, int64_t c, int64_t g) {
   const Plan<T>& plan = w.plan;
   T* to = w.kernel(g, c);
-  const Source<T> fore{w.row(w.p.k, b, c, g), {}, w.p.taps};
+  const Source<T> fore{w.kernel_row(w.p.k, b, c, g), {}, w.p.taps};
   if (w.reach) {
-    const Series rev = reversed(w.row(w.p.k_rev, b, c, g), w.reach);
+    const Series rev = reversed(w.kernel_row(w.p.k_rev, b, c, g), w.reach);
     const Source<T> back{rev, {}, w.reach, w.reach - plan.n};
     enter(plan, w.team, to, plan.scaled, fore, &back, T(-1));
   } else {
@@ -68,9 +70,9 @@ void enter_kernel(Work<T>& w, int64_t b, int64_t c, int64_t g) {
 template <class T>
 void fetch_after_kernel(const Work<T>& w, int64_t b, int64_t c, int64_t g, Ahead& ahead) {
   if (c + 1 < w.p.heads) {
-    ahead.will_read(w.lines(w.row(w.p.k, b, c + 1, g)));
+    ahead.will_read(w.lines(w.kernel_row(w.p.k, b, c + 1, g)));
   } else if (g + 1 < w.unit.channels) {
-    ahead.will_read(w.lines(w.row(w.p.k, b, 0, g + 1)));
+    ahead.will_read(w.lines(w.kernel_row(w.p.k, b, 0, g + 1)));
   } else {
     const int64_t sample = w.p.kernel_per_sample ? b : w.unit.batch;
     ahead.will_read(w.lines(w.u, sample, 0, false));
@@ -102,6 +104,17 @@ void load_kernels(Work<T>& w, int64_t b) {
   }
 }
 
+// A row that gets its old values and new ones.
+template <class T>
+struct AddToRow {
+  Series row;
+  static void take(const void* context, int64_t t, int64_t n, T* values) {
+    const Series& to = static_cast<const AddToRow*>(context)->row;
+    add_row(to, t, n, values);
+    write(to, t, n, values);
+  }
+};
+
 // Turns the sum of channel g and head c, a spectrum, into the gradient of the kernel (of sample b).
 template <class T>
 void leave_kernel_gradient(Work<T>& w, int64_t b, int64_t c, int64_t g) {
@@ -113,15 +126,16 @@ void leave_kernel_gradient(Work<T>& w, int64_t b, int64_t c, int64_t g) {
     leave(plan, w.team, task.data, plan.scaled, Sink<T>{w.own_row(w.kk), w.width});
     return;
   }
-  if (w.p.dk) {
-    const Sink<T> fore{w.row(w.p.dk, b, c, g), w.p.taps};
-    leave(plan, w.team, task.data, plan.scaled, fore);
-  }
-  if (w.p.dk_rev && w.reach) {
-    const Series rev = reversed(w.row(w.p.dk_rev, b, c, g), w.reach);
-    leave(plan, w.team, task.data, plan.scaled_times_minus_i,
-          Sink<T>{rev, w.reach, w.reach - plan.n});
-  }
+  const auto leave_to = [&](const Series& row, const T* weights, int64_t count, int64_t shift) {
+    const AddToRow<T> add{row};
+    leave(plan, w.team, task.data, weights,
+          w.adds_kernels() ? Sink<T>{{}, count, shift, AddToRow<T>::take, &add}
+                   : Sink<T>{row, count, shift});
+  };
+  if (w.p.dk) leave_to(w.kernel_row(w.p.dk, b, c, g), plan.scaled, w.p.taps, 0);
+  if (w.p.dk_rev && w.reach)
+    leave_to(reversed(w.kernel_row(w.p.dk_rev, b, c, g), w.reach), plan.scaled_times_minus_i,
+             w.reach, w.reach - plan.n);
 }
 
 // Turns the sums of channel g into gradients of the kernels (of sample b).

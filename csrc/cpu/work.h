@@ -128,10 +128,17 @@ struct Work {
   T* dk(int64_t g, int64_t c) { return sums.dk + (g * p.heads + c) * plan.spectrum; }
   double* dots(int64_t g, int64_t c) { return sums.dots + (g * p.heads + c) * dot_count; }
 
+  Series series(const Tensor& t, int64_t at, int64_t c, int64_t g, bool streamed = false) const {
+    at += c * t.stride[1] + (unit.channel + g) * t.stride[2];
+    return t ? Series{t.data + at * size_of(t.dtype), t.dtype, t.stride[3], streamed} : Series{};
+  }
   // Made where they are wanted: a row copied soon after it was written would wait for the writes.
   Series row(const Tensor& t, int64_t b, int64_t c, int64_t g, bool streamed = false) const {
-    const int64_t at = b * t.stride[0] + c * t.stride[1] + (unit.channel + g) * t.stride[2];
-    return t ? Series{t.data + at * size_of(t.dtype), t.dtype, t.stride[3], streamed} : Series{};
+    return series(t, p.offset_of(t, b), c, g, streamed);
+  }
+  // Of a kernel, a skip or their gradients.
+  Series kernel_row(const Tensor& t, int64_t b, int64_t c, int64_t g) const {
+    return series(t, p.number_of(b) * t.stride[0], c, g);
   }
   Series row(const View<T>& v, int64_t b, int64_t c, int64_t g) const {
     return v.panel ? own_row(v.panel + (c * group + g) * pitch)
@@ -174,11 +181,16 @@ struct Work {
   // What follows the last row of a unit.
   Ahead::Lines next_kernel(int64_t b, int64_t g) const {
     if (unit.next < 0 || b + 1 < unit.batch_end || g + 1 < unit.channels) return {};
-    return lines(row(p.k, p.kernel_per_sample ? unit.batch : 0, 0, unit.next - unit.channel));
+    return lines(
+        kernel_row(p.k, p.kernel_per_sample ? unit.batch : 0, 0, unit.next - unit.channel));
   }
 
   Source<T> input(int64_t b, int64_t g) const {
-    return {row(u, b, 0, g), row(pre, b, 0, g), p.length};
+    return {row(u, b, 0, g), row(pre, b, 0, g), p.length_of(b)};
+  }
+  bool adds_kernels() const { return p.adds && !p.kernel_per_sample; }
+  int64_t blocks(int64_t b) const {
+    return blocked ? (p.length_of(b) + plan.n - 1) / plan.n : method.blocks;
   }
 
   // Spectra are started by the first row.

@@ -72,7 +72,11 @@ if (
     )
 
 name = "cpu"
-always = frozenset() if missing else frozenset(("fftconv", "ssm", "ssm_step", "stream"))
+always = (
+    frozenset()
+    if missing
+    else frozenset(("fftconv", "fftconv_packed", "ssm", "ssm_step", "stream"))
+)
 
 
 def compiler() -> str:
@@ -164,6 +168,47 @@ def fftconv_gradients(grads, dy: Tensor, inputs, activation: str) -> None:
     if inputs.k.shape[-1] > length or inputs.k_rev is not None:
         zero_unreached(grads.k, grads.k_rev, length)
     _call(_C.backward, (*inputs, dy, *grads), activation)
+
+
+# Of packed signals, (channels, total) or (heads, channels, total), the axes are those of a kernel.
+_PACKED_INPUTS = (KERNEL, KERNEL, KERNEL, SKIP, KERNEL, KERNEL)
+_PACKED_TENSORS = (*_PACKED_INPUTS, KERNEL, *_PACKED_INPUTS)
+
+
+@lru_cache(4096)
+def _packed_layout(activation: str, *known) -> bytes:
+    """As _layout. The number of rows comes with them."""
+    rows, (dtype, (channels, total), _), (_, k, _), k_rev, skip, *_ = known
+    flags = (len(k) == 4) + 2 * (skip is not None and len(skip[1]) == 2)
+    numbers = [rows, 1 if len(k) == 2 else k[-3], channels, total, k[-1]]
+    numbers += [0 if k_rev is None else k_rev[1][-1], flags, dtype == torch.float64]
+    numbers.append(ACTIVATIONS[activation])
+    for one, table in zip(known[1:], _PACKED_TENSORS, strict=False):
+        numbers += ABSENT[1:] if one is None else laid_out(one[0], one[2], table)
+    return array("q", numbers).tobytes()
+
+
+def _call_packed(function, tensors: tuple, offsets: Tensor, activation: str) -> None:
+    known = [None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors]
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    layout = _packed_layout(activation, len(offsets) - 1, *known)
+    threads = torch.get_num_threads() if threaded else 1
+    function(layout, threads, *addresses, offsets.data_ptr())
+
+
+def fftconv_packed(y: Tensor, inputs, offsets: Tensor, activation: str) -> None:
+    _call_packed(_C.forward_packed, (*inputs, y), offsets, activation)
+
+
+def fftconv_packed_gradients(grads, dy: Tensor, inputs, offsets: Tensor, activation: str) -> None:
+    # Those of kernels and skip are summed up over groups of rows, in the precision of the sums.
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    sums = [g if g is None else g.new_zeros(g.shape, dtype=wide) for g in grads[1:4]]
+    found = (grads[0], *sums, *grads[4:])
+    _call_packed(_C.backward_packed, (*inputs, dy, *found), offsets, activation)
+    for grad, value in zip(grads[1:4], sums, strict=True):
+        if grad is not None:
+            grad.copy_(value)
 
 
 def _like(t: Tensor | None) -> Tensor | None:

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from seqconv import reference
 from seqconv.backends import exact
-from seqconv.backends.pack import reach
+from seqconv.backends.pack import alike, dense_rows, reach
 from seqconv.backends.protocol import Explanation, Request
 from seqconv.backends.tiles import spectra as stream_spectra  # noqa: F401
 from seqconv.backends.tiles import step as stream_step  # noqa: F401
 
 name = "reference"
-always = frozenset(("fftconv", "ssm", "ssm_step", "butterfly", "stream"))
+always = frozenset(("fftconv", "fftconv_packed", "ssm", "ssm_step", "butterfly", "stream"))
 
 
 def why_not(request: Request) -> None:
@@ -60,6 +60,46 @@ def fftconv_exact(y: Tensor, inputs, activation: str) -> None:
 
 def fftconv_exact_gradients(grads, dy: Tensor, inputs, activation: str) -> None:
     exact.gradients(_this, grads, dy, inputs, activation)
+
+
+def _packed(t: Tensor) -> Tensor:
+    """(rows, ..., length) -> (..., steps), row by row."""
+    return t.movedim(0, -2).flatten(-2)
+
+
+def fftconv_packed(y: Tensor, inputs, offsets: Tensor, activation: str) -> None:
+    for rows, length, place in alike(offsets, y.device):
+        u, k, k_rev, skip, pre_gate, post_gate = dense_rows(inputs, rows, length, place)
+        gates = {"pre_gate": pre_gate, "post_gate": post_gate, "activation": activation}
+        y[..., place] = _packed(reference.fftconv_fft(u, k, skip, k_rev=k_rev, **gates))
+
+
+def fftconv_packed_gradients(grads, dy: Tensor, inputs, offsets: Tensor, activation: str) -> None:
+    sums = [None if g is None else g.new_zeros(g.shape, dtype=_wide(g)) for g in grads]
+    for rows, length, place in alike(offsets, dy.device):
+        dense = dense_rows(inputs, rows, length, place)
+        part_dy = dense_rows(inputs._replace(u=dy), rows, length, place).u
+        # Gradients of kernels are added up unrounded.
+        wide = [t if t is None else t.to(_wide(t)) for t in dense]
+        for total, part, signal in zip(
+            sums, reference.backward(part_dy, *wide, activation), _SIGNALS, strict=True
+        ):
+            if total is None:
+                continue
+            if signal:
+                total[..., place] = _packed(part)
+            elif total.dim() == 4:
+                total[rows] = part
+            else:
+                total += part
+    _write(grads, sums)
+
+
+_SIGNALS = (True, False, False, False, True, True)  # u, k, k_rev, skip, pre_gate, post_gate
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
 
 
 def butterfly(z: Tensor, inputs, radices: tuple[int, ...]) -> None:

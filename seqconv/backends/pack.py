@@ -25,6 +25,33 @@ def pack(t: Tensor | None, table: dict) -> tuple[int, ...]:
     return ABSENT if t is None else (t.data_ptr(), *laid_out(t.dtype, t.stride(), table))
 
 
+def alike(offsets: Tensor, device):
+    """For every length that rows of a pack have, but 0: the rows, the length, and where their steps are, row by row."""
+    steps = offsets.diff()
+    for length in steps.unique().tolist():
+        if length:
+            rows = (steps == length).nonzero().flatten()
+            place = offsets[rows].unsqueeze(1) + torch.arange(length)
+            yield rows.to(device), length, place.flatten().to(device)
+
+
+def dense_rows(inputs, rows: Tensor, length: int, place: Tensor):
+    """The inputs of rows of one length, with an axis of samples; their steps are at `place`."""
+
+    def samples(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        return t[..., place].unflatten(-1, (len(rows), length)).movedim(-2, 0)
+
+    def kernels(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.dim() < 4 else t[rows]
+
+    u, k, k_rev, skip, pre_gate, post_gate = inputs
+    signals = map(samples, (u, pre_gate, post_gate))
+    u, pre_gate, post_gate = signals
+    return type(inputs)(u, kernels(k), kernels(k_rev), skip, pre_gate, post_gate)
+
+
 def reach(length: int, k, k_rev) -> tuple[int, int]:
     """How many taps of k and k_rev meet an output at all."""
     return reached(length, k.shape[-1], 0 if k_rev is None else k_rev.shape[-1])

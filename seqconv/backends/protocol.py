@@ -11,7 +11,8 @@ BLOCK = 32  # steps of a stream between its tiles, see seqconv.ops.stream
 class Request(NamedTuple):
     """One call of an operator. Its first input says on which device it is made."""
 
-    operator: str  # "fftconv", "ssm", "ssm_step", "butterfly" or "stream"; a backend refuses what it does not know
+    # "fftconv", "fftconv_packed", "ssm", "ssm_step", "butterfly" or "stream"; a backend refuses what it does not know
+    operator: str
     inputs: Any  # the operator's tensors by name
     options: tuple
 
@@ -79,6 +80,15 @@ class Backend(Protocol):
         """The gradient of u or a gate at a time has no trace of dy at earlier times, whose outputs do not see that
         input; and where an element of dy is 0, the value of its output does not matter."""
         ...
+
+    def fftconv_packed(self, y: Tensor, inputs, offsets: Tensor, activation: str) -> None:
+        """fftconv of rows that lie one after another: row i at times [offsets[i], offsets[i + 1]) of signals without
+        an axis of samples. The offsets are on the host in int64, checked; rows may be empty, and all may be."""
+        ...
+
+    def fftconv_packed_gradients(
+        self, grads, dy: Tensor, inputs, offsets: Tensor, activation: str
+    ) -> None: ...
 
     def ssm(self, k: Tensor, inputs) -> None: ...
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from seqconv import backends
 from seqconv.backends.protocol import Explanation, Request
+from seqconv.ops import packed as packs
 from seqconv.ops.checks import FLOATS, check_choice, check_shape, check_tensor
 from seqconv.ops.inputs import CHANNEL_AXIS, IS_SIGNAL, Inputs
 from seqconv.ops.register import Operator
@@ -127,6 +128,8 @@ def fftconv(
     activation: str | None = None,
     mode: str = "causal",
     layout: str = "bhl",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     exact_causal: bool = False,
 ) -> Tensor:
     """Depthwise convolution along time with a kernel as long as the sequence, gates, skip and activation fused.
@@ -151,12 +154,18 @@ def fftconv(
         mode: "causal" as above; "circular" wraps the sequence: K <= length, no k_rev, and
             v[t] = sum_s k[(t-s) mod length] x[s] + skip * x[t].
         layout: "bhl", or "blh" for u and gates as (batch, length, channels); y the same.
+        cu_seqlens: (rows + 1,), int32 or int64, on the CPU or u's device: packs rows of any lengths. u is then
+            (channels, total), or (total, channels) with layout="blh", without an axis of samples, and row i has
+            the steps [cu_seqlens[i], cu_seqlens[i + 1]). The first offset is 0, the last total, none is less than
+            the one before. A row's kernel is k[row] where k has four axes. Not in circular mode.
+        max_seqlen: no row is longer. Checked; None asks nothing.
         exact_causal: whether no output may have a trace of the future, as below; in causal mode without
             k_rev only.
 
     Returns:
         y in u's dtype: (batch, channels, length); with heads (batch, heads, channels, length).
         layout="blh": (batch, length, channels); with heads (batch, length, heads, channels).
+        Packed: (channels, total), (heads, channels, total), (total, channels) or (total, heads, channels).
         Computed in float64 if u is float64, else in float32, whatever autocast says.
 
     Every tensor argument has a gradient, in its own dtype, and second derivatives; torch.func,
@@ -186,6 +195,8 @@ def fftconv(
     Twins: seqconv.reference.fftconv, seqconv.reference.fftconv_fft.
     """
     inputs = Inputs(u, k, k_rev, skip, pre_gate, post_gate)
+    if cu_seqlens is not None or max_seqlen is not None:
+        return _packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal)
     _check(inputs, activation, mode, layout)
     if exact_causal is not False:
         _check_exact(k_rev, mode, exact_causal)
@@ -193,6 +204,23 @@ def fftconv(
         inputs = _prepare(inputs, mode, layout)
     y = operator(inputs, activation or "none", layout == "blh", exact_causal)
     return y.movedim(-1, 1) if layout == "blh" else y
+
+
+def _packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal) -> Tensor:
+    check_tensor("fftconv", "u", inputs.u)
+    check_choice("fftconv", "activation", activation, ACTIVATIONS)
+    check_choice("fftconv", "layout", layout, LAYOUTS)
+    if cu_seqlens is None:
+        raise ValueError(f"fftconv: max_seqlen must be None without cu_seqlens, got {max_seqlen}")
+    check_choice("fftconv", "mode", mode, MODES)
+    for name, value, wanted in (("mode", mode, "causal"), ("exact_causal", exact_causal, False)):
+        if value is not wanted and value != wanted:
+            raise ValueError(f"fftconv: {name} must be {wanted!r} with cu_seqlens, got {value!r}")
+    packed = packs.prepare(inputs, cu_seqlens, max_seqlen, layout)
+    y = packs.operator(
+        packed, activation or "none", layout == "blh", -1 if max_seqlen is None else max_seqlen
+    )
+    return y.movedim(-1, 0) if layout == "blh" else y
 
 
 _passed: set[tuple] = set()  # what has passed the checks, for calls that differ in values only

@@ -93,9 +93,9 @@ def _recording() -> ExitStack:
 
 def _as_node(t: Tensor | None) -> Tensor | None:
     """t as a node of its own: one tensor may be passed as two arguments, whose gradients differ."""
-    if t is None or not t.requires_grad:
-        return t if t is None else t.detach().requires_grad_()
-    return t.view_as(t)
+    if t is None or not t.is_floating_point():
+        return t
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
 
 def given(tensors) -> int:

@@ -156,7 +156,7 @@ def _leading(t: Tensor, dim: int | None, size: int) -> Tensor:
     return t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
-def _fold(t: Tensor | None, dim: int | None, size: int, axis: int) -> Tensor | None:
+def fold(t: Tensor | None, dim: int | None, size: int, axis: int) -> Tensor | None:
     """Moves the mapped dimension in front of `axis` (counted from the end) and merges the two."""
     if t is None:
         return None
@@ -165,14 +165,14 @@ def _fold(t: Tensor | None, dim: int | None, size: int, axis: int) -> Tensor | N
     return t.movedim(0, axis - 1).flatten(axis - 1, axis)
 
 
-def _unfold(t: Tensor, size: int, axis: int) -> Tensor:
+def unfold(t: Tensor, size: int, axis: int) -> Tensor:
     axis += t.dim()
     return t.unflatten(axis, (size, t.shape[axis] // size)).movedim(axis, 0)
 
 
 def _fold_all(tensors, in_dims, size):
     return [
-        _fold(t, d, size, axis) for t, d, axis in zip(tensors, in_dims, CHANNEL_AXIS, strict=False)
+        fold(t, d, size, axis) for t, d, axis in zip(tensors, in_dims, CHANNEL_AXIS, strict=False)
     ]
 
 
@@ -187,7 +187,7 @@ def fwd_vmap(info, in_dims, call, *tensors):
     size = _map_size(info)
     known = list(zip(tensors, in_dims, IS_SIGNAL, strict=False))
     if tensors[1].dim() == 4 or any(d is not None for _, d, signal in known if not signal):
-        return _unfold(call(*_fold_all(tensors, in_dims, size)), size, -2), 0
+        return unfold(call(*_fold_all(tensors, in_dims, size)), size, -2), 0
     # Only the signals are mapped: they fold into the batch, and the kernel is transformed once.
     y = call(
         *[
@@ -202,9 +202,9 @@ def bwd_vmap(info, in_dims, call, wanted, dy, *tensors):
     """The same for call(dy, u, k, ...), whose outputs are gradients or, where not wanted, empty."""
     size = _map_size(info)
     folded = _fold_all(tensors, in_dims[1:], size)
-    grads = call(_fold(dy, in_dims[0], size, -2), *folded)
+    grads = call(fold(dy, in_dims[0], size, -2), *folded)
     out = [
-        _unfold(g, size, axis) if want else g.new_empty(size, 0)
+        unfold(g, size, axis) if want else g.new_empty(size, 0)
         for g, want, axis in zip(grads, wanted, CHANNEL_AXIS, strict=False)
     ]
     return tuple(out), (0,) * len(out)

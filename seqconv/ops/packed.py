@@ -1,0 +1,216 @@
+"""The convolution of packed rows: sequences of any lengths one after another, without padding between them.
+
+Row i has the steps [cu_seqlens[i], cu_seqlens[i + 1]) of u, and is convolved as if it stood alone. The operator takes
+the offsets as a tensor, so that a compiled graph serves packs of all kinds.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqconv.backends.pack import alike, dense_rows
+from seqconv.ops.checks import FLOATS, check_length, check_shape, check_tensor
+from seqconv.ops.inputs import CHANNEL_AXIS, Inputs
+from seqconv.ops.register import Operator, given
+from seqconv.ops.transforms import composed, fold, unfold
+
+OFFSETS = (torch.int32, torch.int64)
+
+
+class PackedInputs(NamedTuple):
+    """As Inputs, without the axis of samples: u, pre_gate (channels, total); k, k_rev (channels, K), (heads, channels,
+    K) or (rows, heads, channels, K); skip (channels,) or (heads, channels); post_gate as the output, (channels,
+    total), or (heads, channels, total) where k has heads. cu_seqlens (rows + 1,) in int32 or int64, anywhere."""
+
+    u: Tensor
+    k: Tensor
+    k_rev: Tensor | None
+    skip: Tensor | None
+    pre_gate: Tensor | None
+    post_gate: Tensor | None
+    cu_seqlens: Tensor
+
+
+def offsets_of(cu_seqlens: Tensor, total: int, max_seqlen: int | None = None) -> Tensor:
+    """The offsets in int64 on the host, checked. Waits for a GPU that has them."""
+    offsets = cu_seqlens.to("cpu", torch.int64).contiguous()
+    steps = offsets.diff()
+    first, last = offsets[0].item(), offsets[-1].item()
+    if first != 0:
+        raise ValueError(f"fftconv: cu_seqlens[0] must be 0, got {first}")
+    if len(steps) and steps.min() < 0:
+        i = 1 + int((steps < 0).nonzero()[0])
+        before, after = offsets[i - 1].item(), offsets[i].item()
+        raise ValueError(
+            f"fftconv: cu_seqlens[{i}] must be >= cu_seqlens[{i - 1}]={before}, got {after}"
+        )
+    if last != total:
+        text = f"must be the number of steps, {total}, got {last}"
+        raise ValueError(f"fftconv: cu_seqlens[{len(offsets) - 1}] {text}")
+    if max_seqlen is not None and len(steps) and steps.max() > max_seqlen:
+        i = int((steps > max_seqlen).nonzero()[0])
+        text = f"must be at least the length of every row, got {max_seqlen} and {steps[i]} steps in row {i}"
+        raise ValueError(f"fftconv: max_seqlen {text}")
+    return offsets
+
+
+def _plain(inputs: PackedInputs, activation: str, channels_last: bool, max_seqlen: int) -> Tensor:
+    """Rows of one length are samples of one dense convolution."""
+    u, k, k_rev, skip, pre_gate, post_gate, cu_seqlens = inputs
+    rest = (k, k_rev, skip, pre_gate, post_gate)
+    offsets = offsets_of(cu_seqlens, u.shape[-1], None if max_seqlen < 0 else max_seqlen)
+    found, places = [], []
+    for rows, length, place in alike(offsets, u.device):
+        dense = dense_rows(Inputs(u, *rest), rows, length, place)
+        y = composed(dense, activation, False, False)
+        found.append(y.movedim(0, -2).flatten(-2))  # (..., channels, steps)
+        places.append(place)
+    if not found:
+        nothing = sum(0 * t.sum() for t in (u, *rest) if t is not None)  # a node of the graph
+        return _empty_output(inputs, False).zero_() + nothing.to(u.dtype)
+    order = torch.cat(places).argsort()
+    return torch.cat(found, -1)[..., order]
+
+
+def _empty(like: Tensor, shape, channels_last: bool) -> Tensor:
+    """(channels, total) or (heads, channels, total); channels_last puts time outermost in memory."""
+    if not channels_last:
+        return like.new_empty(shape)
+    return like.new_empty(shape[-1], *shape[:-1]).movedim(0, -1)
+
+
+def _empty_output(inputs: PackedInputs, channels_last: bool) -> Tensor:
+    heads = inputs.k.shape[-3:-2]
+    return _empty(inputs.u, (*heads, *inputs.u.shape), channels_last)
+
+
+def _empty_gradients(inputs: PackedInputs, activation, channels_last: bool, max_seqlen, wanted):
+    grads = []
+    for name, like, want in zip(inputs._fields, inputs, wanted, strict=True):
+        if like is None or not want:
+            grads.append(None)
+        elif name in ("u", "pre_gate", "post_gate"):
+            grads.append(_empty(like, like.shape, channels_last))
+        else:
+            grads.append(torch.empty_like(like, memory_format=torch.contiguous_format))
+    return PackedInputs(*grads)
+
+
+def _forward(backend, inputs: PackedInputs, activation, channels_last: bool, max_seqlen) -> Tensor:
+    *dense, cu_seqlens = inputs
+    offsets = offsets_of(cu_seqlens, inputs.u.shape[-1], None if max_seqlen < 0 else max_seqlen)
+    y = _empty_output(inputs, channels_last)
+    if y.numel():
+        backend.fftconv_packed(y, Inputs(*dense), offsets, activation)
+    return y
+
+
+def _gradients(backend, dy, inputs: PackedInputs, activation, channels_last, max_seqlen, wanted):
+    *dense, cu_seqlens = inputs
+    offsets = offsets_of(cu_seqlens, inputs.u.shape[-1])
+    grads = _empty_gradients(inputs, activation, channels_last, max_seqlen, wanted)
+    if dy.numel():
+        backend.fftconv_packed_gradients(
+            Inputs(*grads[:-1]), dy, Inputs(*dense), offsets, activation
+        )
+        return grads
+    return PackedInputs._make(grad if grad is None else grad.zero_() for grad in grads)
+
+
+# Channels never meet, so that a mapped axis folds into them.
+def _vmap(info, in_dims, *args):
+    tensors, cu_seqlens, (_, *options) = args[:6], args[6], args[7:]
+    if in_dims[6] is not None:
+        raise ValueError("fftconv: cu_seqlens must be the same for all calls of a vmap")
+    size = info.batch_size
+    folded = [
+        fold(t, d, size, axis) for t, d, axis in zip(tensors, in_dims, CHANNEL_AXIS, strict=False)
+    ]
+    folded.append(cu_seqlens)
+    return unfold(operator.fwd(*folded, given(folded), *options), size, -2), 0
+
+
+def _gradients_vmap(info, in_dims, dy, *args):
+    tensors, cu_seqlens, (_, *options) = args[:6], args[6], args[7:]
+    size, wanted = info.batch_size, options[-1]
+    folded = [
+        fold(t, d, size, axis)
+        for t, d, axis in zip(tensors, in_dims[1:], CHANNEL_AXIS, strict=False)
+    ]
+    folded.append(cu_seqlens)
+    grads = operator.bwd(fold(dy, in_dims[0], size, -2), *folded, given(folded), *options)
+    out = [
+        unfold(g, size, axis) if want and t is not None else g.new_empty(size, 0)
+        for g, want, t, axis in zip(
+            grads, wanted, (*tensors, None), (*CHANNEL_AXIS, 0), strict=True
+        )
+    ]
+    return tuple(out), (0,) * len(out)
+
+
+operator = Operator(
+    "fftconv_packed",
+    PackedInputs,
+    "str activation, bool channels_last, int max_seqlen",
+    _plain,
+    forward=_forward,
+    gradients=_gradients,
+    empty=lambda inputs, activation, channels_last, *rest: _empty_output(inputs, channels_last),
+    empty_gradients=_empty_gradients,
+    vmap=_vmap,
+    gradients_vmap=_gradients_vmap,
+)
+
+
+def prepare(
+    inputs: Inputs, cu_seqlens: Tensor, max_seqlen: int | None, layout: str
+) -> PackedInputs:
+    """Checks the shapes, and returns what the operator takes: blh as a view, gates in u's dtype."""
+    u, k, k_rev, skip, pre_gate, post_gate = inputs
+    check_tensor("fftconv", "cu_seqlens", cu_seqlens, dtypes=OFFSETS)
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        text = f"must be (rows + 1,), got {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"fftconv: cu_seqlens {text}")
+    if cu_seqlens.device.type != "cpu" and cu_seqlens.device != u.device:
+        text = f"must be on the CPU or on u's device {u.device}, got {cu_seqlens.device}"
+        raise ValueError(f"fftconv: cu_seqlens {text}")
+    if max_seqlen is not None:
+        check_length("fftconv", max_seqlen, name="max_seqlen")
+    axes = [("channels", None), ("total", None)]
+    check_shape("fftconv", "u", u, tuple(axes if layout == "bhl" else axes[::-1]))
+    channels, total = u.shape if layout == "bhl" else reversed(u.shape)
+    c, t, rows = ("channels", channels), ("total", total), ("rows", len(cu_seqlens) - 1)
+    double = u.dtype == torch.float64
+    dtypes = FLOATS if double else tuple(d for d in FLOATS if d != torch.float64)
+    why = "" if double else " (no wider than float32 unless u is float64)"
+    taps = ("K", None)
+    check_tensor("fftconv", "k", k, dtypes=dtypes, device=u.device, why=why)
+    check_shape(
+        "fftconv", "k", k, (c, taps), (("heads", None), c, taps), (rows, ("heads", None), c, taps)
+    )
+    heads = (("heads", k.shape[-3]),) if k.dim() > 2 else ()
+    if skip is not None:
+        check_tensor("fftconv", "skip", skip, dtypes=dtypes, device=u.device)
+        check_shape("fftconv", "skip", skip, *([(c,), (*heads, c)] if heads else [(c,)]))
+    if k_rev is not None:
+        check_tensor("fftconv", "k_rev", k_rev, dtypes=dtypes, device=u.device)
+        check_shape(
+            "fftconv", "k_rev", k_rev, ([rows, *heads, c][-(k.dim() - 1) :] + [("K_rev", None)])
+        )
+    signals = [u]
+    for name, gate, several in (("pre_gate", pre_gate, ()), ("post_gate", post_gate, heads)):
+        if gate is not None:
+            cast = torch.is_autocast_enabled(u.device.type)
+            check_tensor(
+                "fftconv", name, gate, dtypes=FLOATS if cast else (u.dtype,), device=u.device
+            )
+            check_shape(
+                "fftconv", name, gate, (*several, c, t) if layout == "bhl" else (t, *several, c)
+            )
+            gate = gate.to(u.dtype)
+        signals.append(gate)
+    if layout == "blh":
+        signals = [x if x is None else x.movedim(0, -1) for x in signals]
+    u, pre_gate, post_gate = signals
+    return PackedInputs(u, k, k_rev, skip, pre_gate, post_gate, cu_seqlens)
