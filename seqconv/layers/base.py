@@ -1,7 +1,6 @@
-"""The parts that layers share: the kernel generator, and the block of fftconv, GELU, dropout, linear map and GLU."""
+"""The block that layers share: fftconv, GELU, dropout, linear map and GLU, around a kernel generator."""
 
-import contextlib
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +8,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from seqconv.layers.generator import KernelGenerator
 from seqconv.layers.module import Described
+from seqconv.layers.packing import Pack, in_order, pack_of, rates_of
 from seqconv.layers.padding import padding_of
 from seqconv.ops.checks import (
     FLOATS,
     check_choice,
     check_flag,
-    check_length,
     check_sampling,
     check_shape,
     check_tensor,
@@ -23,184 +23,17 @@ from seqconv.ops.checks import (
 from seqconv.ops.fftconv import ACTIVATIONS, fftconv
 from seqconv.ops.register import transforms_active
 
-HALF = (torch.bfloat16, torch.float16)
-
-
-def full_precision(device: torch.device):
-    """A context in which products keep the precision of their operands, also under autocast."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-class KernelGenerator(Described):
-    """A module whose call with a length gives a kernel (heads, channels, taps), taps <= length.
-
-    A subclass names in `reads` the parameters and buffers that its kernel is made of, and makes the kernel of
-    them in generate(). `resamples` says that it takes a rate other than 1. `channel_axes` names the axis of channels
-    of those tensors that have one. Where it does, generate() must make the kernel of some channels out of their slices:
-    several processes then divide the channels among them. Otherwise every process makes the whole kernel.
-
-    `overrides` maps the names of parameters to the optimiser settings that they ask for, which
-    seqconv.param_groups collects. The parameters are made in float32, or in float64 where that is torch's default
-    (`kernel_dtype`), and stay in it when a model is cast to a half precision: rounding them changes the kernel, by up
-    to 80 percent. `read` and load_state_dict raise TypeError where parameters are in half precision nevertheless.
-
-    reset_parameters() draws initial values for the parameters that a module holds itself, as torch's modules do.
-    model.apply or a loop over model.modules() reaches all of them.
-    """
-
-    d_model: int
-    heads: int
-    reads: tuple[str, ...] = ()
-    channel_axes: ClassVar[dict[str, int]] = {}
-    resamples = False
-
-    def __init__(self):
-        super().__init__()
-        self.overrides: dict[str, dict[str, float]] = {}
-
-    def override(self, *names: str, **settings: float) -> None:
-        """Sets `overrides` of parameters, or of the submodules that hold them. With lr=0 the parameters become
-        buffers, which have no gradient and keep their place in the state_dict."""
-        for name in names:
-            self.overrides[name] = self.overrides.get(name, {}) | settings
-            if settings.get("lr") != 0:
-                continue
-            part = getattr(self, name, None)
-            holders = part.modules() if isinstance(part, nn.Module) else [self]
-            for module in holders:
-                for key in [name] if module is self else list(module._parameters):
-                    tensor = module._parameters.get(key)
-                    if tensor is not None:
-                        del module._parameters[key]
-                        module.register_buffer(key, tensor.detach())
-
-    def forward(
-        self, length: int, rate: float = 1.0, channels: slice | None = None, also=None
-    ) -> Tensor:
-        """The kernel for inputs of that length. With a rate, which is the number of the kernel's steps in one step
-        of the input, it is the kernel for inputs that are sampled 1 / rate times as often. With channels it is the
-        kernel of these channels only. With a function `also`, it is the pair of the kernel and also(self), which
-        reads the parameters while a sharded generator has them whole."""
-        if type(length) is not int or length < 0:
-            check_length(type(self).__name__, length)
-        if type(rate) is not float or rate != 1.0:
-            name = type(self).__name__
-            check_sampling(name, rate)
-            if rate != 1 and not self.resamples:
-                text = f"rate must be 1 (its taps have no time scale), got {rate!r}"
-                raise ValueError(f"{name}: {text}")
-        if also is not None:
-            return self.forward(length, rate, channels), also(self)  # pyright: ignore
-        if channels is None:
-            return self.generate(self.read(), length, rate)
-        self._check_channels(channels)
-        if not self.makes_parts:
-            return self.generate(self.read(), length, rate)[:, channels]
-        return self.part(self.read(), length, rate, channels)
-
-    def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
-        """The kernel (heads, channels, taps), made of the tensors that `reads` names."""
-        raise NotImplementedError
-
-    @property
-    def makes_parts(self) -> bool:
-        """Whether part() makes the kernel of some channels without the others: a class says how, and none derived
-        from it has another generate()."""
-        if "generate" in vars(self):
-            return False
-        for owner in type(self).__mro__:
-            if owner is KernelGenerator or owner is nn.Module:
-                return False
-            if "channel_axes" in vars(owner) or "part" in vars(owner):
-                return True
-            if "generate" in vars(owner):
-                return False
-        return False
-
-    def part(self, tensors: list[Tensor], length: int, rate: float, channels: slice) -> Tensor:
-        """The kernel of these channels, (heads, channels, taps), made of the tensors that `reads` names."""
-        return self.generate(self.select(tensors, channels), length, rate)
-
-    def _check_channels(self, channels) -> None:
-        if isinstance(channels, slice):
-            first, last, step = channels.start, channels.stop, channels.step
-            ends = 0 if first is None else first, self.d_model if last is None else last
-            if step in (None, 1) and 0 <= ends[0] <= ends[1] <= self.d_model:
-                return
-        wanted = f"a slice of 0 ... {self.d_model} in steps of 1"
-        raise ValueError(f"{type(self).__name__}: channels must be {wanted}, got {channels!r}")
-
-    def select(self, tensors: list[Tensor], channels: slice) -> list[Tensor]:
-        """The tensors that `reads` names, cut to these channels."""
-        axes = [self.channel_axes.get(name) for name in self.reads]
-        pairs = zip(tensors, axes, strict=True)
-        return [t if axis is None else cut(t, axis, channels) for t, axis in pairs]
-
-    def read(self) -> list[Tensor]:
-        """The parameters and buffers in `reads`, each formed once if it is parametrized. TypeError if one of
-        them, or of those in submodules, is in half precision."""
-        values = []
-        for name in self.reads:
-            value = getattr(self, name)
-            if value is not None and value.dtype in HALF:
-                self._check_precision(name, value)
-            values.append(value)
-        for module in self.modules():
-            for name, value in (*module._parameters.items(), *module._buffers.items()):
-                if value is not None and value.dtype in HALF:
-                    paths = (*self.named_parameters(), *self.named_buffers())
-                    name = next((path for path, t in paths if t is value), name)
-                    self._check_precision(name, value)
-        return values
-
-    def _check_precision(self, name: str, value: Tensor, way: str = "") -> None:
-        if value.dtype not in HALF:
-            return
-        dtype = str(value.dtype).removeprefix("torch.")
-        way = way or (
-            "layer.to(dtype) keeps kernels in float32, and so does seqconv.parallel.fully_shard under a "
-            "mixed precision policy; .float() of the generator brings them back"
-        )
-        raise TypeError(
-            f"{type(self).__name__}: {name} must be float32 or float64, got {dtype}: rounded to that it makes "
-            f"another kernel; {way}"
-        )
-
-    def _apply(self, fn, recurse=True):
-        def keep_precision(t: Tensor) -> Tensor:
-            out = fn(t)
-            if out.dtype not in HALF:
-                return out
-            return (
-                out.float()
-                if out.is_meta or t.is_meta or t.dtype in HALF
-                else t.to(out.device).float()
-            )
-
-        return super()._apply(keep_precision, recurse)
-
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        way = "a checkpoint that is cast has to leave kernels in float32"
-        for key, value in state_dict.items():
-            if key.startswith(prefix) and isinstance(value, Tensor):
-                self._check_precision(f"{key} of the checkpoint", value, way)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def cut(t: Tensor, axis: int, part: slice) -> Tensor:
-    """t[..., part, ...] along the axis."""
-    first, last, _ = part.indices(t.shape[axis])
-    return t.narrow(axis, first, max(last - first, 0))
-
 
 class TiedDropout(nn.Dropout):
-    """Dropout of whole channels of a sample: x is (batch, length, channels), and all times have one mask."""
+    """Dropout of whole channels of a sample: x is (batch, length, channels), and all times have one mask. Of a pack
+    (total, channels) all times of a row of `lengths` have one."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        mask = x.new_ones(x.shape[0], 1, x.shape[2])
-        return x * F.dropout(mask, self.p, self.training)
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        if lengths is None:
+            mask = x.new_ones(x.shape[0], 1, x.shape[2])
+            return x * F.dropout(mask, self.p, self.training)
+        mask = F.dropout(x.new_ones(len(lengths), x.shape[1]), self.p, self.training)
+        return x * mask.repeat_interleave(lengths, 0, output_size=len(x))
 
 
 _DROPOUTS, _WEIGHTS = (nn.Dropout, TiedDropout), {"weight", "bias"}
@@ -267,7 +100,9 @@ class ConvLayer(Described):
         mask: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
-        rate: float = 1.0,
+        rate: float | Tensor = 1.0,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor:
         """The layer's output for x (batch, length, d_model), which has the layer's dtype unless under autocast.
 
@@ -275,15 +110,34 @@ class ConvLayer(Described):
         read as zeros there. The output at padding is not zero, so that every layer needs the mask, and so does a
         mean. lengths (batch,), integers, masks every step from lengths[i] on. rate is the number of the
         kernel's steps in one step of x, for inputs that are sampled 1 / rate times as often as those of training.
-        S4D and SGConv take a rate; the other layers take 1 only.
+        S4D and SGConv take a rate; the other layers take 1 only. A tensor (batch,), or (rows,) of a pack, gives each
+        sample its own, and the kernel is made once for each rate that occurs.
+
+        cu_seqlens (rows + 1,), int32 or int64, packs rows of any lengths: x is then (total, d_model), and so is the
+        output. Row i has the steps [cu_seqlens[i], cu_seqlens[i + 1]) and is seen by no other row. The kernel is that
+        of the longest row, or of max_seqlen steps where that is given: outputs are those of the padded batch.
         """
         name = type(self).__name__
+        if cu_seqlens is not None or max_seqlen is not None:
+            check_input(name, x, self.skip, self.d_model, ("total",))
+            pack = pack_of(name, x, cu_seqlens, max_seqlen, mask, lengths)
+            if self._context is not None:
+                raise ValueError(f"{name}: cu_seqlens must be None under context parallelism")
+            y = (
+                self._convolve_packed(x, rate, pack)
+                if _is_number(rate)
+                else self._packed_by_rate(x, rate, pack)
+            )
+            return self._mix(y.flatten(-2), pack)
         check_input(name, x, self.skip, self.d_model)
         if mask is not None or lengths is not None:
             padding = padding_of(name, x, mask, lengths)
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
         context = self._context
-        y = self._convolve(x, rate) if context is None else context.convolve(self, x, rate)
+        if not _is_number(rate):
+            y = self._by_rate(x, rate)
+        else:
+            y = self._convolve(x, rate) if context is None else context.convolve(self, x, rate)
         return self._mix(rearrange(y, "b l c h -> b l (c h)"))
 
     def _convolve(self, x: Tensor, rate: float) -> Tensor:
@@ -294,6 +148,31 @@ class ConvLayer(Described):
             k, k_rev = k[: self.heads], k[self.heads :]
         return fftconv(x, k, self.skip, k_rev=k_rev, activation=self.activation, layout="blh")
 
+    def _by_rate(self, x: Tensor, rate: Tensor) -> Tensor:
+        name, parts, places = type(self).__name__, [], []
+        if self._context is not None:
+            raise ValueError(f"{name}: rate must be a number under context parallelism")
+        for value in rates_of(name, rate, x.shape[0], self.resamples):
+            places.append((rate == value).nonzero().flatten())
+            parts.append(self._convolve(x[places[-1]], value))
+        return in_order(parts, places) if parts else self._convolve(x, 1.0)
+
+    def _packed_by_rate(self, x: Tensor, rate: Tensor, pack: Pack) -> Tensor:
+        name, parts, places = type(self).__name__, [], []
+        for value in rates_of(name, rate, len(pack.cu_seqlens) - 1, self.resamples):
+            some, place = pack.only((rate == value).to(x.device))
+            places.append(place)
+            parts.append(self._convolve_packed(x[place], value, some))
+        return in_order(parts, places) if parts else self._convolve_packed(x, 1.0, pack)
+
+    def _convolve_packed(self, x: Tensor, rate: float, pack: Pack) -> Tensor:
+        """The same of packed rows, (total, heads, d_model)."""
+        k, k_rev = self._kernel(pack.longest, rate), None
+        if self.bidirectional:
+            k, k_rev = k[: self.heads], k[self.heads :]
+        options = {"activation": self.activation, "layout": "blh"}
+        return fftconv(x, k, self.skip, k_rev=k_rev, **options, **pack.options)
+
     def _kernel(self, length: int, rate: float) -> Tensor:
         if type(rate) is not float or rate != 1.0:
             check_sampling(type(self).__name__, rate)
@@ -302,13 +181,14 @@ class ConvLayer(Described):
             warn_of_missing_taps(self, k, length)
         return k
 
-    def _mix(self, y: Tensor) -> Tensor:
-        """(batch, length, heads d_model) after the activation -> (batch, length, d_model)."""
+    def _mix(self, y: Tensor, pack: Pack | None = None) -> Tensor:
+        """(..., heads d_model) after the activation -> (..., d_model)."""
         wide = 2 * self.d_model if self.postact == "glu" else self.d_model
         dropout: Any = self._modules["dropout"]
         hooks = dropout._forward_hooks or dropout._forward_pre_hooks or _global_hooks()
         if dropout.training or hooks or type(dropout) not in _DROPOUTS:  # not idle
-            y = dropout(y)
+            tied = pack is not None and isinstance(dropout, TiedDropout)
+            y = dropout(y, pack.lengths(y.device)) if tied else dropout(y)
         y = apply_linear(self, "linear", y, wide)
         if self.postact is None:
             return y
@@ -317,6 +197,10 @@ class ConvLayer(Described):
             first, gate = y.chunk(2, dim=-1)
             return first * gate.sigmoid()
         return F.glu(y, dim=-1)
+
+
+def _is_number(rate) -> bool:
+    return type(rate) is float or not isinstance(rate, Tensor)
 
 
 def check_input(

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from seqconv import reference
 from seqconv.backends.fallback import radix_sizes
-from seqconv.layers.base import ConvLayer, KernelGenerator, sized
+from seqconv.layers.base import ConvLayer, sized
+from seqconv.layers.generator import KernelGenerator
 from seqconv.layers.long_conv import BLOCK, KERNEL, LongConvKernel
 from seqconv.layers.module import fill, kernel_dtype
 from seqconv.layers.options import Defaults, refuse
+from seqconv.layers.packing import Pack, unpadded
+from seqconv.nested import pad
 from seqconv.ops import butterfly
 from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 from seqconv.ops.fftconv import ACTIVATIONS
@@ -225,6 +228,11 @@ class ButterflyConv(ConvLayer):
         u = rearrange(x, "b l h -> b h l")
         y = self._transformed(u, lambda: self._kernel(self.l_max, rate), length)
         return rearrange(y, "b c h l -> b l c h")
+
+    def _convolve_packed(self, x: Tensor, rate: float, pack: Pack) -> Tensor:
+        # Every row is padded to the transforms' length in any case.
+        rows, lengths = pad(x, pack.cu_seqlens, pack.longest)
+        return unpadded(self._convolve(rows, rate), lengths)
 
     def _transformed(self, u: Tensor, make, length: int, channels: slice = slice(None)) -> Tensor:
         """activation(v), (batch, heads, channels, length), of u (batch, channels, length) and make(), the kernel of

@@ -1,6 +1,7 @@
 """Hyena: gates and long convolutions in turn, with the kernel a small network's function of time (arXiv 2302.10866)."""
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, NoReturn
 
@@ -8,23 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv.layers.base import (
-    KernelGenerator,
-    apply_linear,
-    check_input,
-    cut,
-    full_precision,
-    sized,
-    warn_of_missing_taps,
-)
+from seqconv.layers.base import apply_linear, check_input, sized, warn_of_missing_taps
+from seqconv.layers.generator import KernelGenerator, cut, full_precision
 from seqconv.layers.kept import tensors_of
 from seqconv.layers.module import Described, kernel_dtype
 from seqconv.layers.options import Defaults, refuse
+from seqconv.layers.packing import pack_of, unpadded
 from seqconv.layers.padding import padding_of
 from seqconv.layers.recurrence import run_pre_hooks
 from seqconv.layers.state import State, check_kind, mark_of
 from seqconv.layers.streaming import Streaming, kernel_of
 from seqconv.layers.streaming_conv import ConvState, StreamingConv
+from seqconv.nested import pad
 from seqconv.ops.checks import check_learning_rate, check_positive, check_sampling
 from seqconv.ops.fftconv import fftconv
 from seqconv.ops.register import Operator
@@ -254,34 +250,52 @@ class Hyena(Streaming, Described):
         *,
         lengths: Tensor | None = None,
         rate: float = 1.0,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor:
         """x (batch, length, d_model), in the layer's dtype unless under autocast. mask (batch, length)
         marks padding, by True or by -inf (0 elsewhere), as in torch's attention: the output elsewhere is
         the same as without those steps' content; with padding on one side, as without those steps.
         lengths (batch,), integers, is a mask of everything from lengths[i] on. rate must be 1.
+
+        cu_seqlens (rows + 1,), int32 or int64, packs rows of any lengths: x is then (total, d_model), and so is the
+        output. Row i has the steps [cu_seqlens[i], cu_seqlens[i + 1]). max_seqlen says that none is longer.
         """
-        check_input("Hyena", x, self.skip, self.d_model)
+        packed = cu_seqlens is not None or max_seqlen is not None
+        axes = ("total",) if packed else ("batch", "length")
+        check_input("Hyena", x, self.skip, self.d_model, axes)
         check_sampling("Hyena", rate)
         if rate != 1.0:
             raise ValueError(f"Hyena: rate must be 1 (its taps have no time scale), got {rate!r}")
+        if packed:
+            pack = pack_of("Hyena", x, cu_seqlens, max_seqlen, mask, lengths)
+            if self._context is not None:
+                raise ValueError("Hyena: cu_seqlens must be None under context parallelism")
+            conv = partial(fftconv, layout="blh", **pack.options)
+            return self._operator(x, None, pack.longest, conv, conv, self.filter)
         x, length = sized(x)
         unmasked = mask is None and lengths is None
         padding = None if unmasked else padding_of("Hyena", x, mask, lengths)
+        convs, make = (fftconv, fftconv), self.filter
+        if self._context is not None:
+            length, *convs, make = self._context.hyena(self, x)
+        short, long = (partial(conv, layout="blh") for conv in convs)
+        return self._operator(x, padding, length, short, long, make)
+
+    def _operator(self, x: Tensor, padding: Tensor | None, length, short, long, make) -> Tensor:
+        """The layer with these convolutions of steps before channels, and a generator."""
         # Padding is set to zero three times: otherwise the biases of the input projection and of the short
         # convolution would be put there and reach the steps after it.
         wide = (self.order + 1) * self.d_model
-        short, long, make = fftconv, fftconv, self.filter
-        if self._context is not None:
-            length, short, long, make = self._context.hyena(self, x)
         x = apply_linear(self, "in_proj", _zero(x, padding), wide)
-        x = short(_zero(x, padding), self.short, layout="blh") + self.short_bias.to(x.dtype)
+        x = short(_zero(x, padding), self.short) + self.short_bias.to(x.dtype)
         *gates, v = _zero(x, padding).split(self.d_model, dim=-1)
         k = make(length)
         if isinstance(length, int) and k.shape[-1] < length:
             warn_of_missing_taps(self, k, length)
         for i in range(self.order - 1):
             post_gate = gates[-1] if i == self.order - 2 else None
-            v = long(v, k[i], self.skip[i], pre_gate=gates[i], post_gate=post_gate, layout="blh")
+            v = long(v, k[i], self.skip[i], pre_gate=gates[i], post_gate=post_gate)
         return apply_linear(self, "out_proj", v, self.d_model)
 
     def _own(self) -> list[Tensor]:
@@ -335,11 +349,23 @@ class Hyena(Streaming, Described):
         mask: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Tensor, HyenaState]:
         """Maps x (batch, length, d_model), which follows the inputs that led to `state`, to y and the state after it,
         a new one. It has gradients. mask and lengths are as in forward; padding at the left or right end of a row is
-        no step of it, and y is not defined there."""
+        no step of it, and y is not defined there.
+
+        cu_seqlens (rows + 1,) packs the rows' steps: x and y are (total, d_model), and the state is that of all rows
+        after their own inputs. max_seqlen says that none has more.
+        """
         name = "Hyena.prefill"
+        if cu_seqlens is not None or max_seqlen is not None:
+            check_input(name, x, self.skip, self.d_model, ("total",))
+            pack = pack_of(name, x, cu_seqlens, max_seqlen, mask, lengths)
+            rows, lengths = pad(x, pack.cu_seqlens, pack.longest)
+            y, state = self.prefill(rows, state, lengths=lengths)
+            return unpadded(y, lengths), state
         check_input(name, x, self.skip, self.d_model)
         if self._forward_pre_hooks:
             x = run_pre_hooks(self, x)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from seqconv.layers.base import ConvLayer, check_input, sized
+from seqconv.layers.packing import pack_of, unpadded
 from seqconv.layers.padding import extents, padding_of, shifted
 from seqconv.layers.state import OTHER_KERNEL, State, check_kind, mark_of
 from seqconv.layers.watch import Snapshot, everything_read
+from seqconv.nested import pad
 from seqconv.ops.checks import (
     check_flag,
     check_length,
@@ -98,14 +100,25 @@ class Recurrent(ConvLayer):
         *,
         lengths: Tensor | None = None,
         rate: float = 1.0,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Tensor, "S4DState"]:
         """Maps x (batch, length, d_model), which follows the inputs that led to `state`, to y and the state after it,
         a new one. They are those that length calls of step() give, in one convolution, and they have gradients.
 
         mask, lengths and rate are as in forward. Padding at the left or right end of a row is no step of it: y is
         not defined there, and the state is the one after the row's own inputs. Between these, masked inputs are zeros.
+
+        cu_seqlens (rows + 1,) packs the rows' steps: x and y are (total, d_model), and the state is that of all rows
+        after their own inputs. max_seqlen says that none has more.
         """
         name = f"{type(self).__name__}.prefill"
+        if cu_seqlens is not None or max_seqlen is not None:
+            check_input(name, x, self.skip, self.d_model, ("total",))
+            pack = pack_of(name, x, cu_seqlens, max_seqlen, mask, lengths)
+            rows, lengths = pad(x, pack.cu_seqlens, pack.longest)
+            y, state = self.prefill(rows, state, lengths=lengths, rate=rate)
+            return unpadded(y, lengths), state
         check_input(name, x, self.skip, self.d_model)
         check_sampling(name, rate)
         if self._forward_pre_hooks:

@@ -163,18 +163,23 @@ operator = Operator(
 )
 
 
+def check_offsets(function: str, cu_seqlens, device: torch.device | None) -> None:
+    """Requires offsets by their kind, on the CPU or on u's device; their values are checked where they are read."""
+    check_tensor(function, "cu_seqlens", cu_seqlens, dtypes=OFFSETS)
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        text = f"must be (rows + 1,), got {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"{function}: cu_seqlens {text}")
+    if device is not None and cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
+        text = f"must be on the CPU or on the input's device {device}, got {cu_seqlens.device}"
+        raise ValueError(f"{function}: cu_seqlens {text}")
+
+
 def prepare(
     inputs: Inputs, cu_seqlens: Tensor, max_seqlen: int | None, layout: str
 ) -> PackedInputs:
     """Checks the shapes, and returns what the operator takes: blh as a view, gates in u's dtype."""
     u, k, k_rev, skip, pre_gate, post_gate = inputs
-    check_tensor("fftconv", "cu_seqlens", cu_seqlens, dtypes=OFFSETS)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        text = f"must be (rows + 1,), got {tuple(cu_seqlens.shape)}"
-        raise ValueError(f"fftconv: cu_seqlens {text}")
-    if cu_seqlens.device.type != "cpu" and cu_seqlens.device != u.device:
-        text = f"must be on the CPU or on u's device {u.device}, got {cu_seqlens.device}"
-        raise ValueError(f"fftconv: cu_seqlens {text}")
+    check_offsets("fftconv", cu_seqlens, u.device)
     if max_seqlen is not None:
         check_length("fftconv", max_seqlen, name="max_seqlen")
     axes = [("channels", None), ("total", None)]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from layer_table import EVERY, LENGTH, D, generators, inputs, relative, states
 
-from seqconv.layers.base import HALF
 from seqconv.layers.butterfly_conv import Butterfly
+from seqconv.layers.generator import HALF
 
 
 @pytest.fixture(params=EVERY)

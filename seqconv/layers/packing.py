@@ -1,0 +1,86 @@
+"""Packed rows in layers: their offsets, the longest of them, and what goes by rows."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqconv.ops.checks import check_length, check_sampling, check_shape, check_tensor
+from seqconv.ops.packed import check_offsets, offsets_of
+
+
+class Pack(NamedTuple):
+    """The offsets of rows, as the caller gave them; and the steps that the kernel is made for, those of the longest."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int | None
+    longest: int
+
+    @property
+    def options(self) -> dict:
+        """For fftconv."""
+        return {"cu_seqlens": self.cu_seqlens, "max_seqlen": self.max_seqlen}
+
+    def lengths(self, device: torch.device) -> Tensor:
+        return self.cu_seqlens.to(device, torch.int64).diff()
+
+    def only(self, rows: Tensor) -> "tuple[Pack, Tensor]":
+        """The pack of those rows for which `rows` is True, and where their steps are in this one."""
+        lengths = self.lengths(rows.device)
+        place = rows.repeat_interleave(lengths).nonzero().flatten()
+        offsets = lengths[rows].cumsum(0)
+        offsets = torch.cat([offsets.new_zeros(1), offsets])
+        return Pack(offsets, self.longest, self.longest), place
+
+
+def pack_of(function: str, x: Tensor, cu_seqlens, max_seqlen, mask=None, lengths=None) -> Pack:
+    """The rows of x (total, d_model)."""
+    if cu_seqlens is None:
+        raise ValueError(
+            f"{function}: max_seqlen must be None without cu_seqlens, got {max_seqlen!r}"
+        )
+    if mask is not None or lengths is not None:
+        given = "mask" if mask is not None else "lengths"
+        raise ValueError(
+            f"{function}: {given} must be None with cu_seqlens, which leaves no padding"
+        )
+    check_offsets(function, cu_seqlens, x.device)
+    if max_seqlen is not None:
+        check_length(function, max_seqlen, name="max_seqlen")
+    elif torch.compiler.is_compiling():
+        text = "must be given inside of torch.compile, which cannot read the lengths of rows"
+        raise ValueError(f"{function}: max_seqlen {text}")
+    if max_seqlen is None or not (torch.compiler.is_compiling() or cu_seqlens.is_cuda):
+        steps = offsets_of(cu_seqlens, x.shape[0], max_seqlen).diff()
+    longest = max_seqlen
+    if longest is None:
+        longest = int(steps.max()) if len(steps) else 0
+    return Pack(cu_seqlens, max_seqlen, longest)
+
+
+def unpadded(y: Tensor, lengths: Tensor) -> Tensor:
+    """The steps of y (rows, length, ...) that are no padding, (total, ...)."""
+    return y[torch.arange(y.shape[1], device=y.device) < lengths.unsqueeze(1)]
+
+
+def rates_of(function: str, rate: Tensor, count: int, resamples: bool) -> list[float]:
+    """The distinct rates of `count` samples or rows."""
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{function}: rate must be a number inside of torch.compile, got a tensor")
+    check_tensor(function, "rate", rate)
+    check_shape(function, "rate", rate, (("batch", count),))
+    if rate.requires_grad:
+        raise ValueError(f"{function}: rate must not require a gradient: it has none")
+    values = rate.unique().tolist()
+    for value in values:
+        check_sampling(function, value)
+        if value != 1 and not resamples:
+            raise ValueError(
+                f"{function}: rate must be 1 (its taps have no time scale), got {value!r}"
+            )
+    return values
+
+
+def in_order(parts: list[Tensor], places: list[Tensor]) -> Tensor:
+    """What lies at places[i] in parts[i], along the first axis, put together."""
+    return torch.cat(parts)[torch.cat(places).argsort()]
