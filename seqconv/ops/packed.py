@@ -13,6 +13,7 @@ from seqconv.backends.pack import alike, dense_rows
 from seqconv.ops.checks import FLOATS, check_length, check_shape, check_tensor
 from seqconv.ops.inputs import CHANNEL_AXIS, Inputs
 from seqconv.ops.register import Operator, given
+from seqconv.ops.sharding import SUM
 from seqconv.ops.transforms import composed, fold, unfold
 
 OFFSETS = (torch.int32, torch.int64)
@@ -149,6 +150,20 @@ def _gradients_vmap(info, in_dims, dy, *args):
     return tuple(out), (0,) * len(out)
 
 
+def _shardings(inputs: PackedInputs, activation: str, *rest, ranks: int) -> list[tuple]:
+    heads = len(inputs.k.shape) > 2
+    rows = [(int(heads), CHANNEL_AXIS._asdict()), (SUM, {"post_gate": SUM})]
+    if heads:
+        several = {"k": -3, "k_rev": -3, "post_gate": 0}
+        if inputs.skip is not None and len(inputs.skip.shape) == 2:
+            several["skip"] = 0
+        rows.append((0, several))
+    if activation == "none":
+        rows += [(SUM, {"u": SUM}), (SUM, {"pre_gate": SUM})]
+        rows.append((SUM, {"k": SUM, "k_rev": SUM, "skip": SUM}))
+    return rows
+
+
 operator = Operator(
     "fftconv_packed",
     PackedInputs,
@@ -160,6 +175,7 @@ operator = Operator(
     empty_gradients=_empty_gradients,
     vmap=_vmap,
     gradients_vmap=_gradients_vmap,
+    shardings=_shardings,
 )
 
 

@@ -4,7 +4,7 @@ import torch
 import toy_operator
 
 from seqconv.layers import butterfly_conv, s4d, sgconv
-from seqconv.ops import butterfly, fftconv, ssm
+from seqconv.ops import butterfly, fftconv, packed, ssm
 
 
 def normal(*shape):
@@ -33,6 +33,19 @@ def _exact():
         post_gate=normal(2, 2, 2, 40),
     )
     return fftconv.operator, inputs, ("gelu", False, True)
+
+
+def _packed():
+    inputs = packed.PackedInputs(
+        u=normal(2, 12),
+        k=normal(2, 2, 5),
+        k_rev=normal(2, 2, 3),
+        skip=normal(2),
+        pre_gate=normal(2, 12),
+        post_gate=normal(2, 2, 12),
+        cu_seqlens=torch.tensor([0, 5, 5, 12]),
+    )
+    return packed.operator, inputs, ("gelu", False, -1)
 
 
 def _ssm():
@@ -70,6 +83,7 @@ OPERATORS = {
     "toy": _toy,
     "fftconv": _fftconv,
     "fftconv_exact_causal": _exact,
+    "fftconv_packed": _packed,
     "ssm": _ssm,
     "butterfly": _butterfly,
 }

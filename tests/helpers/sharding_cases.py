@@ -6,7 +6,7 @@ from toy_operator import Inputs as ToyInputs
 from toy_operator import decayed_sum
 
 from seqconv.layers import butterfly_conv, s4d, sgconv
-from seqconv.ops import butterfly, fftconv, ssm
+from seqconv.ops import butterfly, fftconv, packed, ssm
 
 B, C, L, H = 5, 7, 11, 3
 
@@ -33,6 +33,21 @@ def convolution(
         post_gate=normal(*out) if "post_gate" in gates else None,
     )
     return fftconv.operator, inputs, (activation, last, exact_causal)
+
+
+def _packed(activation="none", *, heads=0, per_row=False, skip="h", gates=()):
+    several = [heads] * (heads > 0)
+    leading, out = (*[3] * per_row, *several, C), (*several, C, L)
+    inputs = packed.PackedInputs(
+        u=normal(C, L),
+        k=normal(*leading, L),
+        k_rev=normal(*leading, 4),
+        skip={"h": normal(C), "ch": normal(heads, C)}[skip],
+        pre_gate=normal(C, L) if "pre_gate" in gates else None,
+        post_gate=normal(*out) if "post_gate" in gates else None,
+        cu_seqlens=torch.tensor([0, 4, 4, L]),
+    )
+    return packed.operator, inputs, (activation, False, -1)
 
 
 def _ssm():
@@ -75,6 +90,9 @@ CASES = {
     "fftconv heads, one skip": lambda: convolution(heads=H, gates=["pre_gate"], last=True),
     "fftconv per sample": lambda: convolution("relu", heads=H, per_sample=True, skip="ch"),
     "fftconv exact": lambda: convolution("gelu", k_rev=False, gates=BOTH, exact_causal=True),
+    "fftconv packed": _packed,
+    "fftconv packed gelu": lambda: _packed("gelu", gates=BOTH),
+    "fftconv packed heads": lambda: _packed("silu", heads=H, per_row=True, skip="ch", gates=BOTH),
     "ssm": _ssm,
     "butterfly": _butterfly,
     "butterfly heads": lambda: _butterfly(12, 24),
