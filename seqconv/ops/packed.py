@@ -89,7 +89,7 @@ def _empty_output(inputs: PackedInputs, channels_last: bool) -> Tensor:
 def _empty_gradients(inputs: PackedInputs, activation, channels_last: bool, max_seqlen, wanted):
     grads = []
     for name, like, want in zip(inputs._fields, inputs, wanted, strict=True):
-        if like is None or not want:
+        if like is None or not want or name == "cu_seqlens":
             grads.append(None)
         elif name in ("u", "pre_gate", "post_gate"):
             grads.append(_empty(like, like.shape, channels_last))

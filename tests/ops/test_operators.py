@@ -15,12 +15,20 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 @pytest.fixture(params=OPERATORS)
 def problem(request):
     operator, inputs, options = OPERATORS[request.param]()
-    leaves = [t if t is None else t.requires_grad_() for t in inputs]
-    return operator, operator.name_inputs(leaves), options
+    return operator, operator.name_inputs([leaf(t) for t in inputs]), options
+
+
+def is_number(t):
+    """Whether the input has a gradient: offsets have none."""
+    return t is not None and t.is_floating_point()
+
+
+def leaf(t):
+    return t.requires_grad_() if is_number(t) else t
 
 
 def present(inputs):
-    return [t for t in inputs if t is not None]
+    return [t for t in inputs if is_number(t)]
 
 
 def close(ours, theirs):
@@ -90,21 +98,22 @@ def test_the_raw_operators_pass_opcheck(problem):
     flat = operator.flat(inputs)
     torch.library.opcheck(operator.fwd, (*flat, *options))
     dy = torch.randn_like(operator.fwd(*flat, *options)).requires_grad_()
-    torch.library.opcheck(operator.bwd, (dy, *flat, *options, [t is not None for t in inputs]))
+    wanted = [is_number(t) for t in inputs]
+    torch.library.opcheck(operator.bwd, (dy, *flat, *options, wanted))
 
 
 def test_lazy_tensors_are_resolved(problem):
     """Lazily negated and lazily zero tensors have no memory of their own to give to a kernel."""
     operator, inputs, options = problem
     inputs = operator.name_inputs([t if t is None else t.detach() for t in inputs])
-    wanted = [t is not None for t in inputs]
+    wanted = [is_number(t) for t in inputs]
     dy = torch.randn_like(operator(inputs, *options))
 
     def results(inputs, dy):
         return operator(inputs, *options), *operator.raw_gradients(dy, inputs, options, wanted)
 
     for i, t in enumerate(inputs):
-        if t is None:
+        if not is_number(t):
             continue
         lazy = operator.name_inputs(
             [torch._neg_view(-t) if j == i else s for j, s in enumerate(inputs)]
@@ -120,7 +129,7 @@ def test_lazy_tensors_are_resolved(problem):
             [torch.zeros_like(t) if j == i else s for j, s in enumerate(inputs)]
         )
         close(results(zero, dy), results(real, dy))
-    leaves = operator.name_inputs([t if t is None else t.requires_grad_() for t in inputs])
+    leaves = operator.name_inputs([leaf(t) for t in inputs])
     for lazy, real in (
         (torch._neg_view(-dy), dy),
         (torch._efficientzerotensor(dy.shape, dtype=dy.dtype), torch.zeros_like(dy)),
@@ -166,7 +175,7 @@ def test_a_graph_made_before_dispatch_has_the_operator(problem):
 
     def call(*tensors):
         found = iter(tensors)
-        whole = [t if t is None else next(found) for t in inputs]
+        whole = [next(found) if is_number(t) else t for t in inputs]
         return operator(operator.name_inputs(whole), *options)
 
     graph = make_fx(call, tracing_mode="real", pre_dispatch=True)(*leaves)

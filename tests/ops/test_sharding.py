@@ -116,10 +116,12 @@ def spread(t, kinds, mesh):
 
 
 def with_gradients(operator, inputs, options, dy):
-    leaves = [t if t is None else t.detach().requires_grad_() for t in inputs]
+    real = [t is not None and t.is_floating_point() for t in inputs]  # Offsets have no gradient.
+    pairs = list(zip(inputs, real, strict=True))
+    leaves = [t.detach().requires_grad_() if has else t for t, has in pairs]
     y = operator(operator.name_inputs(leaves), *options)
     dy = dy(y) if callable(dy) else dy
-    return y, *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)
+    return y, *torch.autograd.grad(y, [t for t, has in zip(leaves, real, strict=True) if has], dy)
 
 
 def same(found, wanted):
@@ -150,7 +152,8 @@ def rows_in_processes(names):
             found = with_gradients(operator, own, options, spread(dy, [dy_kind], mesh))
             same(found, wanted)
             if fits(inputs, kinds, ranks):
-                present = [g for g, t in zip(grads, inputs, strict=True) if t is not None]
+                pairs = zip(grads, inputs, strict=True)
+                present = [g for g, t in pairs if t is not None and t.is_floating_point()]
                 assert [t.placements[0] for t in found] == [placement(k) for k in (out, *present)]
             for kind in (None, SUM):
                 same(with_gradients(operator, own, options, spread(dy, [kind], mesh)), wanted)
