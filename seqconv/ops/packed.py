@@ -9,12 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqconv.backends.pack import alike, dense_rows
 from seqconv.ops.checks import FLOATS, check_length, check_shape, check_tensor
 from seqconv.ops.inputs import CHANNEL_AXIS, Inputs
 from seqconv.ops.register import Operator, given
 from seqconv.ops.sharding import SUM
-from seqconv.ops.transforms import composed, fold, unfold
+from seqconv.ops.transforms import bwd_vmap, composed, fwd_vmap
 
 OFFSETS = (torch.int32, torch.int64)
 
@@ -57,21 +56,8 @@ def offsets_of(cu_seqlens: Tensor, total: int, max_seqlen: int | None = None) ->
 
 
 def _plain(inputs: PackedInputs, activation: str, channels_last: bool, max_seqlen: int) -> Tensor:
-    """Rows of one length are samples of one dense convolution."""
-    u, k, k_rev, skip, pre_gate, post_gate, cu_seqlens = inputs
-    rest = (k, k_rev, skip, pre_gate, post_gate)
-    offsets = offsets_of(cu_seqlens, u.shape[-1], None if max_seqlen < 0 else max_seqlen)
-    found, places = [], []
-    for rows, length, place in alike(offsets, u.device):
-        dense = dense_rows(Inputs(u, *rest), rows, length, place)
-        y = composed(dense, activation, False, False)
-        found.append(y.movedim(0, -2).flatten(-2))  # (..., channels, steps)
-        places.append(place)
-    if not found:
-        nothing = sum(0 * t.sum() for t in (u, *rest) if t is not None)  # a node of the graph
-        return _empty_output(inputs, False).zero_() + nothing.to(u.dtype)
-    order = torch.cat(places).argsort()
-    return torch.cat(found, -1)[..., order]
+    *dense, cu_seqlens = inputs
+    return composed(Inputs(*dense), activation, channels_last, max_seqlen, cu_seqlens)
 
 
 def _empty(like: Tensor, shape, channels_last: bool) -> Tensor:
@@ -119,35 +105,25 @@ def _gradients(backend, dy, inputs: PackedInputs, activation, channels_last, max
     return PackedInputs._make(grad if grad is None else grad.zero_() for grad in grads)
 
 
-# Channels never meet, so that a mapped axis folds into them.
 def _vmap(info, in_dims, *args):
     tensors, cu_seqlens, (_, *options) = args[:6], args[6], args[7:]
-    if in_dims[6] is not None:
-        raise ValueError("fftconv: cu_seqlens must be the same for all calls of a vmap")
-    size = info.batch_size
-    folded = [
-        fold(t, d, size, axis) for t, d, axis in zip(tensors, in_dims, CHANNEL_AXIS, strict=False)
-    ]
-    folded.append(cu_seqlens)
-    return unfold(operator.fwd(*folded, given(folded), *options), size, -2), 0
+    _check_alike(in_dims[6])
+    call = lambda *t: operator.fwd(*t, cu_seqlens, given((*t, cu_seqlens)), *options)  # noqa: E731
+    return fwd_vmap(info, in_dims[:6], call, *tensors, packed=True)
 
 
 def _gradients_vmap(info, in_dims, dy, *args):
     tensors, cu_seqlens, (_, *options) = args[:6], args[6], args[7:]
-    size, wanted = info.batch_size, options[-1]
-    folded = [
-        fold(t, d, size, axis)
-        for t, d, axis in zip(tensors, in_dims[1:], CHANNEL_AXIS, strict=False)
-    ]
-    folded.append(cu_seqlens)
-    grads = operator.bwd(fold(dy, in_dims[0], size, -2), *folded, given(folded), *options)
-    out = [
-        unfold(g, size, axis) if want and t is not None else g.new_empty(size, 0)
-        for g, want, t, axis in zip(
-            grads, wanted, (*tensors, None), (*CHANNEL_AXIS, 0), strict=True
-        )
-    ]
-    return tuple(out), (0,) * len(out)
+    _check_alike(in_dims[7])
+    present = [want and t is not None for want, t in zip(options[-1], tensors, strict=False)]
+    call = lambda dy, *t: operator.bwd(dy, *t, cu_seqlens, given((*t, cu_seqlens)), *options)[:6]  # noqa: E731
+    grads, dims = bwd_vmap(info, in_dims[:7], call, present, dy, *tensors)
+    return (*grads, dy.new_empty(info.batch_size, 0)), (*dims, 0)
+
+
+def _check_alike(dim: int | None) -> None:
+    if dim is not None:
+        raise ValueError("fftconv: cu_seqlens must be the same for all calls of a vmap")
 
 
 def _shardings(inputs: PackedInputs, activation: str, *rest, ranks: int) -> list[tuple]:

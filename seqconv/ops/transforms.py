@@ -18,17 +18,33 @@ from seqconv.ops.register import given, transforms_active
 from seqconv.reference import activate
 
 
-# The raw operators are looked up when they are called: they are registered later, by fftconv.py, which imports
-# this file.
-def _fwd(tensors, *options) -> Tensor:
-    return torch.ops.seqconv.fftconv_fwd.default(*tensors, given(tensors), *options)
+# The raw operators are looked up when they are called: they are registered later, by fftconv.py and packed.py, which
+# import this file. Their options are channels_last, exact_causal and None; or, of packed rows, channels_last,
+# max_seqlen and cu_seqlens.
+def _fwd(tensors, activation: str, channels_last: bool, number: int, cu_seqlens: Tensor | None):
+    if cu_seqlens is None:
+        operator = torch.ops.seqconv.fftconv_fwd.default
+    else:
+        operator, tensors = torch.ops.seqconv.fftconv_packed_fwd.default, (*tensors, cu_seqlens)
+    return operator(*tensors, given(tensors), activation, channels_last, number)
 
 
-def _bwd(dy, tensors, *options):
-    return torch.ops.seqconv.fftconv_bwd.default(dy, *tensors, given(tensors), *options)
+def _bwd(dy, tensors, activation: str, channels_last, number, cu_seqlens: Tensor | None, wanted):
+    if cu_seqlens is None:
+        operator = torch.ops.seqconv.fftconv_bwd.default
+    else:
+        operator, tensors = torch.ops.seqconv.fftconv_packed_bwd.default, (*tensors, cu_seqlens)
+        wanted = (*wanted, False)
+    return operator(dy, *tensors, given(tensors), activation, channels_last, number, wanted)
 
 
-def composed(inputs: Inputs, activation: str, channels_last: bool, exact: bool) -> Tensor:
+def composed(
+    inputs: Inputs,
+    activation: str,
+    channels_last: bool,
+    number: int,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """The operator as torch elementwise operations around its linear core, at least in float32 as in the kernel."""
     u, k, k_rev, skip, pre_gate, post_gate = inputs
     x, gate = u, post_gate
@@ -36,7 +52,7 @@ def composed(inputs: Inputs, activation: str, channels_last: bool, exact: bool) 
         wide = torch.promote_types(u.dtype, torch.float32)
         x = u.to(wide) if pre_gate is None else u.to(wide) * pre_gate.to(wide)
         gate = post_gate if post_gate is None else post_gate.to(wide)
-    y = activate(_Linear.apply(x, k, k_rev, skip, channels_last, exact), activation)
+    y = activate(_Linear.apply(x, k, k_rev, skip, channels_last, number, cu_seqlens), activation)
     return (y if gate is None else y * gate).to(u.dtype)
 
 
@@ -70,8 +86,9 @@ class _Linear(Function):
     """y = k * u (+ k_rev) + skip u."""
 
     @staticmethod
-    def forward(u, k, k_rev, skip, channels_last, exact):
-        return _fwd((u, k, k_rev, skip, None, None), "none", channels_last, exact)
+    def forward(u, k, k_rev, skip, channels_last, number, cu_seqlens):
+        tensors = u, k, k_rev, skip, None, None
+        return _fwd(tensors, "none", channels_last, number, cu_seqlens)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -83,7 +100,8 @@ class _Linear(Function):
     def backward(ctx, dy):
         wanted = tuple(ctx.needs_input_grad[:4])
         grads = _LinearBackward.apply(dy, *ctx.saved_tensors, *ctx.options, wanted)
-        return (*[g if want else None for g, want in zip(grads, wanted, strict=True)], None, None)
+        found = [g if want else None for g, want in zip(grads, wanted, strict=True)]
+        return (*found, *[None] * len(ctx.options))
 
     @_nestable
     def jvp(ctx, du, dk, dk_rev, dskip, *_):
@@ -94,16 +112,16 @@ class _Linear(Function):
     @staticmethod
     def vmap(info, in_dims, u, k, k_rev, skip, *options):
         call = lambda u, k, k_rev, skip: _Linear.apply(u, k, k_rev, skip, *options)  # noqa: E731
-        return fwd_vmap(info, in_dims[:4], call, u, k, k_rev, skip)
+        return fwd_vmap(info, in_dims[:4], call, u, k, k_rev, skip, packed=options[-1] is not None)
 
 
 class _LinearBackward(Function):
     """Gradients of _Linear: du is linear in (dy, k), dk in (dy, u); the unwanted ones are empty tensors."""
 
     @staticmethod
-    def forward(dy, u, k, k_rev, skip, channels_last, exact, wanted):
-        tensors = u, k, k_rev, skip, None, None
-        return _bwd(dy, tensors, "none", channels_last, exact, (*wanted, False, False))[:4]
+    def forward(dy, u, k, k_rev, skip, channels_last, number, cu_seqlens, wanted):
+        tensors, wanted = (u, k, k_rev, skip, None, None), (*wanted, False, False)
+        return _bwd(dy, tensors, "none", channels_last, number, cu_seqlens, wanted)[:4]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -156,7 +174,7 @@ def _leading(t: Tensor, dim: int | None, size: int) -> Tensor:
     return t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
-def fold(t: Tensor | None, dim: int | None, size: int, axis: int) -> Tensor | None:
+def _fold(t: Tensor | None, dim: int | None, size: int, axis: int) -> Tensor | None:
     """Moves the mapped dimension in front of `axis` (counted from the end) and merges the two."""
     if t is None:
         return None
@@ -165,14 +183,14 @@ def fold(t: Tensor | None, dim: int | None, size: int, axis: int) -> Tensor | No
     return t.movedim(0, axis - 1).flatten(axis - 1, axis)
 
 
-def unfold(t: Tensor, size: int, axis: int) -> Tensor:
+def _unfold(t: Tensor, size: int, axis: int) -> Tensor:
     axis += t.dim()
     return t.unflatten(axis, (size, t.shape[axis] // size)).movedim(axis, 0)
 
 
 def _fold_all(tensors, in_dims, size):
     return [
-        fold(t, d, size, axis) for t, d, axis in zip(tensors, in_dims, CHANNEL_AXIS, strict=False)
+        _fold(t, d, size, axis) for t, d, axis in zip(tensors, in_dims, CHANNEL_AXIS, strict=False)
     ]
 
 
@@ -182,12 +200,16 @@ def _map_size(info) -> int:
     return info.batch_size
 
 
-def fwd_vmap(info, in_dims, call, *tensors):
+def fwd_vmap(info, in_dims, call, *tensors, packed=False):
     """call(u, k, k_rev, skip, pre_gate, post_gate) over one more axis; returns (y, axis) as torch's vmap rules do."""
     size = _map_size(info)
     known = list(zip(tensors, in_dims, IS_SIGNAL, strict=False))
-    if tensors[1].dim() == 4 or any(d is not None for _, d, signal in known if not signal):
-        return unfold(call(*_fold_all(tensors, in_dims, size)), size, -2), 0
+    if (
+        packed
+        or tensors[1].dim() == 4
+        or any(d is not None for _, d, signal in known if not signal)
+    ):
+        return _unfold(call(*_fold_all(tensors, in_dims, size)), size, -2), 0
     # Only the signals are mapped: they fold into the batch, and the kernel is transformed once.
     y = call(
         *[
@@ -202,9 +224,9 @@ def bwd_vmap(info, in_dims, call, wanted, dy, *tensors):
     """The same for call(dy, u, k, ...), whose outputs are gradients or, where not wanted, empty."""
     size = _map_size(info)
     folded = _fold_all(tensors, in_dims[1:], size)
-    grads = call(fold(dy, in_dims[0], size, -2), *folded)
+    grads = call(_fold(dy, in_dims[0], size, -2), *folded)
     out = [
-        unfold(g, size, axis) if want else g.new_empty(size, 0)
+        _unfold(g, size, axis) if want else g.new_empty(size, 0)
         for g, want, axis in zip(grads, wanted, CHANNEL_AXIS, strict=False)
     ]
     return tuple(out), (0,) * len(out)
@@ -212,11 +234,11 @@ def bwd_vmap(info, in_dims, call, wanted, dy, *tensors):
 
 def raw_fwd_vmap(info, in_dims, *args):
     tensors, (_, *options) = args[:6], args[6:]
-    return fwd_vmap(info, in_dims[:6], lambda *t: _fwd(t, *options), *tensors)
+    return fwd_vmap(info, in_dims[:6], lambda *t: _fwd(t, *options, None), *tensors)
 
 
 def raw_bwd_vmap(info, in_dims, *args):
     (dy, *tensors), (_, *options) = args[:7], args[7:]
     present = [want and t is not None for want, t in zip(options[-1], tensors, strict=True)]
-    call = lambda dy, *t: _bwd(dy, t, *options)  # noqa: E731
+    call = lambda dy, *t: _bwd(dy, t, *options[:-1], None, options[-1])  # noqa: E731
     return bwd_vmap(info, in_dims[:7], call, present, dy, *tensors)
