@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seqconv.ops.checks import check_length, check_sampling, check_shape, check_tensor
-from seqconv.ops.packed import check_offsets, offsets_of
+from seqconv.ops.packed import check_offsets, offsets_of, on_one
 
 
 class Pack(NamedTuple):
@@ -22,7 +22,7 @@ class Pack(NamedTuple):
         return {"cu_seqlens": self.cu_seqlens, "max_seqlen": self.max_seqlen}
 
     def lengths(self, device: torch.device) -> Tensor:
-        return self.cu_seqlens.to(device, torch.int64).diff()
+        return on_one(self.cu_seqlens).to(device, torch.int64).diff()
 
     def only(self, rows: Tensor) -> "tuple[Pack, Tensor]":
         """The pack of those rows for which `rows` is True, and where their steps are in this one."""

@@ -32,9 +32,14 @@ class PackedInputs(NamedTuple):
     cu_seqlens: Tensor
 
 
+def on_one(cu_seqlens) -> Tensor:
+    """As a plain tensor: of a DTensor every process has all."""
+    return cu_seqlens.to_local() if hasattr(cu_seqlens, "to_local") else cu_seqlens
+
+
 def offsets_of(cu_seqlens: Tensor, total: int, max_seqlen: int | None = None) -> Tensor:
     """The offsets in int64 on the host, checked. Waits for a GPU that has them."""
-    offsets = cu_seqlens.to("cpu", torch.int64).contiguous()
+    offsets = on_one(cu_seqlens).to("cpu", torch.int64).contiguous()
     steps = offsets.diff()
     first, last = offsets[0].item(), offsets[-1].item()
     if first != 0:

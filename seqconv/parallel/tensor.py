@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from seqconv.layers.base import ConvLayer, check_input
-from seqconv.layers.butterfly_conv import Butterfly
+from seqconv.layers.butterfly_conv import Butterfly, ButterflyConv
 from seqconv.layers.generator import KernelGenerator
 from seqconv.layers.hyena import Hyena
 from seqconv.layers.module import whole
@@ -244,7 +244,9 @@ class _DividedLayer(nn.Module):
     skip: DTensor
     d_model: int
 
-    def forward(self, x, mask=None, *, lengths=None, rate: float = 1.0):
+    def forward(
+        self, x, mask=None, *, lengths=None, rate: float = 1.0, cu_seqlens=None, max_seqlen=None
+    ):
         mesh, style = self.skip.device_mesh, self._style
         if isinstance(x, Tensor) and not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, [style.inputs], run_check=False)
@@ -254,14 +256,29 @@ class _DividedLayer(nn.Module):
             mask, lengths = (t if t is None else whole(t) for t in (mask, lengths))
             padding = padding_of(name, x, mask, lengths)
             mask = DTensor.from_local(padding, mesh, [Replicate()], run_check=False)
-        y = super().forward(x, mask, rate=rate).redistribute(placements=[style.outputs])
+        packed = {}
+        if cu_seqlens is not None or max_seqlen is not None:
+            if isinstance(self, ButterflyConv):
+                text = "cu_seqlens must be None under tensor parallelism"
+                raise ValueError(f"{type(self).__name__}: {text}")
+            if cu_seqlens is not None:
+                own = whole(cu_seqlens)
+                cu_seqlens = DTensor.from_local(own, mesh, [Replicate()], run_check=False)
+            packed = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        y = super().forward(x, mask, rate=rate, **packed)
+        y = y.redistribute(placements=[style.outputs])
         return y.to_local() if style.local else y
 
 
 class _DividedConvLayer(_DividedLayer, ConvLayer):
     def _convolve(self, x, rate: float):
+        return self._on_all(super()._convolve(x, rate))
+
+    def _convolve_packed(self, x, rate: float, pack):
+        return self._on_all(super()._convolve_packed(x, rate, pack))
+
+    def _on_all(self, y: Any) -> DTensor:
         # The linear map has all channels as its input, and heads cannot be joined with channels that are divided.
-        y: Any = super()._convolve(x, rate)
         own = y.redistribute(placements=[Replicate()]).to_local().contiguous()
         return DTensor.from_local(own, self.skip.device_mesh, [Replicate()], run_check=False)
 

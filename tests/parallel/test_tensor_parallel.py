@@ -104,6 +104,28 @@ def equal_to_one_process(names):
             assert own.skip.to_local().shape[1] == channels
 
 
+def packs_are_equal_to_one_process(names):
+    offsets = torch.tensor([0, 9, 9, 10, LENGTH])
+    for name in names:
+        layer = made(name)
+        own = divided(copy.deepcopy(layer))
+        x, found = torch.randn(LENGTH, layer.d_model, dtype=torch.float64), []
+        for one in (layer, own):
+            leaf = x.clone().requires_grad_()
+            y = one(leaf, cu_seqlens=offsets)
+            y.sin().sum().backward()
+            grads = [p.grad for p in one.parameters()]
+            found.append(
+                [y, leaf.grad, *[getattr(g, "full_tensor", lambda g=g: g)() for g in grads]]
+            )
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, **close)
+
+
+def test_packs_are_equal_to_one_process():
+    run(2, packs_are_equal_to_one_process, [n for n in LAYERS if "butterfly" not in n])
+
+
 @pytest.mark.parametrize("world", [3, *[pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)]])
 def test_equal_to_one_process(world):
     run(world, equal_to_one_process, list(LAYERS))
