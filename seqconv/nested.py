@@ -7,13 +7,12 @@ A pack has all steps of all rows one after another, (total, ...), and cu_seqlens
 import torch
 from torch import Tensor
 
+from seqconv.layers.packing import NUMBERS, pad
 from seqconv.layers.padding import padding_of, require
-from seqconv.ops.checks import FLOATS, check_length, check_shape, check_tensor
+from seqconv.ops.checks import check_shape, check_tensor
 from seqconv.ops.packed import OFFSETS, check_offsets
 
 __all__ = ["pack", "pad", "position_ids", "rows_from_position_ids", "rows_from_seq_idx", "seq_idx"]
-
-_NUMBERS = (*FLOATS, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
 
 
 def pack(
@@ -28,7 +27,7 @@ def pack(
         >>> pack(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([2, 1]))
         (tensor([1., 2., 3.]), tensor([0, 2, 3]))
     """
-    check_tensor("pack", "x", x, dtypes=_NUMBERS)
+    check_tensor("pack", "x", x, dtypes=NUMBERS)
     if x.dim() < 2:
         raise ValueError(f"pack: x must be (batch, length, ...), got {tuple(x.shape)}")
     if lengths is None and mask is None:
@@ -36,37 +35,6 @@ def pack(
     kept = ~padding_of("pack", x.flatten(2) if x.dim() > 2 else x.unsqueeze(2), mask, lengths)
     steps = kept.sum(1)
     return x[kept], torch.cat([steps.new_zeros(1), steps.cumsum(0)])
-
-
-def pad(
-    x: Tensor, cu_seqlens: Tensor, length: int | None = None, *, value: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """A padded batch (rows, length, ...) of a pack x (total, ...), and the lengths (rows,) of its rows.
-
-    Rows are padded at their end with `value`, to the longest row or to `length`, which no row may exceed.
-
-    Example:
-        >>> pad(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 3]))
-        (tensor([[1., 2.],
-                [3., 0.]]), tensor([2, 1]))
-    """
-    check_tensor("pad", "x", x, dtypes=_NUMBERS)
-    if x.dim() < 1:
-        raise ValueError("pad: x must be (total, ...), got a number")
-    check_offsets("pad", cu_seqlens, x.device)
-    lengths = cu_seqlens.to(x.device, torch.int64).diff()
-    if length is None:
-        length = int(lengths.max()) if len(lengths) else 0
-    check_length("pad", length)
-    fits = (lengths >= 0).all() & (lengths <= length).all() & (lengths.sum() == len(x))
-    require(
-        fits & (cu_seqlens[0] == 0),
-        f"pad: cu_seqlens must be 0, then not decrease, to {len(x)}, by {length} at most",
-    )
-    kept = torch.arange(length, device=x.device) < lengths.unsqueeze(1)
-    out = x.new_full((len(lengths), length, *x.shape[1:]), value)
-    out[kept] = x
-    return out, lengths
 
 
 def position_ids(cu_seqlens: Tensor) -> Tensor:

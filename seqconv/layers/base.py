@@ -125,7 +125,7 @@ class ConvLayer(Described):
                 raise ValueError(f"{name}: cu_seqlens must be None under context parallelism")
             y = (
                 self._convolve_packed(x, rate, pack)
-                if _is_number(rate)
+                if not isinstance(rate, Tensor)
                 else self._packed_by_rate(x, rate, pack)
             )
             return self._mix(y.flatten(-2), pack)
@@ -134,7 +134,7 @@ class ConvLayer(Described):
             padding = padding_of(name, x, mask, lengths)
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
         context = self._context
-        if not _is_number(rate):
+        if isinstance(rate, Tensor):
             y = self._by_rate(x, rate)
         else:
             y = self._convolve(x, rate) if context is None else context.convolve(self, x, rate)
@@ -197,10 +197,6 @@ class ConvLayer(Described):
             first, gate = y.chunk(2, dim=-1)
             return first * gate.sigmoid()
         return F.glu(y, dim=-1)
-
-
-def _is_number(rate) -> bool:
-    return type(rate) is float or not isinstance(rate, Tensor)
 
 
 def check_input(

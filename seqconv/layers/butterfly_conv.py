@@ -15,8 +15,7 @@ from seqconv.layers.generator import KernelGenerator
 from seqconv.layers.long_conv import BLOCK, KERNEL, LongConvKernel
 from seqconv.layers.module import fill, kernel_dtype
 from seqconv.layers.options import Defaults, refuse
-from seqconv.layers.packing import Pack, unpadded
-from seqconv.nested import pad
+from seqconv.layers.packing import Pack, pad, unpadded
 from seqconv.ops import butterfly
 from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 from seqconv.ops.fftconv import ACTIVATIONS

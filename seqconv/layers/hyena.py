@@ -14,13 +14,12 @@ from seqconv.layers.generator import KernelGenerator, cut, full_precision
 from seqconv.layers.kept import tensors_of
 from seqconv.layers.module import Described, kernel_dtype
 from seqconv.layers.options import Defaults, refuse
-from seqconv.layers.packing import pack_of, unpadded
+from seqconv.layers.packing import pack_of, pad, unpadded
 from seqconv.layers.padding import padding_of
 from seqconv.layers.recurrence import run_pre_hooks
 from seqconv.layers.state import State, check_kind, mark_of
 from seqconv.layers.streaming import Streaming, kernel_of
 from seqconv.layers.streaming_conv import ConvState, StreamingConv
-from seqconv.nested import pad
 from seqconv.ops.checks import check_learning_rate, check_positive, check_sampling
 from seqconv.ops.fftconv import fftconv
 from seqconv.ops.register import Operator

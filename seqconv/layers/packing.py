@@ -5,8 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqconv.ops.checks import check_length, check_sampling, check_shape, check_tensor
+from seqconv.layers.padding import require
+from seqconv.ops.checks import FLOATS, check_length, check_sampling, check_shape, check_tensor
 from seqconv.ops.packed import check_offsets, offsets_of, on_one
+
+NUMBERS = (*FLOATS, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
 
 
 class Pack(NamedTuple):
@@ -58,6 +61,37 @@ def pack_of(function: str, x: Tensor, cu_seqlens, max_seqlen, mask=None, lengths
     return Pack(cu_seqlens, max_seqlen, longest)
 
 
+def pad(
+    x: Tensor, cu_seqlens: Tensor, length: int | None = None, *, value: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """A padded batch (rows, length, ...) of a pack x (total, ...), and the lengths (rows,) of its rows.
+
+    Rows are padded at their end with `value`, to the longest row or to `length`, which no row may exceed.
+
+    Example:
+        >>> pad(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 3]))
+        (tensor([[1., 2.],
+                [3., 0.]]), tensor([2, 1]))
+    """
+    check_tensor("pad", "x", x, dtypes=NUMBERS)
+    if x.dim() < 1:
+        raise ValueError("pad: x must be (total, ...), got a number")
+    check_offsets("pad", cu_seqlens, x.device)
+    lengths = cu_seqlens.to(x.device, torch.int64).diff()
+    if length is None:
+        length = int(lengths.max()) if len(lengths) else 0
+    check_length("pad", length)
+    fits = (lengths >= 0).all() & (lengths <= length).all() & (lengths.sum() == len(x))
+    require(
+        fits & (cu_seqlens[0] == 0),
+        f"pad: cu_seqlens must be 0, then not decrease, to {len(x)}, by {length} at most",
+    )
+    kept = torch.arange(length, device=x.device) < lengths.unsqueeze(1)
+    out = x.new_full((len(lengths), length, *x.shape[1:]), value)
+    out[kept] = x
+    return out, lengths
+
+
 def unpadded(y: Tensor, lengths: Tensor) -> Tensor:
     """The steps of y (rows, length, ...) that are no padding, (total, ...)."""
     return y[torch.arange(y.shape[1], device=y.device) < lengths.unsqueeze(1)]
@@ -67,6 +101,8 @@ def rates_of(function: str, rate: Tensor, count: int, resamples: bool) -> list[f
     """The distinct rates of `count` samples or rows."""
     if torch.compiler.is_compiling():
         raise ValueError(f"{function}: rate must be a number inside of torch.compile, got a tensor")
+    if rate.dim() == 0:
+        check_sampling(function, rate)  # which says that it is no number  # pyright: ignore
     check_tensor(function, "rate", rate)
     check_shape(function, "rate", rate, (("batch", count),))
     if rate.requires_grad:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from seqconv.layers.base import ConvLayer, check_input, sized
-from seqconv.layers.packing import pack_of, unpadded
+from seqconv.layers.packing import pack_of, pad, unpadded
 from seqconv.layers.padding import extents, padding_of, shifted
 from seqconv.layers.state import OTHER_KERNEL, State, check_kind, mark_of
 from seqconv.layers.watch import Snapshot, everything_read
-from seqconv.nested import pad
 from seqconv.ops.checks import (
     check_flag,
     check_length,

@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 from seqconv.layers.base import ConvLayer, check_input, sized
 from seqconv.layers.kept import Snapshot, tensors_of, watch
-from seqconv.layers.packing import pack_of, unpadded
+from seqconv.layers.packing import pack_of, pad, unpadded
 from seqconv.layers.padding import padding_of
 from seqconv.layers.recurrence import gathered_by_hooks, run_pre_hooks
 from seqconv.layers.state import State, check_kind
 from seqconv.layers.streaming_conv import ConvState, StreamingConv
-from seqconv.nested import pad
 from seqconv.ops.checks import check_length
 from seqconv.ops.register import transformed, transforms_active
 

@@ -20,6 +20,7 @@ RESULTS = {  # page -> variables that its blocks leave behind, and their shapes
     "layers.md": {"logits": (2, 10), "h": (4, 300, 256), "y": (4, 300, 256)},
     "operator.md": {"y": (2, 64, 3000)},
     "streaming.md": {"y": (2, 64, 500)},
+    "packed.md": {"y": (3, 64)},
     "ssm_kernel.md": {"y": (8, 1, 64, 3000)},
 }
 

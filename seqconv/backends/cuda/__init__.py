@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from seqconv.backends import exact
+from seqconv.backends import exact, fallback
 from seqconv.backends.cuda import butterfly, convolution, driver, ssm, ssm_step, stream
 from seqconv.backends.cuda.plan import longest, make_plan, radix_bytes
 from seqconv.backends.fallback import join, split
@@ -101,6 +101,10 @@ class Cuda:
 
     def ssm_gradients(self, grads, dk: Tensor, inputs) -> None:
         self.on(dk.device, ssm.backward, *grads, dk, *[t.contiguous() for t in inputs])
+
+    # why_not refuses packed rows until there are kernels for them; these are for whoever calls the backend itself.
+    fftconv_packed = staticmethod(fallback.fftconv_packed)
+    fftconv_packed_gradients = staticmethod(fallback.fftconv_packed_gradients)
 
     def ssm_step(self, y: Tensor, inputs, activation: str) -> None:
         self.on(y.device, ssm_step.step, y, inputs, activation)
