@@ -4,7 +4,7 @@ from numbers import Real
 
 from torch import nn
 
-from seqconv.layers.generator import KernelGenerator
+from seqconv.layers.base import KernelGenerator
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict]:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from seqconv import reference
 from seqconv.backends.fallback import radix_sizes
-from seqconv.layers.base import ConvLayer, sized
-from seqconv.layers.generator import KernelGenerator
+from seqconv.layers.base import ConvLayer, KernelGenerator, sized
 from seqconv.layers.long_conv import BLOCK, KERNEL, LongConvKernel
 from seqconv.layers.module import fill, kernel_dtype
 from seqconv.layers.options import Defaults, refuse

@@ -9,13 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv.layers.base import apply_linear, check_input, sized, warn_of_missing_taps
-from seqconv.layers.generator import KernelGenerator, cut, full_precision
+from seqconv.layers.base import (
+    KernelGenerator,
+    apply_linear,
+    check_input,
+    cut,
+    sized,
+    warn_of_missing_taps,
+)
 from seqconv.layers.kept import tensors_of
 from seqconv.layers.module import Described, kernel_dtype
 from seqconv.layers.options import Defaults, refuse
 from seqconv.layers.packing import pack_of, pad, unpadded
 from seqconv.layers.padding import padding_of
+from seqconv.layers.precision import full_precision
 from seqconv.layers.recurrence import run_pre_hooks
 from seqconv.layers.state import State, check_kind, mark_of
 from seqconv.layers.streaming import Streaming, kernel_of

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv.layers.base import ConvLayer
-from seqconv.layers.generator import KernelGenerator
+from seqconv.layers.base import ConvLayer, KernelGenerator
 from seqconv.layers.module import fill, kernel_dtype, whole
 from seqconv.layers.options import Defaults, refuse
 from seqconv.layers.streaming import StreamingLayer

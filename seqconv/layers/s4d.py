@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv.layers import s4d_init
-from seqconv.layers.base import ConvLayer
-from seqconv.layers.generator import KernelGenerator, cut
+from seqconv.layers.base import ConvLayer, KernelGenerator, cut
 from seqconv.layers.module import fill, kernel_dtype
 from seqconv.layers.options import Defaults, refuse
 from seqconv.layers.recurrence import Recurrent

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv.layers.base import ConvLayer
-from seqconv.layers.generator import KernelGenerator, full_precision
+from seqconv.layers.base import ConvLayer, KernelGenerator
 from seqconv.layers.module import fill, kernel_dtype, whole
 from seqconv.layers.options import Defaults, refuse
+from seqconv.layers.precision import full_precision
 from seqconv.layers.streaming import StreamingLayer
 from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 from seqconv.ops.register import Operator

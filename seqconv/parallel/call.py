@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.func import functional_call
 
-from seqconv.layers.generator import KernelGenerator, cut
+from seqconv.layers.base import KernelGenerator, cut
 from seqconv.ops.fftconv import fftconv
 from seqconv.parallel import exchange
 from seqconv.parallel.traffic import Problem

@@ -10,10 +10,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from seqconv.layers.base import ConvLayer, TiedDropout, check_input
+from seqconv.layers.base import ConvLayer, KernelGenerator, TiedDropout, check_input
 from seqconv.layers.butterfly_conv import ButterflyConv
 from seqconv.layers.conv1d import Conv1d
-from seqconv.layers.generator import KernelGenerator
 from seqconv.layers.hyena import Hyena
 from seqconv.layers.padding import padding_of
 from seqconv.ops.checks import check_choice

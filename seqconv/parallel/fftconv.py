@@ -5,8 +5,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from seqconv.layers.base import ConvLayer
-from seqconv.layers.generator import KernelGenerator
+from seqconv.layers.base import ConvLayer, KernelGenerator
 from seqconv.layers.hyena import Hyena
 from seqconv.ops.checks import check_choice
 from seqconv.ops.fftconv import validate

@@ -4,7 +4,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as _fully_shard
 
-from seqconv.layers.generator import KernelGenerator
+from seqconv.layers.base import KernelGenerator
 
 
 def fully_shard(

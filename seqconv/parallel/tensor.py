@@ -15,9 +15,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from seqconv.layers.base import ConvLayer, check_input
+from seqconv.layers.base import ConvLayer, KernelGenerator, check_input
 from seqconv.layers.butterfly_conv import Butterfly, ButterflyConv
-from seqconv.layers.generator import KernelGenerator
 from seqconv.layers.hyena import Hyena
 from seqconv.layers.module import whole
 from seqconv.layers.padding import padding_of

@@ -3,7 +3,7 @@
 import torch
 
 from seqconv import S4D, ButterflyConv, Hyena, LongConv, SGConv
-from seqconv.layers.generator import KernelGenerator
+from seqconv.layers.base import KernelGenerator
 
 D, LENGTH = 6, 50
 LAYERS = {

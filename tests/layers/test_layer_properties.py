@@ -11,7 +11,7 @@ import torch
 from layer_table import EVERY, LENGTH, D, generators, inputs, relative, states
 
 from seqconv.layers.butterfly_conv import Butterfly
-from seqconv.layers.generator import HALF
+from seqconv.layers.precision import HALF
 
 
 @pytest.fixture(params=EVERY)

@@ -8,7 +8,7 @@ import torch
 from layer_table import EVERY, D, generators, inputs, relative
 from torch import nn
 
-from seqconv.layers.generator import HALF
+from seqconv.layers.precision import HALF
 
 
 @pytest.fixture(params=EVERY)

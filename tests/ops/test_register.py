@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from toy_operator import Inputs, decayed_sum
 
 from seqconv import fftconv, param_groups
-from seqconv.layers.base import ConvLayer, TiedDropout
-from seqconv.layers.generator import KernelGenerator
+from seqconv.layers.base import ConvLayer, KernelGenerator, TiedDropout
 from seqconv.layers.module import fill, kernel_dtype
 from seqconv.layers.options import Defaults, refuse
 from seqconv.ops.checks import check_flag, check_learning_rate, check_positive

@@ -9,8 +9,7 @@ from processes import run
 from torch import nn
 
 from seqconv import S4D, ButterflyConv, Hyena, LongConv, SGConv
-from seqconv.layers.base import ConvLayer
-from seqconv.layers.generator import KernelGenerator
+from seqconv.layers.base import ConvLayer, KernelGenerator
 from seqconv.parallel import plan
 
 D, LENGTH, BATCH = 7, 20, 3
