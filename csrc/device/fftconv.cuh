@@ -3,6 +3,7 @@
 // where samples have taps of their own, for every channel of every sample. A block goes through its
 // rows, `slots` at a time. Each slot has `row_threads` threads and planes of its own.
 #pragma once
+#include "packed.cuh"
 #include "skip.cuh"
 
 struct Work {
@@ -24,14 +25,29 @@ SEQCONV_DEVICE Work work(const ConvolutionArgs& a) {
   const Team team{(int)threadIdx.x % row_threads, row_threads};
   return {team, slot, set, channel, group, group * share, end < rows ? end : rows};
 }
-SEQCONV_DEVICE Place place(const ConvolutionArgs& a, const Work& w, int first) {
-  const int row = first + w.slot;
+template <class Args>
+SEQCONV_DEVICE Place place_of_slot(const Args& a, const Work& w, int first, int slot) {
+  const int row = first + slot;
   int sample = row, window = 0;
   if (a.windows > 1) {  // division is slow
     sample = row / (int)a.windows;
     window = row - sample * (int)a.windows;
   }
   return place(a, a.per_sample ? w.set : sample, w.channel, window, row < w.last);
+}
+template <class Args>
+SEQCONV_DEVICE Place place(const Args& a, const Work& w, int first) {
+  return place_of_slot(a, w, first, w.slot);
+}
+// Whether no slot has a step of a row in this turn, for the whole block alike. Dense rows have some
+// in every turn.
+SEQCONV_DEVICE bool is_empty(const ConvolutionArgs&, const Work&, int) { return false; }
+SEQCONV_DEVICE bool is_empty(const PackedArgs& a, const Work& w, int first) {
+  for (int slot = 0; slot < (int)a.slots; ++slot) {
+    const Place p = inside(a, place_of_slot(a, w, first, slot));
+    if (p.begin < p.end) return false;
+  }
+  return true;
 }
 SEQCONV_DEVICE int taps_row(const ConvolutionArgs& a, const Work& w, int head) {
   return (w.set * (int)a.heads + head) * (int)a.channels + w.channel;
@@ -164,7 +180,8 @@ SEQCONV_DEVICE void taps_divisors(const ConvolutionArgs& a, unsigned char* share
   if (r.real && r.team.rank == 0) a.divisors[r.row] = scale;
 }
 
-SEQCONV_DEVICE void spectrum(const ConvolutionArgs& a, unsigned char* shared) {
+template <class Args>
+SEQCONV_DEVICE void spectrum(const Args& a, unsigned char* shared) {
   const TapsRow r = taps_row(a);
   const AnyTransform t{a.transform};
   const Plane plane{(c32*)shared + r.slot * plane_size(t.n)};
@@ -196,7 +213,8 @@ SEQCONV_DEVICE void spectrum(const ConvolutionArgs& a, unsigned char* shared) {
 }
 
 // Adds up the parts in their order and transforms the sum back to the taps.
-SEQCONV_DEVICE void taps_gradients(const ConvolutionArgs& a, unsigned char* shared) {
+template <class Args>
+SEQCONV_DEVICE void taps_gradients(const Args& a, unsigned char* shared) {
   const TapsRow r = taps_row(a);
   const AnyTransform t{a.transform};
   const i64 rows = (a.per_sample ? a.batch : 1) * a.heads * a.channels;
@@ -231,14 +249,15 @@ SEQCONV_DEVICE void taps_gradients(const ConvolutionArgs& a, unsigned char* shar
 }
 
 // y = post_gate * activation(k * (pre_gate u) + skip pre_gate u)
-template <class T, class Shape = AnyTransform>
-SEQCONV_DEVICE void forward(const ConvolutionArgs& a, unsigned char* shared) {
+template <class T, class Shape = AnyTransform, class Args>
+SEQCONV_DEVICE void forward(const Args& a, unsigned char* shared) {
   const Work w = work<Shape>(a);
   const Shape t = Shape::of(a.transform);
   const int heads = Shape::known ? 1 : (int)a.heads;
   const int size = plane_size(t.n);
   const Plane x{(c32*)shared + w.slot * size}, v{heads > 1 ? x.data + a.slots * size : x.data};
   for (int first = w.first; first < w.last; first += (int)a.slots) {
+    if (is_empty(a, w, first)) continue;
     forward_passes(t, x, input<T>(a, place(a, w, first)), w.team);
     if (heads > 1) {
       middle<kForwardOnly>(
@@ -265,8 +284,8 @@ SEQCONV_DEVICE void forward(const ConvolutionArgs& a, unsigned char* shared) {
 
 // Computes from x and dv the gradients of u and pre_gate, and those of the taps as sums of spectra,
 // of which every slot of a group has one.
-template <class T, class Shape = AnyTransform>
-SEQCONV_DEVICE void backward(const ConvolutionArgs& a, unsigned char* shared) {
+template <class T, class Shape = AnyTransform, class Args>
+SEQCONV_DEVICE void backward(const Args& a, unsigned char* shared) {
   const Work w = work<Shape>(a);
   const Shape t = Shape::of(a.transform);
   const int heads = Shape::known ? 1 : (int)a.heads;
@@ -284,6 +303,7 @@ SEQCONV_DEVICE void backward(const ConvolutionArgs& a, unsigned char* shared) {
     const auto whole = [&] { return place(a, w, keep_here(first)); };
     const auto outputs = [&] { return inside(a, whole()); };
     const bool begins = first == w.first;
+    if (!begins && is_empty(a, w, first)) continue;  // the first turn writes the sums in any case
     for (int signal = with_dk ? -1 : 0; signal < heads; ++signal) {  // x, then dv of every head
       const bool is_x = signal < 0;
       const Plane plane{(c32*)shared + (is_x ? x_at : g_at)};

@@ -54,13 +54,13 @@ SEQCONV_DEVICE void long_inverse(const ConvolutionArgs& a, const LongWork& w, un
     sink(w.window.global(i), load_shared(plane.at(i)) * scale);
 }
 
-template <class T>
-SEQCONV_DEVICE void long_input(const ConvolutionArgs& a, unsigned char* shared) {
+template <class T, class Args>
+SEQCONV_DEVICE void long_input(const Args& a, unsigned char* shared) {
   const LongWork w = long_work(a, 1);
   long_forward(a, w, shared, input<T>(a, place(a, w.b, w.h, 0, true)));
 }
-template <class T>
-SEQCONV_DEVICE void long_gradient(const ConvolutionArgs& a, unsigned char* shared) {
+template <class T, class Args>
+SEQCONV_DEVICE void long_gradient(const Args& a, unsigned char* shared) {
   const LongWork w = long_work(a, (int)a.heads);
   const Place p = place(a, w.b, w.h, 0, true);
   const Gated<T> dv = gradient<T>(a, p, w.head);
@@ -76,21 +76,23 @@ SEQCONV_DEVICE void long_gradient(const ConvolutionArgs& a, unsigned char* share
   const i64 row = w.head * a.channels + w.h, rows = a.heads * a.channels;
   a.dskip_parts[(w.part * rows + row) * (i64)blockDim.x + threadIdx.x] = sum;
 }
-SEQCONV_DEVICE void long_taps(const ConvolutionArgs& a, unsigned char* shared) {
+template <class Args>
+SEQCONV_DEVICE void long_taps(const Args& a, unsigned char* shared) {
   const LongWork w = long_work(a, (int)a.heads);
   long_forward(a, w, shared, taps(a, w.row));
 }
-template <class T>
-SEQCONV_DEVICE void long_output(const ConvolutionArgs& a, unsigned char* shared) {
+template <class T, class Args>
+SEQCONV_DEVICE void long_output(const Args& a, unsigned char* shared) {
   const LongWork w = long_work(a, (int)a.heads);
   long_inverse(a, w, shared, Sinks<T>::output(a, place(a, w.b, w.h, 0, true), w.head));
 }
-template <class T>
-SEQCONV_DEVICE void long_input_gradient(const ConvolutionArgs& a, unsigned char* shared) {
+template <class T, class Args>
+SEQCONV_DEVICE void long_input_gradient(const Args& a, unsigned char* shared) {
   const LongWork w = long_work(a, 1);
   long_inverse(a, w, shared, input_gradient<T>(a, place(a, w.b, w.h, 0, true)));
 }
-SEQCONV_DEVICE void long_taps_gradient(const ConvolutionArgs& a, unsigned char* shared) {
+template <class Args>
+SEQCONV_DEVICE void long_taps_gradient(const Args& a, unsigned char* shared) {
   const LongWork w = long_work(a, (int)a.heads);
   long_inverse(a, w, shared, taps_gradient(a, w.row));
 }

@@ -314,14 +314,24 @@ struct Taps {
     return z;
   }
 };
+// The sample whose taps they are, and how many of them meet an output at all.
+struct TapsPlace {
+  i64 b;
+  int taps, taps_rev;
+};
+SEQCONV_DEVICE TapsPlace taps_place(const ConvolutionArgs& a, i64 b) {
+  return {b, (int)a.taps, (int)a.taps_rev};
+}
 // Rows of taps are numbered (sample or 0, head, channel).
-SEQCONV_DEVICE Taps taps(const ConvolutionArgs& a, i64 row) {
-  const i64 h = row % a.channels, c = row / a.channels % a.heads, b = row / a.channels / a.heads;
+template <class Args>
+SEQCONV_DEVICE Taps taps(const Args& a, i64 row) {
+  const i64 h = row % a.channels, c = row / a.channels % a.heads;
+  const TapsPlace p = taps_place(a, row / a.channels / a.heads);
   float skip = 0.f;
   if (a.skip.data != nullptr)
     skip = load_any(a.skip.data, a.skip.dtype, c * a.skip.head + h * a.skip.channel);
-  return {a.k,  a.k_rev,     row_of(a.k, b, c, h), row_of(a.k_rev, b, c, h),
-          skip, (int)a.taps, (int)a.taps_rev,      (int)a.transform.n};
+  return {a.k,    a.k_rev,    row_of(a.k, p.b, c, h), row_of(a.k_rev, p.b, c, h), skip,
+          p.taps, p.taps_rev, (int)a.transform.n};
 }
 
 // Takes the sum of dv times the conjugate of x, and writes the gradients of the taps or a complex
@@ -342,13 +352,15 @@ struct TapsGradient {
       store_any(data_rev, dk_rev.dtype, (lag - 1) * dk_rev.time, -z.im);
   }
 };
-SEQCONV_DEVICE TapsGradient taps_gradient(const ConvolutionArgs& a, i64 row) {
-  const i64 h = row % a.channels, c = row / a.channels % a.heads, b = row / a.channels / a.heads;
+template <class Args>
+SEQCONV_DEVICE TapsGradient taps_gradient(const Args& a, i64 row) {
+  const i64 h = row % a.channels, c = row / a.channels % a.heads;
+  const TapsPlace p = taps_place(a, row / a.channels / a.heads);
   return {a.dk,
           a.dk_rev,
-          (void*)row_of(a.dk, b, c, h),
-          (void*)row_of(a.dk_rev, b, c, h),
-          (int)a.taps,
-          (int)a.taps_rev,
+          (void*)row_of(a.dk, p.b, c, h),
+          (void*)row_of(a.dk_rev, p.b, c, h),
+          p.taps,
+          p.taps_rev,
           (int)a.transform.n};
 }

@@ -68,6 +68,7 @@ def allowed(name: str, arch: str) -> tuple[int, int]:
     release = tuple(map(int, compiler.version().split(".")[:2]))
     most = min(255, REGISTERS // (threads * blocks) // 8 * 8)
     half = name in kernels.HALF_SHAPES
+    name = name.removeprefix("packed_")  # those of packs take what those of dense rows take
     plain = name.replace("_bf16", "").replace("_f16", "")
     spills = SPILLS.get(name, 0)
     if half:

@@ -75,6 +75,8 @@ WORDS = _pointer("u32*", torch.float32)
 DOUBLES = _pointer("double*", torch.float64)
 DOUBLES_INPUT = _pointer("const double*", torch.float64)
 CLOCKS = _pointer("i64*", torch.int64)
+NUMBERS_INPUT = _pointer("const i64*", torch.int64)
+OFFSETS_INPUT = _pointer("const void*", torch.int64, torch.int32)
 SIGNALS, TAPS, SKIPS, STEPS = map(_tensor, (SIGNAL, KERNEL, SKIP, STEP))
 
 
@@ -149,6 +151,14 @@ CONVOLUTION = Structure(
     dskip=SKIPS,
     dpre_gate=SIGNALS,
     dpost_gate=SIGNALS,
+)
+# Packed signals, (channels, total) or (heads, channels, total), have the axes of a kernel.
+PACKED = Structure(
+    **{name: TAPS if field is SIGNALS else field for name, field in CONVOLUTION.fields.items()},
+    longest=INTEGER,
+    narrow=INTEGER,
+    offsets=OFFSETS_INPUT,
+    rows=NUMBERS_INPUT,
 )
 SKIP_GRADIENT = Structure(
     parts=INTEGER,
@@ -229,6 +239,7 @@ STREAM = Structure(
 )
 STRUCTURES = {
     "ConvolutionArgs": CONVOLUTION,
+    "PackedArgs": PACKED,
     "SkipArgs": SKIP_GRADIENT,
     "ButterflyArgs": BUTTERFLY,
     "SsmArgs": SSM,

@@ -42,7 +42,7 @@ class Kernel(NamedTuple):
 
 
 _CONVOLUTION, _BUTTERFLY, _SSM = "ConvolutionArgs", "ButterflyArgs", "SsmArgs"
-_STREAM = "StreamArgs"
+_PACKED, _STREAM = "PackedArgs", "StreamArgs"
 KERNELS: dict[str, Kernel] = {
     "spectrum": Kernel("spectrum", _CONVOLUTION, _ROWS),
     "taps_divisors": Kernel("taps_divisors", _CONVOLUTION, _ROWS),
@@ -85,6 +85,12 @@ for _n, _radices in TILES.items():
             KERNELS[f"backward_{_suffix}_{_n}"] = Kernel(
                 f"backward<{_type}, {_shape}>", _CONVOLUTION, _threads
             )
+
+# Those that read or write rows, or taps of a row's own, also find rows in packs.
+_OF_ROWS = ("spectrum", "taps_gradient", "long_", "forward_", "backward_")
+for _name, _kernel in list(KERNELS.items()):
+    if _name.startswith(_OF_ROWS) and not _name.endswith("_c32"):
+        KERNELS[f"packed_{_name}"] = _kernel._replace(arguments=_PACKED)
 
 
 class HalfShape(NamedTuple):
