@@ -17,7 +17,7 @@ from seqconv.backends import cpu
 
 # Helpers that assert explain a failure as tests do: they are rewritten when a test imports them.
 pytest.register_assert_rewrite(
-    "butterfly_cases", "device_cases", "operator_cases", "ssm_cases", "step_cases"
+    "butterfly_cases", "device_cases", "operator_cases", "packed_cases", "ssm_cases", "step_cases"
 )
 
 

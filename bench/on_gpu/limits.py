@@ -21,6 +21,7 @@ TELLING = (
     "test_explain_names_the_backend",
     "test_lengths",
     "test_windows",
+    "test_packed_rows",
     "test_strides_beyond_32_bits",
     "test_layers",
     "test_learned_butterfly",

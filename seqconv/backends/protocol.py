@@ -81,9 +81,17 @@ class Backend(Protocol):
         input; and where an element of dy is 0, the value of its output does not matter."""
         ...
 
+    def reads_offsets(self, offsets: Tensor) -> bool:
+        """Whether packed rows may come with these offsets as they are, if the caller says how long a row is at most."""
+        ...
+
     def fftconv_packed(self, y: Tensor, inputs, offsets: Tensor, activation: str) -> None:
         """fftconv of rows that lie one after another: row i at times [offsets[i], offsets[i + 1]) of signals without
-        an axis of samples. The offsets are on the host in int64, checked; rows may be empty, and all may be."""
+        an axis of samples. The offsets are on the host in int64, checked; rows may be empty, and all may be.
+
+        If reads_offsets says so, they may be where the signals are, in int32 or int64, unchecked. The steps of the
+        longest row then come as one more argument, `longest`; and whatever the offsets are, no memory outside of the
+        tensors may be touched."""
         ...
 
     def fftconv_packed_gradients(

@@ -158,7 +158,10 @@ def fftconv(
             (channels, total), or (total, channels) with layout="blh", without an axis of samples, and row i has
             the steps [cu_seqlens[i], cu_seqlens[i + 1]). The first offset is 0, the last total, none is less than
             the one before. A row's kernel is k[row] where k has four axes. Not in circular mode.
-        max_seqlen: no row is longer. Checked; None asks nothing.
+        max_seqlen: no row is longer. None asks nothing. Offsets and max_seqlen are checked when the call
+            is made, but not where the CUDA kernels read offsets from the GPU, with max_seqlen given: a check would
+            wait for the GPU. Wrong ones give wrong numbers there, and no access outside of the tensors.
+            Without max_seqlen a call waits until the GPU has handed the offsets over.
         exact_causal: whether no output may have a trace of the future, as below; in causal mode without
             k_rev only.
 

@@ -89,22 +89,30 @@ def _empty_gradients(inputs: PackedInputs, activation, channels_last: bool, max_
     return PackedInputs(*grads)
 
 
+def _offsets_for(backend, inputs: PackedInputs, max_seqlen: int, checked: bool) -> tuple:
+    """The offsets as the backend takes them; and behind them the steps of the longest row, if nobody checks it."""
+    cu_seqlens, total = on_one(inputs.cu_seqlens), inputs.u.shape[-1]
+    if max_seqlen >= 0 and backend.reads_offsets(cu_seqlens):
+        return cu_seqlens.contiguous(), min(max_seqlen, total)
+    return (offsets_of(cu_seqlens, total, None if checked or max_seqlen < 0 else max_seqlen),)
+
+
 def _forward(backend, inputs: PackedInputs, activation, channels_last: bool, max_seqlen) -> Tensor:
-    *dense, cu_seqlens = inputs
-    offsets = offsets_of(cu_seqlens, inputs.u.shape[-1], None if max_seqlen < 0 else max_seqlen)
+    *dense, _ = inputs
+    offsets, *longest = _offsets_for(backend, inputs, max_seqlen, checked=False)
     y = _empty_output(inputs, channels_last)
     if y.numel():
-        backend.fftconv_packed(y, Inputs(*dense), offsets, activation)
+        backend.fftconv_packed(y, Inputs(*dense), offsets, activation, *longest)
     return y
 
 
 def _gradients(backend, dy, inputs: PackedInputs, activation, channels_last, max_seqlen, wanted):
-    *dense, cu_seqlens = inputs
-    offsets = offsets_of(cu_seqlens, inputs.u.shape[-1])
+    *dense, _ = inputs
+    offsets, *longest = _offsets_for(backend, inputs, max_seqlen, checked=True)
     grads = _empty_gradients(inputs, activation, channels_last, max_seqlen, wanted)
     if dy.numel():
         backend.fftconv_packed_gradients(
-            Inputs(*grads[:-1]), dy, Inputs(*dense), offsets, activation
+            Inputs(*grads[:-1]), dy, Inputs(*dense), offsets, activation, *longest
         )
         return grads
     return PackedInputs._make(grad if grad is None else grad.zero_() for grad in grads)
@@ -179,6 +187,9 @@ def prepare(
     check_offsets("fftconv", cu_seqlens, u.device)
     if max_seqlen is not None:
         check_length("fftconv", max_seqlen, name="max_seqlen")
+    elif torch.compiler.is_compiling() and cu_seqlens.device.type != "cpu":
+        text = f"must be given inside of torch.compile for offsets on {cu_seqlens.device}"
+        raise ValueError(f"fftconv: max_seqlen {text}, which it cannot read")
     axes = [("channels", None), ("total", None)]
     check_shape("fftconv", "u", u, tuple(axes if layout == "bhl" else axes[::-1]))
     channels, total = u.shape if layout == "bhl" else reversed(u.shape)

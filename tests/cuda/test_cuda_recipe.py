@@ -56,7 +56,7 @@ def test_a_second_call_prepares_nothing(library, case, monkeypatch):
     def refuse(*_):
         raise AssertionError("prepared again")
 
-    monkeypatch.setattr(convolution, "_Call", refuse)
+    monkeypatch.setattr(convolution, "Call", refuse)
     device.launches.clear()
     again = results(device, case, 1)
     assert same(first, again) and device.launches == launched and not same(kept, again)

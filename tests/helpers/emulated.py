@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kept import kept
 
-from seqconv.backends.cuda import Cuda, convolution, kernels
+from seqconv.backends.cuda import Cuda, convolution, groups, kernels, packed
 from seqconv.backends.cuda.problem import H100, Limits
 from seqconv.backends.cuda.tables import Tables
 
@@ -140,8 +140,10 @@ class EmulatorLibrary:
 
 def forget_recipes() -> None:
     """Forgets all recipes, for tests that change what makes them, such as the planner or the list of kernels."""
-    convolution._forward.cache_clear()
-    convolution._backward.cache_clear()
+    for kind in (convolution, packed):
+        kind._forward.cache_clear()
+        kind._backward.cache_clear()
+    groups.plan_of.cache_clear()
 
 
 def device() -> Emulator:

@@ -64,8 +64,8 @@ def half_launches(device) -> set[str]:
 def tensor_cores_only():
     """Within it the planner knows no kernels for float32 rows. So it takes others, whatever its model says."""
     with (
-        patch.object(plan, "_one_pass", lambda *_: None),
-        patch.object(plan, "_three_passes", lambda *_: []),
+        patch.object(plan, "one_pass", lambda *_: None),
+        patch.object(plan, "three_passes", lambda *_: []),
     ):
         plan.make_plan.cache_clear()
         forget_recipes()

@@ -3,11 +3,26 @@
 import torch
 from torch import Tensor
 
-from seqconv.backends import exact, fallback
-from seqconv.backends.cuda import butterfly, convolution, driver, ssm, ssm_step, stream
+from seqconv.backends import exact
+from seqconv.backends.cuda import butterfly, convolution, driver, packed, ssm, ssm_step, stream
 from seqconv.backends.cuda.plan import longest, make_plan, radix_bytes
 from seqconv.backends.fallback import join, split
 from seqconv.backends.protocol import Explanation, Request
+
+_OPERATORS = ("fftconv", "fftconv_packed", "ssm", "ssm_step", "butterfly", "stream")
+
+
+def _longest_row(request: Request, unknown: int | None) -> int:
+    """The steps of a pack's longest row, or `unknown` where only the device knows; None asks the device, and waits."""
+    *_, promised = request.options
+    total, offsets = request.inputs[0].shape[-1], request.inputs[-1]
+    if hasattr(offsets, "to_local"):  # of a DTensor every process has all
+        offsets = offsets.to_local()
+    if promised >= 0:
+        return min(promised, total)
+    if unknown is not None and not offsets.is_cpu:
+        return unknown
+    return int(offsets.cpu().diff().max()) if len(offsets) > 1 else 0
 
 
 def _index(device: torch.device) -> int:
@@ -43,7 +58,7 @@ class Cuda:
 
     def why_not(self, request: Request) -> str | None:
         first = request.inputs[0]
-        if request.operator not in ("fftconv", "ssm", "ssm_step", "butterfly", "stream"):
+        if request.operator not in _OPERATORS:
             return f"there is no CUDA kernel for {request.operator}"
         if self._is_double(request):
             return "float64 has no CUDA kernels"
@@ -55,7 +70,12 @@ class Cuda:
             n = torch.Size(request.options[0]).numel()
             fits = radix_bytes(n) <= limits.shared
             return None if fits else f"a block's memory does not hold {n} complex numbers"
-        if first.shape[-1] > (most := longest(limits)):
+        steps = first.shape[-1]
+        if request.operator == "fftconv_packed":
+            if steps > packed.MOST_STEPS:
+                return f"packs of more than {packed.MOST_STEPS} steps have no CUDA kernels"
+            steps = _longest_row(request, steps)
+        if steps > (most := longest(limits)):
             return f"rows of more than {most} steps have no CUDA plan"
         return None
 
@@ -72,6 +92,8 @@ class Cuda:
         if request.operator == "stream":
             arch, threads = device.arch, stream.MOST_THREADS
             return Explanation("cuda", "right-angle fft", None, 1, arch, threads, None)
+        if request.operator == "fftconv_packed":
+            return self._explain_packed(request, device)
         if request.operator != "fftconv":
             return Explanation("cuda", "matrix product", None, 1, device.arch, ssm.THREADS, None)
         if request.options[2:] == (True,):
@@ -83,6 +105,14 @@ class Cuda:
         return Explanation(
             "cuda", "right-angle fft", *size, device.arch, plan.threads, None, str(plan)
         )
+
+    def _explain_packed(self, request: Request, device) -> Explanation:
+        """Describes the plan of the longest row."""
+        u, k, k_rev, *_, offsets = request.inputs
+        steps = _longest_row(request, None)
+        plan = packed.plan_of_longest(device.limits, u, k, k_rev, len(offsets) - 1, steps)
+        found = plan.n, plan.windows, device.arch, plan.threads
+        return Explanation("cuda", "right-angle fft", *found, None, str(plan))
 
     def fftconv(self, y: Tensor, inputs, activation: str) -> None:
         self.on(y.device, convolution.forward, y, *inputs, activation)
@@ -102,9 +132,18 @@ class Cuda:
     def ssm_gradients(self, grads, dk: Tensor, inputs) -> None:
         self.on(dk.device, ssm.backward, *grads, dk, *[t.contiguous() for t in inputs])
 
-    # why_not refuses packed rows until there are kernels for them; these are for whoever calls the backend itself.
-    fftconv_packed = staticmethod(fallback.fftconv_packed)
-    fftconv_packed_gradients = staticmethod(fallback.fftconv_packed_gradients)
+    def reads_offsets(self, offsets: Tensor) -> bool:
+        return offsets.is_cuda
+
+    def fftconv_packed(
+        self, y: Tensor, inputs, offsets: Tensor, activation: str, longest: int | None = None
+    ) -> None:
+        self.on(y.device, packed.forward, y, inputs, offsets, activation, longest)
+
+    def fftconv_packed_gradients(
+        self, grads, dy: Tensor, inputs, offsets: Tensor, activation, longest: int | None = None
+    ) -> None:
+        self.on(dy.device, packed.backward, grads, dy, inputs, offsets, activation, longest)
 
     def ssm_step(self, y: Tensor, inputs, activation: str) -> None:
         self.on(y.device, ssm_step.step, y, inputs, activation)

@@ -76,7 +76,7 @@ def _describe(u, k, k_rev, fast: bool, signals: list, beside: str | None) -> Pro
     )
 
 
-class _Call:
+class Call:
     """Writes the launches of one call to its recipe."""
 
     def __init__(self, recipe, problem: Problem, plan: Plan, u: Operand, activation, backward):
@@ -237,16 +237,17 @@ def _slices(problem: Problem, plans: list[Plan]):
         yield start, min(count, problem.channels - start)
 
 
-class _Prepared:
+class Prepared:
     """The recipes of a call for all of its channels, of which each recipe takes some."""
 
     def __init__(self, tensors, axes, problem: Problem, plans: list[Plan], write):
-        """axes says where each tensor has its channels. write(recipe, problem, *tensors) makes the launches for
-        some of them."""
+        """axes says where each tensor has its channels, or None. write(recipe, problem, *tensors) makes the launches
+        for some of them."""
+        placed = [*zip(tensors, axes, strict=True)]
 
         @functools.cache
         def made(count: int):
-            cut = [t and t.cut(axis, count) for t, axis in zip(tensors, axes, strict=True)]
+            cut = [t if None in (t, axis) else t.cut(axis, count) for t, axis in placed]
             recipe = Recipe(len(tensors))
             write(recipe, replace(problem, channels=count), *cut)
             return recipe
@@ -255,8 +256,7 @@ class _Prepared:
         self.floats = -(-max(recipe.bytes for _, recipe in self.parts) // 4)
         # These are bytes from one channel to the next.
         self.steps = [
-            0 if t is None else t.strides[axis] * t.element_size()
-            for t, axis in zip(tensors, axes, strict=True)
+            0 if None in (t, axis) else t.strides[axis] * t.element_size() for t, axis in placed
         ]
 
     def scratch(self, device: torch.device) -> Tensor:
@@ -272,7 +272,7 @@ class _Prepared:
             recipe.run(device, scratch.data_ptr(), shifted)
 
 
-_AXES = (
+AXES = (
     -2,
     -2,
     -2,
@@ -280,11 +280,11 @@ _AXES = (
     -2,
     -2,
 )  # u, k, k_rev, skip, pre_gate and post_gate have their channels there
-_KEPT = 512  # so many kinds of calls are known at a time
+KEPT = 512  # so many kinds of calls are known at a time
 
 
-@functools.lru_cache(_KEPT)
-def _forward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
+@functools.lru_cache(KEPT)
+def _forward(limits: Limits, activation: str, fast: bool, *known) -> Prepared:
     """Prepares a call of y, u, k, k_rev, skip, pre_gate, post_gate."""
     made = operands(known)
     y, u, k, k_rev, _, *gates = made
@@ -292,14 +292,14 @@ def _forward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
     plan = make_plan(problem, limits)
 
     def write(recipe, problem, y, u, k, k_rev, skip, pre_gate, post_gate):
-        call = _Call(recipe, problem, plan, u, activation, backward=False)
+        call = Call(recipe, problem, plan, u, activation, backward=False)
         call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, y=y, post_gate=post_gate)
 
-    return _Prepared(made, (-2, *_AXES), problem, [plan], write)
+    return Prepared(made, (-2, *AXES), problem, [plan], write)
 
 
-@functools.lru_cache(_KEPT)
-def _backward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
+@functools.lru_cache(KEPT)
+def _backward(limits: Limits, activation: str, fast: bool, *known) -> Prepared:
     """Prepares a call of dy, u, k, k_rev, skip, pre_gate, post_gate, and the gradients of the latter six."""
     made = operands(known)
     dy, u, k, k_rev, _, pre_gate, post_gate, du, *_, dpre_gate, dpost_gate = made
@@ -329,7 +329,7 @@ def _backward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
         source = {"u": u, "pre_gate": pre_gate, "dy": dy, "post_gate": post_gate}
         du, dk, dk_rev, dskip, dpre_gate, dpost_gate = grads
         if with_dv or dpost_gate is not None:
-            call = _Call(recipe, problem, again, u, activation, backward=False)
+            call = Call(recipe, problem, again, u, activation, backward=False)
             sink = {"y": dpost_gate, "post_gate": dy}  # dy times what came of the activation
             shape = (problem.batch, problem.heads, problem.channels, problem.length)
             if with_dv and slope:
@@ -341,11 +341,11 @@ def _backward(limits: Limits, activation: str, fast: bool, *known) -> _Prepared:
             with recipe.reused():
                 call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, **sink)
         if linear:
-            call = _Call(recipe, problem, plan, u, "none", backward=True)
+            call = Call(recipe, problem, plan, u, "none", backward=True)
             spectrum = call.spectrum(k, k_rev, skip)
             call.gradients(spectrum, source, du, dpre_gate, dk, dk_rev, dskip)
 
-    return _Prepared(made, (-2, *_AXES, *_AXES), problem, [again, plan], write)
+    return Prepared(made, (-2, *AXES, *AXES), problem, [again, plan], write)
 
 
 def forward(device, y, u, k, k_rev, skip, pre_gate, post_gate, activation) -> None:

@@ -175,9 +175,9 @@ def make_plan(problem: Problem, limits: Limits = H100, backward: bool = False) -
 
     planes = 1 + backward + (problem.heads > 1)
     lengths = sizes(_largest(limits, planes))
-    found = [_one_pass(problem, limits, *window, planes, backward) for window in cut(lengths, 3)]
+    found = [one_pass(problem, limits, *window, planes, backward) for window in cut(lengths, 3)]
     if problem.length > (lengths[-1] if lengths else 0) or problem.length >= 4096:
-        found += _three_passes(problem, limits, planes, backward)
+        found += three_passes(problem, limits, planes, backward)
     if problem.element == 2 and problem.fast and limits.tensor_cores:
         for n, *window in cut(HALF_POINTS, 1):
             for form in _forms(problem, n, backward):
@@ -280,7 +280,7 @@ def _taps_of(problem: Problem, limits: Limits, n: int) -> dict | None:
     }
 
 
-def _one_pass(problem, limits, n, step, lead, planes, backward) -> Plan:
+def one_pass(problem, limits, n, step, lead, planes, backward) -> Plan:
     windows = -(-problem.length // step)
     rows = (1 if problem.per_sample else problem.batch) * windows
     row_threads, row_bytes = _team(n), planes * radix_bytes(n)
@@ -330,7 +330,7 @@ def _columns(limits: Limits, outer: int, lower: int) -> int:
     return columns
 
 
-def _three_passes(problem, limits, planes, backward) -> list[Plan]:
+def three_passes(problem, limits, planes, backward) -> list[Plan]:
     found = []
     rows = 1 if problem.per_sample else problem.batch
     largest = _largest(limits, planes)

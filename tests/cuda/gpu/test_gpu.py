@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 
+import packed_cases
 import ssm_cases
 import step_cases
 from accuracy import rel_l2
@@ -89,6 +90,48 @@ def test_long_rows(length, dtype):
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_cases_of_the_long_kernels(case):
     check(case)
+
+
+@pytest.mark.parametrize("case", packed_cases.CASES, ids=lambda case: str(case[0]))
+def test_packed_rows(case):
+    """Offsets on the host, on the GPU, and on the GPU where the kernels alone read them."""
+    pack, _ = case
+    tensors, there = on("cuda", pack.tensors()), pack.offsets.cuda()
+    for offsets, most in ((pack.offsets, None), (there, None), (there.int(), max(pack.lengths))):
+        call = lambda t, offsets=offsets, most=most: pack.packed(t, offsets, most)  # noqa: E731
+        found, dy = packed_cases.with_gradients(call, tensors)
+        assert not packed_cases.wrong(pack, tensors, found, dy)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["host", "gpu"])
+def test_packed_rows_cause_no_wait(there):
+    """torch itself raises an error where a call would wait. Offsets on the GPU can also be captured and replaced."""
+    pack = packed_cases.Pack((300, 0, 40, 1200), 1200, skip="h", activation="gelu", channels=8)
+    tensors = {name: t.requires_grad_() for name, t in on("cuda", pack.tensors()).items()}
+    offsets, most = (pack.offsets.cuda(), 1200) if there else (pack.offsets, None)
+    dy = torch.randn(8, pack.total, device="cuda")
+
+    def step():
+        y = pack.packed(tensors, offsets, most)
+        return y, *torch.autograd.grad(y, list(tensors.values()), dy)
+
+    for _ in range(2):  # pinned memory is found at the first call
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    if not there:
+        return
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    offsets.copy_(torch.tensor([0, 1100, 1100, 1500, 1540]))
+    graph.replay()
+    for a, b in zip(found, step(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_strides_beyond_32_bits():
