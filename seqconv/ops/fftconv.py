@@ -91,12 +91,16 @@ def _shardings(inputs: Inputs, activation: str, *rest, ranks: int) -> list[tuple
     rows = [(0, samples), (1 + heads, CHANNEL_AXIS._asdict()), (SUM, {"post_gate": SUM})]
     if heads:
         several = {"k": -3, "k_rev": -3, "post_gate": 1}
-        if inputs.skip is not None and len(inputs.skip.shape) == 2:
-            several["skip"] = 0
+        for name in ("skip", "bias"):
+            t = getattr(inputs, name)
+            if t is not None and len(t.shape) == 2:
+                several[name] = 0
         rows.append((1, several))
     if activation == "none":
-        rows += [(SUM, {"u": SUM}), (SUM, {"pre_gate": SUM})]
-        rows.append((SUM, {"k": SUM, "k_rev": SUM, "skip": SUM}))
+        kinds = [("u",), ("k", "k_rev", "skip")]
+        if inputs.pre_gate is not None:
+            kinds.append(("pre_gate",))
+        rows += [(SUM, dict.fromkeys((*kind, "bias"), SUM)) for kind in kinds]
     return rows
 
 
@@ -125,6 +129,7 @@ def fftconv(
     k_rev: Tensor | None = None,
     pre_gate: Tensor | None = None,
     post_gate: Tensor | None = None,
+    bias: Tensor | None = None,
     activation: str | None = None,
     mode: str = "causal",
     layout: str = "bhl",
@@ -136,7 +141,7 @@ def fftconv(
 
         x = pre_gate * u
         v[t] = sum_{s<=t} k[t-s] x[s] + sum_{s>t} k_rev[s-t-1] x[s] + skip * x[t]
-        y = post_gate * activation(v)
+        y = post_gate * activation(v + bias)
 
     Args:
         u: (batch, channels, length), or (batch, length, channels) with layout="blh". float32,
@@ -150,6 +155,8 @@ def fftconv(
             -1, so that lag 0 belongs to k alone. Makes the convolution two-sided.
         pre_gate: u's shape and dtype.
         post_gate: y's shape and u's dtype. Under autocast gates of another dtype are cast to u's.
+        bias: (channels,), or (heads, channels) where k has heads; dtypes as k. Added to every output before the
+            activation.
         activation: None, "gelu" (exact, by erf), "silu" or "relu".
         mode: "causal" as above; "circular" wraps the sequence: K <= length, no k_rev, and
             v[t] = sum_s k[(t-s) mod length] x[s] + skip * x[t].
@@ -194,7 +201,7 @@ def fftconv(
     section 3; modulo x^n - i, which needs no zero padding; for exact_causal see csrc/cpu/exact.h.
     Twins: seqconv.reference.fftconv, seqconv.reference.fftconv_fft.
     """
-    inputs = Inputs(u, k, k_rev, skip, pre_gate, post_gate)
+    inputs = Inputs(u, k, k_rev, skip, pre_gate, post_gate, bias)
     if cu_seqlens is not None or max_seqlen is not None:
         return _packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal)
     _check(inputs, activation, mode, layout)
@@ -266,7 +273,7 @@ def _check_exact(k_rev: Tensor | None, mode: str = "causal", exact_causal=True) 
 
 def _prepare(inputs: Inputs, mode: str, layout: str) -> Inputs:
     """What the operator takes: blh as a view, gates in u's dtype, and a circular kernel as a two-sided one."""
-    u, k, k_rev, skip, pre_gate, post_gate = inputs
+    u, k, k_rev, skip, pre_gate, post_gate, bias = inputs
     signals = [u, pre_gate, post_gate]
     for i, t in enumerate(signals):
         if t is not None:
@@ -279,10 +286,10 @@ def _prepare(inputs: Inputs, mode: str, layout: str) -> Inputs:
         k = k.to(torch.promote_types(k.dtype, torch.float32))
         k = F.pad(k, (0, u.shape[-1] - k.shape[-1]))
         k_rev = k[..., 1:].flip(-1)
-    return Inputs(u, k, k_rev, skip, pre_gate, post_gate)
+    return Inputs(u, k, k_rev, skip, pre_gate, post_gate, bias)
 
 
-def validate(u, k, k_rev, skip, pre_gate, post_gate, activation, mode, layout) -> bool:
+def validate(u, k, k_rev, skip, pre_gate, post_gate, bias, activation, mode, layout) -> bool:
     """Whether the answer holds for all tensors alike: the dtypes that gates may have depend on autocast."""
     check_tensor("fftconv", "u", u)
     check_choice("fftconv", "activation", activation, ACTIVATIONS)
@@ -301,9 +308,10 @@ def validate(u, k, k_rev, skip, pre_gate, post_gate, activation, mode, layout) -
     shape = f" for u as (batch, channels, length)={(batch, channels, length)} in layout {layout!r}"
     check_shape("fftconv", "k", k, *patterns, why=lambda: shape)
     heads = (("heads", k.shape[-3]),) if k.dim() > 2 else ()
-    if skip is not None:
-        check_tensor("fftconv", "skip", skip, dtypes=kernel_dtypes, device=u.device)
-        check_shape("fftconv", "skip", skip, *([(c,), (*heads, c)] if heads else [(c,)]))
+    for name, value in (("skip", skip), ("bias", bias)):
+        if value is not None:
+            check_tensor("fftconv", name, value, dtypes=kernel_dtypes, device=u.device)
+            check_shape("fftconv", name, value, *([(c,), (*heads, c)] if heads else [(c,)]))
     if k_rev is not None:
         check_tensor("fftconv", "k_rev", k_rev, dtypes=kernel_dtypes, device=u.device)
         leading = [b, *heads, c][-(k.dim() - 1) :]
@@ -338,6 +346,7 @@ def explain(
     k_rev: Tensor | None = None,
     pre_gate: Tensor | None = None,
     post_gate: Tensor | None = None,
+    bias: Tensor | None = None,
     activation: str | None = None,
     mode: str = "causal",
     layout: str = "bhl",
@@ -352,7 +361,7 @@ def explain(
         >>> explain(torch.zeros(1, 4, 1000), torch.zeros(4, 1000)).fallback is None
         True
     """
-    inputs = Inputs(u, k, k_rev, skip, pre_gate, post_gate)
+    inputs = Inputs(u, k, k_rev, skip, pre_gate, post_gate, bias)
     _check(inputs, activation, mode, layout)
     if exact_causal is not False:
         _check_exact(k_rev, mode, exact_causal)
