@@ -29,6 +29,7 @@ from seqconv.backends.pack import (
 )
 from seqconv.backends.protocol import Explanation, Request
 from seqconv.ops.inputs import IS_SIGNAL
+from seqconv.ops.offsets import offsets_of
 
 try:
     from seqconv import _C
@@ -111,7 +112,30 @@ def why_not(request: Request) -> str | None:
     return None if holds_butterfly(radices) else f"there are no CPU kernels for passes of {radices}"
 
 
+def _explain_packed(request: Request) -> Explanation:
+    """The plan of the longest row, and how many rows have transforms of which size."""
+    *dense, cu_seqlens = request.inputs
+    u, k, k_rev = dense[:3]
+    rows: dict[int, int] = {}
+    longest, how = 0, (0, 1)
+    for length in offsets_of(cu_seqlens, u.shape[-1]).diff().tolist():
+        taps = reach(length, k, k_rev)
+        found = method(length, *taps, u.dtype == torch.float64) if length else (0, 1)
+        rows[found[0]] = rows.get(found[0], 0) + 1
+        if length > longest:
+            longest, how = length, found
+    size, blocks = how
+    parts = [
+        f"{count} of {n} points" if n else f"{count} summed directly" for n, count in rows.items()
+    ]
+    plan = f"{sum(rows.values())} rows: {', '.join(parts)}"
+    algorithm = "right-angle fft" if size else "direct sum"
+    return Explanation("cpu", algorithm, size or None, blocks, isa(), threads(), None, plan)
+
+
 def explain(request: Request) -> Explanation:
+    if request.operator == "fftconv_packed":
+        return _explain_packed(request)
     if request.operator != "fftconv":
         return Explanation("cpu", "matrix product", None, 1, isa(), threads(), None)
     u, k, k_rev, *_ = request.inputs

@@ -12,6 +12,7 @@ from seqconv.backends.protocol import Explanation, Request
 from seqconv.backends.tiles import spectra as stream_spectra  # noqa: F401
 from seqconv.backends.tiles import step as stream_step  # noqa: F401
 from seqconv.ops.inputs import IS_SIGNAL
+from seqconv.ops.offsets import offsets_of
 
 name = "reference"
 always = frozenset(("fftconv", "fftconv_packed", "ssm", "ssm_step", "butterfly", "stream"))
@@ -27,6 +28,13 @@ def stream_name() -> str:
 
 def explain(request: Request) -> Explanation:
     threads = torch.get_num_threads()
+    if request.operator == "fftconv_packed":
+        lengths = offsets_of(request.inputs.cu_seqlens, request.inputs.u.shape[-1]).diff()
+        longest = int(lengths.max()) if len(lengths) else 0
+        _, k, k_rev, *_ = request.inputs
+        n = reference.fft_size(longest, *reach(longest, k, k_rev))
+        plan = f"{len(lengths)} rows of {len(lengths.unique())} lengths, each length by itself"
+        return Explanation("reference", "torch.fft", n, 1, None, threads, None, plan)
     if request.operator != "fftconv":
         return Explanation("torch", "matrix product", None, 1, None, threads, None)
     if request.options[2:] == (True,):
