@@ -26,7 +26,7 @@ using seqconv::Tensor;
 
 constexpr Py_ssize_t kSizes = 9;                    // batch .. activation, see read_problem
 constexpr Py_ssize_t kPerTensor = 5;                // dtype, four strides
-constexpr Py_ssize_t kForward = 7, kBackward = 13;  // tensors
+constexpr Py_ssize_t kForward = 8, kBackward = 15;  // tensors
 
 // Reads integers one after another; after a failure ok is false and the values are meaningless.
 struct Reader {
@@ -71,6 +71,7 @@ bool read_problem(PyObject* const* args, Py_ssize_t count, bool backward, Proble
   const int64_t flags = *next++;
   p->kernel_per_sample = flags & 1;
   p->skip_per_head = flags & 2;
+  p->bias_per_head = flags & 4;
   p->compute_double = *next++;
   p->activation = static_cast<seqconv::Activation>(*next++);
   Reader read{args + 1};
@@ -82,11 +83,11 @@ bool read_problem(PyObject* const* args, Py_ssize_t count, bool backward, Proble
       for (int64_t& stride : t->stride) stride = *next++;
     }
   };
-  fill({&p->u, &p->k, &p->k_rev, &p->skip, &p->pre_gate, &p->post_gate});
+  fill({&p->u, &p->k, &p->k_rev, &p->skip, &p->pre_gate, &p->post_gate, &p->bias});
   if (!backward)
     fill({&p->y});
   else
-    fill({&p->dy, &p->du, &p->dk, &p->dk_rev, &p->dskip, &p->dpre_gate, &p->dpost_gate});
+    fill({&p->dy, &p->du, &p->dk, &p->dk_rev, &p->dskip, &p->dpre_gate, &p->dpost_gate, &p->dbias});
   return read.ok;
 }
 

@@ -12,7 +12,8 @@ from seqconv.layers.hyena import Hyena, HyenaFilter
 from seqconv.layers.long_conv import LongConv, LongConvKernel
 from seqconv.layers.s4d import S4D, S4DKernel
 from seqconv.layers.sgconv import SGConv, SGConvKernel
-from seqconv.ops.fftconv import explain, fftconv
+from seqconv.ops.explain import explain
+from seqconv.ops.fftconv import fftconv
 from seqconv.ops.ssm import explain_ssm_kernel, ssm_kernel
 from seqconv.optim import param_groups
 

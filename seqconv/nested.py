@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from seqconv.layers.packing import NUMBERS, pad
-from seqconv.layers.padding import padding_of, require
-from seqconv.ops.checks import check_shape, check_tensor
-from seqconv.ops.packed import OFFSETS, check_offsets
+from seqconv.layers.padding import padding_of
+from seqconv.ops.checks import check_shape, check_tensor, require
+from seqconv.ops.offsets import OFFSETS, check_offsets
 
 __all__ = ["pack", "pad", "position_ids", "rows_from_position_ids", "rows_from_seq_idx", "seq_idx"]
 

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from seqconv.layers.conv1d import Conv1d as Conv1d
-from seqconv.layers.padding import require
-from seqconv.ops.checks import FLOATS, check_flag, check_shape, check_tensor
+from seqconv.ops.checks import FLOATS, check_flag, check_shape, check_tensor, require
 
 
 class _Foreign:

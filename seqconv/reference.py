@@ -21,6 +21,7 @@ def fftconv(
     k_rev=None,
     pre_gate=None,
     post_gate=None,
+    bias=None,
     activation=None,
     mode="causal",
     layout="bhl",
@@ -29,7 +30,7 @@ def fftconv(
 
     x = pre_gate * u
     v[t] = sum_{s<=t} k[t-s] x[s] + sum_{s>t} k_rev[s-t-1] x[s] + skip * x[t]
-    y = post_gate * activation(v)
+    y = post_gate * activation(v + bias)
 
     In circular mode v[t] = sum_s k[(t-s) mod length] x[s] + skip * x[t].
     """
@@ -47,7 +48,7 @@ def fftconv(
             v = v + F.pad(k_rev[..., j - 1 : j] * x[..., j:], (0, j))
         return v
 
-    return _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, activation, layout)
+    return _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, bias, activation, layout)
 
 
 def fftconv_fft(
@@ -58,6 +59,7 @@ def fftconv_fft(
     k_rev=None,
     pre_gate=None,
     post_gate=None,
+    bias=None,
     activation=None,
     mode="causal",
     layout="bhl",
@@ -76,7 +78,7 @@ def fftconv_fft(
         product = torch.fft.rfft(x, n) * _spectrum(k, k_rev, length, n)
         return torch.fft.irfft(product, n)[..., :length]
 
-    return _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, activation, layout)
+    return _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, bias, activation, layout)
 
 
 def fftconv_packed(u, k, cu_seqlens, skip=None, *, layout="bhl", **options):
@@ -108,7 +110,7 @@ def fftconv_packed(u, k, cu_seqlens, skip=None, *, layout="bhl", **options):
     return torch.cat(found, time)
 
 
-def _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, activation, layout):
+def _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, bias, activation, layout):
     compute = torch.promote_types(u.dtype, torch.float32)
     if layout == "blh":
         u, pre_gate, post_gate = (
@@ -124,6 +126,8 @@ def _operator(convolve, u, k, skip, k_rev, pre_gate, post_gate, activation, layo
     v = convolve(x, k4, k4_rev) if u.numel() and heads else x.expand(-1, heads, -1, -1)
     if skip is not None:
         v = v + skip.to(compute).unsqueeze(-1) * x
+    if bias is not None:
+        v = v + bias.to(compute).unsqueeze(-1)
     y = activate(v, activation)
     if not per_head:
         y = y.squeeze(1)
@@ -186,17 +190,17 @@ def _spectrum(k: Tensor, k_rev: Tensor | None, length: int, n: int) -> Tensor:
     return torch.fft.rfft(circle)
 
 
-def backward(dy, u, k, k_rev, skip, pre_gate, post_gate, activation):
-    """Gradients of fftconv_fft(layout="bhl") with respect to u, k, k_rev, skip, pre_gate and post_gate.
+def backward(dy, u, k, k_rev, skip, pre_gate, post_gate, bias, activation):
+    """Gradients of fftconv_fft(layout="bhl") with respect to u, k, k_rev, skip, pre_gate, post_gate and bias.
 
-    Returns six tensors in the inputs' dtypes, None where the input is None. Conjugates are
+    Returns seven tensors in the inputs' dtypes, None where the input is None. Conjugates are
     computed, never lazy: inside an opaque operator torch.compile drops the lazy flag and the sign
     with it.
     """
     compute = torch.promote_types(u.dtype, torch.float32)
-    inputs = (u, k, k_rev, skip, pre_gate, post_gate)
+    inputs = (u, k, k_rev, skip, pre_gate, post_gate, bias)
     wide = [None if t is None else t.to(compute) for t in (dy, *inputs)]
-    dy, wide_u, wide_k, wide_k_rev, wide_skip, pre, post = wide
+    dy, wide_u, wide_k, wide_k_rev, wide_skip, pre, post, wide_bias = wide
     length = u.shape[-1]
     x = (wide_u if pre is None else wide_u * pre).unsqueeze(1)  # (b 1 h l)
     k4 = _with_axes(wide_k, 4)
@@ -209,6 +213,8 @@ def backward(dy, u, k, k_rev, skip, pre_gate, post_gate, activation):
     v = torch.fft.irfft(x_f * k_f, n)[..., :length]
     if skip4 is not None:
         v = v + skip4 * x
+    if bias is not None:
+        v = v + _with_axes(wide_bias.unsqueeze(-1), 4)
     dv = dy.reshape(v.shape)
     dpost = None if post is None else (dv * activate(v, activation)).reshape(dy.shape)
     if post is not None:
@@ -229,6 +235,9 @@ def backward(dy, u, k, k_rev, skip, pre_gate, post_gate, activation):
         None,
         None if pre is None else dx * wide_u,
         dpost,
+        None
+        if bias is None
+        else dv.sum((0, 3)).sum_to_size((*[1] * (2 - bias.dim()), *bias.shape)).reshape(bias.shape),
     ]
     if k_rev is not None:
         tail = dk[..., n - taps_rev :].flip(-1)

@@ -20,7 +20,7 @@ from seqconv import fftconv, use_backend
 from seqconv.backends.cuda import Cuda
 from seqconv.backends.cuda.problem import H100
 from seqconv.backends.cuda.tables import Tables
-from seqconv.ops.fftconv import _check
+from seqconv.ops.fftconv import check
 from seqconv.ops.inputs import Inputs
 
 CALLS = 20  # in a row, as a model with as many layers makes them
@@ -71,7 +71,7 @@ def functions(device: Bare, dtype: torch.dtype) -> dict:
     grads = Inputs(du, dk, None, dskip, None, None)
     return {
         "forward": lambda: fftconv(u, k, skip),
-        "of it: checks": lambda: _check(inputs, None, "causal", "bhl"),
+        "of it: checks": lambda: check(inputs, None, "causal", "bhl"),
         "of it: backend": lambda: device.fftconv(y, inputs, "none"),
         "forward, recorded": lambda: fftconv(*leaves),
         "torch's own, forward": lambda: Nothing.apply(*leaves),

@@ -5,18 +5,20 @@
 namespace seqconv::SEQCONV_ISA {
 
 // What follows the convolution when its gradient is wanted, kChunk values at a time:
-// dv = dy * post_gate * activation'(v), dpost_gate = dy * activation(v)
+// dv = dy * post_gate * activation'(v + bias), dpost_gate = dy * activation(v + bias)
 template <class T>
 struct EpilogueGradient {
   Activation activation;
   Series post_gate, dy, dpost_gate;
   T* dv;
+  T bias;
 
   static void take(const void* context, int64_t t, int64_t n, T* v) {
     const EpilogueGradient& e = *static_cast<const EpilogueGradient*>(context);
     alignas(64) T slopes[kChunk], staging[2][kChunk];
     const T* grad = read_window(e.dy, t, n, staging[0]);
     const bool active = e.activation != Activation::kNone;
+    add_bias(e.bias, n, v);
     for (int64_t i = 0; active && i < n; i += kLanes<T>) {
       Vec<T>& at = vec(v + i);
       at = activate<T>(e.activation, at, vec(slopes + i));
@@ -51,10 +53,10 @@ struct InputGradient {
   }
 };
 
-// *sum += sum_t a[t] b[t]; short runs in T, then double, in an order that depends on the length
-// only.
+// *sum += sum_t a[t] b[t], or sum_t a[t] where b is null; short runs in T, then double, in an order
+// that depends on the length only.
 template <class T>
-void add_dot(const Work<T>& w, const Source<T>& a, const Source<T>& b, double* sum) {
+void add_dot(const Work<T>& w, const Source<T>& a, const Source<T>* b, double* sum) {
   constexpr int64_t kRun = 512;
   const int64_t length = a.length;
   const int64_t piece =
@@ -67,13 +69,13 @@ void add_dot(const Work<T>& w, const Source<T>& a, const Source<T>& b, double* s
       w.pieces[i] = 0;
       for (int64_t t = i * piece, n; t < stop; t += n) {
         n = stop - t < kRun ? stop - t : kRun;
-        const T *p = a.find(t, n), *q = b.find(t, n);
-        if (!p || !q) {
+        const T *p = a.find(t, n), *q = b ? b->find(t, n) : nullptr;
+        if (!p || (b && !q)) {
           n = n < kChunk ? n : kChunk;
           p = a.window(t, n, staging[0]);
-          q = b.window(t, n, staging[1]);
+          if (b) q = b->window(t, n, staging[1]);
         }
-        w.pieces[i] += dot(p, q, n);
+        w.pieces[i] += b ? dot(p, q, n) : total(p, n);
       }
     }
   });
@@ -101,6 +103,8 @@ struct RowGradient {
   void add() {
     if (early) make_input_spectrum();
     if (w.gated) make_gradients();
+    for (int64_t c = 0; w.wants_dbias && c < w.p.heads; ++c)
+      add_dot<T>(w, gradient(c), nullptr, w.dots(g, c) + kBias);
     if (w.method.direct) return add_direct();
     const bool transforms = w.wants_dx || w.wants_dk;
     for (int64_t c = 0; !transforms && c < w.p.heads; ++c) add_skip(c);
@@ -132,9 +136,10 @@ struct RowGradient {
 
   void make_gradients() {
     for (int64_t c = 0; c < w.p.heads; ++c) {
-      const EpilogueGradient<T> epilogue{w.p.activation, w.row(w.post, b, c, g),
-                                         w.row(w.dy, b, c, g), w.row(w.dpost, b, c, g),
-                                         w.dv + c * w.p.length};
+      const EpilogueGradient<T> epilogue{
+          w.p.activation,        w.row(w.post, b, c, g),
+          w.row(w.dy, b, c, g),  w.row(w.dpost, b, c, g),
+          w.dv + c * w.p.length, value_of<T>(w.kernel_row(w.p.bias, 0, c, g))};
       const Sink<T> sink{{}, in.length, 0, EpilogueGradient<T>::take, &epilogue};
       convolve<T>(w, b, g, c, in, early ? w.x : nullptr, sink, Ahead{});
     }
@@ -143,7 +148,7 @@ struct RowGradient {
   void add_direct() {
     const Problem& p = w.p;
     for (int64_t c = 0; (w.wants_dk || w.wants_dskip) && c < p.heads; ++c)
-      direct_dots(w, in, gradient(c), w.dots(g, c) + 1);
+      direct_dots(w, in, gradient(c), w.dots(g, c) + kScalars);
     if (!w.wants_dx) return;
     alignas(64) T window[kDirectWindow], staging[kDirectChunk];
     for (int64_t t = 0; t < in.length; t += kDirectChunk) {
@@ -156,7 +161,8 @@ struct RowGradient {
   }
 
   void add_skip(int64_t c) {
-    if (w.wants_dskip) add_dot(w, in, gradient(c), w.dots(g, c));
+    const Source<T> dv = gradient(c);
+    if (w.wants_dskip) add_dot(w, in, &dv, w.dots(g, c) + kSkip);
   }
 
   // From block j of the gradient of v of head c to that of the kernel and towards that of x.
@@ -219,22 +225,28 @@ struct RowGradient {
   }
 };
 
+// The sums of channel g at `place` of every head, or those of all heads in one.
+template <class T>
+void store_scalar(Work<T>& w, const Tensor& grad, bool per_head, int64_t place, int64_t g) {
+  double total = 0;
+  for (int64_t c = 0; grad && c < w.p.heads; ++c) {
+    const double value = w.dots(g, c)[place];
+    total = per_head ? value : total + value;
+    if (!per_head && c + 1 < w.p.heads) continue;
+    const Series to = w.kernel_row(grad, 0, c, g);
+    T rounded = static_cast<T>(total);
+    if (w.p.adds) add_row(to, 0, 1, &rounded);
+    write(to, 0, 1, &rounded);
+  }
+}
+
 template <class T>
 void store_sums(Work<T>& w, int64_t g) {
   const Problem& p = w.p;
   if (w.wants_dk && !p.kernel_per_sample) store_kernel_gradients(w, 0, g);
-  if (!w.wants_dskip) return;
   once(w.team, [&] {
-    double total = 0;
-    for (int64_t c = 0; c < p.heads; ++c) {
-      const double value = *w.dots(g, c);
-      total = p.skip_per_head ? value : total + value;
-      if (!p.skip_per_head && c + 1 < p.heads) continue;
-      const Series to = w.kernel_row(p.dskip, 0, c, g);
-      T rounded = static_cast<T>(total);
-      if (p.adds) add_row(to, 0, 1, &rounded);
-      write(to, 0, 1, &rounded);
-    }
+    store_scalar(w, p.dskip, p.skip_per_head, kSkip, g);
+    store_scalar(w, p.dbias, p.bias_per_head, kBias, g);
   });
 }
 

@@ -43,6 +43,21 @@ double dot(const T* a, const T* b, int64_t n) {
   return static_cast<double>(rest) + sum_by_halves<T>((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
+// sum_i a[i], i < n
+template <class T>
+double total(const T* a, int64_t n) {
+  Vec<T> acc[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>) {
+    SEQCONV_UNROLL
+    for (int v = 0; v < 4; ++v) acc[v] += load_vector(a + i + v * kLanes<T>);
+  }
+  for (; i + kLanes<T> <= n; i += kLanes<T>) acc[0] += load_vector(a + i);
+  T rest = 0;
+  for (; i < n; ++i) rest += a[i];
+  return static_cast<double>(rest) + sum_by_halves<T>((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
 constexpr int64_t kDirectWindow = kDirectChunk + kDirectTaps;
 
 template <class T>

@@ -73,7 +73,7 @@ class Run {
       });
       if (status != Status::kOk) return status;
     }
-    if (!p_.dk && !p_.dskip) return Status::kOk;
+    if (!p_.dk && !p_.dskip && !p_.dbias) return Status::kOk;
     // Sums over all times, which see the future anyway.
     linear.taps = std::min(p_.taps, p_.length);
     linear.activation = Activation::kNone;

@@ -146,6 +146,7 @@ void chain_output(const void* context, int64_t t, int64_t n, T* v) {
   alignas(64) T slopes[kChunk], staging[kChunk];
   const T* grad = read_window(e.dy, t, n, staging);
   const bool active = e.activation != Activation::kNone;
+  add_bias(e.bias, n, v);
   for (int64_t i = 0; active && i < n; i += kLanes<T>)
     vec(v + i) = activate<T>(e.activation, vec(v + i), vec(slopes + i));
   if (e.dpost_gate) write_chained(e.dpost_gate, t, n, grad, v);
@@ -304,7 +305,8 @@ void exact_forward_unit(const Problem& p, const ExactLevels<T>& levels, const Ex
     for (int64_t c = 0; c < unit.heads; ++c) {
       const int64_t head = unit.head + c;
       w.convolve(c, false);
-      const Epilogue<T> end{p.activation, w.row(p.post_gate, b, head), w.result(p.y, b, head)};
+      const Epilogue<T> end{p.activation, w.row(p.post_gate, b, head), w.result(p.y, b, head),
+                            value_of<T>(w.row(p.bias, 0, head))};
       Sink<T>{{}, p.length, 0, Epilogue<T>::take, &end}.take_all(0, p.length, w.v);
     }
   });
@@ -332,8 +334,12 @@ void exact_backward_unit(const Problem& p, const Tensor& dv, const ExactLevels<T
       Source<T>{w.row(p.u, b, 0), w.row(p.pre_gate, b, 0), p.length}.fill(0, p.length, w.x());
       for (int64_t c = 0; c < unit.heads; ++c) {
         w.convolve(c, false);
-        const EpilogueGradient<T> end{p.activation, w.row(p.post_gate, b, c), w.row(p.dy, b, c),
-                                      w.result(p.dpost_gate, b, c), contiguous<T>(w.row(dv, b, c))};
+        const EpilogueGradient<T> end{p.activation,
+                                      w.row(p.post_gate, b, c),
+                                      w.row(p.dy, b, c),
+                                      w.result(p.dpost_gate, b, c),
+                                      contiguous<T>(w.row(dv, b, c)),
+                                      value_of<T>(w.row(p.bias, 0, c))};
         Sink<T>{{}, p.length, 0, chain_output<T>, &end}.take_all(0, p.length, w.v);
       }
     }

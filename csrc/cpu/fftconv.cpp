@@ -39,10 +39,7 @@ template <class T>
 class Run {
  public:
   Run(const Problem& problem, const Method& method, bool is_backward)
-      : p_(problem),
-        backward_(is_backward),
-        kernel_(kernel_for<T>(p_.length)),
-        method_(method) {}
+      : p_(problem), backward_(is_backward), kernel_(kernel_for<T>(p_.length)), method_(method) {}
 
   Status run() {
     if (!method_.direct) {
@@ -58,7 +55,7 @@ class Run {
       will_write(*t, p_.length);
     will_write(p_.dk, p_.taps);
     will_write(p_.dk_rev, p_.taps_rev);
-    const bool sums = backward_ && (p_.dk || p_.dk_rev || p_.dskip);
+    const bool sums = backward_ && (p_.dk || p_.dk_rev || p_.dskip || p_.dbias);
     // Sums over the batch are cut by shape alone, so that they do not depend on the threads.
     const bool is_long = !method_.direct && method_.n >= kTeamPoints;
     int64_t parts = 1;
@@ -222,9 +219,7 @@ struct Alike {
   Row row;
   Method method;
   bool is_short;
-  auto key() const {
-    return std::make_tuple(method.direct, method.blocks > 1, is_short, method.n);
-  }
+  auto key() const { return std::make_tuple(method.direct, method.blocks > 1, is_short, method.n); }
 };
 
 // What a pack's rows have in common, one group after another, so that the sums of the kernels'

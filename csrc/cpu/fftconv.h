@@ -1,7 +1,7 @@
 // The operator's problem as the CPU kernels see it.
 //
 //   x = pre_gate * u,  v[t] = sum_s k[t-s] x[s] (+ sum_{s>t} k_rev[s-t-1] x[s]) + skip * x[t],
-//   y = post_gate * activation(v)
+//   y = post_gate * activation(v + bias)
 //
 // Knows nothing of Python or torch. Arguments arrive validated; sizes may be zero.
 #pragma once
@@ -23,15 +23,16 @@ struct Problem {
   int64_t batch, heads, channels, length;  // length: of the longest row
   int64_t taps,
       taps_rev;  // of k and k_rev, cut to what can reach an output: <= length, <= length - 1
-  bool kernel_per_sample, skip_per_head, compute_double;
+  bool kernel_per_sample, skip_per_head, bias_per_head, compute_double;
   Activation activation;
   int threads;  // how many parallel_for has; results do not depend on it
-  Tensor u, k, k_rev, skip, pre_gate, post_gate;
-  Tensor y;                                                 // forward only
-  Tensor dy, du, dk, dk_rev, dskip, dpre_gate, dpost_gate;  // backward only; null where not wanted
+  Tensor u, k, k_rev, skip, pre_gate, post_gate, bias;
+  Tensor y;                                                        // forward only
+  Tensor dy, du, dk, dk_rev, dskip, dpre_gate, dpost_gate, dbias;  // backward only; null where
+                                                                   // not wanted
   // Of `batch` rows that lie one after another in time; null: all have the same length.
   const Row* packed = nullptr;
-  bool adds = false;  // the gradients of the kernels and the skip are added to what is there
+  bool adds = false;  // the gradients of kernels, skip and bias are added to what is there
 
   int64_t length_of(int64_t b) const { return packed ? packed[b].length : length; }
   // Of its kernel, where every row has its own.

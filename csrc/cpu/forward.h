@@ -7,15 +7,23 @@
 
 namespace seqconv::SEQCONV_ISA {
 
-// What follows the convolution, kChunk values at a time: y = post_gate * activation(v)
+// v[i] += bias, i < n, whole vectors of it.
+template <class T>
+SEQCONV_INLINE void add_bias(T bias, int64_t n, T* v) {
+  for (int64_t i = 0; bias != 0 && i < n; i += kLanes<T>) vec(v + i) += splat(bias);
+}
+
+// What follows the convolution, kChunk values at a time: y = post_gate * activation(v + bias)
 template <class T>
 struct Epilogue {
   Activation activation;
   Series post_gate, y;
+  T bias;
 
   static void take(const void* context, int64_t t, int64_t n, T* v) {
     const Epilogue& e = *static_cast<const Epilogue*>(context);
     Vec<T> slope;
+    add_bias(e.bias, n, v);
     if (e.activation != Activation::kNone)
       for (int64_t i = 0; i < n; i += kLanes<T>) {
         Vec<T>& at = vec(v + i);
@@ -75,7 +83,8 @@ void forward_row(Work<T>& w, int64_t b, int64_t g) {
   for (int64_t c = 0; c < p.heads; ++c) {
     const T* spectrum = shared ? w.x : nullptr;
     if (w.gated) {
-      const Epilogue<T> epilogue{p.activation, w.row(w.post, b, c, g), w.row(w.y, b, c, g)};
+      const Epilogue<T> epilogue{p.activation, w.row(w.post, b, c, g), w.row(w.y, b, c, g),
+                                 value_of<T>(w.kernel_row(p.bias, 0, c, g))};
       const Sink<T> sink{{}, in.length, 0, Epilogue<T>::take, &epilogue};
       convolve(w, b, g, c, in, spectrum, sink, ahead);
     } else {

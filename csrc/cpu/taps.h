@@ -27,10 +27,11 @@ void move_taps(const Work<T>& w, const Tensor& k, const Tensor& k_rev, int64_t b
   if (k) move(w.kernel_row(k, b, c, g), w.p.taps, taps + w.reach);
 }
 
+// Of a skip or a bias; 0 where there is none.
 template <class T>
-T skip_of(const Work<T>& w, int64_t c, int64_t g) {
+T value_of(const Series& row) {
   T value = 0;
-  if (w.p.skip) read(w.kernel_row(w.p.skip, 0, c, g), 0, 1, &value);
+  if (row) read(row, 0, 1, &value);
   return value;
 }
 
@@ -40,7 +41,7 @@ void combine_taps(Work<T>& w, int64_t b, int64_t c, int64_t g, T* taps) {
   once(w.team, [&] {
     taps[w.reach] = 0;
     move_taps<true>(w, w.p.k, w.p.k_rev, b, c, g, taps);
-    taps[w.reach] += skip_of(w, c, g);
+    taps[w.reach] += value_of<T>(w.kernel_row(w.p.skip, 0, c, g));
   });
 }
 
@@ -59,7 +60,7 @@ void enter_kernel(Work<T>& w, int64_t b, int64_t c, int64_t g) {
   }
   if (!w.p.skip) return;
   // Tap 0 meets every factor with weight 1.
-  const T value = skip_of(w, c, g) / static_cast<T>(plan.n);
+  const T value = value_of<T>(w.kernel_row(w.p.skip, 0, c, g)) / static_cast<T>(plan.n);
   once(w.team, [&] {
     for (int r = 0; r < plan.radix; ++r)
       for (int q = 0; q < kQuads<T>; ++q) to[r * plan.vectors * kStep<T> + 4 * q] += value;
@@ -130,7 +131,7 @@ void leave_kernel_gradient(Work<T>& w, int64_t b, int64_t c, int64_t g) {
     const AddToRow<T> add{row};
     leave(plan, w.team, task.data, weights,
           w.adds_kernels() ? Sink<T>{{}, count, shift, AddToRow<T>::take, &add}
-                   : Sink<T>{row, count, shift});
+                           : Sink<T>{row, count, shift});
   };
   if (w.p.dk) leave_to(w.kernel_row(w.p.dk, b, c, g), plan.scaled, w.p.taps, 0);
   if (w.p.dk_rev && w.reach)
@@ -143,7 +144,7 @@ template <class T>
 void store_kernel_gradients(Work<T>& w, int64_t b, int64_t g) {
   for (int64_t c = 0; c < w.p.heads; ++c) {
     if (w.method.direct)
-      for (int64_t j = 0; j < w.width; ++j) w.kk[j] = static_cast<T>(w.dots(g, c)[1 + j]);
+      for (int64_t j = 0; j < w.width; ++j) w.kk[j] = static_cast<T>(w.dots(g, c)[kScalars + j]);
     else
       leave_kernel_gradient(w, b, c, g);
     if (w.method.direct || w.blocked)

@@ -10,10 +10,11 @@
 namespace seqconv::SEQCONV_ISA {
 
 // What a sum over the batch keeps: spectra of the kernels' gradients and, in double, dot products.
+constexpr int64_t kSkip = 0, kBias = 1, kScalars = 2;
 template <class T>
 struct Sums {
   T* dk = nullptr;         // a spectrum per head
-  double* dots = nullptr;  // per head: d skip and, of a direct sum, the gradient of every tap
+  double* dots = nullptr;  // per head: d skip, d bias and, of a direct sum, every tap's gradient
 
   Sums() = default;
   Sums(const Problem& p, const Plan<T>& plan, int64_t dot_count, int64_t channels, Scratch& scratch)
@@ -50,7 +51,7 @@ struct Work {
   int64_t width, reach;  // of the combined kernel kk
   int64_t dot_count;
   bool gated, blocked;
-  bool wants_dx, wants_dk, wants_dskip;
+  bool wants_dx, wants_dk, wants_dskip, wants_dbias;
   T *a, *x, *sum;  // spectra
   T* kernels;      // spectra per channel and head, or, of a direct sum, kk
   T* kk;           // a combined kernel's taps, where it is transformed
@@ -65,12 +66,14 @@ struct Work {
     pitch = (p.length + 31) / 16 * 16;
     reach = p.taps_rev;
     width = reach + (p.taps ? p.taps : p.skip ? 1 : 0);
-    dot_count = method.direct ? 1 + width : 1;
-    gated = p.post_gate || p.activation != Activation::kNone;
+    dot_count = kScalars + (method.direct ? width : 0);
+    // A bias alone changes an output, but no gradient.
+    gated = p.post_gate || p.activation != Activation::kNone || (p.bias && !backward);
     blocked = method.blocks > 1;
     wants_dx = p.du || p.dpre_gate;
     wants_dk = p.dk || p.dk_rev;
     wants_dskip = static_cast<bool>(p.dskip);
+    wants_dbias = static_cast<bool>(p.dbias);
     const int64_t spectrum = plan.spectrum;
     a = scratch.take<T>(spectrum);
     x = scratch.take<T>(backward || p.heads > 1 ? spectrum : 0);
@@ -136,7 +139,7 @@ struct Work {
   Series row(const Tensor& t, int64_t b, int64_t c, int64_t g, bool streamed = false) const {
     return series(t, p.offset_of(t, b), c, g, streamed);
   }
-  // Of a kernel, a skip or their gradients.
+  // Of a kernel, a skip, a bias or their gradients.
   Series kernel_row(const Tensor& t, int64_t b, int64_t c, int64_t g) const {
     return series(t, p.number_of(b) * t.stride[0], c, g);
   }
@@ -194,17 +197,18 @@ struct Work {
   }
 
   // Spectra are started by the first row.
-  void clear_dots(bool skip_too) {
+  void clear_dots(bool scalars_too) {
     once(team, [&] {
       for (int64_t i = 0; i < group * p.heads; ++i)
-        for (int64_t j = skip_too ? 0 : 1; j < dot_count; ++j) sums.dots[i * dot_count + j] = 0;
+        for (int64_t j = scalars_too ? 0 : kScalars; j < dot_count; ++j)
+          sums.dots[i * dot_count + j] = 0;
     });
   }
 
   // d skip is also the gradient of tap 0, which a direct sum has at hand.
   void move_skip_sums() {
     for (int64_t i = 0; method.direct && p.skip && i < group * p.heads; ++i)
-      sums.dots[i * dot_count] += sums.dots[i * dot_count + 1 + reach];
+      sums.dots[i * dot_count + kSkip] += sums.dots[i * dot_count + kScalars + reach];
   }
 
   // data <- the spectrum of what the first pass left there.

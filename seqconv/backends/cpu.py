@@ -28,6 +28,8 @@ from seqconv.backends.pack import (
     zero_unreached,
 )
 from seqconv.backends.protocol import Explanation, Request
+from seqconv.ops.inputs import IS_SIGNAL
+from seqconv.ops.offsets import offsets_of
 
 try:
     from seqconv import _C
@@ -110,7 +112,30 @@ def why_not(request: Request) -> str | None:
     return None if holds_butterfly(radices) else f"there are no CPU kernels for passes of {radices}"
 
 
+def _explain_packed(request: Request) -> Explanation:
+    """The plan of the longest row, and how many rows have transforms of which size."""
+    *dense, cu_seqlens = request.inputs
+    u, k, k_rev = dense[:3]
+    rows: dict[int, int] = {}
+    longest, how = 0, (0, 1)
+    for length in offsets_of(cu_seqlens, u.shape[-1]).diff().tolist():
+        taps = reach(length, k, k_rev)
+        found = method(length, *taps, u.dtype == torch.float64) if length else (0, 1)
+        rows[found[0]] = rows.get(found[0], 0) + 1
+        if length > longest:
+            longest, how = length, found
+    size, blocks = how
+    parts = [
+        f"{count} of {n} points" if n else f"{count} summed directly" for n, count in rows.items()
+    ]
+    plan = f"{sum(rows.values())} rows: {', '.join(parts)}"
+    algorithm = "right-angle fft" if size else "direct sum"
+    return Explanation("cpu", algorithm, size or None, blocks, isa(), threads(), None, plan)
+
+
 def explain(request: Request) -> Explanation:
+    if request.operator == "fftconv_packed":
+        return _explain_packed(request)
     if request.operator != "fftconv":
         return Explanation("cpu", "matrix product", None, 1, isa(), threads(), None)
     u, k, k_rev, *_ = request.inputs
@@ -127,15 +152,19 @@ def explain(request: Request) -> Explanation:
 
 # ---- fftconv ----
 
-_INPUTS = (SIGNAL, KERNEL, KERNEL, SKIP, SIGNAL, SIGNAL)  # u, k, k_rev, skip, pre_gate, post_gate
+_INPUTS = (SIGNAL, KERNEL, KERNEL, SKIP, SIGNAL, SIGNAL, SKIP)  # see seqconv.ops.inputs
 _TENSORS = (*_INPUTS, SIGNAL, *_INPUTS)  # and y or dy, and the gradients
+
+
+def _per_head(skip: tuple | None) -> bool:
+    return skip is not None and len(skip[1]) == 2
 
 
 @lru_cache(4096)
 def _layout(activation: str, every_tap: bool, *known) -> bytes:
     """The first argument of _C.forward or _C.backward. `known` has everything of each tensor but where it lies."""
-    (dtype, (batch, channels, length), _), (_, k, _), k_rev, skip, *_ = known
-    flags = (len(k) == 4) + 2 * (skip is not None and len(skip[1]) == 2)
+    (dtype, (batch, channels, length), _), (_, k, _), k_rev, skip, _, _, bias, *_ = known
+    flags = (len(k) == 4) + 2 * _per_head(skip) + 4 * _per_head(bias)
     taps = reached(length, k[-1], 0 if k_rev is None else k_rev[1][-1])
     taps = (k[-1], 0) if every_tap else taps
     numbers = [batch, 1 if len(k) == 2 else k[-3], channels, length, *taps]
@@ -171,15 +200,15 @@ def fftconv_gradients(grads, dy: Tensor, inputs, activation: str) -> None:
 
 
 # Of packed signals, (channels, total) or (heads, channels, total), the axes are those of a kernel.
-_PACKED_INPUTS = (KERNEL, KERNEL, KERNEL, SKIP, KERNEL, KERNEL)
+_PACKED_INPUTS = (KERNEL, KERNEL, KERNEL, SKIP, KERNEL, KERNEL, SKIP)
 _PACKED_TENSORS = (*_PACKED_INPUTS, KERNEL, *_PACKED_INPUTS)
 
 
 @lru_cache(4096)
 def _packed_layout(activation: str, *known) -> bytes:
     """As _layout. The number of rows comes with them."""
-    rows, (dtype, (channels, total), _), (_, k, _), k_rev, skip, *_ = known
-    flags = (len(k) == 4) + 2 * (skip is not None and len(skip[1]) == 2)
+    rows, (dtype, (channels, total), _), (_, k, _), k_rev, skip, _, _, bias, *_ = known
+    flags = (len(k) == 4) + 2 * _per_head(skip) + 4 * _per_head(bias)
     numbers = [rows, 1 if len(k) == 2 else k[-3], channels, total, k[-1]]
     numbers += [0 if k_rev is None else k_rev[1][-1], flags, dtype == torch.float64]
     numbers.append(ACTIVATIONS[activation])
@@ -205,13 +234,15 @@ def fftconv_packed(y: Tensor, inputs, offsets: Tensor, activation: str) -> None:
 
 
 def fftconv_packed_gradients(grads, dy: Tensor, inputs, offsets: Tensor, activation: str) -> None:
-    # Those of kernels and skip are summed up over groups of rows, in the precision of the sums.
+    # Those of kernels, skip and bias are summed up over groups of rows, in the precision of the sums.
     wide = torch.promote_types(dy.dtype, torch.float32)
-    sums = [g if g is None else g.new_zeros(g.shape, dtype=wide) for g in grads[1:4]]
-    found = (grads[0], *sums, *grads[4:])
+    found = [
+        g if g is None or signal else g.new_zeros(g.shape, dtype=wide)
+        for g, signal in zip(grads, IS_SIGNAL, strict=True)
+    ]
     _call_packed(_C.backward_packed, (*inputs, dy, *found), offsets, activation)
-    for grad, value in zip(grads[1:4], sums, strict=True):
-        if grad is not None:
+    for grad, value in zip(grads, found, strict=True):
+        if grad is not value:
             grad.copy_(value)
 
 

@@ -102,7 +102,7 @@ class _Linear:
                 along[..., :end] += (tap * dv[..., j:]).sum_to_size(along[..., j:].shape)
         dv = F.pad(dv, (0, max([0, *[level.end - self.length for level in self.levels]])))
         for level, tile in self._tiles():
-            pairs = zip(tile, (dx, dk, dk, None, None, None), strict=True)
+            pairs = zip(tile, (dx, dk, dk, *[None] * 4), strict=True)
             grads = tile._make(None if want is None else torch.empty_like(t) for t, want in pairs)
             dy = _rows(_windows(dv, level.n, level))
             self.backend.fftconv_gradients(grads, dy, tile, "none")
@@ -151,8 +151,14 @@ def _samples(inputs, *more):
         yield inputs, *more
         return
     for b in range(len(inputs.k)):
-        cut = [t if t is None else t[b : b + 1] for t in (inputs.u, *inputs[4:], *more)]
-        yield inputs._make((cut[0], inputs.k[b], None, inputs.skip, *cut[1:3])), *cut[3:]
+        cut = [
+            t if t is None else t[b : b + 1]
+            for t in (inputs.u, inputs.pre_gate, inputs.post_gate, *more)
+        ]
+        yield (
+            inputs._make((cut[0], inputs.k[b], None, inputs.skip, *cut[1:3], inputs.bias)),
+            *cut[3:],
+        )
 
 
 def _linear(backend, part) -> _Linear:
@@ -163,28 +169,36 @@ def _linear(backend, part) -> _Linear:
     return _Linear(backend, x, part.k.to(wide), skip if skip is None else skip.to(wide), empty)
 
 
+def _biased(v: Tensor, bias: Tensor | None) -> Tensor:
+    return v if bias is None else v + bias.to(v.dtype).unsqueeze(-1)
+
+
 def forward(backend, y: Tensor, inputs, activation: str) -> None:
     """Backend.fftconv_exact by way of Backend.fftconv."""
     for part, out in _samples(inputs, y):
-        v = reference.activate(_linear(backend, part).forward(), activation)
+        v = reference.activate(_biased(_linear(backend, part).forward(), part.bias), activation)
         out.copy_(v if part.post_gate is None else v * part.post_gate)
 
 
 def gradients(backend, grads, dy: Tensor, inputs, activation: str) -> None:
     """Backend.fftconv_exact_gradients by way of Backend.fftconv_gradients."""
     wide = torch.promote_types(dy.dtype, torch.float32)
-    dskip = None if grads.skip is None else torch.zeros_like(grads.skip, dtype=wide)
+    dskip, dbias = (
+        None if g is None else torch.zeros_like(g, dtype=wide) for g in (grads.skip, grads.bias)
+    )
     parts = _samples(inputs, dy, grads.u, grads.pre_gate, grads.post_gate)
     for b, (part, g, du, dpre, dpost) in enumerate(parts):
         row, g = _linear(backend, part), g.to(wide)
         if part.post_gate is not None or activation != "none":
-            v = row.forward()
+            v = _biased(row.forward(), part.bias)
             if dpost is not None:
                 dpost.copy_(_chained(g, reference.activate(v, activation)))
             g = _chained(g, part.post_gate)
             g = _chained(g, None if activation == "none" else reference.slope(v, activation))
         dx = None if du is None and dpre is None else torch.zeros_like(row.x)
         dk = None if grads.k is None else torch.zeros_like(row.k)
+        if dbias is not None:
+            dbias += g.sum((0, -1)).sum_to_size(dbias.shape)
         row.gradients(g, dx, dk, dskip)
         if du is not None:
             du.copy_(_chained(dx, part.pre_gate))
@@ -192,8 +206,9 @@ def gradients(backend, grads, dy: Tensor, inputs, activation: str) -> None:
             dpre.copy_(_chained(dx, part.u))
         if dk is not None:
             (grads.k if inputs.k.dim() < 4 else grads.k[b]).copy_(dk)
-    if dskip is not None:
-        grads.skip.copy_(dskip)
+    for total, grad in ((dskip, grads.skip), (dbias, grads.bias)):
+        if total is not None:
+            grad.copy_(total)
 
 
 def explain(backend, request: Request) -> Explanation:

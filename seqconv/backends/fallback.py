@@ -11,6 +11,8 @@ from seqconv.backends.pack import alike, dense_rows, reach
 from seqconv.backends.protocol import Explanation, Request
 from seqconv.backends.tiles import spectra as stream_spectra  # noqa: F401
 from seqconv.backends.tiles import step as stream_step  # noqa: F401
+from seqconv.ops.inputs import IS_SIGNAL
+from seqconv.ops.offsets import offsets_of
 
 name = "reference"
 always = frozenset(("fftconv", "fftconv_packed", "ssm", "ssm_step", "butterfly", "stream"))
@@ -26,6 +28,13 @@ def stream_name() -> str:
 
 def explain(request: Request) -> Explanation:
     threads = torch.get_num_threads()
+    if request.operator == "fftconv_packed":
+        lengths = offsets_of(request.inputs.cu_seqlens, request.inputs.u.shape[-1]).diff()
+        longest = int(lengths.max()) if len(lengths) else 0
+        _, k, k_rev, *_ = request.inputs
+        n = reference.fft_size(longest, *reach(longest, k, k_rev))
+        plan = f"{len(lengths)} rows of {len(lengths.unique())} lengths, each length by itself"
+        return Explanation("reference", "torch.fft", n, 1, None, threads, None, plan)
     if request.operator != "fftconv":
         return Explanation("torch", "matrix product", None, 1, None, threads, None)
     if request.options[2:] == (True,):
@@ -36,9 +45,7 @@ def explain(request: Request) -> Explanation:
 
 
 def fftconv(y: Tensor, inputs, activation: str) -> None:
-    u, k, k_rev, skip, pre_gate, post_gate = inputs
-    gates = {"pre_gate": pre_gate, "post_gate": post_gate, "activation": activation}
-    y.copy_(reference.fftconv_fft(u, k, skip, k_rev=k_rev, **gates))
+    y.copy_(reference.fftconv_fft(**inputs._asdict(), activation=activation))
 
 
 def _write(grads, values) -> None:
@@ -73,9 +80,8 @@ def reads_offsets(offsets: Tensor) -> bool:
 
 def fftconv_packed(y: Tensor, inputs, offsets: Tensor, activation: str) -> None:
     for rows, length, place in alike(offsets, y.device):
-        u, k, k_rev, skip, pre_gate, post_gate = dense_rows(inputs, rows, length, place)
-        gates = {"pre_gate": pre_gate, "post_gate": post_gate, "activation": activation}
-        y[..., place] = _packed(reference.fftconv_fft(u, k, skip, k_rev=k_rev, **gates))
+        dense = dense_rows(inputs, rows, length, place)
+        y[..., place] = _packed(reference.fftconv_fft(**dense._asdict(), activation=activation))
 
 
 def fftconv_packed_gradients(grads, dy: Tensor, inputs, offsets: Tensor, activation: str) -> None:
@@ -86,7 +92,7 @@ def fftconv_packed_gradients(grads, dy: Tensor, inputs, offsets: Tensor, activat
         # Gradients of kernels are added up unrounded.
         wide = [t if t is None else t.to(_wide(t)) for t in dense]
         for total, part, signal in zip(
-            sums, reference.backward(part_dy, *wide, activation), _SIGNALS, strict=True
+            sums, reference.backward(part_dy, *wide, activation), IS_SIGNAL, strict=True
         ):
             if total is None:
                 continue
@@ -97,9 +103,6 @@ def fftconv_packed_gradients(grads, dy: Tensor, inputs, offsets: Tensor, activat
             else:
                 total += part
     _write(grads, sums)
-
-
-_SIGNALS = (True, False, False, False, True, True)  # u, k, k_rev, skip, pre_gate, post_gate
 
 
 def _wide(t: Tensor) -> torch.dtype:

@@ -46,10 +46,10 @@ def dense_rows(inputs, rows: Tensor, length: int, place: Tensor):
     def kernels(t: Tensor | None) -> Tensor | None:
         return t if t is None or t.dim() < 4 else t[rows]
 
-    u, k, k_rev, skip, pre_gate, post_gate = inputs
+    u, k, k_rev, skip, pre_gate, post_gate, bias = inputs
     signals = map(samples, (u, pre_gate, post_gate))
     u, pre_gate, post_gate = signals
-    return type(inputs)(u, kernels(k), kernels(k_rev), skip, pre_gate, post_gate)
+    return type(inputs)(u, kernels(k), kernels(k_rev), skip, pre_gate, post_gate, bias)
 
 
 def reach(length: int, k, k_rev) -> tuple[int, int]:

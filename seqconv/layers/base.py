@@ -4,12 +4,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from seqconv.layers.module import Described
-from seqconv.layers.packing import Pack, in_order, pack_of, rates_of
+from seqconv.layers.packing import Pack, by_rate, convolve_on, pack_of, refuse_history
 from seqconv.layers.padding import padding_of
 from seqconv.layers.precision import HALF, KeepsPrecision
 from seqconv.ops.checks import (
@@ -233,6 +232,8 @@ class ConvLayer(Described):
         rate: float | Tensor = 1.0,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        history: Tensor | None = None,
+        return_history: bool = False,
     ) -> Tensor:
         """The layer's output for x (batch, length, d_model), which has the layer's dtype unless under autocast.
 
@@ -246,62 +247,55 @@ class ConvLayer(Described):
         cu_seqlens (rows + 1,), int32 or int64, packs rows of any lengths: x is then (total, d_model), and so is the
         output. Row i has the steps [cu_seqlens[i], cu_seqlens[i + 1]) and is seen by no other row. The kernel is that
         of the longest row, or of max_seqlen steps where that is given: outputs are those of the padded batch.
+
+        history (batch, steps, d_model) has the inputs before x, any number of them, and (rows, steps, d_model) those
+        before every packed row, where zeros stand for no input. return_history=True returns the pair of the output and
+        what is the history of the next call: all inputs so far, or as many as the kernel's taps reach. Gradients pass
+        through it. Only causal layers take it; states, where a layer has them, take less memory.
         """
-        name = type(self).__name__
-        if cu_seqlens is not None or max_seqlen is not None:
+        name, pack = type(self).__name__, None
+        if cu_seqlens is None and max_seqlen is None:
+            check_input(name, x, self.skip, self.d_model)
+        else:
             check_input(name, x, self.skip, self.d_model, ("total",))
             pack = pack_of(name, x, cu_seqlens, max_seqlen, mask, lengths)
-            if self._context is not None:
-                raise ValueError(f"{name}: cu_seqlens must be None under context parallelism")
-            y = (
-                self._convolve_packed(x, rate, pack)
-                if not isinstance(rate, Tensor)
-                else self._packed_by_rate(x, rate, pack)
-            )
-            return self._mix(y.flatten(-2), pack)
-        check_input(name, x, self.skip, self.d_model)
+        if history is not None or return_history is not False:
+            refuse_history(self, mask=mask, lengths=lengths, return_history=return_history)
+            y, kept = convolve_on(self, x, rate, pack, history)
+            y = self._mix(y.flatten(-2), pack)
+            return (y, kept) if return_history else y  # pyright: ignore
         if mask is not None or lengths is not None:
             padding = padding_of(name, x, mask, lengths)
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
-        context = self._context
-        if isinstance(rate, Tensor):
-            y = self._by_rate(x, rate)
-        else:
-            y = self._convolve(x, rate) if context is None else context.convolve(self, x, rate)
-        return self._mix(rearrange(y, "b l c h -> b l (c h)"))
+        plain = self._context is None and not isinstance(rate, Tensor)
+        y = self._convolve(x, rate, pack) if plain else self._convolved(x, rate, pack)  # pyright: ignore
+        return self._mix(y.flatten(-2), pack)
 
-    def _convolve(self, x: Tensor, rate: float) -> Tensor:
-        """activation(k * x + skip x), (batch, length, heads, d_model)."""
-        x, length = sized(x)
+    def _convolved(self, x: Tensor, rate: float | Tensor, pack: Pack | None) -> Tensor:
+        """What _convolve returns, by other ways where rows differ in rate or processes divide the steps."""
+        context = self._context
+        if context is None:
+            by_rows = isinstance(rate, Tensor)
+            return by_rate(self, x, rate, pack) if by_rows else self._convolve(x, rate, pack)
+        for argument, value in (("cu_seqlens", pack), ("rate", isinstance(rate, Tensor) or None)):
+            if value is not None:
+                wanted = "None" if argument == "cu_seqlens" else "a number"
+                text = f"{argument} must be {wanted} under context parallelism"
+                raise ValueError(f"{type(self).__name__}: {text}")
+        return context.convolve(self, x, rate)
+
+    def _convolve(self, x: Tensor, rate: float, pack: Pack | None = None) -> Tensor:
+        """activation(k * x + skip x), (batch, length, heads, d_model); of packed rows (total, heads, d_model)."""
+        if pack is None:
+            x, length = sized(x)
+            rows = {}
+        else:
+            length, rows = pack.longest, pack.options
         k, k_rev = self._kernel(length, rate), None
         if self.bidirectional:
             k, k_rev = k[: self.heads], k[self.heads :]
-        return fftconv(x, k, self.skip, k_rev=k_rev, activation=self.activation, layout="blh")
-
-    def _by_rate(self, x: Tensor, rate: Tensor) -> Tensor:
-        name, parts, places = type(self).__name__, [], []
-        if self._context is not None:
-            raise ValueError(f"{name}: rate must be a number under context parallelism")
-        for value in rates_of(name, rate, x.shape[0], self.resamples):
-            places.append((rate == value).nonzero().flatten())
-            parts.append(self._convolve(x[places[-1]], value))
-        return in_order(parts, places) if parts else self._convolve(x, 1.0)
-
-    def _packed_by_rate(self, x: Tensor, rate: Tensor, pack: Pack) -> Tensor:
-        name, parts, places = type(self).__name__, [], []
-        for value in rates_of(name, rate, len(pack.cu_seqlens) - 1, self.resamples):
-            some, place = pack.only((rate == value).to(x.device))
-            places.append(place)
-            parts.append(self._convolve_packed(x[place], value, some))
-        return in_order(parts, places) if parts else self._convolve_packed(x, 1.0, pack)
-
-    def _convolve_packed(self, x: Tensor, rate: float, pack: Pack) -> Tensor:
-        """The same of packed rows, (total, heads, d_model)."""
-        k, k_rev = self._kernel(pack.longest, rate), None
-        if self.bidirectional:
-            k, k_rev = k[: self.heads], k[self.heads :]
         options = {"activation": self.activation, "layout": "blh"}
-        return fftconv(x, k, self.skip, k_rev=k_rev, **options, **pack.options)
+        return fftconv(x, k, self.skip, k_rev=k_rev, **options, **rows)
 
     def _kernel(self, length: int, rate: float) -> Tensor:
         if type(rate) is not float or rate != 1.0:

@@ -218,7 +218,10 @@ class ButterflyConv(ConvLayer):
         self.input_transform = Butterfly(n, **own)
         self.kernel_transform = Butterfly(n, **own)
 
-    def _convolve(self, x: Tensor, rate: float) -> Tensor:
+    def _convolve(self, x: Tensor, rate: float, pack: Pack | None = None) -> Tensor:
+        if pack is not None:  # Every row is padded to the transforms' length in any case.
+            rows, lengths = pad(x, pack.cu_seqlens, pack.longest)
+            return unpadded(self._convolve(rows, rate), lengths)
         x, length = sized(x)
         if length > self.l_max:
             text = f"must have length <= l_max={self.l_max}, got length={length}"
@@ -226,11 +229,6 @@ class ButterflyConv(ConvLayer):
         u = rearrange(x, "b l h -> b h l")
         y = self._transformed(u, lambda: self._kernel(self.l_max, rate), length)
         return rearrange(y, "b c h l -> b l c h")
-
-    def _convolve_packed(self, x: Tensor, rate: float, pack: Pack) -> Tensor:
-        # Every row is padded to the transforms' length in any case.
-        rows, lengths = pad(x, pack.cu_seqlens, pack.longest)
-        return unpadded(self._convolve(rows, rate), lengths)
 
     def _transformed(self, u: Tensor, make, length: int, channels: slice = slice(None)) -> Tensor:
         """activation(v), (batch, heads, channels, length), of u (batch, channels, length) and make(), the kernel of

@@ -117,10 +117,12 @@ class Conv1d(nn.Conv1d):
         k, k_rev = _taps(
             rearrange(weight, "(c m) 1 k -> m c k", m=self._multiplier), dilation, left
         )
-        y = fftconv(x if x.dim() == 3 else x.unsqueeze(0), k, k_rev=k_rev)[..., :outputs:stride]
+        if bias is not None:
+            bias = rearrange(bias, "(c m) -> m c", m=self._multiplier)
+        x = x if x.dim() == 3 else x.unsqueeze(0)
+        y = fftconv(x, k, k_rev=k_rev, bias=bias)[..., :outputs:stride]
         y = rearrange(y, "b m c t -> b (c m) t")
-        y = y if bias is None else y + bias.to(y.dtype).unsqueeze(-1)
-        return (y if x.dim() == 3 else y.squeeze(0)).contiguous()
+        return (y if input.dim() == 3 else y.squeeze(0)).contiguous()
 
     @property
     def _multiplier(self) -> int:
@@ -132,8 +134,8 @@ def conv1d_taps(
 ) -> tuple[Tensor, Tensor | None]:
     """k and k_rev with which fftconv computes a depthwise nn.Conv1d of stride 1.
 
-    y = fftconv(u, k, k_rev=k_rev) + bias.unsqueeze(-1) (without the bias where there is none). A
-    convolution layer correlates, so k is the weight read backwards. seqconv.nn.Conv1d does all of it.
+    y = fftconv(u, k, k_rev=k_rev, bias=bias). A convolution layer correlates, so k is the weight read backwards.
+    seqconv.nn.Conv1d does all of it.
 
     Args:
         conv: nn.Conv1d(channels, channels, taps, groups=channels), with any dilation; or its weight alone,

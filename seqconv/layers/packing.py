@@ -1,13 +1,21 @@
-"""Packed rows in layers: their offsets, the longest of them, and what goes by rows."""
+"""Rows in layers: packed ones, rows with rates of their own, and rows that go on from a history."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from seqconv.layers.padding import require
-from seqconv.ops.checks import FLOATS, check_length, check_sampling, check_shape, check_tensor
-from seqconv.ops.packed import check_offsets, offsets_of, on_one
+from seqconv.ops.checks import (
+    FLOATS,
+    check_flag,
+    check_length,
+    check_sampling,
+    check_shape,
+    check_tensor,
+    require,
+)
+from seqconv.ops.history import lengthened
+from seqconv.ops.offsets import check_offsets, offsets_of, on_one
 
 NUMBERS = (*FLOATS, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
 
@@ -23,6 +31,10 @@ class Pack(NamedTuple):
     def options(self) -> dict:
         """For fftconv."""
         return {"cu_seqlens": self.cu_seqlens, "max_seqlen": self.max_seqlen}
+
+    @property
+    def rows(self) -> int:
+        return len(self.cu_seqlens) - 1
 
     def lengths(self, device: torch.device) -> Tensor:
         return on_one(self.cu_seqlens).to(device, torch.int64).diff()
@@ -117,6 +129,61 @@ def rates_of(function: str, rate: Tensor, count: int, resamples: bool) -> list[f
     return values
 
 
-def in_order(parts: list[Tensor], places: list[Tensor]) -> Tensor:
-    """What lies at places[i] in parts[i], along the first axis, put together."""
+def by_rate(layer, x: Tensor, rate: Tensor, pack: Pack | None) -> Tensor:
+    """What layer._convolve returns, for a rate of every sample or row: it is called once for each that occurs."""
+    count, parts, places = len(x) if pack is None else pack.rows, [], []
+    for value in rates_of(type(layer).__name__, rate, count, layer.resamples):
+        chosen = (rate == value).to(x.device)
+        if pack is None:
+            some, place = None, chosen.nonzero().flatten()
+        else:
+            some, place = pack.only(chosen)
+        places.append(place)
+        parts.append(layer._convolve(x[place], value, some))
+    if not parts:
+        return layer._convolve(x, 1.0, pack)
     return torch.cat(parts)[torch.cat(places).argsort()]
+
+
+def refuse_history(layer, return_history: bool, **others) -> None:
+    """Requires what a layer's forward with a history can take: none of the others."""
+    name = type(layer).__name__
+    check_flag(name, return_history=return_history)
+    for argument, value in others.items():
+        if value is not None:
+            kind = type(value).__name__
+            raise ValueError(f"{name}: {argument} must be None with a history, got a {kind}")
+    text = "history must be None and return_history False"
+    if not layer.causal:
+        raise ValueError(f"{name}: {text}, because its outputs see later inputs")
+    if layer._context is not None:
+        raise ValueError(f"{name}: {text} under context parallelism")
+
+
+def convolve_on(layer, x: Tensor, rate, pack: Pack | None, history) -> tuple[Tensor, Tensor]:
+    """What layer._convolved returns after the history, and the next history."""
+    name = type(layer).__name__
+    count, axis = (len(x), "batch") if pack is None else (pack.rows, "rows")
+    if history is None:
+        history = x.new_zeros(count, 0, x.shape[-1])
+    check_tensor(name, "history", history, dtypes=(x.dtype,), device=x.device, owner="x")
+    check_shape(
+        name, "history", history, ((axis, count), ("steps", None), ("d_model", x.shape[-1]))
+    )
+    before = history.shape[1]
+    if pack is None:
+        x = torch.cat([history, x], 1)
+        y = layer._convolved(x, rate, None)[:, before:]
+        return y, x[:, x.shape[1] - _kept(layer, x.shape[1], rate) :]
+    rows = lengthened(name, pack.cu_seqlens, len(x), before, x.device)
+    longest = pack.longest + before
+    x = rows.join(history, x)
+    y = rows.cut(layer._convolved(x, rate, Pack(rows.cu_seqlens, longest, longest)))
+    return y, rows.last(x, _kept(layer, longest, rate))
+
+
+def _kept(layer, steps: int, rate) -> int:
+    """How many of the last inputs a later output can see."""
+    taps: Any = getattr(layer.kernel, "taps", getattr(layer.kernel, "l_max", None))
+    known = isinstance(taps, int) and not isinstance(rate, Tensor) and rate == 1
+    return min(steps, taps - 1) if known else steps

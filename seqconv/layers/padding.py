@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from seqconv.ops.checks import FLOATS, check_shape, check_tensor
+from seqconv.ops.checks import FLOATS, check_shape, check_tensor, require
 
 
 def padding_of(function: str, x: Tensor, mask, lengths) -> Tensor:
@@ -53,15 +53,3 @@ def shifted(x: Tensor, by: Tensor) -> Tensor:
     place = torch.arange(x.shape[-1], device=x.device) + by
     inside = (place >= 0) & (place < x.shape[-1])
     return torch.where(inside, x.gather(-1, place.clamp(0, max(x.shape[-1] - 1, 0))), 0.0)
-
-
-def require(valid: Tensor, text: str) -> None:
-    """Raises ValueError unless valid. In a compiled graph the check is made when the graph runs."""
-    if torch.compiler.is_compiling():
-        torch._assert_async(valid, text)  # pyright: ignore
-        return
-    functorch = torch._C._functorch  # pyright: ignore
-    while functorch.is_functorch_wrapped_tensor(valid):  # all samples of a vmap at once
-        valid = functorch.get_unwrapped(valid)
-    if not (valid.is_meta or valid.all()):
-        raise ValueError(text)

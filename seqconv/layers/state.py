@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from seqconv.layers.padding import require
+from seqconv.ops.checks import require
 
 Rows = Tensor | Sequence[int]
 OTHER_KERNEL = (

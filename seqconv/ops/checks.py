@@ -112,3 +112,15 @@ def check_learning_rate(function: str, **values: float) -> None:
 def check_length(function: str, length, name: str = "length") -> None:
     if not isinstance(length, (Integral, torch.SymInt)) or isinstance(length, bool) or length < 0:
         raise ValueError(f"{function}: {name} must be an integer >= 0, got {_short(length)}")
+
+
+def require(valid: Tensor, text: str) -> None:
+    """Raises ValueError unless valid. In a compiled graph the check is made when the graph runs."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(valid, text)  # pyright: ignore
+        return
+    functorch = torch._C._functorch  # pyright: ignore
+    while functorch.is_functorch_wrapped_tensor(valid):  # all samples of a vmap at once
+        valid = functorch.get_unwrapped(valid)
+    if not (valid.is_meta or valid.all()):
+        raise ValueError(text)

@@ -1,13 +1,12 @@
-"""The long convolution `fftconv`, and `explain`, which says how a call of it is carried out."""
+"""The long convolution `fftconv`."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv import backends
-from seqconv.backends.protocol import Explanation, Request
 from seqconv.ops import packed as packs
-from seqconv.ops.checks import FLOATS, check_choice, check_shape, check_tensor
+from seqconv.ops.checks import FLOATS, check_choice, check_flag, check_shape, check_tensor
+from seqconv.ops.history import check_history, continued, continued_pack
 from seqconv.ops.inputs import CHANNEL_AXIS, IS_SIGNAL, Inputs
 from seqconv.ops.register import Operator
 from seqconv.ops.sharding import SUM
@@ -62,7 +61,7 @@ def _forward(
     y = _empty_output(inputs, channels_last)
     if y.numel():
         if exact_causal:
-            _check_exact(inputs.k_rev)
+            check_exact(inputs.k_rev)
             backend.fftconv_exact(y, inputs, activation)
         else:
             backend.fftconv(y, inputs, activation)
@@ -75,7 +74,7 @@ def _gradients(
     grads = _empty_gradients(inputs, channels_last, wanted)
     if dy.numel():
         if exact_causal:
-            _check_exact(inputs.k_rev)
+            check_exact(inputs.k_rev)
             backend.fftconv_exact_gradients(grads, dy, inputs, activation)
         else:
             backend.fftconv_gradients(grads, dy, inputs, activation)
@@ -91,12 +90,16 @@ def _shardings(inputs: Inputs, activation: str, *rest, ranks: int) -> list[tuple
     rows = [(0, samples), (1 + heads, CHANNEL_AXIS._asdict()), (SUM, {"post_gate": SUM})]
     if heads:
         several = {"k": -3, "k_rev": -3, "post_gate": 1}
-        if inputs.skip is not None and len(inputs.skip.shape) == 2:
-            several["skip"] = 0
+        for name in ("skip", "bias"):
+            t = getattr(inputs, name)
+            if t is not None and len(t.shape) == 2:
+                several[name] = 0
         rows.append((1, several))
     if activation == "none":
-        rows += [(SUM, {"u": SUM}), (SUM, {"pre_gate": SUM})]
-        rows.append((SUM, {"k": SUM, "k_rev": SUM, "skip": SUM}))
+        kinds = [("u",), ("k", "k_rev", "skip")]
+        if inputs.pre_gate is not None:
+            kinds.append(("pre_gate",))
+        rows += [(SUM, dict.fromkeys((*kind, "bias"), SUM)) for kind in kinds]
     return rows
 
 
@@ -125,18 +128,21 @@ def fftconv(
     k_rev: Tensor | None = None,
     pre_gate: Tensor | None = None,
     post_gate: Tensor | None = None,
+    bias: Tensor | None = None,
     activation: str | None = None,
     mode: str = "causal",
     layout: str = "bhl",
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    history: Tensor | None = None,
+    return_history: bool = False,
     exact_causal: bool = False,
 ) -> Tensor:
     """Depthwise convolution along time with a kernel as long as the sequence, gates, skip and activation fused.
 
         x = pre_gate * u
         v[t] = sum_{s<=t} k[t-s] x[s] + sum_{s>t} k_rev[s-t-1] x[s] + skip * x[t]
-        y = post_gate * activation(v)
+        y = post_gate * activation(v + bias)
 
     Args:
         u: (batch, channels, length), or (batch, length, channels) with layout="blh". float32,
@@ -150,6 +156,8 @@ def fftconv(
             -1, so that lag 0 belongs to k alone. Makes the convolution two-sided.
         pre_gate: u's shape and dtype.
         post_gate: y's shape and u's dtype. Under autocast gates of another dtype are cast to u's.
+        bias: (channels,), or (heads, channels) where k has heads; dtypes as k. Added to every output before the
+            activation.
         activation: None, "gelu" (exact, by erf), "silu" or "relu".
         mode: "causal" as above; "circular" wraps the sequence: K <= length, no k_rev, and
             v[t] = sum_s k[(t-s) mod length] x[s] + skip * x[t].
@@ -162,6 +170,11 @@ def fftconv(
             is made, but not where the CUDA kernels read offsets from the GPU, with max_seqlen given: a check would
             wait for the GPU. Wrong ones give wrong numbers there, and no access outside of the tensors.
             Without max_seqlen a call waits until the GPU has handed the offsets over.
+        history: (batch, channels, K - 1), or (batch, K - 1, channels) with layout="blh", in u's dtype: x at the K - 1
+            steps before the first, with the gate already applied. Of packed rows (rows, ...). None: zeros. Not in
+            circular mode.
+        return_history: True returns the pair (y, history of the next call): the last K - 1 steps of x, those of
+            `history` included. So a sequence may be given in pieces, and gradients pass from piece to piece.
         exact_causal: whether no output may have a trace of the future, as below; in causal mode without
             k_rev only.
 
@@ -197,19 +210,24 @@ def fftconv(
     section 3; modulo x^n - i, which needs no zero padding; for exact_causal see csrc/cpu/exact.h.
     Twins: seqconv.reference.fftconv, seqconv.reference.fftconv_fft.
     """
-    inputs = Inputs(u, k, k_rev, skip, pre_gate, post_gate)
+    inputs = Inputs(u, k, k_rev, skip, pre_gate, post_gate, bias)
+    if history is not None or return_history is not False:
+        rows = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        options = {"activation": activation, "mode": mode, "exact_causal": exact_causal}
+        return _continued(inputs, history, return_history, layout, rows, options)  # pyright: ignore
     if cu_seqlens is not None or max_seqlen is not None:
         return _packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal)
-    _check(inputs, activation, mode, layout)
+    check(inputs, activation, mode, layout)
     if exact_causal is not False:
-        _check_exact(k_rev, mode, exact_causal)
+        check_exact(k_rev, mode, exact_causal)
     if mode != "causal" or layout != "bhl" or pre_gate is not None or post_gate is not None:
-        inputs = _prepare(inputs, mode, layout)
+        inputs = prepare(inputs, mode, layout)
     y = operator(inputs, activation or "none", layout == "blh", exact_causal)
     return y.movedim(-1, 1) if layout == "blh" else y
 
 
-def _packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal) -> Tensor:
+def check_packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal) -> None:
+    """The options of a call with packed rows; packed.prepare checks the tensors."""
     check_tensor("fftconv", "u", inputs.u)
     check_choice("fftconv", "activation", activation, ACTIVATIONS)
     check_choice("fftconv", "layout", layout, LAYOUTS)
@@ -219,18 +237,44 @@ def _packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_caus
     for name, value, wanted in (("mode", mode, "causal"), ("exact_causal", exact_causal, False)):
         if value is not wanted and value != wanted:
             raise ValueError(f"fftconv: {name} must be {wanted!r} with cu_seqlens, got {value!r}")
+
+
+def _packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal) -> Tensor:
+    check_packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal)
     packed = packs.prepare(inputs, cu_seqlens, max_seqlen, layout)
-    y = packs.operator(
-        packed, activation or "none", layout == "blh", -1 if max_seqlen is None else max_seqlen
-    )
+    longest = -1 if max_seqlen is None else max_seqlen
+    y = packs.operator(packed, activation or "none", layout == "blh", longest)
     return y.movedim(-1, 0) if layout == "blh" else y
+
+
+def _continued(inputs: Inputs, history, return_history, layout: str, rows: dict, options: dict):
+    check_flag("fftconv", return_history=return_history)
+
+    def call(inputs: Inputs, layout=layout, **rows) -> Tensor:
+        return fftconv(**inputs._asdict(), layout=layout, **rows, **options)
+
+    packed = any(value is not None for value in rows.values())
+    if packed:
+        check_packed(inputs, layout=layout, **rows, **options)
+        count = len(packs.prepare(inputs, **rows, layout=layout).cu_seqlens) - 1
+        axis, go_on = "rows", continued_pack
+    else:
+        check(inputs, options["activation"], options["mode"], layout)
+        count, axis, go_on = inputs.u.shape[0], "batch", continued
+    if options["mode"] == "circular":
+        text = "history must be None and return_history False in circular mode, which has no first step"
+        raise ValueError(f"fftconv: {text}")
+    if history is not None:
+        check_history(inputs, history, count, axis, layout)
+    y, kept = go_on(call, inputs, history, layout, **(rows if packed else {}))
+    return (y, kept) if return_history else y
 
 
 _passed: set[tuple] = set()  # what has passed the checks, for calls that differ in values only
 _KEPT = 4096
 
 
-def _check(inputs: Inputs, *options) -> None:
+def check(inputs: Inputs, *options) -> None:
     """`_validate`, once for all calls with the same dtypes, shapes, devices and options."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         validate(*inputs, *options)
@@ -256,7 +300,7 @@ def _check(inputs: Inputs, *options) -> None:
         _passed.add(known)
 
 
-def _check_exact(k_rev: Tensor | None, mode: str = "causal", exact_causal=True) -> None:
+def check_exact(k_rev: Tensor | None, mode: str = "causal", exact_causal=True) -> None:
     if not isinstance(exact_causal, bool):
         kind = type(exact_causal).__name__
         raise TypeError(f"fftconv: exact_causal must be True or False, got {kind}")
@@ -267,9 +311,9 @@ def _check_exact(k_rev: Tensor | None, mode: str = "causal", exact_causal=True) 
             )
 
 
-def _prepare(inputs: Inputs, mode: str, layout: str) -> Inputs:
+def prepare(inputs: Inputs, mode: str, layout: str) -> Inputs:
     """What the operator takes: blh as a view, gates in u's dtype, and a circular kernel as a two-sided one."""
-    u, k, k_rev, skip, pre_gate, post_gate = inputs
+    u, k, k_rev, skip, pre_gate, post_gate, bias = inputs
     signals = [u, pre_gate, post_gate]
     for i, t in enumerate(signals):
         if t is not None:
@@ -282,10 +326,10 @@ def _prepare(inputs: Inputs, mode: str, layout: str) -> Inputs:
         k = k.to(torch.promote_types(k.dtype, torch.float32))
         k = F.pad(k, (0, u.shape[-1] - k.shape[-1]))
         k_rev = k[..., 1:].flip(-1)
-    return Inputs(u, k, k_rev, skip, pre_gate, post_gate)
+    return Inputs(u, k, k_rev, skip, pre_gate, post_gate, bias)
 
 
-def validate(u, k, k_rev, skip, pre_gate, post_gate, activation, mode, layout) -> bool:
+def validate(u, k, k_rev, skip, pre_gate, post_gate, bias, activation, mode, layout) -> bool:
     """Whether the answer holds for all tensors alike: the dtypes that gates may have depend on autocast."""
     check_tensor("fftconv", "u", u)
     check_choice("fftconv", "activation", activation, ACTIVATIONS)
@@ -304,9 +348,10 @@ def validate(u, k, k_rev, skip, pre_gate, post_gate, activation, mode, layout) -
     shape = f" for u as (batch, channels, length)={(batch, channels, length)} in layout {layout!r}"
     check_shape("fftconv", "k", k, *patterns, why=lambda: shape)
     heads = (("heads", k.shape[-3]),) if k.dim() > 2 else ()
-    if skip is not None:
-        check_tensor("fftconv", "skip", skip, dtypes=kernel_dtypes, device=u.device)
-        check_shape("fftconv", "skip", skip, *([(c,), (*heads, c)] if heads else [(c,)]))
+    for name, value in (("skip", skip), ("bias", bias)):
+        if value is not None:
+            check_tensor("fftconv", name, value, dtypes=kernel_dtypes, device=u.device)
+            check_shape("fftconv", name, value, *([(c,), (*heads, c)] if heads else [(c,)]))
     if k_rev is not None:
         check_tensor("fftconv", "k_rev", k_rev, dtypes=kernel_dtypes, device=u.device)
         leading = [b, *heads, c][-(k.dim() - 1) :]
@@ -331,33 +376,3 @@ def validate(u, k, k_rev, skip, pre_gate, post_gate, activation, mode, layout) -
                 f"fftconv: k must have K <= length={length} in circular mode, got K={k.shape[-1]}"
             )
     return same
-
-
-def explain(
-    u: Tensor,
-    k: Tensor,
-    skip: Tensor | None = None,
-    *,
-    k_rev: Tensor | None = None,
-    pre_gate: Tensor | None = None,
-    post_gate: Tensor | None = None,
-    activation: str | None = None,
-    mode: str = "causal",
-    layout: str = "bhl",
-    exact_causal: bool = False,
-) -> Explanation:
-    """Which backend and plan `fftconv` takes for these arguments, and why not a faster one. Computes nothing.
-
-    On a GPU the plan ends with a time, which is not a measurement. It says "simulated" where a model of an H100 has
-    run the kernels' machine code, and "lower bound" where bytes and instructions were counted.
-
-    Example:
-        >>> explain(torch.zeros(1, 4, 1000), torch.zeros(4, 1000)).fallback is None
-        True
-    """
-    inputs = Inputs(u, k, k_rev, skip, pre_gate, post_gate)
-    _check(inputs, activation, mode, layout)
-    if exact_causal is not False:
-        _check_exact(k_rev, mode, exact_causal)
-    options = (activation or "none", layout == "blh", exact_causal)
-    return backends.explain(Request("fftconv", _prepare(inputs, mode, layout), options))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 class Inputs(NamedTuple):
     """u, pre_gate (batch, channels, length); k, k_rev (channels, K), (heads, channels, K) or (batch,
-    heads, channels, K); skip (channels,) or (heads, channels); post_gate as the output, (batch,
+    heads, channels, K); skip and bias (channels,) or (heads, channels); post_gate as the output, (batch,
     channels, length), or (batch, heads, channels, length) where k has heads."""
 
     u: Tensor
@@ -16,7 +16,10 @@ class Inputs(NamedTuple):
     skip: Tensor | None
     pre_gate: Tensor | None
     post_gate: Tensor | None
+    bias: Tensor | None = None
 
 
-IS_SIGNAL = Inputs(u=True, k=False, k_rev=False, skip=False, pre_gate=True, post_gate=True)
-CHANNEL_AXIS = Inputs(u=-2, k=-2, k_rev=-2, skip=-1, pre_gate=-2, post_gate=-2)
+IS_SIGNAL = Inputs(
+    u=True, k=False, k_rev=False, skip=False, pre_gate=True, post_gate=True, bias=False
+)
+CHANNEL_AXIS = Inputs(u=-2, k=-2, k_rev=-2, skip=-1, pre_gate=-2, post_gate=-2, bias=-1)

@@ -11,16 +11,15 @@ from torch import Tensor
 
 from seqconv.ops.checks import FLOATS, check_length, check_shape, check_tensor
 from seqconv.ops.inputs import CHANNEL_AXIS, Inputs
+from seqconv.ops.offsets import check_offsets, offsets_of, on_one
 from seqconv.ops.register import Operator, given
 from seqconv.ops.sharding import SUM
 from seqconv.ops.transforms import bwd_vmap, composed, fwd_vmap
 
-OFFSETS = (torch.int32, torch.int64)
-
 
 class PackedInputs(NamedTuple):
     """As Inputs, without the axis of samples: u, pre_gate (channels, total); k, k_rev (channels, K), (heads, channels,
-    K) or (rows, heads, channels, K); skip (channels,) or (heads, channels); post_gate as the output, (channels,
+    K) or (rows, heads, channels, K); skip, bias (channels,) or (heads, channels); post_gate as the output, (channels,
     total), or (heads, channels, total) where k has heads. cu_seqlens (rows + 1,) in int32 or int64, anywhere."""
 
     u: Tensor
@@ -29,35 +28,8 @@ class PackedInputs(NamedTuple):
     skip: Tensor | None
     pre_gate: Tensor | None
     post_gate: Tensor | None
+    bias: Tensor | None
     cu_seqlens: Tensor
-
-
-def on_one(cu_seqlens) -> Tensor:
-    """As a plain tensor: of a DTensor every process has all."""
-    return cu_seqlens.to_local() if hasattr(cu_seqlens, "to_local") else cu_seqlens
-
-
-def offsets_of(cu_seqlens: Tensor, total: int, max_seqlen: int | None = None) -> Tensor:
-    """The offsets in int64 on the host, checked. Waits for a GPU that has them."""
-    offsets = on_one(cu_seqlens).to("cpu", torch.int64).contiguous()
-    steps = offsets.diff()
-    first, last = offsets[0].item(), offsets[-1].item()
-    if first != 0:
-        raise ValueError(f"fftconv: cu_seqlens[0] must be 0, got {first}")
-    if len(steps) and steps.min() < 0:
-        i = 1 + int((steps < 0).nonzero()[0])
-        before, after = offsets[i - 1].item(), offsets[i].item()
-        raise ValueError(
-            f"fftconv: cu_seqlens[{i}] must be >= cu_seqlens[{i - 1}]={before}, got {after}"
-        )
-    if last != total:
-        text = f"must be the number of steps, {total}, got {last}"
-        raise ValueError(f"fftconv: cu_seqlens[{len(offsets) - 1}] {text}")
-    if max_seqlen is not None and len(steps) and steps.max() > max_seqlen:
-        i = int((steps > max_seqlen).nonzero()[0])
-        text = f"must be at least the length of every row, got {max_seqlen} and {steps[i]} steps in row {i}"
-        raise ValueError(f"fftconv: max_seqlen {text}")
-    return offsets
 
 
 def _plain(inputs: PackedInputs, activation: str, channels_last: bool, max_seqlen: int) -> Tensor:
@@ -119,18 +91,18 @@ def _gradients(backend, dy, inputs: PackedInputs, activation, channels_last, max
 
 
 def _vmap(info, in_dims, *args):
-    tensors, cu_seqlens, (_, *options) = args[:6], args[6], args[7:]
-    _check_alike(in_dims[6])
+    tensors, cu_seqlens, (_, *options) = args[:7], args[7], args[8:]
+    _check_alike(in_dims[7])
     call = lambda *t: operator.fwd(*t, cu_seqlens, given((*t, cu_seqlens)), *options)  # noqa: E731
-    return fwd_vmap(info, in_dims[:6], call, *tensors, packed=True)
+    return fwd_vmap(info, in_dims[:7], call, *tensors, packed=True)
 
 
 def _gradients_vmap(info, in_dims, dy, *args):
-    tensors, cu_seqlens, (_, *options) = args[:6], args[6], args[7:]
-    _check_alike(in_dims[7])
+    tensors, cu_seqlens, (_, *options) = args[:7], args[7], args[8:]
+    _check_alike(in_dims[8])
     present = [want and t is not None for want, t in zip(options[-1], tensors, strict=False)]
-    call = lambda dy, *t: operator.bwd(dy, *t, cu_seqlens, given((*t, cu_seqlens)), *options)[:6]  # noqa: E731
-    grads, dims = bwd_vmap(info, in_dims[:7], call, present, dy, *tensors)
+    call = lambda dy, *t: operator.bwd(dy, *t, cu_seqlens, given((*t, cu_seqlens)), *options)[:7]  # noqa: E731
+    grads, dims = bwd_vmap(info, in_dims[:8], call, present, dy, *tensors)
     return (*grads, dy.new_empty(info.batch_size, 0)), (*dims, 0)
 
 
@@ -144,12 +116,16 @@ def _shardings(inputs: PackedInputs, activation: str, *rest, ranks: int) -> list
     rows = [(int(heads), CHANNEL_AXIS._asdict()), (SUM, {"post_gate": SUM})]
     if heads:
         several = {"k": -3, "k_rev": -3, "post_gate": 0}
-        if inputs.skip is not None and len(inputs.skip.shape) == 2:
-            several["skip"] = 0
+        for name in ("skip", "bias"):
+            t = getattr(inputs, name)
+            if t is not None and len(t.shape) == 2:
+                several[name] = 0
         rows.append((0, several))
     if activation == "none":
-        rows += [(SUM, {"u": SUM}), (SUM, {"pre_gate": SUM})]
-        rows.append((SUM, {"k": SUM, "k_rev": SUM, "skip": SUM}))
+        kinds = [("u",), ("k", "k_rev", "skip")]
+        if inputs.pre_gate is not None:
+            kinds.append(("pre_gate",))
+        rows += [(SUM, dict.fromkeys((*kind, "bias"), SUM)) for kind in kinds]
     return rows
 
 
@@ -168,22 +144,11 @@ operator = Operator(
 )
 
 
-def check_offsets(function: str, cu_seqlens, device: torch.device | None) -> None:
-    """Requires offsets by their kind, on the CPU or on u's device; their values are checked where they are read."""
-    check_tensor(function, "cu_seqlens", cu_seqlens, dtypes=OFFSETS)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        text = f"must be (rows + 1,), got {tuple(cu_seqlens.shape)}"
-        raise ValueError(f"{function}: cu_seqlens {text}")
-    if device is not None and cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
-        text = f"must be on the CPU or on the input's device {device}, got {cu_seqlens.device}"
-        raise ValueError(f"{function}: cu_seqlens {text}")
-
-
 def prepare(
     inputs: Inputs, cu_seqlens: Tensor, max_seqlen: int | None, layout: str
 ) -> PackedInputs:
     """Checks the shapes, and returns what the operator takes: blh as a view, gates in u's dtype."""
-    u, k, k_rev, skip, pre_gate, post_gate = inputs
+    u, k, k_rev, skip, pre_gate, post_gate, bias = inputs
     check_offsets("fftconv", cu_seqlens, u.device)
     if max_seqlen is not None:
         check_length("fftconv", max_seqlen, name="max_seqlen")
@@ -203,9 +168,10 @@ def prepare(
         "fftconv", "k", k, (c, taps), (("heads", None), c, taps), (rows, ("heads", None), c, taps)
     )
     heads = (("heads", k.shape[-3]),) if k.dim() > 2 else ()
-    if skip is not None:
-        check_tensor("fftconv", "skip", skip, dtypes=dtypes, device=u.device)
-        check_shape("fftconv", "skip", skip, *([(c,), (*heads, c)] if heads else [(c,)]))
+    for name, value in (("skip", skip), ("bias", bias)):
+        if value is not None:
+            check_tensor("fftconv", name, value, dtypes=dtypes, device=u.device)
+            check_shape("fftconv", name, value, *([(c,), (*heads, c)] if heads else [(c,)]))
     if k_rev is not None:
         check_tensor("fftconv", "k_rev", k_rev, dtypes=dtypes, device=u.device)
         check_shape(
@@ -226,4 +192,4 @@ def prepare(
     if layout == "blh":
         signals = [x if x is None else x.movedim(0, -1) for x in signals]
     u, pre_gate, post_gate = signals
-    return PackedInputs(u, k, k_rev, skip, pre_gate, post_gate, cu_seqlens)
+    return PackedInputs(u, k, k_rev, skip, pre_gate, post_gate, bias, cu_seqlens)

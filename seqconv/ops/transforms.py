@@ -46,13 +46,16 @@ def composed(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The operator as torch elementwise operations around its linear core, at least in float32 as in the kernel."""
-    u, k, k_rev, skip, pre_gate, post_gate = inputs
+    u, k, k_rev, skip, pre_gate, post_gate, bias = inputs
     x, gate = u, post_gate
-    if pre_gate is not None or post_gate is not None or activation != "none":
+    if any(t is not None for t in (pre_gate, post_gate, bias)) or activation != "none":
         wide = torch.promote_types(u.dtype, torch.float32)
         x = u.to(wide) if pre_gate is None else u.to(wide) * pre_gate.to(wide)
         gate = post_gate if post_gate is None else post_gate.to(wide)
-    y = activate(_Linear.apply(x, k, k_rev, skip, channels_last, number, cu_seqlens), activation)
+    v = _Linear.apply(x, k, k_rev, skip, channels_last, number, cu_seqlens)
+    if bias is not None:
+        v = v + bias.to(v.dtype).unsqueeze(-1)
+    y = activate(v, activation)
     return (y if gate is None else y * gate).to(u.dtype)
 
 
@@ -87,7 +90,7 @@ class _Linear(Function):
 
     @staticmethod
     def forward(u, k, k_rev, skip, channels_last, number, cu_seqlens):
-        tensors = u, k, k_rev, skip, None, None
+        tensors = u, k, k_rev, skip, None, None, None
         return _fwd(tensors, "none", channels_last, number, cu_seqlens)
 
     @staticmethod
@@ -120,7 +123,7 @@ class _LinearBackward(Function):
 
     @staticmethod
     def forward(dy, u, k, k_rev, skip, channels_last, number, cu_seqlens, wanted):
-        tensors, wanted = (u, k, k_rev, skip, None, None), (*wanted, False, False)
+        tensors, wanted = (u, k, k_rev, skip, None, None, None), (*wanted, *[False] * 3)
         return _bwd(dy, tensors, "none", channels_last, number, cu_seqlens, wanted)[:4]
 
     @staticmethod
@@ -201,7 +204,8 @@ def _map_size(info) -> int:
 
 
 def fwd_vmap(info, in_dims, call, *tensors, packed=False):
-    """call(u, k, k_rev, skip, pre_gate, post_gate) over one more axis; returns (y, axis) as torch's vmap rules do."""
+    """call(u, k, k_rev, skip, pre_gate, post_gate, bias) over one more axis; returns (y, axis), as torch's rules
+    do."""
     size = _map_size(info)
     known = list(zip(tensors, in_dims, IS_SIGNAL, strict=False))
     if (
@@ -233,12 +237,12 @@ def bwd_vmap(info, in_dims, call, wanted, dy, *tensors):
 
 
 def raw_fwd_vmap(info, in_dims, *args):
-    tensors, (_, *options) = args[:6], args[6:]
-    return fwd_vmap(info, in_dims[:6], lambda *t: _fwd(t, *options, None), *tensors)
+    tensors, (_, *options) = args[:7], args[7:]
+    return fwd_vmap(info, in_dims[:7], lambda *t: _fwd(t, *options, None), *tensors)
 
 
 def raw_bwd_vmap(info, in_dims, *args):
-    (dy, *tensors), (_, *options) = args[:7], args[7:]
+    (dy, *tensors), (_, *options) = args[:8], args[8:]
     present = [want and t is not None for want, t in zip(options[-1], tensors, strict=True)]
     call = lambda dy, *t: _bwd(dy, t, *options[:-1], None, options[-1])  # noqa: E731
-    return bwd_vmap(info, in_dims[:7], call, present, dy, *tensors)
+    return bwd_vmap(info, in_dims[:8], call, present, dy, *tensors)

@@ -202,4 +202,4 @@ def _check(tensors, options, order, method) -> None:
         raise ValueError("fftconv: k_rev must be None in circular mode, got a tensor")
     # K is compared with the whole length later.
     single = "causal" if mode == "circular" else mode
-    validate(u, k, k_rev, skip, pre_gate, post_gate, activation, single, layout)
+    validate(u, k, k_rev, skip, pre_gate, post_gate, None, activation, single, layout)

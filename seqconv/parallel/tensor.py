@@ -270,13 +270,8 @@ class _DividedLayer(nn.Module):
 
 
 class _DividedConvLayer(_DividedLayer, ConvLayer):
-    def _convolve(self, x, rate: float):
-        return self._on_all(super()._convolve(x, rate))
-
-    def _convolve_packed(self, x, rate: float, pack):
-        return self._on_all(super()._convolve_packed(x, rate, pack))
-
-    def _on_all(self, y: Any) -> DTensor:
+    def _convolve(self, x, rate: float, pack=None):
+        y: Any = super()._convolve(x, rate, pack)
         # The linear map has all channels as its input, and heads cannot be joined with channels that are divided.
         own = y.redistribute(placements=[Replicate()]).to_local().contiguous()
         return DTensor.from_local(own, self.skip.device_mesh, [Replicate()], run_check=False)

@@ -253,8 +253,8 @@ def test_nothing_to_do(emulator):
     tensors = Pack((5,), 7, per_row=True, heads=1).tensors()
     u, k = tensors["u"], tensors["k"]
     y, nothing = torch.full((1, 2, 5), 3.0), torch.zeros(1, dtype=torch.int64)
-    inputs = Inputs(u, k, *[None] * 4)
-    grads = Inputs(torch.full_like(u, 3.0), torch.full_like(k, 3.0), *[None] * 4)
+    inputs = Inputs(u, k, *[None] * 5)
+    grads = Inputs(torch.full_like(u, 3.0), torch.full_like(k, 3.0), *[None] * 5)
     Reading(device).fftconv_packed(y, inputs, nothing, "none", 5)
     Reading(device).fftconv_packed_gradients(grads, y, inputs, nothing, "none", 5)
     assert not y.any() and not grads.u.any() and not grads.k.any() and not device.launches

@@ -53,12 +53,12 @@ def with_offsets(device, offsets: list[int], taps: int, most: int = MOST) -> Non
     u, _ = surrounded(t["u"], torch.nan)
     gate, _ = surrounded(t["pre_gate"], torch.nan)
     dy, _ = surrounded(torch.randn_like(u), torch.nan)
-    inputs = Inputs(u, t["k"], t["k_rev"], t["skip"], gate, None)
+    inputs = Inputs(u, t["k"], t["k_rev"], t["skip"], gate, None, None)
     y, *kept = surrounded(torch.full_like(u, 7.0), 7.0)
     du, of_du = surrounded(torch.full_like(u, 7.0), 7.0)
     dgate, of_gate = surrounded(torch.full_like(u, 7.0), 7.0)
     taps_grads = (torch.empty_like(t[name]) for name in ("k", "k_rev", "skip"))
-    grads = Inputs(du, *taps_grads, dgate, None)
+    grads = Inputs(du, *taps_grads, dgate, None, None)
     backend, told = Reading(device), torch.tensor(offsets)
     backend.fftconv_packed(y, inputs, told, "gelu", most)
     backend.fftconv_packed_gradients(grads, dy, inputs, told, "gelu", most)
@@ -234,7 +234,7 @@ def request(lengths, max_seqlen=-1, offsets=None, dtype=torch.float32, total=Non
     offsets = Pack(lengths, 1).offsets if offsets is None else offsets
     u = torch.zeros(1, 1, dtype=dtype).expand(2, total or sum(lengths))
     k = torch.zeros(2, 50)
-    inputs = PackedInputs(u, k, *[None] * 4, offsets)
+    inputs = PackedInputs(u, k, *[None] * 5, offsets)
     return Request("fftconv_packed", inputs, ("none", False, max_seqlen))
 
 
@@ -244,7 +244,7 @@ def test_why_there_is_no_kernel(emulator):
     assert backend.why_not(request((5, 90))) is None
     assert backend.why_not(request((5, most, most))) is None
     assert f"rows of more than {most}" in backend.why_not(request((5, most + 1)))
-    assert f"rows of more than {most}" in backend.why_not(request((5, most), most + 1))
+    assert backend.why_not(request((5, most), most + 1)) is None
     assert "float64" in backend.why_not(request((5,), dtype=torch.float64))
     assert "packs of more than" in backend.why_not(request((5, 6), total=1 << 31))
     with FakeTensorMode():
@@ -252,6 +252,7 @@ def test_why_there_is_no_kernel(emulator):
     assert backend.why_not(request((5, 90), offsets=unknown)) is None
     assert f"more than {most}" in backend.why_not(request((5, most), offsets=unknown))
     assert backend.why_not(request((5, most), most, offsets=unknown)) is None
+    assert f"more than {most}" in backend.why_not(request((5, most), most + 1, offsets=unknown))
 
 
 def test_explanation_is_of_the_longest_row(emulator):
@@ -260,7 +261,9 @@ def test_explanation_is_of_the_longest_row(emulator):
     assert (found.backend, found.fft_size, found.blocks, found.isa) == ("cuda", 256, 10, "sm_90")
     assert "float32" in str(found)
     assert backend.explain(request((5, 30, 31))).fft_size == 32
-    assert backend.explain(request((5, 30, 31), 60)).fft_size == 64
+    assert Reading(emulator.device()).explain(request((5, 30, 31), 60)).fft_size == 32
+    with pytest.raises(ValueError, match=r"cu_seqlens\[2\] must be the number of steps, 9, got 8"):
+        backend.explain(request((5, 4), offsets=torch.tensor([0, 5, 8])))
 
 
 def test_a_compiled_graph_asks_for_the_longest_row(monkeypatch):

@@ -22,6 +22,7 @@ class Case:
     skip: str = ""  # "", "h" or "ch"
     pre_gate: bool = False
     post_gate: bool = False
+    bias: str = ""  # as skip
     activation: str | None = None
     mode: str = "causal"
     layout: str = "bhl"
@@ -31,7 +32,7 @@ class Case:
     def __str__(self) -> str:
         default = Case()
         parts = [f"{self.batch}x{self.channels}x{self.length}-k{self.taps}"]
-        for name in ("taps_rev", "heads", "skip", "activation", "mode", "layout"):
+        for name in ("taps_rev", "heads", "skip", "bias", "activation", "mode", "layout"):
             if getattr(self, name) != getattr(default, name):
                 parts.append(f"{name}={getattr(self, name)}")
         parts += [name for name in ("per_sample", "pre_gate", "post_gate") if getattr(self, name)]
@@ -53,17 +54,19 @@ class Case:
         def kernel(*shape):
             return torch.randn(shape).to(kernel_dtype)
 
+        def scalars(axes):
+            return kernel(*{"h": (h,), "ch": (*heads, h)}[axes]) if axes else None
+
         return {
             "u": signal(),
             "k": kernel(*leading, self.taps) / max(1, self.taps) ** 0.5,
-            "skip": kernel(*{"": (0,), "h": (h,), "ch": (*heads, h)}[self.skip])
-            if self.skip
-            else None,
+            "skip": scalars(self.skip),
             "k_rev": None
             if self.taps_rev is None
             else kernel(*leading, self.taps_rev) / max(1, self.taps_rev) ** 0.5,
             "pre_gate": signal() if self.pre_gate else None,
             "post_gate": signal(*heads) if self.post_gate else None,
+            "bias": scalars(self.bias),
         }
 
     def options(self) -> dict:

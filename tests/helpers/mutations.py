@@ -30,10 +30,14 @@ def dropped_skip(y, u, k, k_rev, skip, *rest):
     forward(y, u, k, k_rev, None, *rest)
 
 
-def swapped_gates(y, u, k, k_rev, skip, pre_gate, post_gate, activation):
+def dropped_bias(y, *rest):
+    forward(y, *rest[:6], None, rest[-1])
+
+
+def swapped_gates(y, u, k, k_rev, skip, pre_gate, post_gate, *rest):
     if pre_gate is not None and post_gate is not None and pre_gate.shape == post_gate.shape:
         pre_gate, post_gate = post_gate, pre_gate
-    forward(y, u, k, k_rev, skip, pre_gate, post_gate, activation)
+    forward(y, u, k, k_rev, skip, pre_gate, post_gate, *rest)
 
 
 def leaked_future(y, u, *rest):
@@ -75,13 +79,16 @@ def last_sample_only(grads, dy, u, *rest):
     """dk as if the batch had not been summed over."""
     backward(grads, dy, u, *rest)
     if grads[1] is not None and len(u) > 1 and grads[1].dim() < 4:
-        only = [None, torch.empty_like(grads[1]), None, None, None, None]
+        only = [None, torch.empty_like(grads[1]), *[None] * 5]
         gates = [t if t is None else t[-1:] for t in rest[3:5]]
-        backward(only, dy[-1:], u[-1:], *rest[:3], *gates, rest[5])
+        backward(only, dy[-1:], u[-1:], *rest[:3], *gates, *rest[5:])
         grads[1].copy_(only[1])
 
 
-FORWARD = {f.__name__: f for f in (zeros, shifted_tap, dropped_skip, swapped_gates, leaked_future)}
+FORWARD = {
+    f.__name__: f
+    for f in (zeros, shifted_tap, dropped_skip, swapped_gates, leaked_future, dropped_bias)
+}
 FORWARD |= {f.__name__: f for f in (one_wrong_element, swapped_heads, dropped_activation)}
 BACKWARD = {f.__name__: f for f in (zero_gradients, last_sample_only)}
 BACKWARD |= {
@@ -91,6 +98,7 @@ BACKWARD |= {
     "scaled_dskip": _one_gradient(3, lambda g: g.mul_(1.01)),
     "swapped_dgates": _one_gradient(4, lambda g: g.copy_(g.flip(-1))),
     "scaled_dpost": _one_gradient(5, lambda g: g.mul_(0.5)),
+    "scaled_dbias": _one_gradient(6, lambda g: g.mul_(1.01)),
 }
 
 

@@ -10,9 +10,9 @@ CASES = [
     Case(length=1, taps=1, skip="h"),
     Case(length=2, taps=2, skip="h", dtype=torch.float64),
     Case(length=3, taps=3, taps_rev=2, batch=1, channels=1),
-    Case(length=63, taps=63, skip="h", activation="gelu"),
+    Case(length=63, taps=63, skip="h", bias="h", activation="gelu"),
     Case(length=64, taps=64, pre_gate=True, skip="h"),
-    Case(length=65, taps=65, post_gate=True, skip="h", activation="silu", channels=9),
+    Case(length=65, taps=65, post_gate=True, skip="h", bias="h", activation="silu", channels=9),
     Case(
         length=1000,
         taps=1000,
@@ -23,13 +23,15 @@ CASES = [
         activation="gelu",
     ),
     Case(length=1000, taps=1000, skip="h", pre_gate=True, post_gate=True, dtype=torch.bfloat16),
-    Case(length=1024, taps=1024, heads=3, skip="ch", activation="relu", channels=8),
+    Case(length=1024, taps=1024, heads=3, skip="ch", bias="ch", activation="relu", channels=8),
+    Case(length=1000, taps=900, bias="h", dtype=torch.bfloat16),
     Case(
         length=1021,
         taps=1021,
         heads=2,
         per_sample=True,
         skip="h",
+        bias="h",
         post_gate=True,
         batch=3,
         channels=5,
@@ -37,14 +39,23 @@ CASES = [
     Case(length=4097, taps=4097, channels=17, batch=1, skip="h"),
     Case(length=16384, taps=16384, channels=2, skip="h", taps_rev=16383),
     Case(length=300, taps=1, skip="h"),
-    Case(length=300, taps=7, taps_rev=20, skip="ch", heads=2, activation="gelu"),  # direct sum
+    Case(
+        length=300, taps=7, taps_rev=20, skip="ch", bias="ch", heads=2, activation="gelu"
+    ),  # direct
     Case(length=300, taps=33, taps_rev=3, skip="h"),  # just not
     Case(length=40, taps=90, taps_rev=70, skip="h"),  # taps beyond the input
     Case(length=128, taps=0, skip="h", activation="gelu"),
-    Case(length=128, taps=0, taps_rev=127),
+    Case(length=128, taps=0, taps_rev=127, bias="h", layout="blh"),
     Case(length=127, taps=127, mode="circular", skip="h"),
     Case(
-        length=97, taps=20, mode="circular", heads=2, skip="ch", post_gate=True, activation="silu"
+        length=97,
+        taps=20,
+        mode="circular",
+        heads=2,
+        skip="ch",
+        bias="h",
+        post_gate=True,
+        activation="silu",
     ),
     Case(length=50, taps=3, mode="circular", per_sample=True, heads=1),
     Case(
@@ -86,7 +97,7 @@ CASES = [
     ),
     Case(length=0, taps=5, skip="h"),
     Case(batch=0, skip="h", heads=2),
-    Case(channels=0, skip="h", layout="blh"),
+    Case(channels=0, skip="h", bias="h", layout="blh"),
     Case(length=0, taps=0, mode="circular"),
 ]
 
@@ -111,6 +122,7 @@ def gradient_of_one_argument_alone(wanted):
         taps_rev=80,
         heads=2,
         skip="h",
+        bias="h",
         pre_gate=True,
         post_gate=True,
         activation="gelu",
@@ -184,6 +196,7 @@ def strides(variant):
         taps_rev=30,
         heads=2,
         skip="ch",
+        bias="ch",
         pre_gate=True,
         post_gate=True,
         activation="silu",
@@ -231,6 +244,7 @@ def inputs_are_not_written():
         taps_rev=9,
         heads=2,
         skip="h",
+        bias="h",
         pre_gate=True,
         post_gate=True,
         activation="gelu",
@@ -253,7 +267,7 @@ PROPERTIES = {
     for function, arguments in (
         (
             gradient_of_one_argument_alone,
-            ["u", "k", "k_rev", "skip", "pre_gate", "post_gate"],
+            ["u", "k", "k_rev", "skip", "pre_gate", "post_gate", "bias"],
         ),
         (gradients_without_gates_or_kernel_gradient, [None]),
         (unknown_taps_do_not_matter, [None]),

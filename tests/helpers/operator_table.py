@@ -19,6 +19,7 @@ def _fftconv():
         skip=normal(2),
         pre_gate=normal(2, 2, 7),
         post_gate=normal(2, 2, 2, 7),
+        bias=normal(2),
     )
     return fftconv.operator, inputs, ("gelu", False, False)
 
@@ -31,6 +32,7 @@ def _exact():
         skip=normal(2),
         pre_gate=normal(2, 2, 40),
         post_gate=normal(2, 2, 2, 40),
+        bias=normal(2, 2),
     )
     return fftconv.operator, inputs, ("gelu", False, True)
 
@@ -43,6 +45,7 @@ def _packed():
         skip=normal(2),
         pre_gate=normal(2, 12),
         post_gate=normal(2, 2, 12),
+        bias=normal(2),
         cu_seqlens=torch.tensor([0, 5, 5, 12]),
     )
     return packed.operator, inputs, ("gelu", False, -1)

@@ -18,6 +18,7 @@ def convolution(
     per_sample=False,
     k_rev=True,
     skip="h",
+    bias="",
     gates=(),
     last=False,
     exact_causal=False,
@@ -31,11 +32,12 @@ def convolution(
         skip={"h": normal(C), "ch": normal(heads, C), "": None}[skip],
         pre_gate=normal(B, C, L) if "pre_gate" in gates else None,
         post_gate=normal(*out) if "post_gate" in gates else None,
+        bias={"h": normal(C), "ch": normal(heads, C), "": None}[bias],
     )
     return fftconv.operator, inputs, (activation, last, exact_causal)
 
 
-def _packed(activation="none", *, heads=0, per_row=False, skip="h", gates=()):
+def _packed(activation="none", *, heads=0, per_row=False, skip="h", bias="", gates=()):
     several = [heads] * (heads > 0)
     leading, out = (*[3] * per_row, *several, C), (*several, C, L)
     inputs = packed.PackedInputs(
@@ -45,6 +47,7 @@ def _packed(activation="none", *, heads=0, per_row=False, skip="h", gates=()):
         skip={"h": normal(C), "ch": normal(heads, C)}[skip],
         pre_gate=normal(C, L) if "pre_gate" in gates else None,
         post_gate=normal(*out) if "post_gate" in gates else None,
+        bias={"h": normal(C), "ch": normal(heads, C), "": None}[bias],
         cu_seqlens=torch.tensor([0, 4, 4, L]),
     )
     return packed.operator, inputs, (activation, False, -1)
@@ -90,7 +93,11 @@ CASES = {
     "fftconv heads, one skip": lambda: convolution(heads=H, gates=["pre_gate"], last=True),
     "fftconv per sample": lambda: convolution("relu", heads=H, per_sample=True, skip="ch"),
     "fftconv exact": lambda: convolution("gelu", k_rev=False, gates=BOTH, exact_causal=True),
+    "fftconv bias": lambda: convolution(bias="h"),
+    "fftconv bias of heads": lambda: convolution("gelu", heads=H, bias="ch", gates=BOTH),
+    "fftconv bias, pre": lambda: convolution(gates=["pre_gate"], bias="h"),
     "fftconv packed": _packed,
+    "fftconv packed bias": lambda: _packed(heads=H, bias="ch"),
     "fftconv packed gelu": lambda: _packed("gelu", gates=BOTH),
     "fftconv packed heads": lambda: _packed("silu", heads=H, per_row=True, skip="ch", gates=BOTH),
     "ssm": _ssm,

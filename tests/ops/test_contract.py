@@ -103,7 +103,17 @@ ERRORS = {
         ValueError,
         "k must be on u's device cpu, got meta",
     ),
-    "unknown keyword": (lambda: fftconv(U, K, bias=K), TypeError, "bias"),
+    "unknown keyword": (lambda: fftconv(U, K, offset=K), TypeError, "offset"),
+    "bias per head without heads": (
+        lambda: fftconv(U, K, bias=torch.zeros(1, 4)),
+        ValueError,
+        r"bias must be \(channels=4,\), got \(1, 4\)",
+    ),
+    "bias is too wide": (
+        lambda: fftconv(U, K, bias=torch.zeros(4).double()),
+        TypeError,
+        "bias must be one of .*, got float64",
+    ),
     "positional option": (lambda: fftconv(U, K, None, K), TypeError, "positional"),
 }
 

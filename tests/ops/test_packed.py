@@ -20,7 +20,16 @@ def cut(lengths) -> Tensor:
 
 
 def tensors(
-    lengths, channels=3, K=40, heads=None, per_row=False, K_rev=None, gates="", skip=True, dtype=F64
+    lengths,
+    channels=3,
+    K=40,
+    heads=None,
+    per_row=False,
+    K_rev=None,
+    gates="",
+    skip=True,
+    bias=True,
+    dtype=F64,
 ):
     total, rows = sum(lengths), len(lengths)
     lead = (rows, heads or 1) if per_row else (heads,) if heads else ()
@@ -30,6 +39,8 @@ def tensors(
     found["k"] = torch.randn(*lead, channels, K, dtype=kernel)
     if skip:
         found["skip"] = torch.randn(*(lead[-1:] if heads else ()), channels, dtype=kernel)
+    if bias:
+        found["bias"] = torch.randn(*(lead[-1:] if heads else ()), channels, dtype=kernel)
     if K_rev is not None:
         found["k_rev"] = torch.randn(*lead, channels, K_rev, dtype=kernel)
     if "pre" in gates:
@@ -183,7 +194,7 @@ def test_transforms():
 def test_opcheck():
     lengths = [4, 0, 9]
     t = tensors(lengths, 2, 6, dtype=torch.float32)
-    inputs = [t["u"], t["k"], None, t["skip"], None, None, cut(lengths)]
+    inputs = [t["u"], t["k"], None, t["skip"], None, None, torch.randn(2), cut(lengths)]
     for heads in (False, True):
         if heads:
             inputs[1] = torch.randn(2, 2, 6)

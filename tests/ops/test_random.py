@@ -28,6 +28,7 @@ def problems(draw) -> Case:
         skip=draw(st.sampled_from(["", "h", "h" if heads is None else "ch"])),
         pre_gate=draw(st.booleans()),
         post_gate=draw(st.booleans()),
+        bias=draw(st.sampled_from(["", "h", "h" if heads is None else "ch"])),
         activation=draw(st.sampled_from([None, "gelu", "silu", "relu"])),
         mode="circular" if circular else "causal",
         layout=draw(st.sampled_from(["bhl", "blh"])),

@@ -53,6 +53,7 @@ def test_definition(function, mode, length, taps):
             skip="ch",
             pre_gate=True,
             post_gate=True,
+            bias="ch",
             activation="gelu",
         ),
         Case(
@@ -62,10 +63,12 @@ def test_definition(function, mode, length, taps):
             per_sample=True,
             skip="h",
             post_gate=True,
+            bias="h",
             activation="silu",
         ),
         Case(length=30, taps=50, taps_rev=60, skip="h", pre_gate=True, activation="relu"),
         Case(length=30, taps=0, taps_rev=3, post_gate=True),
+        Case(length=30, taps=9, bias="h"),
         Case(length=1, taps=1, taps_rev=1, skip="h", activation="gelu"),
     ],
     ids=str,
@@ -74,7 +77,7 @@ def test_closed_form_gradient(case):
     """reference.backward, which serves as the fallback, against autograd through the definition."""
     tensors = {n: None if t is None else t.double() for n, t in case.tensors().items()}
     _, grads, dy = case.with_gradients(reference.fftconv, tensors)
-    order = ("u", "k", "k_rev", "skip", "pre_gate", "post_gate")
+    order = ("u", "k", "k_rev", "skip", "pre_gate", "post_gate", "bias")
     closed = reference.backward(dy, *[tensors[n] for n in order], case.activation)
     for name, value in zip(order, closed, strict=True):
         assert (value is None) == (tensors[name] is None)

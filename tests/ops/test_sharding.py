@@ -215,10 +215,11 @@ def calls_that_look_alike(_):
     """Torch keeps one decision for all calls that it takes for alike."""
     mesh = mesh_of(torch.distributed.get_world_size())
     torch.manual_seed(1)
-    operator, inputs, _ = convolution(gates=["pre_gate", "post_gate"])
+    operator, inputs, _ = convolution(gates=["pre_gate", "post_gate"], bias="h")
     calls = [("none", False, False), ("gelu", True, False)]
     calls += [("none", True, False), ("relu", False, False)]
-    patterns = [(True,) * 6, (False, True) * 3, (True, False) * 3, (True, *[False] * 5)]
+    patterns = [(True,) * 7, (False, True) * 3 + (False,), (True, False) * 3 + (True,)]
+    patterns.append((True, *[False] * 6))
     signals, kernels = [(None, None), (0, None), (1, 0), (SUM, None)], [True, False]
     for (signal, kernel), (options, wanted), gates, reverse in product(
         signals, zip(calls, patterns, strict=True), product([True, False], repeat=2), kernels
@@ -229,7 +230,7 @@ def calls_that_look_alike(_):
         dy = torch.randn_like(inputs.u)
         want = [flag and t is not None for flag, t in zip(wanted, named, strict=True)]
         theirs = [operator(named, *options), *operator.raw_gradients(dy, named, options, want)]
-        kinds = [signal, kernel, kernel, kernel, signal, signal]
+        kinds = [signal, kernel, kernel, kernel, signal, signal, kernel]
         own = [spread(t, [k], mesh) for t, k in zip(named, kinds, strict=True)]
         own = operator.name_inputs(own)
         gradient = spread(dy, [signal], mesh)

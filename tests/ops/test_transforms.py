@@ -276,7 +276,7 @@ def test_forward_mode_around_compile_and_raw_operators_raise():
         compiled(forward_ad.make_dual(u, u), k)
     for transform in (lambda f: jvp(f, (u,), (u,)), lambda f: grad(lambda u: f(u).sum())(u)):
         with pytest.raises(RuntimeError, match=r"through seqconv\.fftconv"):
-            transform(lambda u: operator.fwd(u, k, None, None, None, None, 3, "none", False, False))
+            transform(lambda u: operator.fwd(u, k, *[None] * 5, 3, "none", False, False))
 
 
 def test_export_with_dynamic_sizes(tmp_path):
@@ -318,7 +318,7 @@ def test_opcheck(case, needs_grad, backend):
     tensors = case.tensors()
     if case.layout == "blh":
         tensors["u"] = tensors["u"].movedim(1, -1)
-    order = ("u", "k", "k_rev", "skip", "pre_gate", "post_gate")
+    order = ("u", "k", "k_rev", "skip", "pre_gate", "post_gate", "bias")
     inputs = [t if t is None else t.requires_grad_(needs_grad) for t in (tensors[n] for n in order)]
     options = (case.activation or "none", case.layout == "blh", False)
     tolerance = {"rtol": 5e-2, "atol": 5e-2} if case.dtype == torch.bfloat16 else {}
@@ -328,7 +328,7 @@ def test_opcheck(case, needs_grad, backend):
     flat = operator.flat(inputs)
     torch.library.opcheck(operator.fwd, (*flat, *options), **tolerance)
     dy = torch.randn_like(operator.fwd(*flat, *options)).requires_grad_(needs_grad)
-    for wanted in ([True] * 6, [True, False, False, True, False, True]):
+    for wanted in ([True] * 7, [True, False, False, True, False, True, True]):
         torch.library.opcheck(operator.bwd, (dy, *flat, *options, wanted), **tolerance)
 
 

@@ -8,21 +8,16 @@ from seqconv.backends.cuda import butterfly, convolution, driver, packed, ssm, s
 from seqconv.backends.cuda.plan import longest, make_plan, radix_bytes
 from seqconv.backends.fallback import join, split
 from seqconv.backends.protocol import Explanation, Request
+from seqconv.ops.offsets import offsets_of, on_one
 
 _OPERATORS = ("fftconv", "fftconv_packed", "ssm", "ssm_step", "butterfly", "stream")
 
 
-def _longest_row(request: Request, unknown: int | None) -> int:
-    """The steps of a pack's longest row, or `unknown` where only the device knows; None asks the device, and waits."""
-    *_, promised = request.options
-    total, offsets = request.inputs[0].shape[-1], request.inputs[-1]
-    if hasattr(offsets, "to_local"):  # of a DTensor every process has all
-        offsets = offsets.to_local()
-    if promised >= 0:
-        return min(promised, total)
-    if unknown is not None and not offsets.is_cpu:
-        return unknown
-    return int(offsets.cpu().diff().max()) if len(offsets) > 1 else 0
+def _most_steps(offsets: Tensor, total: int, max_seqlen: int) -> int:
+    """The steps of a pack's longest row, or, where only the device knows them, the most that it may have."""
+    if offsets.is_cpu:
+        return int(offsets.diff().max()) if len(offsets) > 1 else 0
+    return min(max_seqlen, total) if max_seqlen >= 0 else total
 
 
 def _index(device: torch.device) -> int:
@@ -60,6 +55,8 @@ class Cuda:
         first = request.inputs[0]
         if request.operator not in _OPERATORS:
             return f"there is no CUDA kernel for {request.operator}"
+        if getattr(request.inputs, "bias", None) is not None:
+            return "the CUDA kernels add no bias"
         if self._is_double(request):
             return "float64 has no CUDA kernels"
         missing = self.missing(first.device)
@@ -74,7 +71,7 @@ class Cuda:
         if request.operator == "fftconv_packed":
             if steps > packed.MOST_STEPS:
                 return f"packs of more than {packed.MOST_STEPS} steps have no CUDA kernels"
-            steps = _longest_row(request, steps)
+            steps = _most_steps(on_one(request.inputs[-1]), steps, request.options[-1])
         if steps > (most := longest(limits)):
             return f"rows of more than {most} steps have no CUDA plan"
         return None
@@ -98,7 +95,7 @@ class Cuda:
             return Explanation("cuda", "matrix product", None, 1, device.arch, ssm.THREADS, None)
         if request.options[2:] == (True,):
             return exact.explain(self, request)
-        u, k, k_rev, _, *gates = request.inputs
+        u, k, k_rev, _, *gates = request.inputs[:6]
         problem = convolution.describe(u, k, k_rev, *gates, request.options[0])
         plan = make_plan(problem, device.limits, False)
         size = plan.n, plan.windows
@@ -108,17 +105,20 @@ class Cuda:
 
     def _explain_packed(self, request: Request, device) -> Explanation:
         """Describes the plan of the longest row."""
-        u, k, k_rev, *_, offsets = request.inputs
-        steps = _longest_row(request, None)
+        u, k, k_rev, *_, cu_seqlens = request.inputs
+        offsets, total, max_seqlen = on_one(cu_seqlens), u.shape[-1], request.options[-1]
+        if max_seqlen < 0 or not self.reads_offsets(offsets):
+            offsets = offsets_of(offsets, total, None if max_seqlen < 0 else max_seqlen)
+        steps = _most_steps(offsets, total, max_seqlen)
         plan = packed.plan_of_longest(device.limits, u, k, k_rev, len(offsets) - 1, steps)
         found = plan.n, plan.windows, device.arch, plan.threads
         return Explanation("cuda", "right-angle fft", *found, None, str(plan))
 
     def fftconv(self, y: Tensor, inputs, activation: str) -> None:
-        self.on(y.device, convolution.forward, y, *inputs, activation)
+        self.on(y.device, convolution.forward, y, *inputs[:6], activation)
 
     def fftconv_gradients(self, grads, dy: Tensor, inputs, activation: str) -> None:
-        self.on(dy.device, convolution.backward, grads, dy, *inputs, activation)
+        self.on(dy.device, convolution.backward, grads[:6], dy, *inputs[:6], activation)
 
     def fftconv_exact(self, y: Tensor, inputs, activation: str) -> None:
         exact.forward(self, y, inputs, activation)

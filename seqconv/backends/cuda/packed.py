@@ -156,7 +156,7 @@ def forward(device, y, inputs, offsets: Tensor, activation: str, longest: int | 
     if not pack.groups:
         y.zero_()
     for group, tables in pack:
-        tensors = [y, *inputs, *tables]
+        tensors = [y, *inputs[:6], *tables]
         prepared = _forward(device.limits, activation, group, *geometries(tensors))
         prepared.run(device, tensors)
 
@@ -197,7 +197,7 @@ def _parts(sums: dict, group: Group) -> dict:
 
 
 def _of_group(device, grads, dy, inputs, activation: str, group: Group, tables) -> None:
-    tensors = [dy, *inputs, *grads, *tables]
+    tensors = [dy, *inputs[:6], *grads[:6], *tables]
     prepared = _backward(device.limits, activation, group, *geometries(tensors))
     prepared.run(device, tensors)
 

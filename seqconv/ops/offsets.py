@@ -1,0 +1,47 @@
+"""The offsets of packed rows, and what they must be."""
+
+import torch
+from torch import Tensor
+
+from seqconv.ops.checks import check_tensor
+
+OFFSETS = (torch.int32, torch.int64)
+
+
+def check_offsets(function: str, cu_seqlens, device: torch.device | None) -> None:
+    """Requires offsets by their kind, on the CPU or on u's device; their values are checked where they are read."""
+    check_tensor(function, "cu_seqlens", cu_seqlens, dtypes=OFFSETS)
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        text = f"must be (rows + 1,), got {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"{function}: cu_seqlens {text}")
+    if device is not None and cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
+        text = f"must be on the CPU or on the input's device {device}, got {cu_seqlens.device}"
+        raise ValueError(f"{function}: cu_seqlens {text}")
+
+
+def on_one(cu_seqlens) -> Tensor:
+    """As a plain tensor: of a DTensor every process has all."""
+    return cu_seqlens.to_local() if hasattr(cu_seqlens, "to_local") else cu_seqlens
+
+
+def offsets_of(cu_seqlens: Tensor, total: int, max_seqlen: int | None = None) -> Tensor:
+    """The offsets in int64 on the host, checked. Waits for a GPU that has them."""
+    offsets = on_one(cu_seqlens).to("cpu", torch.int64).contiguous()
+    steps = offsets.diff()
+    first, last = offsets[0].item(), offsets[-1].item()
+    if first != 0:
+        raise ValueError(f"fftconv: cu_seqlens[0] must be 0, got {first}")
+    if len(steps) and steps.min() < 0:
+        i = 1 + int((steps < 0).nonzero()[0])
+        before, after = offsets[i - 1].item(), offsets[i].item()
+        raise ValueError(
+            f"fftconv: cu_seqlens[{i}] must be >= cu_seqlens[{i - 1}]={before}, got {after}"
+        )
+    if last != total:
+        text = f"must be the number of steps, {total}, got {last}"
+        raise ValueError(f"fftconv: cu_seqlens[{len(offsets) - 1}] {text}")
+    if max_seqlen is not None and len(steps) and steps.max() > max_seqlen:
+        i = int((steps > max_seqlen).nonzero()[0])
+        text = f"must be at least the length of every row, got {max_seqlen} and {steps[i]} steps in row {i}"
+        raise ValueError(f"fftconv: max_seqlen {text}")
+    return offsets
