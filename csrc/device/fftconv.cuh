@@ -3,7 +3,6 @@
 // where samples have taps of their own, for every channel of every sample. A block goes through its
 // rows, `slots` at a time. Each slot has `row_threads` threads and planes of its own.
 #pragma once
-#include "packed.cuh"
 #include "skip.cuh"
 
 struct Work {
@@ -248,7 +247,7 @@ SEQCONV_DEVICE void taps_gradients(const Args& a, unsigned char* shared) {
       r.team);
 }
 
-// y = post_gate * activation(k * (pre_gate u) + skip pre_gate u)
+// y = post_gate * activation(k * (pre_gate u) + skip pre_gate u + bias)
 template <class T, class Shape = AnyTransform, class Args>
 SEQCONV_DEVICE void forward(const Args& a, unsigned char* shared) {
   const Work w = work<Shape>(a);

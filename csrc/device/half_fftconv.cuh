@@ -48,7 +48,8 @@ SEQCONV_DEVICE void store_scaled(const float (&v)[4], float up, u32& low, u32& h
   }
 }
 
-// y = post_gate * activation(k * (pre_gate u) + skip pre_gate u), of rows in pieces
+// y = post_gate * activation(k * (pre_gate u) + skip pre_gate u + bias), of rows in pieces. Kernels
+// that do nothing beside the convolution round before they scale, and add no bias.
 template <class T, class S>
 SEQCONV_DEVICE void forward_pieces(const Lane<S>& l, const ConvolutionArgs& a,
                                    const OuterMatrix<S>& f, const InnerMatrices<S>& m,
@@ -73,6 +74,7 @@ SEQCONV_DEVICE void forward_pieces(const Lane<S>& l, const ConvolutionArgs& a,
   };
   int row = unit.first + l.slot * S::pair;
   fetch(row);
+  const float bias = S::gelu || S::post ? bias_of(a, unit.head, unit.channel) : 0.f;
   await<0>();
   l.meet();
   for (; row < unit.last; row += kStep) {  // its input has come
@@ -99,7 +101,7 @@ SEQCONV_DEVICE void forward_pieces(const Lane<S>& l, const ConvolutionArgs& a,
       if (!S::gelu && !S::post) return store_scaled<T>(v, up[r], y0, y1);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        v[i] *= up[r];
+        v[i] = fused(v[i], up[r], bias);
         if (S::gelu) v[i] = S::slope ? slope(v[i], kGelu) : activate(v[i], kGelu);
       }
       if (S::post) {

@@ -26,13 +26,13 @@ struct ConvolutionArgs {
   c32* spectrum;       // of the taps: (row of taps, n)
   float* divisors;     // (row of taps): powers of two that spectra in tiles were divided by
   c32* dk_parts;       // (part, row of taps, n): sums of dv times the conjugate of x
-  float* dskip_parts;  // (part, head, channel, row_threads): sums of dv times x
+  float* dskip_parts;  // (part, head, channel, row_threads): sums of dv times x, or of dv alone
   u32* x_spectra;      // tensor cores: (part, row of taps, n), where x's spectra wait for dv's
   float* dx;           // (batch, channels, length): sums over heads, where there are several
   c32* long_rows;      // long rows between their passes: (sample, head, channel, n)
   float* dv;           // (batch, heads, channels, length), where it is not simply post_gate * dy
-  // k, k_rev, skip and their gradients have any dtype, and the others have the kernel's.
-  Tensor u, k, k_rev, skip, pre_gate, post_gate, y;
+  // k, k_rev, skip, bias and their gradients have any dtype, and the others have the kernel's.
+  Tensor u, k, k_rev, skip, pre_gate, post_gate, bias, y;
   Tensor dy, du, dk, dk_rev, dskip, dpre_gate, dpost_gate;
 };
 
@@ -185,26 +185,33 @@ SEQCONV_DEVICE Gated<T> gradient(const ConvolutionArgs& a, const Place& p, i64 h
   return g;
 }
 
-// Takes v. Without a dy it writes y = post_gate * activation(v); with one it writes the gradients
-// dv and dpost_gate.
+SEQCONV_DEVICE float bias_of(const ConvolutionArgs& a, i64 head, i64 channel) {
+  if (a.bias.data == nullptr) return 0.f;
+  return load_any(a.bias.data, a.bias.dtype, head * a.bias.head + channel * a.bias.channel);
+}
+
+// Takes v without its bias, and adds it. Without a dy it writes y = post_gate * activation(v); with
+// one it writes the gradients dv and dpost_gate.
 template <class T>
 struct Output {
   T *y, *dpost;
   const T *post, *dy;
   float* dv;
   i64 y_step, post_step, dy_step, dpost_step, activation;
+  float bias;
   int begin, end;
-  bool plain;  // y = v, neighbours in memory
+  bool plain;  // y = v without a bias, neighbours in memory
 
   SEQCONV_DEVICE PlainRow<T> plain_row() const { return {plain ? y : nullptr, begin, end}; }
   SEQCONV_DEVICE void operator()(int t, c32 z) const {
     if (t < begin || t >= end) return;
     if (plain) return from_float(y[t], z.re);
+    const float v = z.re + bias;
     const float gate = post == nullptr ? 1.f : to_float(post[t * post_step]);
-    if (dy == nullptr) return from_float(y[t * y_step], gate * activate(z.re, activation));
+    if (dy == nullptr) return from_float(y[t * y_step], gate * activate(v, activation));
     const float g = to_float(dy[t * dy_step]);
-    if (dpost != nullptr) from_float(dpost[t * dpost_step], g * activate(z.re, activation));
-    if (dv != nullptr) dv[t] = g * gate * slope(z.re, activation);
+    if (dpost != nullptr) from_float(dpost[t * dpost_step], g * activate(v, activation));
+    if (dv != nullptr) dv[t] = g * gate * slope(v, activation);
   }
 };
 template <>
@@ -236,10 +243,11 @@ struct Sinks {
             a.dy.time,
             a.dpost_gate.time,
             a.activation,
+            bias_of(a, head, p.h),
             p.begin,
             p.end,
-            a.activation == kNone && a.dy.data == nullptr && a.post_gate.data == nullptr &&
-                a.y.time == 1};
+            a.activation == kNone && a.bias.data == nullptr && a.dy.data == nullptr &&
+                a.post_gate.data == nullptr && a.y.time == 1};
   }
 };
 template <>

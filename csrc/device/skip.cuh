@@ -1,7 +1,7 @@
-// The skip's gradient is a sum over samples and time. Every thread of the backward pass adds up a
-// part, and a kernel of its own adds up the parts.
+// The gradients of skip and bias are sums over samples and time. Every thread of the backward pass
+// adds up a part, and a kernel of its own adds up the parts.
 #pragma once
-#include "rows.cuh"
+#include "packed.cuh"
 
 // A thread's part. It is a direct sum, since a transform would carry the round-off of all other
 // taps.
@@ -18,6 +18,34 @@ SEQCONV_DEVICE float skip_sum(Gated<T> dv, Gated<T> x, int n, Team team) {
 template <>
 SEQCONV_DEVICE float skip_sum(Gated<c32>, Gated<c32>, int, Team) {
   return 0.f;
+}
+
+// The bias's gradient is the sum of dv alone. Blocks take every `groups`-th sample, and of it every
+// `slots`-th piece of as many steps as there are threads; the parts are added up as the skip's.
+struct Steps {
+  int b, begin, count;  // sample, the first step and the steps of a row
+};
+SEQCONV_DEVICE Steps steps_of(const ConvolutionArgs& a, int b) { return {b, 0, (int)a.length}; }
+SEQCONV_DEVICE Steps steps_of(const PackedArgs& a, int b) {
+  const Span row = span(a, b);
+  return {0, row.begin, row.steps};
+}
+template <class T, class Args>
+SEQCONV_DEVICE void bias_sums(const Args& a, unsigned char*) {
+  const int rows = (int)(a.heads * a.channels), row = blockIdx.x % rows, part = blockIdx.x / rows,
+            channels = (int)a.channels, slots = (int)a.slots, threads = blockDim.x;
+  float sum = 0.f, lost = 0.f;  // as in skip_sum
+  for (int b = part / slots; b < (int)a.batch; b += (int)a.groups) {
+    const Steps s = steps_of(a, b);
+    const Place p{s.b, row % channels, s.begin, 0, s.count};
+    const Gated<T> dv = gradient<T>(a, p, row / channels);
+    for (int t = part % slots * threads + threadIdx.x; t < s.count; t += slots * threads) {
+      const float term = dv(t) - lost, next = sum + term;
+      lost = next - next == 0.f ? (next - sum) - term : 0.f;
+      sum = next;
+    }
+  }
+  a.dskip_parts[(part * (i64)rows + row) * threads + threadIdx.x] = sum;
 }
 
 struct SkipArgs {

@@ -27,6 +27,7 @@ CEILINGS = {
     "taps_divisors": 40,
     "taps_gradient": 128,
     "skip_gradient": 40,
+    "bias_sums": 48,
     "long_taps": 120,
     "long_input": 120,
     "long_input_gradient": 124,

@@ -208,7 +208,7 @@ def test_threads_that_run_one_recipe():
         for _ in range(20):
             u, y = given["u"].clone(), torch.empty(2, 3, 300)
             device.mine.addresses = (u.data_ptr(), y.data_ptr())
-            tensors = (u, given["k"], None, given["skip"], None, None)
+            tensors = (u, given["k"], None, given["skip"], *[None] * 3)
             convolution.forward(device, y, *tensors, "none")
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -271,7 +271,7 @@ def test_scratch_is_used_again(library, monkeypatch):
     sizes = []
     for activation in ("none", "gelu"):
         tensors = [torch.randn(2, 3, 300), torch.randn(3, 300)]
-        known = convolution.geometries([tensors[0], *tensors, *[None] * 4, *tensors, *[None] * 4])
+        known = convolution.geometries([tensors[0], *tensors, *[None] * 5, *tensors, *[None] * 5])
         prepared = convolution._backward(H100, activation, True, *known)
         sizes.append(prepared.floats)
     assert sizes[0] <= sizes[1] <= sizes[0] + 2 * 3 * 300 + 128

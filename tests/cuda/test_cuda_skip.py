@@ -87,7 +87,7 @@ def test_every_plan(machine, plan, monkeypatch):
 def check_plan(machine, case: Case, limits, ran: set[str], monkeypatch):
     for skip in ("h", "ch") if case.heads else ("h",):
         tensors = replace(case, skip=skip).tensors()
-        names = ("u", "k", "k_rev", "skip", "pre_gate", "post_gate")
+        names = ("u", "k", "k_rev", "skip", "pre_gate", "post_gate", "bias")
         inputs = [tensors[name] for name in names]
         shape = (
             tensors["u"].shape
@@ -109,7 +109,7 @@ def check_plan(machine, case: Case, limits, ran: set[str], monkeypatch):
             memory = torch.full((*leaf.shape[:-1], 3, 2 * leaf.shape[-1]), 7.0, dtype=dtype)
             dskip = memory[..., 1, ::2]
             device = machine.device(limits, order)
-            grads = (None, None, None, dskip, None, None)
+            grads = (None, None, None, dskip, None, None, None)
             convolution.backward(device, grads, dy, *inputs, "none")
             assert any(kernel == "skip_gradient" for kernel, *_ in device.launches)
             assert half_launches(device) == ran

@@ -31,9 +31,7 @@ from seqconv.backends.cuda import convolution, kernels
 from seqconv.backends.cuda.problem import H100
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.dtype != torch.float64 and not c.bias], ids=str
-)
+@pytest.mark.parametrize("case", [c for c in CASES if c.dtype != torch.float64], ids=str)
 def test_the_operators_cases(machine, case):
     device = machine.device()
     check(device, case)

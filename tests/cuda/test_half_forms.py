@@ -131,9 +131,9 @@ def test_rows_of_any_kind(machine, rows):
         device = machine.device(FEW)
         grads = [torch.empty(t.shape, dtype=t.dtype) for t in (u, tensors["k"], tensors["k_rev"])]
         y = torch.empty(u.shape, dtype=BF16)
-        rest = [tensors["k"], tensors["k_rev"], tensors["skip"], None, None]
+        rest = [tensors["k"], tensors["k_rev"], tensors["skip"], None, None, None]
         convolution.forward(device, y, u, *rest, "none")
-        convolution.backward(device, (*grads, None, None, None), dy, u, *rest, "none")
+        convolution.backward(device, (*grads, *[None] * 4), dy, u, *rest, "none")
         found[name] = [y, *grads], half_launches(device)
     assert found["laid"][1] == {f"half_forward_bf16_1024{form}", f"half_backward_bf16_1024{form}"}
     assert found["as they are"][1] == {"half_forward_bf16_1024", "half_backward_bf16_1024"}
@@ -241,12 +241,12 @@ def test_gradients_of_some_arguments_are_those_of_all(machine, wanted, length, f
     case = Case(3 if length < 2000 else 2, 1, length, length, taps_rev=5, skip="h", dtype=BF16)
     tensors, dy = case.tensors(), torch.randn(case.batch, 1, length).to(BF16)
     names = ("u", "k", "k_rev", "skip")
-    inputs = [tensors[n] for n in names] + [None, None]
+    inputs = [tensors[n] for n in names] + [None] * 3
 
     def gradients(some):
         grads = [torch.full_like(tensors[n], math.nan) if n in some else None for n in names]
         device = machine.device(FEW)
-        convolution.backward(device, (*grads, None, None), dy, *inputs, "none")
+        convolution.backward(device, (*grads, *[None] * 3), dy, *inputs, "none")
         assert all(kernel.endswith(form) for kernel in half_launches(device))
         return dict(zip(names, grads, strict=True))
 

@@ -65,7 +65,7 @@ def executed(name: str, batch: int) -> int:
     """The warp instructions of PTX that the machine has run of a kernel, after so many more rows of 4,096 points."""
     device = ptx_device.PtxDevice(FEW)
     u, k = torch.randn(batch, 1, 4096), torch.randn(1, 4096) / 64
-    convolution.forward(device, torch.empty_like(u), u, k, None, None, None, None, "none")
+    convolution.forward(device, torch.empty_like(u), u, k, *[None] * 5, "none")
     assert name in [kernel for kernel, *_ in device.launches]
     return sum(warps for warps, *_ in device.program(name).counts())
 

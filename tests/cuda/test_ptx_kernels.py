@@ -34,7 +34,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 def float_cases() -> list[tuple[Case, Limits, str, bool]]:
     """(problem, limits, mode, False). Together they launch every kernel of the convolution in float32."""
     found = [
-        (Case(3, 2, 17, 17, taps_rev=8, skip="h"), FEW),
+        (Case(3, 2, 17, 17, taps_rev=8, skip="h", bias="h"), FEW),
         (Case(3, 2, 4096, 4096, taps_rev=2048, skip="h", pre_gate=True), FEW),
         (Case(2, 2, 14113, 14113, **GATED), FEW),
         (Case(2, 2, 2049, 2049, heads=2, skip="ch", activation="silu"), FEW),
@@ -51,7 +51,7 @@ def float_cases() -> list[tuple[Case, Limits, str, bool]]:
             )
     for dtype in (BF16, FP16):
         found += [
-            (Case(2, 2, 1000, 1000, heads=2, skip="h", dtype=dtype), FEW),
+            (Case(2, 2, 1000, 1000, heads=2, skip="h", bias="h", dtype=dtype), FEW),
             (Case(2, 2, 9001, 9001, skip="h", post_gate=True, dtype=dtype), PASSES),
         ]
     return [(case, limits, "accurate", False) for case, limits in found]

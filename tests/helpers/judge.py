@@ -72,16 +72,16 @@ def judge(case: Case, tensors, y, grads, dy, mode: str, on_tensor_cores: bool) -
             found.append(Verdict(name, value.double().abs().max().item(), 0.0, 0.0, 0.0))
             continue
         crest = (wanted.abs().max() / wanted.square().mean().sqrt()).item()
-        # A skip's gradient is a direct sum in float32; through an activation it has v's error, of random signs.
-        linear_skip = name == "dskip" and case.activation is None
-        if not on_tensor_cores or linear_skip:
+        # The gradients of skip and bias are direct sums in float32; through an activation they have v's error, of
+        # random signs.
+        direct = name in ("dskip", "dbias") and case.activation is None
+        if not on_tensor_cores or direct:
             ulps = 8 * EPS[value.dtype]
             l2, peak = 3 * rel_l2(baseline, wanted) + ulps, 3 * max_over_rms(baseline, wanted)
             allowed = l2, peak + ulps * crest
         else:
-            stated = STATED[mode] * {"y": 1 + (case.activation is not None), "dskip": 4}.get(
-                name, 2
-            )
+            times = {"y": 1 + (case.activation is not None), "dskip": 4, "dbias": 4}
+            stated = STATED[mode] * times.get(name, 2)
             l2 = stated + ROUNDING.get(value.dtype, 0)
             allowed = l2, 8 * stated + crest * EPS.get(value.dtype, 0)
         found.append(Verdict(name, rel_l2(value, wanted), max_over_rms(value, wanted), *allowed))

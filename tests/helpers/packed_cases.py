@@ -27,6 +27,7 @@ class Pack:
     skip: str = ""  # "", "h" or "ch"
     pre_gate: bool = False
     post_gate: bool = False
+    bias: str = ""  # as skip
     activation: str | None = None
     layout: str = "bhl"
     dtype: torch.dtype = torch.float32
@@ -37,6 +38,7 @@ class Pack:
             ("taps_rev", None),
             ("heads", None),
             ("skip", ""),
+            ("bias", ""),
             ("activation", None),
         ):
             if getattr(self, name) != usual:
@@ -69,6 +71,8 @@ class Pack:
             found["k_rev"] /= max(1, self.taps_rev) ** 0.5
         if self.skip:
             found["skip"] = torch.randn(*{"h": (), "ch": heads}[self.skip], self.channels)
+        if self.bias:
+            found["bias"] = torch.randn(*{"h": (), "ch": heads}[self.bias], self.channels)
         if self.pre_gate:
             found["pre_gate"] = signal()
         if self.post_gate:
@@ -83,7 +87,7 @@ class Pack:
             if name in SIGNALS:
                 own[name] = t.narrow(time, begin, self.lengths[i]).unsqueeze(0)
             else:
-                own[name] = t[i : i + 1] if self.per_row and name != "skip" else t
+                own[name] = t[i : i + 1] if self.per_row and name in ("k", "k_rev") else t
         return own
 
     def alone(self, tensors: dict) -> Tensor:
@@ -107,7 +111,7 @@ class Pack:
             pairs = zip(
                 found.split(self.lengths, time), wanted.split(self.lengths, time), strict=True
             )
-        elif self.per_row and name != "skip":
+        elif self.per_row and name in ("k", "k_rev"):
             pairs = zip(found, wanted, strict=True)
         else:
             pairs = [(found, wanted)]
@@ -128,19 +132,19 @@ GATES = {"pre_gate": True, "post_gate": True}
 
 CASES = [
     (Pack(MIXED, 200), FEW),
-    (Pack(MIXED, 500, taps_rev=20, skip="h", activation="gelu", **GATES), FEW),
-    (Pack(MIXED, 64, heads=2, skip="ch", post_gate=True, activation="silu", layout="blh"), FEW),
-    (Pack((90, 33, 90, 0, 2), 64, taps_rev=70, heads=2, per_row=True, skip="h"), H100),
+    (Pack(MIXED, 500, taps_rev=20, skip="h", bias="h", activation="gelu", **GATES), FEW),
+    (Pack(MIXED, 64, heads=2, skip="ch", bias="ch", post_gate=True, activation="silu", layout="blh"), FEW),
+    (Pack((90, 33, 90, 0, 2), 64, taps_rev=70, heads=2, per_row=True, skip="h", bias="h"), H100),
     (Pack((256, 250, 1, 700), 700, taps_rev=700, heads=1, per_row=True, layout="blh"), FEW),
     (Pack((1, 1, 0, 1), 3, taps_rev=2, skip="h", activation="relu"), H100),
-    (Pack((31, 256, 257), 9, skip="h", dtype=BF16, **GATES, layout="blh"), FEW),
-    (Pack((31, 511, 90), 600, taps_rev=600, skip="h", activation="gelu", dtype=F16), FEW),
+    (Pack((31, 256, 257), 9, skip="h", bias="h", dtype=BF16, **GATES, layout="blh"), FEW),
+    (Pack((31, 511, 90), 600, taps_rev=600, skip="h", bias="h", activation="gelu", dtype=F16), FEW),
     # Windows, of which a short row has few
-    (Pack((7000, 9, 5001), 60, taps_rev=30, skip="h", channels=1), FEW),
+    (Pack((7000, 9, 5001), 60, taps_rev=30, skip="h", bias="h", channels=1), FEW),
     (Pack((7000, 9, 5001), 60, skip="h", activation="silu", pre_gate=True, dtype=BF16), FEW),
     # Three passes, of one channel at a time
-    (Pack((3000, 17, 2100), 3000, taps_rev=100, skip="h", activation="gelu", **GATES), PASSES),
-    (Pack((2500, 3000), 3000, heads=2, per_row=True, skip="ch", channels=1), PASSES),
+    (Pack((3000, 17, 2100), 3000, taps_rev=100, skip="h", bias="h", activation="gelu", **GATES), PASSES),
+    (Pack((2500, 3000), 3000, heads=2, per_row=True, skip="ch", bias="ch", channels=1), PASSES),
     (Pack((2500, 300), 2500, heads=2, skip="h", post_gate=True, layout="blh", dtype=F16), PASSES),
     (Pack((2500, 300), 2500, skip="h", dtype=BF16, channels=1), PASSES),
 ]  # fmt: skip

@@ -55,8 +55,6 @@ class Cuda:
         first = request.inputs[0]
         if request.operator not in _OPERATORS:
             return f"there is no CUDA kernel for {request.operator}"
-        if getattr(request.inputs, "bias", None) is not None:
-            return "the CUDA kernels add no bias"
         if self._is_double(request):
             return "float64 has no CUDA kernels"
         missing = self.missing(first.device)
@@ -95,8 +93,8 @@ class Cuda:
             return Explanation("cuda", "matrix product", None, 1, device.arch, ssm.THREADS, None)
         if request.options[2:] == (True,):
             return exact.explain(self, request)
-        u, k, k_rev, _, *gates = request.inputs[:6]
-        problem = convolution.describe(u, k, k_rev, *gates, request.options[0])
+        u, k, k_rev, _, *gates, bias = request.inputs
+        problem = convolution.describe(u, k, k_rev, *gates, request.options[0], bias)
         plan = make_plan(problem, device.limits, False)
         size = plan.n, plan.windows
         return Explanation(
@@ -115,10 +113,10 @@ class Cuda:
         return Explanation("cuda", "right-angle fft", *found, None, str(plan))
 
     def fftconv(self, y: Tensor, inputs, activation: str) -> None:
-        self.on(y.device, convolution.forward, y, *inputs[:6], activation)
+        self.on(y.device, convolution.forward, y, *inputs, activation)
 
     def fftconv_gradients(self, grads, dy: Tensor, inputs, activation: str) -> None:
-        self.on(dy.device, convolution.backward, grads[:6], dy, *inputs[:6], activation)
+        self.on(dy.device, convolution.backward, grads, dy, *inputs, activation)
 
     def fftconv_exact(self, y: Tensor, inputs, activation: str) -> None:
         exact.forward(self, y, inputs, activation)

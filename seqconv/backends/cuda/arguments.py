@@ -143,6 +143,7 @@ CONVOLUTION = Structure(
     skip=SKIPS,
     pre_gate=SIGNALS,
     post_gate=SIGNALS,
+    bias=SKIPS,
     y=SIGNALS,
     dy=SIGNALS,
     du=SIGNALS,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seqconv.backends.cuda.arguments import transform
 from seqconv.backends.cuda.layout import Base, Layout
-from seqconv.backends.cuda.plan import Plan, known_kernel, make_plan
+from seqconv.backends.cuda.plan import MAX_PARTS, Plan, known_kernel, make_plan
 from seqconv.backends.cuda.problem import Limits, Problem
 from seqconv.backends.cuda.recipe import Operand, Recipe, geometries, offset, operands
 from seqconv.backends.pack import ABSENT, reach, zero_unreached
@@ -24,7 +24,11 @@ from seqconv.backends.pack import ABSENT, reach, zero_unreached
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 COMPLEX = 4  # the dtype code of long rows between their passes
 SCRATCH_BYTES = 1 << 28  # of a call with long rows; it takes more only where one channel needs more
-SKIP_THREADS = 256  # they add up the skip's gradient of one channel
+SKIP_THREADS = 256  # they add up the gradient of one channel's skip or bias
+BIAS_STEPS, BIAS_BLOCKS = (
+    8192,
+    1024,
+)  # of a block that adds up a bias's gradient, and how many are enough
 
 
 def _rows(long_rows: Operand, outer: int) -> tuple:
@@ -49,18 +53,22 @@ def describe(
     pre_gate: Tensor | None = None,
     post_gate: Tensor | None = None,
     activation: str = "none",
+    bias: Tensor | None = None,
 ) -> Problem:
     """Describes a call of fftconv as far as its plan depends on it. y is taken to be as u is."""
     made = operands(geometries([u, k, k_rev, pre_gate, post_gate], offset))
     u, k, k_rev, *gates = made
-    beside = _beside(*gates, activation)
+    beside = _beside(*gates, activation, bias is not None)
     return _describe(u, k, k_rev, _fast(u.dtype), [u, *gates], beside)
 
 
-def _beside(pre_gate, post_gate, activation: str) -> str | None:
-    """What a forward pass does beside the convolution, as far as kernels have been made for it."""
+def _beside(pre_gate, post_gate, activation: str, bias: bool) -> str | None:
+    """What a forward pass does beside the convolution, as far as kernels have been made for it.
+
+    Those for gelu and for both gates also add a bias.
+    """
     if pre_gate is None and post_gate is None:
-        return {"none": "", "gelu": "gelu"}.get(activation)
+        return {"none": None if bias else "", "gelu": "gelu"}.get(activation)
     return "gated" if pre_gate and post_gate and activation == "none" else None
 
 
@@ -153,7 +161,7 @@ class Call:
         return self.empty(parts, self.problem.heads, self.problem.channels, threads)
 
     def skip_gradient(self, dskip_parts: Operand, dskip: Operand) -> None:
-        """Adds up the parts."""
+        """Adds up the parts, for a bias too."""
         parts, heads, channels, threads = dskip_parts.shape
         if dskip.dim() == 1:  # one skip serves all heads, whose sums are parts as well
             parts, heads = parts * heads, 1
@@ -162,6 +170,19 @@ class Call:
         self.recipe.launch(
             "skip_gradient", launch, told | {"dskip_parts": dskip_parts, "dskip": dskip}
         )
+
+    def bias_gradient(self, source: dict, dbias: Operand) -> None:
+        """Adds up dv, which is dy times post_gate where `source` has none. It is read once more: the kernels that
+        convolve have no registers left for it."""
+        p, base = self.problem, self.layout.columns if self.layout.long else self.layout.rows
+        rows, pieces = p.heads * p.channels, max(1, p.length // BIAS_STEPS)
+        groups = min(p.batch, MAX_PARTS)
+        parts = self.dskip_parts(groups * pieces, SKIP_THREADS)
+        told = {name: source.get(name) for name in ("dy", "post_gate", "dv")}
+        told |= {"groups": groups, "slots": pieces, "dskip_parts": parts}
+        launch = (groups * pieces * rows, SKIP_THREADS, 0)
+        self.run(f"bias_sums_{self.suffix}", launch, base, told)
+        self.skip_gradient(parts, dbias)
 
     def gradients(self, spectrum: dict, source: dict, du, dpre_gate, dk, dk_rev, dskip) -> None:
         """Computes the gradients that are not None from u, pre_gate, dy, post_gate and dv in `source`."""
@@ -279,33 +300,36 @@ AXES = (
     -1,
     -2,
     -2,
-)  # u, k, k_rev, skip, pre_gate and post_gate have their channels there
+    -1,
+)  # the inputs have their channels there
 KEPT = 512  # so many kinds of calls are known at a time
 
 
 @functools.lru_cache(KEPT)
 def _forward(limits: Limits, activation: str, fast: bool, *known) -> Prepared:
-    """Prepares a call of y, u, k, k_rev, skip, pre_gate, post_gate."""
+    """Prepares a call of y and the inputs."""
     made = operands(known)
-    y, u, k, k_rev, _, *gates = made
-    problem = _describe(u, k, k_rev, fast, [y, u, *gates], _beside(*gates, activation))
+    y, u, k, k_rev, _, *gates, bias = made
+    beside = _beside(*gates, activation, bias is not None)
+    problem = _describe(u, k, k_rev, fast, [y, u, *gates], beside)
     plan = make_plan(problem, limits)
 
-    def write(recipe, problem, y, u, k, k_rev, skip, pre_gate, post_gate):
+    def write(recipe, problem, y, u, k, k_rev, skip, pre_gate, post_gate, bias):
         call = Call(recipe, problem, plan, u, activation, backward=False)
-        call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, y=y, post_gate=post_gate)
+        sink = {"y": y, "post_gate": post_gate, "bias": bias}
+        call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, **sink)
 
     return Prepared(made, (-2, *AXES), problem, [plan], write)
 
 
 @functools.lru_cache(KEPT)
 def _backward(limits: Limits, activation: str, fast: bool, *known) -> Prepared:
-    """Prepares a call of dy, u, k, k_rev, skip, pre_gate, post_gate, and the gradients of the latter six."""
+    """Prepares a call of dy, the inputs and their gradients."""
     made = operands(known)
-    dy, u, k, k_rev, _, pre_gate, post_gate, du, *_, dpre_gate, dpost_gate = made
-    linear = any(t is not None for t in made[7:12])
+    dy, u, k, k_rev, _, pre_gate, post_gate, bias, du, *_, dpre_gate, dpost_gate, dbias = made
+    linear = any(t is not None for t in made[8:13])
     # Where the pre-activation is needed, a forward pass of its own computes it. Everything behind it is linear.
-    with_dv = activation != "none" and linear
+    with_dv = activation != "none" and (linear or dbias is not None)
     gates = pre_gate, post_gate
     describe = functools.partial(_describe, u, k, k_rev, fast)
     if with_dv:
@@ -314,9 +338,8 @@ def _backward(limits: Limits, activation: str, fast: bool, *known) -> Prepared:
         again = make_plan(describe([u, dy], "slope" if slope else None), limits)
         slope = "_slope" in again.form
     else:
-        again = make_plan(
-            describe([u, pre_gate, dy, dpost_gate], _beside(pre_gate, dy, activation)), limits
-        )
+        beside = _beside(pre_gate, dy, activation, bias is not None)
+        again = make_plan(describe([u, pre_gate, dy, dpost_gate], beside), limits)
     if with_dv and not slope:
         beside = None  # dv is float32
     else:
@@ -325,9 +348,9 @@ def _backward(limits: Limits, activation: str, fast: bool, *known) -> Prepared:
     problem = describe([u, *gates, dy, *grads], beside)
     plan = make_plan(problem, limits, backward=True)
 
-    def write(recipe, problem, dy, u, k, k_rev, skip, pre_gate, post_gate, *grads):
+    def write(recipe, problem, dy, u, k, k_rev, skip, pre_gate, post_gate, bias, *grads):
         source = {"u": u, "pre_gate": pre_gate, "dy": dy, "post_gate": post_gate}
-        du, dk, dk_rev, dskip, dpre_gate, dpost_gate = grads
+        du, dk, dk_rev, dskip, dpre_gate, dpost_gate, dbias = grads
         if with_dv or dpost_gate is not None:
             call = Call(recipe, problem, again, u, activation, backward=False)
             sink = {"y": dpost_gate, "post_gate": dy}  # dy times what came of the activation
@@ -339,26 +362,28 @@ def _backward(limits: Limits, activation: str, fast: bool, *known) -> Prepared:
                 sink = {name: source.get(name) for name in ("dy", "post_gate", "dv")}
                 sink["dpost_gate"] = dpost_gate
             with recipe.reused():
-                call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, **sink)
+                call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, **sink, bias=bias)
+        call = Call(recipe, problem, plan, u, "none", backward=True)
+        if dbias is not None:
+            with recipe.reused():
+                call.bias_gradient(source, dbias)
         if linear:
-            call = Call(recipe, problem, plan, u, "none", backward=True)
             spectrum = call.spectrum(k, k_rev, skip)
             call.gradients(spectrum, source, du, dpre_gate, dk, dk_rev, dskip)
 
     return Prepared(made, (-2, *AXES, *AXES), problem, [again, plan], write)
 
 
-def forward(device, y, u, k, k_rev, skip, pre_gate, post_gate, activation) -> None:
+def forward(device, y, u, k, k_rev, skip, pre_gate, post_gate, bias, activation) -> None:
     """Writes y; see seqconv.ops.inputs for the shapes."""
     if y.numel() == 0:
         return
-    inputs = (u, k, k_rev, skip, pre_gate, post_gate)
-    tensors = [y, *inputs]
+    tensors = [y, u, k, k_rev, skip, pre_gate, post_gate, bias]
     prepared = _forward(device.limits, activation, _fast(u.dtype), *geometries(tensors))
     prepared.run(device, tensors)
 
 
-def backward(device, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activation) -> None:
+def backward(device, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, bias, activation) -> None:
     """Writes the gradients that are not None, in the order of the inputs."""
     if dy.numel() == 0:
         for grad in grads:
@@ -366,7 +391,6 @@ def backward(device, grads, dy, u, k, k_rev, skip, pre_gate, post_gate, activati
                 grad.zero_()
         return
     zero_unreached(grads[1], grads[2], u.shape[-1])
-    inputs = (dy, u, k, k_rev, skip, pre_gate, post_gate)
-    tensors = [*inputs, *grads]
+    tensors = [dy, u, k, k_rev, skip, pre_gate, post_gate, bias, *grads]
     prepared = _backward(device.limits, activation, _fast(u.dtype), *geometries(tensors))
     prepared.run(device, tensors)

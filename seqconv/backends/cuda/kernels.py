@@ -66,6 +66,7 @@ for _suffix, _type in (*_IO.items(), ("c32", "c32")):
     for _name in ("forward", "backward"):
         KERNELS[f"{_name}_{_suffix}"] = Kernel(f"{_name}<{_type}>", _CONVOLUTION, _ROWS)
 for _suffix, _type in _IO.items():
+    KERNELS[f"bias_sums_{_suffix}"] = Kernel(f"bias_sums<{_type}>", _CONVOLUTION, 256, 4)
     for _name in ("long_input", "long_gradient", "long_output", "long_input_gradient"):
         KERNELS[f"{_name}_{_suffix}"] = Kernel(f"{_name}<{_type}>", _CONVOLUTION, _ROWS)
 for _n, _radices in TILES.items():
@@ -87,7 +88,7 @@ for _n, _radices in TILES.items():
             )
 
 # Those that read or write rows, or taps of a row's own, also find rows in packs.
-_OF_ROWS = ("spectrum", "taps_gradient", "long_", "forward_", "backward_")
+_OF_ROWS = ("spectrum", "taps_gradient", "bias_sums", "long_", "forward_", "backward_")
 for _name, _kernel in list(KERNELS.items()):
     if _name.startswith(_OF_ROWS) and not _name.endswith("_c32"):
         KERNELS[f"packed_{_name}"] = _kernel._replace(arguments=_PACKED)

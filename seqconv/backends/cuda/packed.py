@@ -26,7 +26,8 @@ _SHARED = (
     "k",
     "k_rev",
     "skip",
-)  # whose gradients are summed over rows, unless each row has its own
+    "bias",
+)  # gradients are summed over rows, unless each row has its own
 
 
 class _Pack:
@@ -102,33 +103,34 @@ def _told(group: Group, u, k, k_rev, offsets, rows) -> tuple[dict, dict]:
 
 @functools.lru_cache(KEPT)
 def _forward(limits: Limits, activation: str, group: Group, *known) -> Prepared:
-    """Prepares a call of y, u, k, k_rev, skip, pre_gate, post_gate, offsets, rows."""
+    """Prepares a call of y, the inputs, offsets and rows."""
     made = operands(known)
     _, u, k, k_rev, *_ = made
     problem = describe(u, k, k_rev, group)
     plan = plan_of(problem, group, limits)
 
-    def write(recipe, problem, y, u, k, k_rev, skip, pre_gate, post_gate, offsets, rows):
+    def write(recipe, problem, y, u, k, k_rev, skip, pre_gate, post_gate, bias, offsets, rows):
         told = _told(group, u, k, k_rev, offsets, rows)
         call = _Call(recipe, problem, plan, u, activation, False, *told)
-        call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, y=y, post_gate=post_gate)
+        sink = {"y": y, "post_gate": post_gate, "bias": bias}
+        call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, **sink)
 
     return Prepared(made, (-2, *AXES, None, None), problem, [plan], write)
 
 
 @functools.lru_cache(KEPT)
 def _backward(limits: Limits, activation: str, group: Group, *known) -> Prepared:
-    """Prepares a call of dy, u, k, k_rev, skip, pre_gate, post_gate, the gradients of the latter six, offsets, rows."""
+    """Prepares a call of dy, the inputs, their gradients, offsets and rows."""
     made = operands(known)
     _, u, k, k_rev, *_ = made
     problem = describe(u, k, k_rev, group)
     again, plan = plan_of(problem, group, limits), plan_of(problem, group, limits, True)
-    linear = any(t is not None for t in made[7:12])
+    linear, with_dbias = any(t is not None for t in made[8:13]), made[14] is not None
     # Where the pre-activation is needed, a forward pass of its own computes it. Everything behind it is linear.
-    with_dv = activation != "none" and linear
+    with_dv = activation != "none" and (linear or with_dbias)
 
-    def write(recipe, problem, dy, u, k, k_rev, skip, pre_gate, post_gate, *others):
-        du, dk, dk_rev, dskip, dpre_gate, dpost_gate, offsets, rows = others
+    def write(recipe, problem, dy, u, k, k_rev, skip, pre_gate, post_gate, bias, *others):
+        du, dk, dk_rev, dskip, dpre_gate, dpost_gate, dbias, offsets, rows = others
         told = _told(group, u, k, k_rev, offsets, rows)
         source = {"u": u, "pre_gate": pre_gate, "dy": dy, "post_gate": post_gate}
         if with_dv:
@@ -140,9 +142,12 @@ def _backward(limits: Limits, activation: str, group: Group, *known) -> Prepared
         if with_dv or dpost_gate is not None:
             call = _Call(recipe, problem, again, u, activation, False, *told)
             with recipe.reused():
-                call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, **sink)
+                call.convolve(call.spectrum(k, k_rev, skip), u, pre_gate, **sink, bias=bias)
+        call = _Call(recipe, problem, plan, u, "none", True, *told)
+        if dbias is not None:
+            with recipe.reused():
+                call.bias_gradient(source, dbias)
         if linear:
-            call = _Call(recipe, problem, plan, u, "none", True, *told)
             spectrum = call.spectrum(k, k_rev, skip)
             call.gradients(spectrum, source, du, dpre_gate, dk, dk_rev, dskip)
 
@@ -156,7 +161,7 @@ def forward(device, y, inputs, offsets: Tensor, activation: str, longest: int | 
     if not pack.groups:
         y.zero_()
     for group, tables in pack:
-        tensors = [y, *inputs[:6], *tables]
+        tensors = [y, *inputs, *tables]
         prepared = _forward(device.limits, activation, group, *geometries(tensors))
         prepared.run(device, tensors)
 
@@ -190,14 +195,14 @@ def backward(device, grads, dy, inputs, offsets, activation: str, longest: int |
 
 
 def _parts(sums: dict, group: Group) -> dict:
-    """Memory for what one group adds to the gradients of kernels and skip: of taps that meet an output."""
+    """Memory for what one group adds to gradients that all rows share: of taps that meet an output."""
     most = {"k": group.longest, "k_rev": group.longest - 1}
     counts = {name: min(s.shape[-1], most.get(name, s.shape[-1])) for name, s in sums.items()}
     return {name: s.new_empty(*s.shape[:-1], counts[name]) for name, s in sums.items()}
 
 
 def _of_group(device, grads, dy, inputs, activation: str, group: Group, tables) -> None:
-    tensors = [dy, *inputs[:6], *grads[:6], *tables]
+    tensors = [dy, *inputs, *grads, *tables]
     prepared = _backward(device.limits, activation, group, *geometries(tensors))
     prepared.run(device, tensors)
 
