@@ -156,14 +156,17 @@ def cut(t: Tensor, axis: int, part: slice) -> Tensor:
 
 class TiedDropout(nn.Dropout):
     """Dropout of whole channels of a sample: x is (batch, length, channels), and all times have one mask. Of a pack
-    (total, channels) all times of a row of `lengths` have one."""
+    (total, channels) all times of a row of `lengths` (rows,) have one; x may be several runs of its steps, with
+    lengths (runs, rows)."""
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         if lengths is None:
             mask = x.new_ones(x.shape[0], 1, x.shape[2])
             return x * F.dropout(mask, self.p, self.training)
-        mask = F.dropout(x.new_ones(len(lengths), x.shape[1]), self.p, self.training)
-        return x * mask.repeat_interleave(lengths, 0, output_size=len(x))
+        *runs, rows = lengths.shape
+        mask = F.dropout(x.new_ones(rows, x.shape[1]), self.p, self.training)
+        mask = mask.repeat(*runs, 1) if runs else mask
+        return x * mask.repeat_interleave(lengths.flatten(), 0, output_size=len(x))
 
 
 _DROPOUTS, _WEIGHTS = (nn.Dropout, TiedDropout), {"weight", "bias"}
@@ -249,10 +252,11 @@ class ConvLayer(Described):
         """
         name = type(self).__name__
         if cu_seqlens is not None or max_seqlen is not None:
+            if self._context is not None:
+                y, pack = self._context.convolve_packed(self, x, rate)
+                return self._mix(y.flatten(-2), pack)
             check_input(name, x, self.skip, self.d_model, ("total",))
             pack = pack_of(name, x, cu_seqlens, max_seqlen, mask, lengths)
-            if self._context is not None:
-                raise ValueError(f"{name}: cu_seqlens must be None under context parallelism")
             y = (
                 self._convolve_packed(x, rate, pack)
                 if not isinstance(rate, Tensor)
@@ -281,7 +285,7 @@ class ConvLayer(Described):
     def _by_rate(self, x: Tensor, rate: Tensor) -> Tensor:
         name, parts, places = type(self).__name__, [], []
         if self._context is not None:
-            raise ValueError(f"{name}: rate must be a number under context parallelism")
+            self._context.refuse_rates(name)
         for value in rates_of(name, rate, x.shape[0], self.resamples):
             places.append((rate == value).nonzero().flatten())
             parts.append(self._convolve(x[places[-1]], value))
@@ -311,8 +315,8 @@ class ConvLayer(Described):
             warn_of_missing_taps(self, k, length)
         return k
 
-    def _mix(self, y: Tensor, pack: Pack | None = None) -> Tensor:
-        """(..., heads d_model) after the activation -> (..., d_model)."""
+    def _mix(self, y: Tensor, pack: Any = None) -> Tensor:
+        """(..., heads d_model) after the activation -> (..., d_model). The pack says which steps are of one row."""
         wide = 2 * self.d_model if self.postact == "glu" else self.d_model
         dropout: Any = self._modules["dropout"]
         hooks = dropout._forward_hooks or dropout._forward_pre_hooks or _global_hooks()

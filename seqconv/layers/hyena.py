@@ -273,18 +273,18 @@ class Hyena(Streaming, Described):
         check_sampling("Hyena", rate)
         if rate != 1.0:
             raise ValueError(f"Hyena: rate must be 1 (its taps have no time scale), got {rate!r}")
-        if packed:
-            pack = pack_of("Hyena", x, cu_seqlens, max_seqlen, mask, lengths)
-            if self._context is not None:
-                raise ValueError("Hyena: cu_seqlens must be None under context parallelism")
-            conv = partial(fftconv, layout="blh", **pack.options)
-            return self._operator(x, None, pack.longest, conv, conv, self.filter)
-        x, length = sized(x)
-        unmasked = mask is None and lengths is None
-        padding = None if unmasked else padding_of("Hyena", x, mask, lengths)
-        convs, make = (fftconv, fftconv), self.filter
-        if self._context is not None:
+        padding, convs, make = None, (fftconv, fftconv), self.filter
+        if self._context is not None and packed:
             length, *convs, make = self._context.hyena(self, x)
+        elif packed:
+            pack = pack_of("Hyena", x, cu_seqlens, max_seqlen, mask, lengths)
+            length, convs = pack.longest, [partial(fftconv, **pack.options)] * 2
+        else:
+            x, length = sized(x)
+            if mask is not None or lengths is not None:
+                padding = padding_of("Hyena", x, mask, lengths)
+            if self._context is not None:
+                length, *convs, make = self._context.hyena(self, x)
         short, long = (partial(conv, layout="blh") for conv in convs)
         return self._operator(x, padding, length, short, long, make)
 

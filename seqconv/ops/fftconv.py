@@ -196,7 +196,12 @@ def fftconv(
     """
     inputs = Inputs(u, k, k_rev, skip, pre_gate, post_gate)
     if cu_seqlens is not None or max_seqlen is not None:
-        return _packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal)
+        packed = packed_inputs(
+            inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal
+        )
+        longest = -1 if max_seqlen is None else max_seqlen
+        y = packs.operator(packed, activation or "none", layout == "blh", longest)
+        return y.movedim(-1, 0) if layout == "blh" else y
     _check(inputs, activation, mode, layout)
     if exact_causal is not False:
         _check_exact(k_rev, mode, exact_causal)
@@ -206,7 +211,10 @@ def fftconv(
     return y.movedim(-1, 1) if layout == "blh" else y
 
 
-def _packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal) -> Tensor:
+def packed_inputs(
+    inputs: Inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal=False
+) -> packs.PackedInputs:
+    """What the operator of packed rows takes, once all but the values of the offsets is checked."""
     check_tensor("fftconv", "u", inputs.u)
     check_choice("fftconv", "activation", activation, ACTIVATIONS)
     check_choice("fftconv", "layout", layout, LAYOUTS)
@@ -216,11 +224,7 @@ def _packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_caus
     for name, value, wanted in (("mode", mode, "causal"), ("exact_causal", exact_causal, False)):
         if value is not wanted and value != wanted:
             raise ValueError(f"fftconv: {name} must be {wanted!r} with cu_seqlens, got {value!r}")
-    packed = packs.prepare(inputs, cu_seqlens, max_seqlen, layout)
-    y = packs.operator(
-        packed, activation or "none", layout == "blh", -1 if max_seqlen is None else max_seqlen
-    )
-    return y.movedim(-1, 0) if layout == "blh" else y
+    return packs.prepare(inputs, cu_seqlens, max_seqlen, layout)
 
 
 _passed: set[tuple] = set()  # what has passed the checks, for calls that differ in values only
