@@ -174,12 +174,12 @@ class _Context(_OfProcesses):
         ready = isinstance(x, Tensor) and x.dim() == (2 if packed else 3)
         rate = found.get("rate", 1.0)
         rate = float(rate) if isinstance(rate, (int, float)) else rate  # The layer refuses others.
-        facts = {
+        facts = packs.facts_of(rows, pack)
+        facts |= {
             "order": self.order,
             "method": self.method,
             "x's batch": x.shape[0] if ready and not packed else None,
         }
-        facts |= packs.facts_of(rows, pack)
         facts |= {
             "x's d_model": x.shape[-1] if ready else None,
             "x's dtype": getattr(x, "dtype", None),

@@ -162,14 +162,14 @@ def _begin(tensors, options, group, order, method, shards) -> Call:
     axes = 2 if packed else 3
     size = lambda axis: u.shape[axis] if isinstance(u, Tensor) and u.dim() == axes else 0  # noqa: E731
     generated = isinstance(k, KernelGenerator)
-    facts = {"order": order, "method": method, "mode": mode, "layout": layout}
+    facts = packs.facts_of(rows, pack)
+    facts |= {"order": order, "method": method, "mode": mode, "layout": layout}
     facts |= {
         "activation": activation,
         "u's batch": None if packed else size(0),
         "u's channels": size(channel),
     }
     facts |= {"u's dtype": getattr(u, "dtype", None), "k, a generator or not": generated}
-    facts |= packs.facts_of(rows, pack)
     for name, t in (("k", None if generated else k), ("k_rev", k_rev), ("skip", skip)):
         facts |= shape_of(name, t, 4)
     facts |= {"pre_gate's presence": pre_gate is not None}

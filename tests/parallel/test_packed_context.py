@@ -30,7 +30,7 @@ def test_layers_equal_one_process(name):
 
 @pytest.mark.parametrize("method", ["a2a", "halo", "state"])
 def test_methods(method):
-    """Every name with every pack, and each name with every division of the steps."""
+    """Every layer with every pack, in one of the two divisions."""
     names = STATES if method == "state" else [name for name in SOME if name != "butterfly"]
     for world, sizes in SIZES.items():
         calls = [
