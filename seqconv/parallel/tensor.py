@@ -19,6 +19,7 @@ from seqconv.layers.base import ConvLayer, KernelGenerator, check_input
 from seqconv.layers.butterfly_conv import Butterfly, ButterflyConv
 from seqconv.layers.hyena import Hyena
 from seqconv.layers.module import whole
+from seqconv.layers.packing import pack_of, pad, unpadded
 from seqconv.layers.padding import padding_of
 from seqconv.layers.recurrence import Recurrent, discrete
 from seqconv.layers.streaming import StreamingLayer
@@ -289,9 +290,23 @@ class _DividedSteps(_DividedLayer):
         y, state = super().step(self._whole_input(x), state)  # pyright: ignore
         return self._output(y), state
 
-    def prefill(self, x, state, mask=None, *, lengths=None):
+    def prefill(self, x, state, mask=None, *, lengths=None, cu_seqlens=None, max_seqlen=None):
         mask, lengths = (t if t is None else whole(t) for t in (mask, lengths))
-        y, state = super().prefill(self._whole_input(x), state, mask, lengths=lengths)  # pyright: ignore
+        x = self._whole_input(x)
+        if cu_seqlens is not None or max_seqlen is not None:
+            return self._prefill_packed(x, state, mask, lengths, cu_seqlens, max_seqlen)
+        y, state = super().prefill(x, state, mask, lengths=lengths)  # pyright: ignore
+        return self._output(y), state
+
+    def _prefill_packed(self, x: Tensor, state, mask, lengths, cu_seqlens, max_seqlen):
+        name = f"{type(self).__name__}.prefill"
+        check_input(name, x, self.skip, self.d_model, ("total",))
+        own = cu_seqlens if cu_seqlens is None else whole(cu_seqlens)
+        pack = pack_of(name, x, own, max_seqlen, mask, lengths)
+        rows, lengths = pad(x, pack.cu_seqlens, pack.longest)
+        y, state = super().prefill(rows, state, lengths=lengths)  # pyright: ignore
+        y = unpadded(_whole(y), lengths)
+        y = DTensor.from_local(y, self.skip.device_mesh, [Replicate()], run_check=False)
         return self._output(y), state
 
     def _whole_input(self, x):
