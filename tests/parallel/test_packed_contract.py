@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -107,9 +108,12 @@ def test_ranks_that_disagree(what, shards):
             assert re.match(re.escape(head) + WRONG[what][1], text), text
 
 
-def later():
+def later(operator: bool):
     """With given shards, rows that all ranks have had before on rank 0, and others on rank 1."""
-    layer = parallel.context_parallel(S4D(D), shards=(5, 5), method="a2a")
+    given = {"shards": (5, 5), "method": "a2a"}
+    layer = parallel.context_parallel(S4D(D), **given)
+    if operator:
+        layer = partial(parallel.fftconv, k=torch.randn(D, 3), layout="blh", **given)
     x = torch.randn(5, D)
     for pack in ([0, 3, 5, 10], [0, 10]):
         layer(x, cu_seqlens=torch.tensor(pack))
@@ -117,8 +121,9 @@ def later():
     return raised(layer, x, cu_seqlens=torch.tensor([0, 3, end, 10]))
 
 
-def test_ranks_that_disagree_at_a_later_call():
-    for text in run(2, later):
+@pytest.mark.parametrize("operator", [False, True])
+def test_ranks_that_disagree_at_a_later_call(operator):
+    for text in run(2, later, operator):
         assert "must agree about cu_seqlens, which are those of the whole pack" in text, text
 
 
