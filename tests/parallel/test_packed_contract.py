@@ -158,7 +158,9 @@ def invalid():
         raised(parallel.fftconv, x.mT, x.mT, cu_seqlens=torch.tensor([0, 3, 5])),
         raised(parallel.fftconv, x.mT, x.mT, cu_seqlens=good, mode="circular"),
         raised(parallel.fftconv, x.mT, x.mT, max_seqlen=3),
-        raised(layer.prefill, x, None, cu_seqlens=torch.tensor([0, 2, 5])),
+        raised(layer.prefill, x, None, cu_seqlens=good),
+        raised(conv.prefill, x, None, cu_seqlens=good),
+        raised(parallel.context_parallel(Hyena(D, l_max=9)).prefill, x, None, cu_seqlens=good),
         raised(parallel.explain, x, layer, cu_seqlens=torch.tensor([0, 3, 5])),
     ]
     return alone, alike
@@ -187,6 +189,8 @@ def test_what_is_refused():
         r"ValueError: parallel.fftconv: mode must be 'causal' with cu_seqlens, got 'circular'",
         r"ValueError: parallel.fftconv: max_seqlen must be None without cu_seqlens, got 3",
         r"TypeError: S4D: a layer under context parallelism has no step\(\) and no prefill\(\)",
+        r"TypeError: LongConv: a layer under context parallelism has no step\(\) and no prefill",
+        r"TypeError: Hyena: a layer under context parallelism has no step\(\) and no prefill",
         r"ValueError: S4D: cu_seqlens\[2\] must be the number of steps of all ranks, 10, got 5",
     ]
     (told, first), (mine, second) = run(2, invalid)
