@@ -161,18 +161,18 @@ class Hyena(Streaming, Described):
             reach = (self.order - 1) * (self.filter.l_max - 1) + self.short.shape[-1] - 1
             y, kept = go_on(self.forward, "Hyena", x, history, lambda steps: min(steps, reach))
             return (y, kept) if return_history else y  # pyright: ignore
-        if packed:
-            pack = pack_of("Hyena", x, cu_seqlens, max_seqlen, mask, lengths)
-            if self._context is not None:
-                raise ValueError("Hyena: cu_seqlens must be None under context parallelism")
-            conv = partial(fftconv, layout="blh", **pack.options)
-            return self._operator(x, None, pack.longest, conv, conv, self.filter)
-        x, length = sized(x)
-        unmasked = mask is None and lengths is None
-        padding = None if unmasked else padding_of("Hyena", x, mask, lengths)
-        convs, make = (fftconv, fftconv), self.filter
-        if self._context is not None:
+        padding, convs, make = None, (fftconv, fftconv), self.filter
+        if self._context is not None and packed:
             length, *convs, make = self._context.hyena(self, x)
+        elif packed:
+            pack = pack_of("Hyena", x, cu_seqlens, max_seqlen, mask, lengths)
+            length, convs = pack.longest, [partial(fftconv, **pack.options)] * 2
+        else:
+            x, length = sized(x)
+            if mask is not None or lengths is not None:
+                padding = padding_of("Hyena", x, mask, lengths)
+            if self._context is not None:
+                length, *convs, make = self._context.hyena(self, x)
         short, long = (partial(conv, layout="blh") for conv in convs)
         return self._operator(x, padding, length, short, long, make)
 
@@ -182,7 +182,7 @@ class Hyena(Streaming, Described):
         # convolution would be put there and reach the steps after it.
         wide = (self.order + 1) * self.d_model
         x = apply_linear(self, "in_proj", _zero(x, padding), wide)
-        x = short(_zero(x, padding), self.short) + self.short_bias.to(x.dtype)
+        x = short(_zero(x, padding), self.short, bias=self.short_bias)
         *gates, v = _zero(x, padding).split(self.d_model, dim=-1)
         k = make(length)
         if isinstance(length, int) and k.shape[-1] < length:
@@ -255,6 +255,7 @@ class Hyena(Streaming, Described):
         """
         name = "Hyena.prefill"
         if cu_seqlens is not None or max_seqlen is not None:
+            self._check_streams()
             check_input(name, x, self.skip, self.d_model, ("total",))
             pack = pack_of(name, x, cu_seqlens, max_seqlen, mask, lengths)
             rows, lengths = pad(x, pack.cu_seqlens, pack.longest)

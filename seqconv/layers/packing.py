@@ -48,8 +48,10 @@ class Pack(NamedTuple):
         return Pack(offsets, self.longest, self.longest), place
 
 
-def pack_of(function: str, x: Tensor, cu_seqlens, max_seqlen, mask=None, lengths=None) -> Pack:
-    """The rows of x (total, d_model)."""
+def pack_of(
+    function: str, x: Tensor, cu_seqlens, max_seqlen, mask=None, lengths=None, part: bool = False
+) -> Pack:
+    """The rows of x (total, d_model). With part=True x has some of their steps, and nobody compares the total."""
     if cu_seqlens is None:
         raise ValueError(
             f"{function}: max_seqlen must be None without cu_seqlens, got {max_seqlen!r}"
@@ -66,7 +68,7 @@ def pack_of(function: str, x: Tensor, cu_seqlens, max_seqlen, mask=None, lengths
         text = "must be given inside of torch.compile, which cannot read the lengths of rows"
         raise ValueError(f"{function}: max_seqlen {text}")
     if max_seqlen is None or not (torch.compiler.is_compiling() or cu_seqlens.is_cuda):
-        steps = offsets_of(cu_seqlens, x.shape[0], max_seqlen).diff()
+        steps = offsets_of(cu_seqlens, None if part else x.shape[0], max_seqlen).diff()
     longest = max_seqlen
     if longest is None:
         longest = int(steps.max()) if len(steps) else 0
