@@ -8,7 +8,8 @@ from seqconv._version import __version__
 from seqconv.backends import use_backend
 from seqconv.backends.protocol import Explanation
 from seqconv.layers.butterfly_conv import ButterflyConv
-from seqconv.layers.hyena import Hyena, HyenaFilter
+from seqconv.layers.hyena import Hyena
+from seqconv.layers.hyena_filter import HyenaFilter
 from seqconv.layers.long_conv import LongConv, LongConvKernel
 from seqconv.layers.s4d import S4D, S4DKernel
 from seqconv.layers.sgconv import SGConv, SGConvKernel

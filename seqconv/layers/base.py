@@ -155,14 +155,17 @@ def cut(t: Tensor, axis: int, part: slice) -> Tensor:
 
 class TiedDropout(nn.Dropout):
     """Dropout of whole channels of a sample: x is (batch, length, channels), and all times have one mask. Of a pack
-    (total, channels) all times of a row of `lengths` have one."""
+    (total, channels) all times of a row of `lengths` (rows,) have one; x may be several runs of its steps, with
+    lengths (runs, rows)."""
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         if lengths is None:
             mask = x.new_ones(x.shape[0], 1, x.shape[2])
             return x * F.dropout(mask, self.p, self.training)
-        mask = F.dropout(x.new_ones(len(lengths), x.shape[1]), self.p, self.training)
-        return x * mask.repeat_interleave(lengths, 0, output_size=len(x))
+        *runs, rows = lengths.shape
+        mask = F.dropout(x.new_ones(rows, x.shape[1]), self.p, self.training)
+        mask = mask.repeat(*runs, 1) if runs else mask
+        return x * mask.repeat_interleave(lengths.flatten(), 0, output_size=len(x))
 
 
 _DROPOUTS, _WEIGHTS = (nn.Dropout, TiedDropout), {"weight", "bias"}
@@ -254,13 +257,16 @@ class ConvLayer(Described):
         through it. Only causal layers take it; states, where a layer has them, take less memory.
         """
         name, pack = type(self).__name__, None
-        if cu_seqlens is None and max_seqlen is None:
-            check_input(name, x, self.skip, self.d_model)
-        else:
-            check_input(name, x, self.skip, self.d_model, ("total",))
-            pack = pack_of(name, x, cu_seqlens, max_seqlen, mask, lengths)
+        packed = cu_seqlens is not None or max_seqlen is not None
         if history is not None or return_history is not False:
             refuse_history(self, mask=mask, lengths=lengths, return_history=return_history)
+        if packed and self._context is not None:
+            y, pack = self._context.convolve_packed(self, x, rate)
+            return self._mix(y.flatten(-2), pack)
+        check_input(name, x, self.skip, self.d_model, ("total",) if packed else ("batch", "length"))
+        if packed:
+            pack = pack_of(name, x, cu_seqlens, max_seqlen, mask, lengths)
+        if history is not None or return_history:
             y, kept = convolve_on(self, x, rate, pack, history)
             y = self._mix(y.flatten(-2), pack)
             return (y, kept) if return_history else y  # pyright: ignore
@@ -269,20 +275,16 @@ class ConvLayer(Described):
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
         plain = self._context is None and not isinstance(rate, Tensor)
         y = self._convolve(x, rate, pack) if plain else self._convolved(x, rate, pack)  # pyright: ignore
-        return self._mix(y.flatten(-2), pack)
+        return self._mix(y.flatten(-2)) if pack is None else self._mix(y.flatten(-2), pack)
 
     def _convolved(self, x: Tensor, rate: float | Tensor, pack: Pack | None) -> Tensor:
         """What _convolve returns, by other ways where rows differ in rate or processes divide the steps."""
         context = self._context
-        if context is None:
-            by_rows = isinstance(rate, Tensor)
-            return by_rate(self, x, rate, pack) if by_rows else self._convolve(x, rate, pack)
-        for argument, value in (("cu_seqlens", pack), ("rate", isinstance(rate, Tensor) or None)):
-            if value is not None:
-                wanted = "None" if argument == "cu_seqlens" else "a number"
-                text = f"{argument} must be {wanted} under context parallelism"
-                raise ValueError(f"{type(self).__name__}: {text}")
-        return context.convolve(self, x, rate)
+        if isinstance(rate, Tensor):
+            if context is not None:
+                context.refuse_rates(type(self).__name__)
+            return by_rate(self, x, rate, pack)
+        return self._convolve(x, rate, pack) if context is None else context.convolve(self, x, rate)
 
     def _convolve(self, x: Tensor, rate: float, pack: Pack | None = None) -> Tensor:
         """activation(k * x + skip x), (batch, length, heads, d_model); of packed rows (total, heads, d_model)."""
@@ -305,8 +307,8 @@ class ConvLayer(Described):
             warn_of_missing_taps(self, k, length)
         return k
 
-    def _mix(self, y: Tensor, pack: Pack | None = None) -> Tensor:
-        """(..., heads d_model) after the activation -> (..., d_model)."""
+    def _mix(self, y: Tensor, pack: Any = None) -> Tensor:
+        """(..., heads d_model) after the activation -> (..., d_model). The pack says which steps are of one row."""
         wide = 2 * self.d_model if self.postact == "glu" else self.d_model
         dropout: Any = self._modules["dropout"]
         hooks = dropout._forward_hooks or dropout._forward_pre_hooks or _global_hooks()

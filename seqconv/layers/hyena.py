@@ -2,154 +2,29 @@
 
 import math
 from functools import partial
-from itertools import pairwise
 from typing import Any, ClassVar, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv.layers.base import (
-    KernelGenerator,
     apply_linear,
     check_input,
-    cut,
     sized,
     warn_of_missing_taps,
 )
+from seqconv.layers.hyena_filter import HyenaFilter
 from seqconv.layers.kept import tensors_of
-from seqconv.layers.module import Described, kernel_dtype
+from seqconv.layers.module import Described
 from seqconv.layers.options import Defaults, refuse
-from seqconv.layers.packing import pack_of, pad, unpadded
+from seqconv.layers.packing import go_on, pack_of, pad, refuse_history, unpadded
 from seqconv.layers.padding import padding_of
-from seqconv.layers.precision import full_precision
 from seqconv.layers.recurrence import run_pre_hooks
 from seqconv.layers.state import State, check_kind, mark_of
 from seqconv.layers.streaming import Streaming, kernel_of
 from seqconv.layers.streaming_conv import ConvState, StreamingConv
-from seqconv.ops.checks import check_learning_rate, check_positive, check_sampling
+from seqconv.ops.checks import check_positive, check_sampling
 from seqconv.ops.fftconv import fftconv
-from seqconv.ops.register import Operator
-
-
-class HyenaFilter(KernelGenerator):
-    """Kernel generator of Hyena; HyenaFilter(...)(length) -> (heads, d_model, min(length, l_max)).
-
-    k(t) = exp(-t |delta|) (W_n sin(f (... sin(f (W_0 z(t) + b_0)) ...))) at t = l / (l_max - 1), with
-    z(t) = (t, cos 2 pi t, -sin 2 pi t, cos 4 pi t, ...) of emb_dim features, n = layers + 1, and
-    delta over the channels linspace(ln(0.01) / 1.5, ln(0.01) / 0.3, d_model): the slowest falls to 1%
-    after 1.5 l_max, the fastest after 0.3 l_max.
-
-    Parameters:
-        linears: (width, emb_dim), `layers` times (width, width), with biases, and (heads d_model,
-            width) without: torch's default.
-        frequency (width,): f, shared by all the sines, initially the `frequency` here. The larger,
-            the rougher the kernel.
-    Optimiser: all take min(lr, `lr` here) and no weight decay. With lr=0 they are buffers.
-
-    Source: arXiv 2302.10866, section 3.
-    """
-
-    shown = ("l_max", "emb_dim", "width", "layers")
-    meaning = ("l_max", "emb_dim")
-    attributes: ClassVar = {"frequency": "initial_frequency"}
-    reads = ("frequency",)
-
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        l_max: int,
-        heads: int = 1,
-        emb_dim: int = 3,
-        width: int = 64,
-        layers: int = 2,
-        frequency: float = 1.0,
-        lr: float = 1e-3,
-    ):
-        super().__init__()
-        name = "HyenaFilter"
-        check_positive(name, d_model=d_model, l_max=l_max, heads=heads, width=width)
-        check_positive(name, emb_dim=emb_dim, layers=layers)
-        check_learning_rate(name, lr=lr)
-        if emb_dim % 2 == 0:
-            raise ValueError(
-                f"{name}: emb_dim must be odd (time, and pairs of waves), got {emb_dim}"
-            )
-        if not 0 < frequency < math.inf:
-            raise ValueError(f"{name}: frequency must be positive, got {frequency}")
-        self.d_model, self.l_max, self.heads = d_model, l_max, heads
-        self.emb_dim, self.width, self.layers = emb_dim, width, layers
-        sizes = [emb_dim] + [width] * (layers + 1)
-        like: dict[str, Any] = {"dtype": kernel_dtype()}
-        linears = [nn.Linear(a, b, **like) for a, b in pairwise(sizes)]
-        last = nn.Linear(width, heads * d_model, bias=False, **like)
-        self.linears = nn.ModuleList([*linears, last])
-        self.initial_frequency = float(frequency)
-        self.frequency = nn.Parameter(torch.empty(width, **like))
-        self.override("linears", "frequency", lr=lr, weight_decay=0.0)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Sets the sines' frequency as at construction. The linear maps draw their own parameters."""
-        with torch.no_grad():
-            self.frequency.fill_(self.initial_frequency)
-
-    def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
-        (frequency,) = tensors
-        sizes = self.l_max, self.emb_dim, self.d_model
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            if all(type(linear) is nn.Linear and not _hooked(linear) for linear in self.linears):
-                parts = [t for linear in self.linears for t in (linear.weight, linear.bias)]
-                return _filter_op([frequency, *parts], *sizes, length)
-        return _filter(frequency, self.linears, *sizes, length)
-
-    def part(self, tensors: list[Tensor], length: int, rate: float, channels: slice) -> Tensor:
-        last = self.linears[-1]
-        if type(last) is not nn.Linear or _hooked(last):
-            return self.generate(tensors, length, rate)[:, channels]
-        # No other road for a rank without channels: gradients must come in the same order on all ranks.
-        weight = cut(
-            last.weight.unflatten(0, (self.heads, self.d_model)), 1, channels
-        )  # (c h width)
-        linears = [*self.linears[:-1], lambda h: torch.einsum("lw, chw -> lch", h, weight)]
-        return _filter(
-            tensors[0], linears, self.l_max, self.emb_dim, self.d_model, length, channels
-        )
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks or module._forward_hooks)
-
-
-def _filter(
-    frequency, linears, l_max, emb_dim, d_model, length, channels: slice = slice(None)
-) -> Tensor:
-    like: dict[str, Any] = {"dtype": frequency.dtype, "device": frequency.device}
-    t = torch.arange(l_max, **like)[:length].unsqueeze(-1) / max(l_max - 1, 1)
-    phase = 2 * math.pi * t * torch.arange(1, (emb_dim + 1) // 2, **like)
-    with full_precision(t.device):
-        h = torch.cat([t, phase.cos(), -phase.sin()], dim=-1)
-        for linear in linears[:-1]:
-            h = torch.sin(frequency * linear(h))
-        h = linears[-1](h)
-        h = h if h.dim() == 3 else h.unflatten(-1, (-1, d_model))  # (l c h)
-    slow, fast = (-math.log(0.01) / until for until in (1.5, 0.3))
-    decay = torch.exp(-t * torch.linspace(slow, fast, d_model, **like)[channels])  # (l h)
-    k = (h * decay.unsqueeze(1)).movedim(0, -1)
-    return k.contiguous()  # FSDP warns of views.
-
-
-def _filter_of(tensors, *sizes) -> Tensor:
-    frequency, *parts = tensors
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    return _filter(frequency, [lambda h, w=w, b=b: F.linear(h, w, b) for w, b in pairs], *sizes)
-
-
-_filter_op = Operator(
-    "hyena_filter", list, "int l_max, int emb_dim, int d_model, SymInt length", _filter_of
-)
-
 
 FILTER = Defaults(HyenaFilter)
 
@@ -258,6 +133,8 @@ class Hyena(Streaming, Described):
         rate: float = 1.0,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        history: Tensor | None = None,
+        return_history: bool = False,
     ) -> Tensor:
         """x (batch, length, d_model), in the layer's dtype unless under autocast. mask (batch, length)
         marks padding, by True or by -inf (0 elsewhere), as in torch's attention: the output elsewhere is
@@ -266,6 +143,9 @@ class Hyena(Streaming, Described):
 
         cu_seqlens (rows + 1,), int32 or int64, packs rows of any lengths: x is then (total, d_model), and so is the
         output. Row i has the steps [cu_seqlens[i], cu_seqlens[i + 1]). max_seqlen says that none is longer.
+
+        history (batch, steps, d_model) has the inputs before x, and return_history=True returns the pair of the output
+        and the history of the next call, as in ConvLayer, though not of packed rows: an input of zeros is not none.
         """
         packed = cu_seqlens is not None or max_seqlen is not None
         axes = ("total",) if packed else ("batch", "length")
@@ -273,18 +153,26 @@ class Hyena(Streaming, Described):
         check_sampling("Hyena", rate)
         if rate != 1.0:
             raise ValueError(f"Hyena: rate must be 1 (its taps have no time scale), got {rate!r}")
-        if packed:
-            pack = pack_of("Hyena", x, cu_seqlens, max_seqlen, mask, lengths)
-            if self._context is not None:
-                raise ValueError("Hyena: cu_seqlens must be None under context parallelism")
-            conv = partial(fftconv, layout="blh", **pack.options)
-            return self._operator(x, None, pack.longest, conv, conv, self.filter)
-        x, length = sized(x)
-        unmasked = mask is None and lengths is None
-        padding = None if unmasked else padding_of("Hyena", x, mask, lengths)
-        convs, make = (fftconv, fftconv), self.filter
-        if self._context is not None:
+        if history is not None or return_history is not False:
+            refuse_history(self, return_history, mask=mask, lengths=lengths)
+            if packed:
+                text = "must be None and return_history False with cu_seqlens, where prefill gives states"
+                raise ValueError(f"Hyena: history {text}")
+            reach = (self.order - 1) * (self.filter.l_max - 1) + self.short.shape[-1] - 1
+            y, kept = go_on(self.forward, "Hyena", x, history, lambda steps: min(steps, reach))
+            return (y, kept) if return_history else y  # pyright: ignore
+        padding, convs, make = None, (fftconv, fftconv), self.filter
+        if self._context is not None and packed:
             length, *convs, make = self._context.hyena(self, x)
+        elif packed:
+            pack = pack_of("Hyena", x, cu_seqlens, max_seqlen, mask, lengths)
+            length, convs = pack.longest, [partial(fftconv, **pack.options)] * 2
+        else:
+            x, length = sized(x)
+            if mask is not None or lengths is not None:
+                padding = padding_of("Hyena", x, mask, lengths)
+            if self._context is not None:
+                length, *convs, make = self._context.hyena(self, x)
         short, long = (partial(conv, layout="blh") for conv in convs)
         return self._operator(x, padding, length, short, long, make)
 
@@ -294,7 +182,7 @@ class Hyena(Streaming, Described):
         # convolution would be put there and reach the steps after it.
         wide = (self.order + 1) * self.d_model
         x = apply_linear(self, "in_proj", _zero(x, padding), wide)
-        x = short(_zero(x, padding), self.short) + self.short_bias.to(x.dtype)
+        x = short(_zero(x, padding), self.short, bias=self.short_bias)
         *gates, v = _zero(x, padding).split(self.d_model, dim=-1)
         k = make(length)
         if isinstance(length, int) and k.shape[-1] < length:
@@ -367,6 +255,7 @@ class Hyena(Streaming, Described):
         """
         name = "Hyena.prefill"
         if cu_seqlens is not None or max_seqlen is not None:
+            self._check_streams()
             check_input(name, x, self.skip, self.d_model, ("total",))
             pack = pack_of(name, x, cu_seqlens, max_seqlen, mask, lengths)
             rows, lengths = pad(x, pack.cu_seqlens, pack.longest)

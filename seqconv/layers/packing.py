@@ -48,8 +48,10 @@ class Pack(NamedTuple):
         return Pack(offsets, self.longest, self.longest), place
 
 
-def pack_of(function: str, x: Tensor, cu_seqlens, max_seqlen, mask=None, lengths=None) -> Pack:
-    """The rows of x (total, d_model)."""
+def pack_of(
+    function: str, x: Tensor, cu_seqlens, max_seqlen, mask=None, lengths=None, part: bool = False
+) -> Pack:
+    """The rows of x (total, d_model). With part=True x has some of their steps, and nobody compares the total."""
     if cu_seqlens is None:
         raise ValueError(
             f"{function}: max_seqlen must be None without cu_seqlens, got {max_seqlen!r}"
@@ -66,7 +68,7 @@ def pack_of(function: str, x: Tensor, cu_seqlens, max_seqlen, mask=None, lengths
         text = "must be given inside of torch.compile, which cannot read the lengths of rows"
         raise ValueError(f"{function}: max_seqlen {text}")
     if max_seqlen is None or not (torch.compiler.is_compiling() or cu_seqlens.is_cuda):
-        steps = offsets_of(cu_seqlens, x.shape[0], max_seqlen).diff()
+        steps = offsets_of(cu_seqlens, None if part else x.shape[0], max_seqlen).diff()
     longest = max_seqlen
     if longest is None:
         longest = int(steps.max()) if len(steps) else 0
@@ -160,26 +162,36 @@ def refuse_history(layer, return_history: bool, **others) -> None:
         raise ValueError(f"{name}: {text} under context parallelism")
 
 
+def check_history(name: str, x: Tensor, history, axis: str, count: int) -> Tensor:
+    """The history (count, steps, d_model); without steps if there is none."""
+    if history is None:
+        return x.new_zeros(count, 0, x.shape[-1])
+    check_tensor(name, "history", history, dtypes=(x.dtype,), device=x.device, owner="x")
+    pattern = (axis, count), ("steps", None), ("d_model", x.shape[-1])
+    check_shape(name, "history", history, pattern)
+    return history
+
+
+def go_on(call, name: str, x: Tensor, history, kept) -> tuple[Tensor, Tensor]:
+    """call(x) after the history, and the next history: the last kept(steps) of all steps."""
+    history = check_history(name, x, history, "batch", len(x))
+    x = torch.cat([history, x], 1)
+    return call(x)[:, history.shape[1] :], x[:, x.shape[1] - kept(x.shape[1]) :]
+
+
 def convolve_on(layer, x: Tensor, rate, pack: Pack | None, history) -> tuple[Tensor, Tensor]:
     """What layer._convolved returns after the history, and the next history."""
     name = type(layer).__name__
-    count, axis = (len(x), "batch") if pack is None else (pack.rows, "rows")
-    if history is None:
-        history = x.new_zeros(count, 0, x.shape[-1])
-    check_tensor(name, "history", history, dtypes=(x.dtype,), device=x.device, owner="x")
-    check_shape(
-        name, "history", history, ((axis, count), ("steps", None), ("d_model", x.shape[-1]))
-    )
-    before = history.shape[1]
+    kept = lambda steps: _kept(layer, steps, rate)  # noqa: E731
     if pack is None:
-        x = torch.cat([history, x], 1)
-        y = layer._convolved(x, rate, None)[:, before:]
-        return y, x[:, x.shape[1] - _kept(layer, x.shape[1], rate) :]
+        return go_on(lambda x: layer._convolved(x, rate, None), name, x, history, kept)
+    history = check_history(name, x, history, "rows", pack.rows)
+    before = history.shape[1]
     rows = lengthened(name, pack.cu_seqlens, len(x), before, x.device)
     longest = pack.longest + before
     x = rows.join(history, x)
     y = rows.cut(layer._convolved(x, rate, Pack(rows.cu_seqlens, longest, longest)))
-    return y, rows.last(x, _kept(layer, longest, rate))
+    return y, rows.last(x, kept(longest))
 
 
 def _kept(layer, steps: int, rate) -> int:

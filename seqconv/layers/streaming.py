@@ -215,6 +215,7 @@ class StreamingLayer(Streaming, ConvLayer):
         """
         name = f"{type(self).__name__}.prefill"
         if cu_seqlens is not None or max_seqlen is not None:
+            self._check_streams()
             check_input(name, x, self.skip, self.d_model, ("total",))
             pack = pack_of(name, x, cu_seqlens, max_seqlen, mask, lengths)
             rows, lengths = pad(x, pack.cu_seqlens, pack.longest)

@@ -4,8 +4,7 @@ from torch import Tensor
 
 from seqconv import backends
 from seqconv.backends.protocol import Explanation, Request
-from seqconv.ops import packed as packs
-from seqconv.ops.fftconv import check, check_exact, check_packed, prepare
+from seqconv.ops.fftconv import check, check_exact, packed_inputs, prepare
 from seqconv.ops.inputs import Inputs
 
 
@@ -37,8 +36,8 @@ def explain(
     inputs = Inputs(u, k, k_rev, skip, pre_gate, post_gate, bias)
     options = (activation or "none", layout == "blh")
     if cu_seqlens is not None or max_seqlen is not None:
-        check_packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal)
-        packed = packs.prepare(inputs, cu_seqlens, max_seqlen, layout)
+        rows = cu_seqlens, max_seqlen
+        packed = packed_inputs(inputs, activation, mode, layout, *rows, exact_causal)
         longest = -1 if max_seqlen is None else max_seqlen
         return backends.explain(Request("fftconv_packed", packed, (*options, longest)))
     check(inputs, activation, mode, layout)

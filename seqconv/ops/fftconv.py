@@ -216,7 +216,12 @@ def fftconv(
         options = {"activation": activation, "mode": mode, "exact_causal": exact_causal}
         return _continued(inputs, history, return_history, layout, rows, options)  # pyright: ignore
     if cu_seqlens is not None or max_seqlen is not None:
-        return _packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal)
+        packed = packed_inputs(
+            inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal
+        )
+        longest = -1 if max_seqlen is None else max_seqlen
+        y = packs.operator(packed, activation or "none", layout == "blh", longest)
+        return y.movedim(-1, 0) if layout == "blh" else y
     check(inputs, activation, mode, layout)
     if exact_causal is not False:
         check_exact(k_rev, mode, exact_causal)
@@ -226,8 +231,10 @@ def fftconv(
     return y.movedim(-1, 1) if layout == "blh" else y
 
 
-def check_packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal) -> None:
-    """The options of a call with packed rows; packed.prepare checks the tensors."""
+def packed_inputs(
+    inputs: Inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal=False
+) -> packs.PackedInputs:
+    """What the operator of packed rows takes, once all but the values of the offsets is checked."""
     check_tensor("fftconv", "u", inputs.u)
     check_choice("fftconv", "activation", activation, ACTIVATIONS)
     check_choice("fftconv", "layout", layout, LAYOUTS)
@@ -237,14 +244,7 @@ def check_packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact
     for name, value, wanted in (("mode", mode, "causal"), ("exact_causal", exact_causal, False)):
         if value is not wanted and value != wanted:
             raise ValueError(f"fftconv: {name} must be {wanted!r} with cu_seqlens, got {value!r}")
-
-
-def _packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal) -> Tensor:
-    check_packed(inputs, activation, mode, layout, cu_seqlens, max_seqlen, exact_causal)
-    packed = packs.prepare(inputs, cu_seqlens, max_seqlen, layout)
-    longest = -1 if max_seqlen is None else max_seqlen
-    y = packs.operator(packed, activation or "none", layout == "blh", longest)
-    return y.movedim(-1, 0) if layout == "blh" else y
+    return packs.prepare(inputs, cu_seqlens, max_seqlen, layout)
 
 
 def _continued(inputs: Inputs, history, return_history, layout: str, rows: dict, options: dict):
@@ -255,8 +255,7 @@ def _continued(inputs: Inputs, history, return_history, layout: str, rows: dict,
 
     packed = any(value is not None for value in rows.values())
     if packed:
-        check_packed(inputs, layout=layout, **rows, **options)
-        count = len(packs.prepare(inputs, **rows, layout=layout).cu_seqlens) - 1
+        count = len(packed_inputs(inputs, layout=layout, **rows, **options).cu_seqlens) - 1
         axis, go_on = "rows", continued_pack
     else:
         check(inputs, options["activation"], options["mode"], layout)

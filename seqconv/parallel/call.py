@@ -12,17 +12,25 @@ from torch.func import functional_call
 from seqconv.layers.base import KernelGenerator, cut
 from seqconv.ops.fftconv import fftconv
 from seqconv.parallel import exchange
+from seqconv.parallel.packs import DividedPack
 from seqconv.parallel.traffic import Problem
 
 
 @dataclass
 class Call:
-    """The group, this process's rank in it, the convolution's problem, and the method that was chosen for it."""
+    """The group, this process's rank in it, the convolution's problem, the method that was chosen for it, and the rows
+    of a pack: signals then have no axis of samples."""
 
     group: dist.ProcessGroup
     rank: int
     problem: Problem
     method: str
+    pack: DividedPack | None = None
+
+    @property
+    def length(self) -> int:
+        """The steps that the kernel is made for."""
+        return self.problem.shards.length if self.pack is None else self.pack.longest
 
     @property
     def channels(self) -> slice:
@@ -41,7 +49,7 @@ class Call:
         length: int | None = None,
         reduce: bool = False,
     ) -> tuple[Tensor, bool]:
-        """A kernel for the whole length, or another one, and whether it is that of this rank's channels only.
+        """A kernel for the call's length, or another one, and whether it is that of this rank's channels only.
 
         With reduce=True the gradients of the generator's parameters are summed over the ranks.
         """
@@ -49,7 +57,7 @@ class Call:
         options: dict[str, Any] = {} if rate == 1.0 else {"rate": rate}
         if parted:
             options["channels"] = self.channels
-        arguments = (self.problem.shards.length if length is None else length,)
+        arguments = (self.length if length is None else length,)
         with random_numbers(generator, self.group, alike=not parted):
             if not reduce or not any(True for _ in generator.parameters()):
                 return generator(*arguments, **options), parted
@@ -66,6 +74,7 @@ class Call:
         k_rev: Tensor | None = None,
         pre_gate: Tensor | None = None,
         post_gate: Tensor | None = None,
+        bias: Tensor | None = None,
         activation: str | None = None,
         mode: str = "causal",
         layout: str = "bhl",
@@ -75,7 +84,7 @@ class Call:
         # Gates are products of a step with itself: they stay on this rank, in the precision of the kernels.
         wide = torch.promote_types(u.dtype, torch.float32)
         x = u if pre_gate is None else u.to(wide) * pre_gate.to(wide)
-        whole = {"activation": activation, "layout": layout}
+        whole = {"activation": activation, "layout": layout, "bias": bias}
         if self.method == "a2a":
             dtypes = (x.dtype, u.dtype) if post_gate is None else (wide, wide)
             y = self._by_channels(x, k, skip, k_rev, mode, parted, dtypes, whole)
@@ -89,7 +98,9 @@ class Call:
         if not parted:
             k, k_rev = (self._own_channels(t, -2) for t in (k, k_rev))
         skip = self._own_channels(skip, -1)
-        y = fftconv(x, k, skip, k_rev=k_rev, mode=mode, **options)
+        options = options | {"bias": self._own_channels(options["bias"], -1)}
+        rows = self._rows(0, self.problem.shards.length)
+        y = fftconv(x, k, skip, k_rev=k_rev, mode=mode, **options, **rows)
         return self.to_shards(y.to(dtypes[1]), options["layout"])
 
     def _own_channels(self, t: Tensor | None, axis: int) -> Any:
@@ -98,27 +109,40 @@ class Call:
     def to_channels(self, x: Tensor, layout: str) -> Tensor:
         """All steps of this rank's channels, from this rank's steps of all channels."""
         known = self.problem.shards, self.problem.channel_sizes, self.rank, self.group
-        return exchange.to_channels(x, *known, _axes(layout))
+        return exchange.to_channels(x, *known, self._axes(layout))
 
     def to_shards(self, y: Tensor, layout: str) -> Tensor:
         """The way back of to_channels."""
         known = self.problem.shards, self.problem.channel_sizes, self.rank, self.group
-        return exchange.to_shards(y, *known, _axes(layout))
+        return exchange.to_shards(y, *known, self._axes(layout))
+
+    def _axes(self, layout: str) -> tuple[int, int]:
+        """The axes of channels and steps."""
+        return (-2, -1) if layout == "bhl" else (-1, 1 if self.pack is None else 0)
+
+    def _rows(self, first: int, size: int) -> dict:
+        """What fftconv is told of the rows in a run of steps."""
+        return {} if self.pack is None else {"cu_seqlens": self.pack.within(first, size)}
 
     def _by_halo(self, x, k, skip, k_rev, mode, dtype, options) -> Tensor:
-        _, step = _axes(options["layout"])
-        reach = reach_of(k.shape[-1], 0 if k_rev is None else k_rev.shape[-1], self.problem.shards)
-        known = self.problem.shards, self.rank, self.group, step, reach, mode == "circular"
+        _, step = self._axes(options["layout"])
+        shards = self.problem.shards
+        longest = shards.length if self.pack is None else self.pack.longest_row
+        reach = reach_of(k.shape[-1], 0 if k_rev is None else k_rev.shape[-1], longest)
+        known = shards, self.rank, self.group, step, reach, mode == "circular"
+        starts = [start for start, _ in shards.segments(self.rank)]
         out = []
-        for part, before, size in exchange.with_halo(x, *known):
-            y = fftconv(part.to(dtype), k, skip, k_rev=k_rev, **options)
+        for start, (part, before, size) in zip(starts, exchange.with_halo(x, *known), strict=True):
+            # The halo may begin inside a row, but holds all of it that the steps between the halos see.
+            rows = self._rows(start - before, part.shape[step])
+            y = fftconv(part.to(dtype), k, skip, k_rev=k_rev, **options, **rows)
             out.append(y.narrow(step % y.dim(), before, size))
         return out[0] if len(out) == 1 else torch.cat(out, step)
 
 
-def reach_of(taps: int, future: int, shards) -> tuple[int, int]:
-    """The lags of the past and of the future that a kernel reads in a sequence of the shards' length."""
-    return min(max(taps - 1, 0), max(shards.length - 1, 0)), min(future, shards.length)
+def reach_of(taps: int, future: int, length: int) -> tuple[int, int]:
+    """The lags of the past and of the future that a kernel reads in a sequence of that length."""
+    return min(max(taps - 1, 0), max(length - 1, 0)), min(future, length)
 
 
 def most_taps(generator: KernelGenerator, length: int) -> int:
@@ -158,7 +182,7 @@ def random_numbers(module: torch.nn.Module, group, *, alike: bool):
         return
     seed = torch.randint(1 << 62, ())
     if alike:
-        seed = seed.to(exchange_device(group))
+        seed = seed.to(exchange.device_of(group))
         dist.broadcast(seed, group_src=0, group=group)
         number = int(seed)
     else:
@@ -167,14 +191,3 @@ def random_numbers(module: torch.nn.Module, group, *, alike: bool):
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(number)
         yield
-
-
-def exchange_device(group) -> torch.device:
-    """The device through which a group exchanges small numbers: the CPU where the group can."""
-    devices = getattr(group, "_device_types", [torch.device("cpu")])
-    return torch.device("cpu") if torch.device("cpu") in devices else devices[0]
-
-
-def _axes(layout: str) -> tuple[int, int]:
-    """The axes of channels and steps."""
-    return (-2, -1) if layout == "bhl" else (-1, 1)

@@ -1,6 +1,7 @@
 """Context parallelism: the steps of a sequence are divided among processes, for every layer of a model."""
 
 from contextlib import ExitStack
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from seqconv.layers.conv1d import Conv1d
 from seqconv.layers.hyena import Hyena
 from seqconv.layers.padding import padding_of
 from seqconv.ops.checks import check_choice
-from seqconv.parallel import exchange, layers
+from seqconv.parallel import exchange, layers, packs
 from seqconv.parallel.call import Call, random_numbers
 from seqconv.parallel.meeting import checksum, meet, shape_of
 from seqconv.parallel.shards import ORDERS, Shards, given
@@ -33,8 +34,10 @@ class ContextParallel(ParallelStyle):
         parallelize_module(model, mesh["cp"], {"blocks.*.conv": ContextParallel()})
 
     Afterwards the layer takes this rank's steps x (batch, steps, d_model) and returns theirs; mask (batch, length)
-    and lengths (batch,) are those of whole sequences, on every rank the same. Gradients of the layer's parameters
-    are summed over the ranks in the backward pass. seqconv.parallel.context_parallel does this to a whole model.
+    and lengths (batch,) are those of whole sequences, on every rank the same. A pack is divided along its steps, too:
+    x is (steps, d_model), cu_seqlens is that of the whole pack on every rank, and rows may be cut anywhere. Gradients
+    of the layer's parameters are summed over the ranks in the backward pass. seqconv.parallel.context_parallel does
+    this to a whole model.
 
     Args:
         order, shards: as in seqconv.parallel.fftconv.
@@ -138,21 +141,24 @@ class _OfProcesses:
 
 
 class _Context(_OfProcesses):
-    """What a layer knows of the other processes. `now` holds the shards of the forward pass that runs."""
+    """What a layer knows of the other processes. `now` holds the shards of the forward pass that runs, and `pack` the
+    rows."""
 
     def __init__(self, layer, group, order: str, method: str, shards: Shards | None):
         self.group, self.order, self.method, self.shards = group, order, method, shards
         self.now: Shards | None = shards
+        self.pack: packs.DividedPack | None = None
         layer._context = self
         layer.register_forward_pre_hook(self._meet, with_kwargs=True, prepend=True)
 
     def __deepcopy__(self, memo):
         return self
 
-    def begin(self, layer, x: Tensor) -> Call:
+    def begin(self, layer, x: Tensor, **packed) -> Call:
         """The call that a forward pass of x would make."""
-        self._meet(layer, (x,), {})
-        check_input(type(layer).__name__, x, layer.skip, layer.d_model)
+        self._meet(layer, (x,), packed)
+        if self.pack is None:
+            check_input(type(layer).__name__, x, layer.skip, layer.d_model)
         return self._call(layer, x)
 
     @_disable_dynamo  # torch.compile cannot look into process groups, nor wait for numbers of other ranks.
@@ -162,16 +168,20 @@ class _Context(_OfProcesses):
         names = "x", "mask"
         found = dict(zip(names, args, strict=False)) | kwargs
         x, mask, lengths = (found.get(name) for name in ("x", "mask", "lengths"))
-        ready = isinstance(x, Tensor) and x.dim() == 3
+        rows = found.get("cu_seqlens"), found.get("max_seqlen")
+        packed = any(row is not None for row in rows)
+        pack, refused = self._offered(layer, x, rows, mask, lengths) if packed else (None, None)
+        ready = isinstance(x, Tensor) and x.dim() == (2 if packed else 3)
         rate = found.get("rate", 1.0)
         rate = float(rate) if isinstance(rate, (int, float)) else rate  # The layer refuses others.
-        facts = {
+        facts = packs.facts_of(rows, pack)
+        facts |= {
             "order": self.order,
             "method": self.method,
-            "x's batch": x.shape[0] if ready else None,
+            "x's batch": x.shape[0] if ready and not packed else None,
         }
         facts |= {
-            "x's d_model": x.shape[2] if ready else None,
+            "x's d_model": x.shape[-1] if ready else None,
             "x's dtype": getattr(x, "dtype", None),
         }
         facts |= {"x's gradient": getattr(x, "requires_grad", False), "training": layer.training}
@@ -183,24 +193,48 @@ class _Context(_OfProcesses):
                 checksum(mask, lengths)
             )
         name = type(layer).__name__
-        steps = x.shape[1] if ready else 0
-        self.now = meet(name, self.group, facts, steps, self.order, None, self.shards)
-        if not ready or (mask is None and lengths is None):
+        steps = x.shape[0 if packed else 1] if ready else 0
+        known = {"refused": refused, "known": self.shards, "always": packed}
+        self.now = meet(name, self.group, facts, steps, self.order, **known)
+        rank = dist.get_rank(self.group)
+        self.pack = None if pack is None else packs.divided(name, pack, self.now, rank)
+        if packed or not ready or (mask is None and lengths is None):
             return None
         whole = x.new_empty(1, 1, 1).expand(x.shape[0], self.now.length, 1)
         padding = padding_of(name, whole, mask, lengths)
-        segments = self.now.segments(dist.get_rank(self.group))
+        segments = self.now.segments(rank)
         own = torch.cat([padding.narrow(1, *segment) for segment in segments], 1)
         others = {n: v for n, v in found.items() if n not in ("x", "mask", "lengths")}
         return (x,), others | {"mask": own}
 
+    @staticmethod
+    def _offered(layer, x, rows, mask, lengths):
+        """What this rank says of the pack, or why it refuses it: the other ranks are told before it raises."""
+        name = type(layer).__name__
+        try:
+            check_input(name, x, layer.skip, layer.d_model, ("total",))
+            return packs.offered(name, x, rows, mask, lengths), None
+        except (TypeError, ValueError) as error:
+            return None, error
+
     def _call(self, layer, x: Tensor) -> Call:
         assert self.now is not None  # since _meet
-        return layers.call_of(layer, self.now, x, self.method, self.group)
+        return layers.call_of(layer, self.now, x, self.method, self.group, self.pack)
 
     @_disable_dynamo
     def convolve(self, layer: ConvLayer, x: Tensor, rate: float) -> Tensor:
         return layers.convolve(layer, x, rate, self._call(layer, x))
+
+    @_disable_dynamo
+    def convolve_packed(self, layer: ConvLayer, x: Tensor, rate: float | Tensor):
+        """What ConvLayer._convolve returns of packed rows, for this rank's steps, and the pack."""
+        if isinstance(rate, Tensor):
+            self.refuse_rates(type(layer).__name__)
+        return self.convolve(layer, x, rate), self.pack
+
+    @staticmethod
+    def refuse_rates(name: str) -> NoReturn:
+        raise ValueError(f"{name}: rate must be a number under context parallelism")
 
     @_disable_dynamo
     def hyena(self, layer: Hyena, x: Tensor):

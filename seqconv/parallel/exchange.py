@@ -230,6 +230,12 @@ def process_group(function: str, group) -> dist.ProcessGroup:
     raise TypeError(f"{function}: group must be {wanted}, got {type(group).__name__}")
 
 
+def device_of(group) -> torch.device:
+    """The device through which a group exchanges small numbers: the CPU where the group can."""
+    devices = getattr(group, "_device_types", [torch.device("cpu")])
+    return torch.device("cpu") if torch.device("cpu") in devices else devices[0]
+
+
 def _product(shape) -> int:
     total = 1
     for size in shape:

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from seqconv.ops.checks import FLOATS
 from seqconv.ops.fftconv import ACTIVATIONS, LAYOUTS, MODES
 from seqconv.ops.register import transforms_active
-from seqconv.parallel.call import exchange_device
+from seqconv.parallel.exchange import device_of
 from seqconv.parallel.shards import ORDERS, Shards
 from seqconv.parallel.traffic import METHODS
 
@@ -65,12 +65,14 @@ def meet(
     order: str,
     refused: Exception | None = None,
     known: Shards | None = None,
+    *,
+    always: bool = False,
 ) -> Shards:
     """Exchanges a few numbers with all ranks of the group: the sizes of their shards, and facts that must agree.
 
     A rank that refuses its arguments takes part, too, so that no other rank waits for it. Where the sizes are known,
     the ranks meet the first time only that they have these sizes and facts. Afterwards each rank sees to its own
-    size alone.
+    size alone. With always=True they meet every time: facts that differ from call to call are not worth keeping.
 
     Raises:
         ValueError: ranks differ in a fact, which the message names with every rank's value; or another rank has
@@ -88,7 +90,7 @@ def meet(
             wanted = f"the steps on each of {ranks} ranks, {length} on rank {rank}"
             refused = ValueError(f"{function}: shards must be {wanted}, got {known.sizes}")
     seen = _seen.setdefault(group, set())
-    if known is not None and (numbers, known) in seen:
+    if known is not None and not always and (numbers, known) in seen:
         if refused is not None:
             raise refused  # The others do not wait here.
         return known
@@ -111,13 +113,14 @@ def meet(
             raise ValueError(f"{function}: shards must be the steps on each rank, got {got}")
         if len(seen) >= _KEPT:  # All ranks have seen the same, and forget at the same call.
             seen.clear()
-        seen.add((numbers, known))
+        if not always:
+            seen.add((numbers, known))
     return found
 
 
 def exchange(own: Tensor, group) -> Tensor:
     """The ranks' integers, (ranks, ...)."""
-    device = exchange_device(group)
+    device = device_of(group)
     rows = [torch.empty_like(own, device=device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, own.to(device), group=group)
     return torch.stack(rows).cpu()

@@ -19,6 +19,7 @@ from seqconv.layers.base import ConvLayer, KernelGenerator, check_input
 from seqconv.layers.butterfly_conv import Butterfly, ButterflyConv
 from seqconv.layers.hyena import Hyena
 from seqconv.layers.module import whole
+from seqconv.layers.packing import pack_of, pad, unpadded
 from seqconv.layers.padding import padding_of
 from seqconv.layers.recurrence import Recurrent, discrete
 from seqconv.layers.streaming import StreamingLayer
@@ -244,8 +245,20 @@ class _DividedLayer(nn.Module):
     d_model: int
 
     def forward(
-        self, x, mask=None, *, lengths=None, rate: float = 1.0, cu_seqlens=None, max_seqlen=None
+        self,
+        x,
+        mask=None,
+        *,
+        lengths=None,
+        rate: float = 1.0,
+        cu_seqlens=None,
+        max_seqlen=None,
+        history=None,
+        return_history=False,
     ):
+        if history is not None or return_history:
+            text = "history must be None and return_history False under tensor parallelism"
+            raise ValueError(f"{type(self).__name__}: {text}")
         mesh, style = self.skip.device_mesh, self._style
         if isinstance(x, Tensor) and not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, [style.inputs], run_check=False)
@@ -284,9 +297,23 @@ class _DividedSteps(_DividedLayer):
         y, state = super().step(self._whole_input(x), state)  # pyright: ignore
         return self._output(y), state
 
-    def prefill(self, x, state, mask=None, *, lengths=None):
+    def prefill(self, x, state, mask=None, *, lengths=None, cu_seqlens=None, max_seqlen=None):
         mask, lengths = (t if t is None else whole(t) for t in (mask, lengths))
-        y, state = super().prefill(self._whole_input(x), state, mask, lengths=lengths)  # pyright: ignore
+        x = self._whole_input(x)
+        if cu_seqlens is not None or max_seqlen is not None:
+            return self._prefill_packed(x, state, mask, lengths, cu_seqlens, max_seqlen)
+        y, state = super().prefill(x, state, mask, lengths=lengths)  # pyright: ignore
+        return self._output(y), state
+
+    def _prefill_packed(self, x: Tensor, state, mask, lengths, cu_seqlens, max_seqlen):
+        name = f"{type(self).__name__}.prefill"
+        check_input(name, x, self.skip, self.d_model, ("total",))
+        own = cu_seqlens if cu_seqlens is None else whole(cu_seqlens)
+        pack = pack_of(name, x, own, max_seqlen, mask, lengths)
+        rows, lengths = pad(x, pack.cu_seqlens, pack.longest)
+        y, state = super().prefill(rows, state, lengths=lengths)  # pyright: ignore
+        y = unpadded(_whole(y), lengths)
+        y = DTensor.from_local(y, self.skip.device_mesh, [Replicate()], run_check=False)
         return self._output(y), state
 
     def _whole_input(self, x):

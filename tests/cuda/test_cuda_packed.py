@@ -9,7 +9,7 @@ from emulated import OnDevice, forget_recipes
 from packed_cases import CASES, PASSES, Pack, Reading, check, results, wrong
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqconv import use_backend
+from seqconv import fftconv, use_backend
 from seqconv.backends.cuda import convolution, kernels
 from seqconv.backends.cuda.groups import USUAL, Group, grouped, plan_of, size_of, sizes
 from seqconv.backends.cuda.packed import describe
@@ -238,6 +238,26 @@ def test_second_derivatives(emulator):
     found = curvature(OnDevice(emulator.device(FEW)), torch.float32)
     for a, b in zip(found, curvature("reference", torch.float64), strict=True):
         assert (a.double() - b).norm() < 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("kind, most", [(OnDevice, None), (Reading, 90)])
+def test_compiled_once_for_all_packs(emulator, kind, most):
+    """A compiler's tensors have no values, which the choice of a backend must not ask for."""
+    k = (torch.randn(2, 50) / 7).requires_grad_()
+
+    def step(u, offsets):
+        y = fftconv(u, k, cu_seqlens=offsets, max_seqlen=most, activation="gelu")
+        return y.square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    with use_backend(kind(emulator.device(FEW))):
+        for lengths in ((40, 9, 70), (3, 90), (60, 0, 1, 33)):
+            u, offsets = torch.randn(2, sum(lengths)), Pack(lengths, 50).offsets
+            with torch._dynamo.config.patch(error_on_recompile=lengths != (40, 9, 70)):
+                (ours,) = torch.autograd.grad(compiled(u, offsets), k)
+            (theirs,) = torch.autograd.grad(step(u, offsets), k)
+            assert torch.equal(ours, theirs)
 
 
 def test_nothing_to_do(emulator):

@@ -21,6 +21,7 @@ def case(
     future=0,
     gates=(),
     skip=True,
+    bias=False,
     dtype=torch.float64,
     seed=0,
     **options,
@@ -48,6 +49,8 @@ def case(
         tensors["pre_gate"] = draw(*signal)
     if "post" in gates:
         tensors["post_gate"] = draw(*output)
+    if bias:
+        tensors["bias"] = draw(*[heads] * bool(heads), channels, dtype=wide)
     return tensors, options, shards, draw(*output)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seqconv import S4D, LongConv, SGConv, fftconv
+from seqconv import S4D, LongConv, SGConv, fftconv, nested
 
 D, L, BATCH = 6, 24, 2  # channels, length
 
@@ -40,7 +40,17 @@ def test_calls_of_other_packages():
     ours = fftconv(u, k + first, bias, k_rev=k_rev[:, 1:], activation="gelu")
     torch.testing.assert_close(ours, theirs)
     theirs = F.silu(F.conv1d(u, w[:, None], bias, padding=3, groups=D)[..., :L])
-    torch.testing.assert_close(F.silu(fftconv(u, w.flip(-1)) + bias[:, None]), theirs)
+    torch.testing.assert_close(fftconv(u, w.flip(-1), bias=bias, activation="silu"), theirs)
+    # causal-conv1d's states are the inputs before the first step and the last ones; numbers of rows part a pack.
+    before = rand(BATCH, D, 3)
+    whole = torch.cat([before, u], -1)
+    theirs = F.conv1d(whole, w[:, None], groups=D), whole[..., -3:]
+    ours = fftconv(u, w.flip(-1), history=before, return_history=True)
+    torch.testing.assert_close(ours, theirs)
+    rows = torch.tensor([[0] * 9 + [1] * (L - 9)], dtype=torch.int32)
+    parts = [F.conv1d(F.pad(x, (3, 0)), w[:, None], groups=D) for x in u[:1].split([9, L - 9], -1)]
+    ours = fftconv(u[0], w.flip(-1), cu_seqlens=nested.rows_from_seq_idx(rows))[None]
+    torch.testing.assert_close(ours, torch.cat(parts, -1))
 
 
 S4 = {"d_state": 64, "heads": 1, "bidirectional": False, "discretization": "zoh", "postact": "glu"}

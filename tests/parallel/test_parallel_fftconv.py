@@ -18,11 +18,11 @@ OPTIONS = [
     {"future": 4, "activation": "gelu"},
     {"future": 50, "taps": 50, "layout": "blh"},
     {"mode": "circular", "taps": 5},
-    {"heads": 3, "taps": 9, "activation": "silu"},
+    {"heads": 3, "taps": 9, "bias": True, "activation": "silu"},
     {"heads": 2, "future": 3, "layout": "blh", "gates": ("pre", "post"), "activation": "gelu"},
     {"heads": 2, "per_sample": True, "future": 2},
     {"gates": ("pre", "post"), "channels": 3},
-    {"gates": ("post",), "activation": "relu", "layout": "blh"},
+    {"gates": ("post",), "bias": True, "activation": "relu", "layout": "blh"},
     {"batch": 1, "channels": 11, "taps": 3, "layout": "blh"},
 ]
 

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 from context_cases import run_layers
+from packed_parallel import rows, run_packed, run_packed_layers
 from parallel_cases import run_cases, zigzag
 from processes import run_fresh
 
-from seqconv.parallel import call, context, exchange, layers, shards
+from seqconv.parallel import call, context, exchange, layers, packs, shards
 
 CASES = [
     ([6, 5, 4], {"heads": 2, "future": 2}),
@@ -19,6 +20,16 @@ CALLS = [
     (("s4d", [13, 13, 11]), {"method": "state"}),
     (("s4d, two-sided", [9, 21, 7]), {"method": "state"}),
     (("hyena", [5, 9, 2]), {}),
+]
+PACKED = [
+    (([6, 5, 4], lengths, "halo"), {"future": 3, "heads": 2}) for lengths in ([15], [5, 1, 0, 6, 3])
+]
+PACKED_LAYERS = [
+    (("s4d", [13, 13, 11], [12, 1, 24]), {"method": "state"}),
+    (("s4d, two-sided", [9, 21, 7], [4, 20, 13]), {"method": "state"}),
+    (("s4d, dss_softmax", [13, 13, 11], [12, 1, 24]), {}),
+    (("butterfly", [13, 13, 11], [12, 1, 24]), {}),
+    *[(("s4d, two-sided", [9, 9, 5], n), {"method": "state"}) for n in rows([9, 9, 5]).values()],
 ]
 MUTATIONS = {
     "a wrong split size": (
@@ -53,12 +64,40 @@ MUTATIONS = {
         "first = sum(sizes[: self.rank])",
         "first = sum(sizes[: (self.rank + 1) % 3])",
     ),
-    "a state that is a step late": (layers, "start - p - n) for", "start - p - n + 1) for"),
-    "no state of the future": (layers, "v = v + rest.flip(-1)", "v = v + 0 * rest.flip(-1)"),
+    "a state that is a step late": (layers, "(i, start - p - n)", "(i, start - p - n + 1)"),
+    "no state of the future": (
+        layers,
+        "v = v + F.pad(rest.flip(-1),",
+        "v = v + 0 * F.pad(rest.flip(-1),",
+    ),
     "the skip term dropped": (
         call,
         "y = fftconv(x, k, skip, k_rev",
         "y = fftconv(x, k, None, k_rev",
+    ),
+    "rows of another place around a halo": (
+        call,
+        "self._rows(start - before, part.shape[step])",
+        "self._rows(start, part.shape[step])",
+    ),
+    "a halo that is a step short of the longest row": (
+        call,
+        "else self.pack.longest_row",
+        "else self.pack.longest_row - 1",
+    ),
+    "a kernel for all steps of a pack": (
+        call,
+        "else self.pack.longest\n",
+        "else self.problem.shards.length\n",
+    ),
+    "states of rows that have ended": (layers, "cut.begin < p + n <= start", "p + n <= start"),
+    "states of rows that come later": (layers, "end <= p < cut.end", "end <= p"),
+    "a state that reaches the next row": (layers, "min(until, end) - start,", "size,"),
+    "a state that begins before its row": (layers, "end - max(since, start))", "size)"),
+    "rows in the place of the next ones": (
+        packs,
+        "self.offsets.clamp(first, first + size) - first",
+        "self.offsets.clamp(max(first - 1, 0), max(first - 1, 0) + size) - max(first - 1, 0)",
     ),
     "the gate dropped": (call, "u.to(wide) * pre_gate.to(wide)", "u.to(wide)"),
 }
@@ -75,8 +114,7 @@ def mutated(name: str):
             for key, value in list(vars(other).items()):
                 if key in before and value is before[key]:
                     setattr(other, key, vars(module)[key])
-    run_cases(CASES, ["a2a", "halo"])
-    run_layers(CALLS)
+    unmutated()
 
 
 @pytest.mark.slow
@@ -96,3 +134,5 @@ def test_nothing_is_caught_without_a_mistake():
 def unmutated():
     run_cases(CASES, ["a2a", "halo"])
     run_layers(CALLS)
+    run_packed(PACKED)
+    run_packed_layers(PACKED_LAYERS)

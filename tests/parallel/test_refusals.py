@@ -12,7 +12,7 @@ from processes import run
 from torch import nn
 
 from seqconv import S4D, fftconv, parallel
-from seqconv.layers.hyena import HyenaFilter
+from seqconv.layers.hyena_filter import HyenaFilter
 from seqconv.layers.long_conv import LongConvKernel
 
 

@@ -53,6 +53,37 @@ def steps_equal_one_process(name):
         )
 
 
+def packed_prompts_equal_one_process(name):
+    """Prompts of 15, 0 and 9 steps in a pack, with their gradients, and the steps after them."""
+    warnings.filterwarnings("ignore", message=".*is not seen")
+    layer = made(name).eval()
+    own = divided(copy.deepcopy(layer))
+    torch.manual_seed(5)
+    prompts, pack = torch.randn(24, layer.d_model).double(), torch.tensor([0, 15, 15, 24])
+    x, found = torch.randn(3, layer.d_model).double(), []
+    for one in (layer, own):
+        with torch.no_grad():
+            y, state = one.prefill(prompts, one.init_state(3), cu_seqlens=pack)
+            now, _ = one.step(x, state)
+        u = prompts.clone().requires_grad_()
+        z, _ = one.prefill(u, one.init_state(3), cu_seqlens=pack, max_seqlen=20)
+        z.sin().sum().backward()
+        found.append((y, now, z, u.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
+    for p, q in zip(layer.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(q.grad.full_tensor(), p.grad, **close)
+    with pytest.raises(ValueError, match=r"prefill: lengths must be None with cu_seqlens"):
+        own.prefill(prompts, own.init_state(3), lengths=pack[:3], cu_seqlens=pack)
+    with pytest.raises(ValueError, match=r"prefill: max_seqlen must be None without cu_seqlens"):
+        own.prefill(prompts, own.init_state(3), max_seqlen=20)
+
+
+@pytest.mark.parametrize("name", ["long_conv", "sgconv", "hyena", "s4d", "s4d, shared"])
+def test_packed_prompts_of_divided_layers(name):
+    run(3, packed_prompts_equal_one_process, name)
+
+
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize(
     "name", ["long_conv", "sgconv", "hyena", "s4d", "s4d, shared", "s4d, real"]

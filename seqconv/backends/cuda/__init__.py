@@ -13,11 +13,15 @@ from seqconv.ops.offsets import offsets_of, on_one
 _OPERATORS = ("fftconv", "fftconv_packed", "ssm", "ssm_step", "butterfly", "stream")
 
 
-def _most_steps(offsets: Tensor, total: int, max_seqlen: int) -> int:
-    """The steps of a pack's longest row, or, where only the device knows them, the most that it may have."""
-    if offsets.is_cpu:
-        return int(offsets.diff().max()) if len(offsets) > 1 else 0
-    return min(max_seqlen, total) if max_seqlen >= 0 else total
+def _has_too_long_a_row(request: Request, most: int) -> bool:
+    """Whether a row of a pack may have more than `most` steps, as far as that is known without a wait."""
+    total, max_seqlen = request.inputs[0].shape[-1], request.options[-1]
+    if total <= most or 0 <= max_seqlen <= most:
+        return False
+    offsets = on_one(request.inputs[-1])
+    if not offsets.is_cpu or type(offsets) is not Tensor:  # nor may a compiler's tensor be read
+        return True
+    return int(offsets.diff().max()) > most
 
 
 def _index(device: torch.device) -> int:
@@ -65,12 +69,14 @@ class Cuda:
             n = torch.Size(request.options[0]).numel()
             fits = radix_bytes(n) <= limits.shared
             return None if fits else f"a block's memory does not hold {n} complex numbers"
-        steps = first.shape[-1]
-        if request.operator == "fftconv_packed":
-            if steps > packed.MOST_STEPS:
-                return f"packs of more than {packed.MOST_STEPS} steps have no CUDA kernels"
-            steps = _most_steps(on_one(request.inputs[-1]), steps, request.options[-1])
-        if steps > (most := longest(limits)):
+        steps, most = first.shape[-1], longest(limits)
+        if request.operator != "fftconv_packed":
+            too_long = steps > most
+        elif steps > packed.MOST_STEPS:
+            return f"packs of more than {packed.MOST_STEPS} steps have no CUDA kernels"
+        else:
+            too_long = _has_too_long_a_row(request, most)
+        if too_long:
             return f"rows of more than {most} steps have no CUDA plan"
         return None
 
@@ -105,9 +111,11 @@ class Cuda:
         """Describes the plan of the longest row."""
         u, k, k_rev, *_, cu_seqlens = request.inputs
         offsets, total, max_seqlen = on_one(cu_seqlens), u.shape[-1], request.options[-1]
-        if max_seqlen < 0 or not self.reads_offsets(offsets):
-            offsets = offsets_of(offsets, total, None if max_seqlen < 0 else max_seqlen)
-        steps = _most_steps(offsets, total, max_seqlen)
+        if max_seqlen >= 0 and self.reads_offsets(offsets):
+            steps = min(max_seqlen, total)
+        else:
+            lengths = offsets_of(offsets, total, None if max_seqlen < 0 else max_seqlen).diff()
+            steps = int(lengths.max()) if len(lengths) else 0
         plan = packed.plan_of_longest(device.limits, u, k, k_rev, len(offsets) - 1, steps)
         found = plan.n, plan.windows, device.arch, plan.threads
         return Explanation("cuda", "right-angle fft", *found, None, str(plan))
