@@ -136,7 +136,7 @@ def parse_fit(argv: list[str], command: str = "fit") -> options.Config:
         hints = options.hints(type(values))
         for f in dataclasses.fields(values):
             if hints[f.name] is bool and not group:
-                kind = {"action": "store_true"}
+                kind = {"action": "store_true", "default": getattr(values, f.name)}
             else:
                 kind = {"type": hints[f.name], "default": getattr(values, f.name)}
             parser.add_argument(f"--{dests[group][f.name]}", help=f.metadata["help"], **kind)
