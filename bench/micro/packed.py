@@ -168,8 +168,8 @@ def measure(case: Case, names, budget: float, clock: Clock, peak_flops: float):
     least = {3: math.sqrt(sum(case.lengths))}
     found = {n: worst_errors(way.packed(way.run()), exact, least) for n, way in entrants.items()}
     allowed = tolerance(replace(case, length=pack.longest), found[BASELINE], exact)
-    # The gradient of the kernel is a sum over all rows, which costs every float32 computation more digits.
-    allowed = max(allowed[0], found[BASELINE][0]), allowed[1]
+    # The gradient of the kernel is a sum over all rows, and the error grows with their number: also that of torch.fft.
+    allowed = max(allowed[0], 2 * found[BASELINE][0]), allowed[1]
     slack = {name: 1e3 if name == BASELINE else 1.0 for name in found}
     green = {name: within(error, allowed, slack[name]) for name, error in found.items()}
     calls = {n: way.run for n, way in entrants.items() if green[n] and n in {*names, BASELINE}}
