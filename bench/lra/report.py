@@ -184,7 +184,7 @@ def summary(runs: list[dict]) -> str:
     for what, *how in (
         ("bf16-mixed minus 32-true", "precision", precision, "bf16-mixed", "32-true"),
         ("seqconv's kernels minus torch.fft", "operator", on_torch_fft, False, True),
-        ("packed samples minus padded ones", "packed", packed, True, False),
+        ("Packed samples minus padded ones", "packed", packed, True, False),
     ):
         found = differences(groups.values(), *how)
         if found:

@@ -155,10 +155,11 @@ def requirements(rows: list[dict]) -> list[Requirement]:
 
 
 def packed_requirements(rows: list[dict]) -> list[Requirement]:
-    """Returns those of packed rows, from the rows of the packs themselves."""
+    """Returns those of packed rows, which the packs in PACKS decide."""
     found = {}
     for row in rows:
-        if row["tag"] == "packed" and row["contender"] == PACKED and row["gate"]:
+        shape = tuple(row[name] for name in ("mode", "batch", "length", "channels"))
+        if row["contender"] == PACKED and row["gate"] and shape in PACKS:
             shape = plural(row["batch"], "row") + f" of up to {length_name(row['length'])}"
             setting = row["allocator"], row["op"], shape, plural(row["threads"], "thread")
             found.setdefault((row["mode"], ", ".join(setting)), []).append(row["against"])

@@ -129,8 +129,10 @@ def test_the_bars_and_the_table():
         "padded beside packed": [">= 4x", "4.5x", True],
         "packed beside a batch": ["<= 1.3x", "1.25x", True],
     }
-    wrong = [row | {"gate": False} for row in rows]
-    assert not requirements.packed_requirements(wrong)
+    for change in ({"gate": False}, {"channels": 3}, {"batch": 23}, {"length": 8192}):
+        assert not requirements.packed_requirements([row | change for row in rows])
+    usual = requirements.requirements(rows)
+    assert len(usual) == 5 and usual[0][0] == "every result of seqconv is right"
     text = requirements.packed_table(rows)
     first = (
         "| 24 rows of up to 16,384 steps, forward, 1 thread | 500.0 ms | 0.75x | 4.50x | 30.00x |"

@@ -105,7 +105,7 @@ def test_packed_runs_are_told_apart_and_compared(tmp_path):
             del run["config"]["run"]["packed"]  # as in runs of before
     text = report(runs)
     assert "| 71.00 ± 1.41† |" in summary(runs)
-    assert "packed samples minus padded ones, on the same seeds: r8 s4d +9.50." in text
+    assert "Packed samples minus padded ones, on the same seeds: r8 s4d +9.50." in text
     assert text.count("a processor, 32-true, packed |") == 1
     assert "| 80.50 ± 0.71† |" in summary(load([tmp_path / "packed"]))
 
