@@ -16,7 +16,7 @@ from bench import files
 from bench.facts import commit, now, plural, processor, versions
 from bench.files import markdown
 from bench.lra import data, options
-from bench.lra.batches import Batch, TrainBatches, tensors
+from bench.lra.batches import Batch, TrainBatches
 from bench.lra.data import formats, listops
 from bench.lra.run import classifier, device_for
 from bench.lra.schedule import autocast, synchronize, time_steps
@@ -99,10 +99,9 @@ def measure(config: options.Config, count: int, rounds: int, torch_fft: bool) ->
     """
     device, part = device_for(config.run.device), config.optim.batch // config.optim.accumulate
     info, split = opened(config.task, Path(config.run.data), max(512, count * config.optim.batch))
-    order = TrainBatches(split, batch=part, period=count, seed=config.run.seed)
-    indices = list(order._order(0, count))
+    order = {"batch": part, "period": count, "seed": config.run.seed}
     padded, packed = (
-        [tensors(split, some, packed=packs).to(device) for some in indices]
+        [batch.to(device) for batch in TrainBatches(split, **order, packed=packs)]
         for packs in (False, True)
     )
     model = classifier(config, info).to(device)
@@ -121,7 +120,7 @@ def measure(config: options.Config, count: int, rounds: int, torch_fft: bool) ->
     rows = {}
     for what, seconds in (("training", training), ("forward", passes)):
         for name, times in seconds.items():
-            low, middle, high = (len(indices) * part / t for t in reversed(quartiles(times)))
+            low, middle, high = (count * part / t for t in reversed(quartiles(times)))
             slower = ratios(times, seconds["packed"])
             rows[f"{what}, {name}"] = {"q1": low, "median": middle, "q3": high, "slower": slower}
     real = sum(len(batch.x) for batch in packed)
@@ -175,7 +174,7 @@ def compare(configs: list[options.Config], count: int, rounds: int, torch_fft: b
     for config in configs:
         try:
             found = measure(config, count, rounds, torch_fft) | where()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise SystemExit(f"{config.task}, {config.layer}: {error}") from None
         print(table(found), end="\n\n", flush=True)
         if json:
