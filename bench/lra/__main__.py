@@ -11,9 +11,10 @@ from bench.lra.arguments import make_parser, parse_fit, refuse, underscored
 COMMANDS = {
     "fit": "TASK --layer LAYER    trains by the recipe, any value of which can be overridden",
     "eval": "RUN                  shows the accuracy of a run's best checkpoint",
-    "report": "FOLDER...         shows a table of all runs in these folders",
-    "sweep": "TASK... --layers    trains several tasks, layers and seeds in turn; resumable",
+    "report": "FOLDER...            shows a table of all runs in these folders",
+    "sweep": "TASK... --layers     trains several tasks, layers and seeds in turn; resumable",
     "gpu": "[TASK...]            trains the generated tasks on a GPU in sessions; resumable",
+    "throughput": "TASK...              times training on packed samples beside padded ones",
     "data": "make|check TASK     generates or examines a data set",
 }
 DATA_COMMANDS = {
@@ -28,7 +29,7 @@ def usage() -> str:
         [
             __doc__,
             "",
-            *(f"  {name:7}{text}" for name, text in COMMANDS.items()),
+            *(f"  {name:11}{text}" for name, text in COMMANDS.items()),
             "",
             f"Layers: {', '.join(options.KERNELS)}",
             f"Tasks: {', '.join(tasks)}",
@@ -115,6 +116,39 @@ def gpu(argv: list[str]) -> None:
     gpu(underscored(argv))
 
 
+def throughput(argv: list[str]) -> None:
+    parser = make_parser(
+        "throughput",
+        "Times training steps and forward passes of packed samples beside the same ones padded, in interleaved rounds. "
+        "Trains nothing. Options that throughput does not have itself change the recipe, as those of fit do.",
+    )
+    parser.add_argument("tasks", nargs="*", help="tasks, separated by blanks")
+    parser.add_argument("--layers", default="s4d", help="separated by commas")
+    parser.add_argument("--batches", type=int, default=4, help="batches in a round")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of every contender")
+    parser.add_argument(
+        "--torch_fft", action="store_true", help="also time padded samples with torch.fft"
+    )
+    parser.add_argument("--json", type=str | None, default=None, help="append to this file")
+    from bench.lra.sweep import listed, split_arguments
+
+    known = {"--layers", "--batches", "--rounds", "--torch_fft", "--json"}
+    own, rest = split_arguments(underscored(argv), known)
+    chosen = parser.parse_args(own)
+    if not chosen.tasks or not listed(chosen.layers):
+        parser.error("which tasks and layers? python -m bench.lra --help lists them")
+    for name in ("batches", "rounds"):
+        if chosen[name] < 1:
+            parser.error(f"--{name} must be at least 1, got {chosen[name]}")
+    runs = [(task, layer) for task in chosen.tasks for layer in listed(chosen.layers)]
+    configs = [parse_fit([task, "--layer", x, *rest], "throughput") for task, x in runs]
+    if any(config.parallel.context > 1 for config in configs):
+        parser.error("--parallel.context must be 1: packed samples are not divided")
+    from bench.lra.throughput import compare
+
+    compare(configs, chosen.batches, chosen.rounds, chosen.torch_fft, chosen.json)
+
+
 def data(argv: list[str]) -> None:
     command = argv[0] if argv else "--help"
     if command in ("-h", "--help"):
@@ -171,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         print(usage())
         return
     commands = {"fit": fit, "eval": evaluate, "report": report, "sweep": sweep, "gpu": gpu}
-    commands["data"] = data
+    commands |= {"throughput": throughput, "data": data}
     if argv[0] not in commands:
         refuse("", f"unknown command {argv[0]!r}{recipes.suggest(argv[0], commands)}")
     try:

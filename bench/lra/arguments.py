@@ -37,13 +37,30 @@ def make_parser(command: str, description: str):
 
 
 def underscored(argv: list[str]) -> list[str]:
-    """Writes --max-minutes as --max_minutes. Values stay as they are."""
+    """Writes --max-minutes as --max_minutes, and --data.packed true as --packed. Other values stay as they are."""
+    argv = _flag(argv, "--data.packed", "--packed")
 
     def spelled(argument: str) -> str:
         name, given, value = argument.partition("=")
         return f"--{name[2:].replace('-', '_')}{given}{value}"
 
     return [spelled(a) if a.startswith("--") else a for a in argv]
+
+
+def _flag(argv: list[str], name: str, flag: str) -> list[str]:
+    """Writes an option with the value true or false as a flag that is there or not."""
+    found, rest = [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        start, given, value = argument.partition("=")
+        if start != name:
+            found.append(argument)
+            continue
+        value = value if given else rest.pop(0) if rest else "nothing"
+        if value.lower() not in ("true", "false"):
+            refuse("", f"{name} must be true or false, got {value}")
+        found += [flag] * (value.lower() == "true")
+    return found
 
 
 def _peek(argv: list[str], command: str) -> tuple[dict, dict, list[str]]:
@@ -136,7 +153,7 @@ def parse_fit(argv: list[str], command: str = "fit") -> options.Config:
         hints = options.hints(type(values))
         for f in dataclasses.fields(values):
             if hints[f.name] is bool and not group:
-                kind = {"action": "store_true"}
+                kind = {"action": "store_true", "default": getattr(values, f.name)}
             else:
                 kind = {"type": hints[f.name], "default": getattr(values, f.name)}
             parser.add_argument(f"--{dests[group][f.name]}", help=f.metadata["help"], **kind)

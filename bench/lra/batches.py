@@ -5,34 +5,60 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Batch = tuple[Tensor, Tensor | None, Tensor]
 AHEAD = 2  # batches that are read while the model works
 
 
-def tensors(split, indices: np.ndarray, pin: bool = False) -> Batch:
-    """Returns x, lengths (None where nothing is padded) and labels of these samples."""
-    x, lengths, labels = (torch.from_numpy(np.ascontiguousarray(a)) for a in split.batch(indices))
-    full = bool((lengths == x.shape[1]).all())
-    parts = (x, None if full else lengths, labels)
-    return tuple(p.pin_memory() if pin and p is not None else p for p in parts)
+class Batch(NamedTuple):
+    """Samples and their labels. x is padded, and `lengths` says where (None: nowhere); or x is a pack (total, ...), and
+    cu_seqlens has the offsets of its rows."""
+
+    x: Tensor
+    lengths: Tensor | None
+    labels: Tensor
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the model takes."""
+        return self.x, self.lengths, self.cu_seqlens
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on the device. The offsets stay on the CPU, where every layer reads them."""
+        lengths = None if self.lengths is None else self.lengths.to(device)
+        return Batch(self.x.to(device), lengths, self.labels.to(device), self.cu_seqlens)
+
+    def pinned(self) -> "Batch":
+        lengths = None if self.lengths is None else self.lengths.pin_memory()
+        return Batch(self.x.pin_memory(), lengths, self.labels.pin_memory(), self.cu_seqlens)
 
 
-def move(batch: Batch, device: torch.device) -> Batch:
-    return tuple(None if part is None else part.to(device) for part in batch)
+def tensors(split, indices: np.ndarray, pin: bool = False, packed: bool = False) -> Batch:
+    """Returns these samples, padded to the longest of them or packed."""
+    x, lengths, labels = split.batch(indices)
+    offsets = None
+    if packed:
+        x = x[np.arange(x.shape[1]) < lengths[:, None]]
+        offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))))
+    x, lengths, labels = (torch.from_numpy(np.ascontiguousarray(a)) for a in (x, lengths, labels))
+    if packed or bool((lengths == x.shape[1]).all()):
+        lengths = None
+    batch = Batch(x, lengths, labels, offsets)
+    return batch.pinned() if pin else batch
 
 
-def ahead(split, order: Iterator[np.ndarray], pin: bool) -> Iterator[Batch]:
+def ahead(split, order: Iterator[np.ndarray], pin: bool, packed: bool = False) -> Iterator[Batch]:
     """Yields the batches that `order` names. A thread reads each while its predecessors are used."""
     with ThreadPoolExecutor(1) as reader:
         waiting = deque()
         try:
             for indices in order:
-                waiting.append(reader.submit(tensors, split, indices, pin))
+                waiting.append(reader.submit(tensors, split, indices, pin, packed))
                 if len(waiting) > AHEAD:
                     yield waiting.popleft().result()
             while waiting:
@@ -48,15 +74,29 @@ class TrainBatches:
     batch: samples of all processes together, in `accumulate` parts. This process takes every world-th
     sample, starting with the rank-th. An incomplete last batch of an epoch is left out. The state is (seed,
     epoch, position), where the position counts parts of that epoch. `waited` sums the seconds of waiting for data.
+    packed: samples are packed instead of padded. The order is the same.
     """
 
-    def __init__(self, split, *, batch, period=1, seed, accumulate=1, rank=0, world=1, pin=False):
+    def __init__(
+        self,
+        split,
+        *,
+        batch,
+        period=1,
+        seed,
+        accumulate=1,
+        rank=0,
+        world=1,
+        pin=False,
+        packed=False,
+    ):
         if batch > len(split):
             raise ValueError(f"--optim.batch must be at most {len(split)} samples, got {batch}")
         if batch % (accumulate * world):
             text = f"accumulate={accumulate} parts of {world} processes"
             raise ValueError(f"--optim.batch must be a multiple of {text}, got {batch}")
         self.split, self.seed, self.rank, self.world, self.pin = split, seed, rank, world, pin
+        self.packed = packed
         self.part = batch // accumulate
         self.per_epoch = len(split) // batch * accumulate
         self.accumulate = accumulate
@@ -90,7 +130,7 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         stop = (self.done // self.period + 1) * self.period
-        source = ahead(self.split, self._order(self.done, stop), self.pin)
+        source = ahead(self.split, self._order(self.done, stop), self.pin, self.packed)
         while self.done < stop:
             start = time.perf_counter()
             batch = next(source)
@@ -102,8 +142,8 @@ class TrainBatches:
 class EvalBatches:
     """Every sample once, ordered by length. This process takes every world-th, starting with the rank-th."""
 
-    def __init__(self, split, *, batch, rank=0, world=1, pin=False):
-        self.split, self.pin = split, pin
+    def __init__(self, split, *, batch, rank=0, world=1, pin=False, packed=False):
+        self.split, self.pin, self.packed = split, pin, packed
         lengths = np.asarray(split.lengths).reshape(len(split), -1).max(1)
         self.order = np.argsort(lengths, kind="stable")[rank::world]
         self.batch = max(1, batch // world)
@@ -113,7 +153,8 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self.order), self.batch)
-        return ahead(self.split, (self.order[i : i + self.batch] for i in starts), self.pin)
+        order = (self.order[i : i + self.batch] for i in starts)
+        return ahead(self.split, order, self.pin, self.packed)
 
 
 def same(one, other) -> bool:

@@ -39,7 +39,10 @@ def make_layer(layer: str, model: options.Model, kernel, l_max: int) -> nn.Modul
 
 
 class Norm(nn.Module):
-    """LayerNorm over channels, or BatchNorm over (batch, length), padding included as in the papers."""
+    """LayerNorm over channels, or BatchNorm over (batch, length), padding included as in the papers.
+
+    Of a pack (total, channels) the statistics of BatchNorm are those of the real steps, since there are no others.
+    """
 
     def __init__(self, kind: str, d_model: int):
         super().__init__()
@@ -50,7 +53,9 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.batch and self.training and self.context is not None:
             return self.context.batch_norm(self.norm, x)
-        return self.norm(x.flatten(0, 1)).view_as(x) if self.batch else self.norm(x)
+        if self.batch and x.dim() == 3:
+            return self.norm(x.flatten(0, 1)).view_as(x)
+        return self.norm(x)
 
 
 class SequenceClassifier(nn.Module):
@@ -62,6 +67,10 @@ class SequenceClassifier(nn.Module):
     length -> logits (batch, classes). prenorm adds a norm at the end. Pooling reads only valid
     steps. pair: x holds the first documents and, behind them, the second ones. The decoder is then a
     network with a GELU that sees (a, b, a - b, a b) of both.
+
+    With cu_seqlens (rows + 1,) the samples are packed: x is (total, channels) or (total,), and row i has the steps
+    [cu_seqlens[i], cu_seqlens[i + 1]). The logits are those of the padded batch, but for what BatchNorm in training
+    counts.
 
     channels: continuous input has a linear encoder. vocab: tokens have an embedding, initially torch's N(0, 1).
 
@@ -100,17 +109,29 @@ class SequenceClassifier(nn.Module):
         else:
             self.decoder = nn.Linear(width, classes)
 
-    def features(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Returns what is pooled: (batch, length, d_model), or this process's steps of it."""
+    def features(
+        self, x: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Returns what is pooled: (batch, length, d_model), this process's steps of it, or (total, d_model)."""
         x = self.encoder(x if self.context is None else self.context.own(x))
+        rows = {"lengths": lengths} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        steps = ()
+        if cu_seqlens is not None and isinstance(self.dropout, TiedDropout):
+            steps = (cu_seqlens.to(x.device).diff(),)  # a mask for each row
         for layer, norm in zip(self.layers, self.norms, strict=False):
-            z = layer(norm(x) if self.prenorm else x, lengths=lengths)
-            x = x + self.dropout(z)
+            z = layer(norm(x) if self.prenorm else x, **rows)
+            x = x + self.dropout(z, *steps)
             x = x if self.prenorm else norm(x)
         return self.norms[-1](x) if self.prenorm else x
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        x = pooled(self.features(x, lengths), lengths, self.pool, self.context)
+    def forward(
+        self, x: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        x = self.features(x, lengths, cu_seqlens)
+        if cu_seqlens is None:
+            x = pooled(x, lengths, self.pool, self.context)
+        else:
+            x = pooled_rows(x, cu_seqlens, self.pool)
         if self.pair:
             a, b = x.chunk(2)
             x = torch.cat([a, b, a - b, a * b], dim=-1)
@@ -145,6 +166,19 @@ def pooled(x: Tensor, lengths: Tensor | None, pool: str, context=None) -> Tensor
     total = x.masked_fill(~read.unsqueeze(-1), 0.0).sum(1, dtype=wide)
     total = total if context is None else context.sum(total)
     return (total / count if pool == "mean" else total).to(x.dtype)
+
+
+def pooled_rows(x: Tensor, cu_seqlens: Tensor, pool: str) -> Tensor:
+    """The same of packed rows: (total, d_model) -> (rows, d_model). A row without steps has zeros."""
+    offsets = cu_seqlens.to(x.device, torch.int64)
+    count = offsets.diff().unsqueeze(1)
+    if pool == "last":
+        # The step before an empty row is another row's.
+        last = x[(offsets[1:] - 1).clamp(min=0)] if len(x) else x.new_zeros(len(count), x.shape[1])
+        return last.masked_fill(count == 0, 0.0)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = torch.segment_reduce(wide, "sum", offsets=offsets, unsafe=True)
+    return (total / count.clamp(min=1)).to(x.dtype)
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:

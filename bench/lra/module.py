@@ -80,8 +80,7 @@ class Training(lightning.LightningModule):
         self.resumed = None  # the state from which this process continues
 
     def _step(self, batch, split: str):
-        x, lengths, labels = batch
-        logits = self.model(x, lengths)
+        logits, labels = self.model(*batch.inputs), batch.labels
         loss = loss_of(logits, labels)
         if RANK % self.context == 0:
             getattr(self, f"{split}_accuracy").update(logits.detach(), labels)

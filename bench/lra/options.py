@@ -150,6 +150,10 @@ class Run:
     checkpoint_steps: int = option("steps between checkpoints", default=200)
     log_steps: int = option("steps between rows of metrics.csv", default=50)
     device: Literal["auto", "cpu", "cuda"] = option("where to train", default="auto")
+    packed: bool = option(
+        "pack the samples of a batch instead of padding them; BatchNorm then counts real steps only",
+        default=False,
+    )
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = option(
         "precision of activations and weights", default="32-true"
     )
@@ -249,6 +253,9 @@ def check(config: Config) -> None:
         )
     if not 0 <= m.dropout < 1:
         raise ValueError(f"--model.dropout must be in [0, 1), got {m.dropout}")
+    if r.packed and config.parallel.context > 1:
+        text = "must be 1 with --packed: processes divide the steps of padded samples only"
+        raise ValueError(f"--parallel.context {text}, got {config.parallel.context}")
     if o.batch % o.accumulate:
         text = f"--optim.accumulate must divide --optim.batch={o.batch}"
         raise ValueError(f"{text}, got {o.accumulate}")

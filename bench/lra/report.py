@@ -124,6 +124,10 @@ def on_torch_fft(run: dict) -> bool:
     return "fallback" in run.get("operator", "")
 
 
+def packed(run: dict) -> bool:
+    return run["config"]["run"].get("packed", False)  # older runs have not recorded it
+
+
 def settings(run: dict, *, but: str = "") -> str:
     """Returns what a group of runs shares: data, machine, and all options but the seed and those without effect."""
     config = {k: v for k, v in run["config"].items() if k not in ("run", "parallel")}
@@ -131,6 +135,7 @@ def settings(run: dict, *, but: str = "") -> str:
     kept = {k: run["config"]["run"].get(k) for k in names}
     facts = {"device", "operator", "processes", "samples", "data"} - {but}
     facts = {k: run.get(k) for k in facts} | {"context": run.get("context", 1)}
+    facts |= {} if but == "packed" else {"packed": packed(run)}
     return json.dumps([config, kept, facts], sort_keys=True)
 
 
@@ -161,6 +166,7 @@ def summary(runs: list[dict]) -> str:
         for layer in layers:
             found = [group for key, group in groups.items() if key[:2] == (task, layer)]
             found = [g for g in found if not on_torch_fft(g[0])] or found
+            found = [g for g in found if not packed(g[0])] or found
             shown += found
             several = len({precision(g[0]) for g in found}) > 1
             cells = [several * f"{precision(g[0])}: " + cell(g, seeds) for g in found]
@@ -178,6 +184,7 @@ def summary(runs: list[dict]) -> str:
     for what, *how in (
         ("bf16-mixed minus 32-true", "precision", precision, "bf16-mixed", "32-true"),
         ("seqconv's kernels minus torch.fft", "operator", on_torch_fft, False, True),
+        ("Packed samples minus padded ones", "packed", packed, True, False),
     ):
         found = differences(groups.values(), *how)
         if found:
@@ -251,7 +258,7 @@ def details(runs: list[dict]) -> str:
 
         first = group[0]
         source = f"{first['published']:g} ({first['source']})" if first["published"] else "-"
-        torch_fft = ", on torch.fft" * on_torch_fft(first)
+        how = ", on torch.fft" * on_torch_fft(first) + ", packed" * packed(first)
         rows.append(
             [
                 task,
@@ -268,7 +275,7 @@ def details(runs: list[dict]) -> str:
                 mean(lambda r: r.get("waiting"), "{:.1%}".format),
                 mean(lambda r: r.get("peak_mib"), "{:.0f}".format),
                 *([mean(ratio, "{:.2f}".format)] if compared else []),
-                f"{first['device']}, {precision(first)}{torch_fft}",
+                f"{first['device']}, {precision(first)}{how}",
             ]
         )
     header = ["task", "layer", "seeds", "test accuracy", "worst", "published", "schedule"]

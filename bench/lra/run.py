@@ -17,7 +17,7 @@ import yaml
 import seqconv
 from bench.facts import git, plural, processor, versions
 from bench.lra import data, options
-from bench.lra.batches import EvalBatches, move
+from bench.lra.batches import EvalBatches
 from bench.lra.model import SequenceClassifier
 from bench.lra.report import levels
 from bench.lra.schedule import Schedule
@@ -232,11 +232,12 @@ def evaluate(
         raise SystemExit(f"--split: {split!r} is none of {', '.join(splits)}")
     device = device_for(device)
     model.to(device).eval()
-    batches = EvalBatches(splits[split], batch=batch or config.optim.batch)
+    size = batch or config.optim.batch
+    batches = EvalBatches(splits[split], batch=size, packed=config.run.packed)
     hits = 0
     with torch.no_grad():
-        for x, lengths, labels in (move(b, device) for b in batches):
-            hits += (model(x, lengths).argmax(1) == labels).sum().item()
+        for samples in (b.to(device) for b in batches):
+            hits += (model(*samples.inputs).argmax(1) == samples.labels).sum().item()
     accuracy = hits / len(splits[split])
     plain.print(
         f"{config.task}, {config.layer}, seed {config.run.seed}: {split} accuracy {accuracy:.2%} "

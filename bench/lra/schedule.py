@@ -4,20 +4,22 @@ import contextlib
 import copy
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import seqconv
-from bench.lra.batches import move, tensors
+from bench.lra.batches import Batch, tensors
 from bench.lra.model import loss_of
 from bench.lra.options import Config
 from seqconv import reference
 
 FFTCONV = ("seqconv.layers.base.fftconv", "seqconv.layers.hyena.fftconv")  # what layers call
+Contenders = dict[str, tuple[Callable, list[Batch]]]  # name -> (convolution, batches)
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,10 @@ def measure(
         for _ in range(repeats + 2):
             indices = torch.randint(len(split), (min(part, len(split)),), generator=rng).numpy()
             start = time.perf_counter()
-            x, lengths, labels = move(tensors(split, indices), device)
+            batch = tensors(split, indices, packed=config.run.packed).to(device)
             with torch.autocast(device.type, *autocast(config.run.precision)):
                 with torch.set_grad_enabled(train):
-                    loss = loss_of(model(x, lengths), labels)
+                    loss = loss_of(model(*batch.inputs), batch.labels)
             if train:
                 loss.backward()
                 optimizer.step()
@@ -133,59 +135,96 @@ def measure(
     return Timing(step, len(splits["val"]) * per_sample, len(splits["test"]) * per_sample)
 
 
-def compare_step(model: nn.Module, batch, rounds: int, precision: str) -> dict:
-    """Times whole training steps, with dropout and AdamW, with seqconv.fftconv and with the torch.fft formulation.
+class Steps:
+    """Whole training steps of a copy of a model, with dropout and AdamW. The learning rate is zero, so that every step
+    begins with the same weights."""
 
-    Both run on a copy of the model, in interleaved rounds, after a check that their gradients without dropout
-    agree. Returns {"seqconv", "torch.fft": medians in milliseconds, "ratio": median of the ratios, "difference":
-    the worst relative L2 difference of a gradient}, and on a GPU "peak_mib", the most memory of a step of each.
+    def __init__(self, model: nn.Module, precision: str):
+        self.model, self.precision = copy.deepcopy(model), precision
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
+        self.dtype = next(self.model.parameters()).dtype
 
-    Raises RuntimeError if the gradients differ by 1e-3 or more.
-    """
-    x, lengths, labels = batch
-    model = copy.deepcopy(model)
-    x = x.to(next(model.parameters()).dtype) if x.is_floating_point() else x
-    # With a learning rate of zero every step begins with the same weights.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-
-    def step(formulation) -> tuple[float, list[Tensor]]:
+    def __call__(self, convolution: Callable, batch: Batch) -> float:
+        """Returns the seconds of a step in which `convolution` takes the place of seqconv.fftconv. In evaluation the
+        weights have gradients, but the optimiser does nothing."""
+        x, *rows = batch.inputs
+        x = x.to(self.dtype) if x.is_floating_point() else x
         with contextlib.ExitStack() as stack:
             for place in FFTCONV:
-                stack.enter_context(mock.patch(place, formulation))
+                stack.enter_context(mock.patch(place, convolution))
             synchronize(x.device)
             start = time.perf_counter()
-            optimizer.zero_grad()
-            with torch.autocast(x.device.type, *autocast(precision)):
-                loss = loss_of(model(x, lengths), labels)
+            self.optimizer.zero_grad()
+            with torch.autocast(x.device.type, *autocast(self.precision)):
+                loss = loss_of(self.model(x, *rows), batch.labels)
             loss.backward()
-            if model.training:
-                optimizer.step()
+            if self.model.training:
+                self.optimizer.step()
             synchronize(x.device)
-            return time.perf_counter() - start, [p.grad for p in model.parameters()]
+            return time.perf_counter() - start
 
-    contenders = (seqconv.fftconv, reference.fftconv_fft)
-    model.eval()  # both must compute the same
-    ours, theirs = (step(f)[1] for f in contenders)
-    # A parameter before a norm may have a gradient of round-off alone, so the whole gradient is the scale.
-    whole = torch.stack([b.norm() for b in theirs]).norm()
-    worst = max(
-        ((a - b).norm() / b.norm().clamp_min(1e-3 * whole)).item()
-        for a, b in zip(ours, theirs, strict=True)
-    )
-    if not worst < 1e-3:
-        raise RuntimeError(f"gradients differ by {worst:.1e} (relative L2): no time is shown")
-    del ours, theirs
-    model.train()
-    step(contenders[0])  # makes AdamW's state
-    peaks = {}
-    for name, f in zip(("seqconv", "torch.fft"), contenders, strict=True):
-        if x.is_cuda:
-            torch.cuda.reset_peak_memory_stats(x.device)
-        step(f)
-        if x.is_cuda:
-            peaks[name] = torch.cuda.max_memory_allocated(x.device) / 2**20
-    times = [[step(f)[0] for f in contenders] for _ in range(rounds)]
-    fast, slow = (1e3 * median(t[i] for t in times) for i in range(2))
-    ratio = median(t[1] / t[0] for t in times)
-    found = {"seqconv": fast, "torch.fft": slow, "ratio": ratio, "difference": worst}
+    def differ(self, contenders: Contenders) -> float:
+        """Returns the worst relative L2 difference of a gradient from the last contender's, without dropout and with
+        the running statistics of norms. Raises RuntimeError if it is 1e-3 or more."""
+        self.model.eval()
+        found = []
+        for convolution, batches in contenders.values():
+            self(convolution, batches[0])
+            found.append([p.grad for p in self.model.parameters()])
+        theirs = found[-1]
+        # A parameter before a norm may have a gradient of round-off alone, so the whole gradient is the scale.
+        whole = torch.stack([b.norm() for b in theirs]).norm()
+        worst = max(
+            ((a - b).norm() / b.norm().clamp_min(1e-3 * whole)).item()
+            for ours in found[:-1]
+            for a, b in zip(ours, theirs, strict=True)
+        )
+        if not worst < 1e-3:
+            raise RuntimeError(f"gradients differ by {worst:.1e} (relative L2): no time is shown")
+        return worst
+
+
+def time_steps(model: nn.Module, contenders: Contenders, rounds: int, precision: str):
+    """Times training steps of contenders in interleaved rounds, after a check that their gradients agree. A contender
+    is what computes the convolutions, and batches.
+
+    Returns the seconds of all its batches for each contender and round, the worst difference of a gradient, and the
+    most MiB of a step on a GPU for each contender ({} on a CPU).
+    """
+    steps, peaks = Steps(model, precision), {}
+    worst = steps.differ(contenders)
+    steps.model.train()
+    convolution, batches = next(iter(contenders.values()))
+    steps(convolution, batches[0])  # makes AdamW's state
+    for name, (convolution, batches) in contenders.items():
+        device = batches[0].x.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        steps(convolution, batches[0])
+        if device.type == "cuda":
+            peaks[name] = torch.cuda.max_memory_allocated(device) / 2**20
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, (convolution, batches) in contenders.items():
+            seconds[name].append(sum(steps(convolution, batch) for batch in batches))
+    return seconds, worst, peaks
+
+
+def compare_step(
+    model: nn.Module, batch: Batch, rounds: int, precision: str, padded: Batch | None = None
+) -> dict:
+    """Times training steps with seqconv.fftconv and with the torch.fft formulation, which has the same samples as
+    `padded` where `batch` is a pack.
+
+    Returns {"seqconv", "torch.fft": medians in milliseconds, "ratio": median of the ratios, "difference": the worst
+    relative L2 difference of a gradient}, and on a GPU "peak_mib", the most memory of a step of each. Raises
+    RuntimeError if the gradients differ by 1e-3 or more.
+    """
+    theirs = batch if padded is None else padded
+    contenders = {"seqconv": (seqconv.fftconv, [batch])}
+    contenders["torch.fft"] = (reference.fftconv_fft, [theirs])
+    seconds, worst, peaks = time_steps(model, contenders, rounds, precision)
+    pairs = zip(seconds["seqconv"], seconds["torch.fft"], strict=True)
+    found = {name: 1e3 * median(times) for name, times in seconds.items()}
+    found |= {"ratio": median(slow / fast for fast, slow in pairs), "difference": worst}
     return found | ({"peak_mib": peaks} if peaks else {})

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,9 +81,11 @@ def sweep(argv: list[str]) -> None:
     run(plans)
 
 
-def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Returns the sweep's own arguments and those for `fit`, each option with its value."""
-    known = {"--layers", "--seeds", "--out", "--help", "-h"}
+def split_arguments(
+    argv: list[str], known: Iterable[str] = ("--layers", "--seeds", "--out")
+) -> tuple[list[str], list[str]]:
+    """Returns the command's own arguments, which are `known`, and those for `fit`, each option with its value."""
+    known = {*known, "--help", "-h"}
     own, rest, i = [], [], 0
     while i < len(argv):
         key, has_value, _ = argv[i].partition("=")

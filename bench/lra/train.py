@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from bench import files, pictures
 from bench.lra import options, recipes, schedule
-from bench.lra.batches import EvalBatches, TrainBatches, move, same, tensors
+from bench.lra.batches import EvalBatches, TrainBatches, same, tensors
 from bench.lra.context import Context
 from bench.lra.journal import NEXT_BEST, Diverged, Journal, Stopped, peak_mib
 from bench.lra.module import Stamp, Training, make_trainer, quiet
@@ -37,6 +37,7 @@ from bench.terminal import plain
 
 # Part of a run's identity, beside the fingerprint of some samples.
 FILES = "the digest of the data's files"
+PACKED = "run.packed"
 
 
 def fit(config: options.Config) -> dict:
@@ -89,6 +90,7 @@ def _fit(config: options.Config, device: torch.device, context: Context | None) 
         return together(lambda: plan)
 
     shares = {"rank": RANK // share, "world": world, "pin": device.type == "cuda"}
+    shares["packed"] = config.run.packed
     order = {"batch": optim.batch, "seed": config.run.seed, "accumulate": optim.accumulate}
     try:
         batches = TrainBatches(splits["train"], **order, **shares)
@@ -217,7 +219,7 @@ def prepare(config: options.Config, out: Path, identity: dict) -> dict | None:
 
 
 def same_run(was: dict, identity: dict, place: Path) -> None:
-    was = {FILES: identity[FILES]} | was  # older runs have not recorded it
+    was = {FILES: identity[FILES], PACKED: False} | was  # older runs have not recorded them
     changed = options.differences(was, identity)
     if changed:
         raise SystemExit(f"--resume: {place} belongs to another run: {', '.join(changed)}")
@@ -272,10 +274,12 @@ def finish(config, result, model, initial, info, splits, journal, device) -> Non
     )
     if config.run.compare:
         part = config.optim.batch // config.optim.accumulate
-        batch = move(tensors(splits["train"], np.arange(part)), device)
+        first = splits["train"], np.arange(part)
+        padded = tensors(*first).to(device)
+        ours = tensors(*first, packed=True).to(device) if config.run.packed else padded
         try:
             rounds = config.run.compare
-            times = schedule.compare_step(model, batch, rounds, config.run.precision)
+            times = schedule.compare_step(model, ours, rounds, config.run.precision, padded)
         except RuntimeError as error:  # this includes a lack of memory
             result["compared"] = {"error": str(error)}
             plain.print(f"--compare failed: {error}")

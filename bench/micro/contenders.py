@@ -6,8 +6,9 @@ contender does not do the case. It raises ImportError or OSError where the conte
 
 import importlib.util
 import math
+import random
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,14 @@ DTYPES = {
 }
 
 
+SHORTEST = 32  # row of a pack
+
+
 @dataclass(frozen=True)
 class Case:
     """One call to measure."""
 
-    mode: str = "causal"  # or two_sided, gated, heads
+    mode: str = "causal"  # or two_sided, gated, heads; or packed, packed_equal: bench.micro.packed
     dtype: str = "float32"
     layout: str = "bhl"
     batch: int = 8
@@ -50,8 +54,21 @@ class Case:
         return 4 if self.mode == "heads" else 1
 
     @property
+    def lengths(self) -> list[int]:
+        """The steps of each row. Those of a pack are spread evenly in logarithms, from SHORTEST to the length."""
+        if self.mode != "packed":
+            return [self.length] * self.batch
+        draw = random.Random(0)
+        least = min(SHORTEST, self.length)
+        shares = [(i + draw.random()) / self.batch for i in range(self.batch - 1)]
+        lengths = [int(least * (self.length / least) ** share) for share in shares]
+        lengths.append(self.length)
+        draw.shuffle(lengths)
+        return lengths
+
+    @property
     def elements(self) -> int:
-        return self.batch * self.channels * self.length
+        return self.channels * sum(self.lengths)
 
     def __str__(self) -> str:
         words = [self.mode] if self.mode != "causal" else []
@@ -92,6 +109,9 @@ class Case:
 
         A row is transformed once there and once back for each head, and the kernel once. Gradients have both again.
         """
+        if self.mode == "packed":
+            one = replace(self, mode="causal", batch=1)
+            return sum(replace(one, length=length).flops() for length in self.lengths)
         n, taps = self.length, self.kernel_taps
         # A short kernel is convolved block by block.
         transform = 5 * n * math.log2(max(2, min(n, taps)))

@@ -15,14 +15,39 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from bench import files, pictures
 from bench.facts import RESULTS, ROOT, now, plural, same_run
+from bench.micro import packed
 from bench.micro.contenders import BASELINE, CONTENDERS, DTYPES, Case, missing
-from bench.micro.jobs import BOTH, full, key_of, sample
-from bench.micro.measure import prepare
-from bench.micro.requirements import page, readme_table, requirements
+from bench.micro.jobs import BOTH, ELEMENTS, LENGTHS, PACKS, full, key_of, sample
+from bench.micro.measure import measure, memory
+from bench.micro.requirements import packed_table, page, readme_table, requirements
+from bench.micro.timing import Clock, flops_per_second
 from bench.micro.worker import ALLOCATORS, Worker, device_name, machine, refuse_fallback, serve
 from bench.terminal import console, progress, show_requirements, table
+
+
+def prepare(settings: dict):
+    """Returns what a worker (bench.micro.worker) answers a job with."""
+    clock = Clock("cpu")
+    peak_flops: dict[str, float] = {}
+
+    def rows_of(job: dict):
+        case = Case(**job["case"])
+        if job["allocator"] == "returning":
+            return memory(case, job["names"])
+        dtype = torch.float64 if case.dtype == "float64" else torch.float32
+        if case.dtype not in peak_flops:
+            peak_flops[case.dtype] = flops_per_second("cpu", dtype, clock)
+        common = case, job["names"], job["budget"], clock, peak_flops[case.dtype]
+        if case.mode.startswith("packed"):
+            return packed.measure(*common)
+        beside = [(Case(**other), threads, weight) for other, threads, weight in job["beside"]]
+        return measure(*common, beside)
+
+    return rows_of
 
 
 def run_jobs(jobs: list[dict], args, path: Path | None, done: list[dict]) -> list[dict]:
@@ -122,19 +147,27 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--full", action="store_true", help="measure everything; goes on from --json"
     )
-    parser.add_argument("--lengths", **numbers, default=[256, 4096, 65536])
+    parser.add_argument(
+        "--lengths",
+        **numbers,
+        help=f"default: {LENGTHS}; {PACKS[0][2]} for the longest of packed rows",
+    )
     parser.add_argument("--batch", **numbers, default=[8])
     parser.add_argument("--threads", **numbers, default=[1])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(DTYPES))
     parser.add_argument(
-        "--modes", nargs="+", default=["causal"], choices=["causal", "two_sided", "gated", "heads"]
+        "--modes",
+        nargs="+",
+        default=["causal"],
+        choices=["causal", "two_sided", "gated", "heads", "packed"],
+        help="packed has float32, rows and competitors of its own",
     )
     parser.add_argument("--layout", default="bhl", choices=["bhl", "blh"])
     parser.add_argument("--ops", nargs="+", default=list(BOTH), choices=BOTH)
     parser.add_argument(
         "--taps", type=int, default=0, help="taps of the kernel; 0: as many as the length"
     )
-    parser.add_argument("--elements", type=int, default=1 << 22, help="batch x channels x length")
+    parser.add_argument("--elements", type=int, default=ELEMENTS, help="batch x channels x length")
     parser.add_argument(
         "--contenders",
         nargs="+",
@@ -155,6 +188,19 @@ def parse(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def write_tables(rows: list[dict], picture: Path) -> None:
+    """Packed rows may have been measured alone, and then at another commit."""
+    packs = [row for row in rows if row["tag"] == "packed"]
+    packs = same_run(packs) if packs else []
+    rows = same_run([row for row in rows if row["tag"] != "packed"])
+    place = ROOT / "docs/benchmarks.md"
+    files.replace_between(place, "bench", readme_table(rows))
+    if packs:
+        files.replace_between(place, "packed bench", packed_table(packs))
+    (RESULTS / "fftconv.md").write_text(page(rows, packs))
+    pictures.plot_fftconv(rows, picture)
+
+
 def main() -> None:
     args = parse()
     if args.worker:
@@ -163,12 +209,9 @@ def main() -> None:
         rows = files.read([args.json] if args.json else sorted(RESULTS.glob("fftconv*.jsonl")))
         if not rows:
             raise SystemExit("no results: run make bench first")
-        rows = same_run(rows)
-        files.replace_between(ROOT / "docs/benchmarks.md", "bench", readme_table(rows))
-        (RESULTS / "fftconv.md").write_text(page(rows))
-        pictures.plot_fftconv(rows, args.plot or RESULTS / "fftconv.png")
+        write_tables(rows, args.plot or RESULTS / "fftconv.png")
         return None
-    if min(*args.lengths, *args.batch, args.elements, 1) < 1:
+    if min(*(args.lengths or []), *args.batch, args.elements, 1) < 1:
         raise SystemExit("--lengths, --batch and --elements must be at least 1")
     refuse_fallback()
     asked = args.contenders

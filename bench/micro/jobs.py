@@ -5,8 +5,10 @@ from dataclasses import asdict, replace
 from itertools import product
 
 from bench.micro.contenders import BASELINE, CONTENDERS, ON_GPU, Case
+from bench.micro.packed import ONE_BY_ONE, PACKED, PADDED
 
 POWERS = (256, 1024, 4096, 16384, 65536, 262144, 1048576)
+LENGTHS, ELEMENTS = (256, 4096, 65536), 1 << 22  # of a sample
 ODD = (1000, 5000, 14113, 65537, 100000)
 SHORT = (64, 256, 1024, 4096)
 BOTH = ("forward", "forward+backward")
@@ -20,13 +22,16 @@ THREADS_LIMITS: tuple[tuple[dict, float], ...] = (
     ({"channels": 1, "length": 262144, "op": BOTH[1]}, 1.5),
 )
 PAIR = ("seqconv", BASELINE)
+# (mode, rows, steps of the longest row, channels)
+PACKS = (("packed", 24, 16384, 64), ("packed_equal", 1000, 64, 64))
+PACKED_NAMES = (PACKED, ONE_BY_ONE, PADDED, BASELINE)
 
 
 def channels_for(batch: int, length: int, elements: int) -> int:
     return max(1, elements // (batch * length))
 
 
-def sized(length: int, batch: int = 8, elements: int = 1 << 22, **more) -> Case:
+def sized(length: int, batch: int = 8, elements: int = ELEMENTS, **more) -> Case:
     channels = channels_for(batch, length, elements)
     return Case(batch=batch, channels=channels, length=length, **more)
 
@@ -53,23 +58,32 @@ def key_of(job_or_row: dict) -> tuple:
     return (*settings, compared, *asdict(case).values())
 
 
+def packs(args) -> list[dict]:
+    """Returns the jobs of packed rows. --lengths has the longest rows of those of many lengths. Fewer --elements than
+    the default leave fewer channels."""
+    jobs, share = [], min(1.0, args.elements / ELEMENTS)
+    shapes = [(*PACKS[0][:2], length, PACKS[0][3]) for length in args.lengths or [PACKS[0][2]]]
+    settings = product(args.allocators, args.threads, [*shapes, PACKS[1]], args.ops)
+    for allocator, threads, (mode, rows, length, channels), op in settings:
+        channels = max(1, round(channels * share))
+        case = Case(mode, layout=args.layout, batch=rows, channels=channels, length=length, op=op)
+        jobs.append(job(allocator, threads, case, PACKED_NAMES, "packed", args.budget))
+    return jobs
+
+
 def sample(args) -> list[dict]:
     """Returns the jobs that the command line asks for."""
-    jobs = []
-    axes = (
-        args.allocators,
-        args.threads,
-        args.dtypes,
-        args.modes,
-        args.batch,
-        args.lengths,
-        args.ops,
-    )
+    jobs = packs(args) if "packed" in args.modes else []
+    modes = [mode for mode in args.modes if mode != "packed"]
+    if not modes:
+        return jobs
+    lengths = args.lengths or LENGTHS
+    axes = args.allocators, args.threads, args.dtypes, modes, args.batch, lengths, args.ops
     for allocator, threads, dtype, mode, batch, length, op in product(*axes):
         channels = channels_for(batch, length, args.elements)
         case = Case(mode, dtype, args.layout, batch, channels, length, args.taps, op)
         jobs.append(job(allocator, threads, case, args.contenders, "sample", args.budget))
-    for length in args.lengths:
+    for length in lengths:
         case = sized(length, elements=args.elements)
         jobs.append(job("returning", args.threads[0], case, PAIR, "sample", args.budget))
     return jobs
@@ -114,6 +128,9 @@ def full(usual_budget: float) -> list[dict]:
     for wanted, _ in THREADS_LIMITS:
         case = Case(**wanted)
         add("tuned", 2, case, PAIR, "threads", 2.0, [(case, 1, 1.0)])
+    for threads, (mode, rows, length, channels), op in product((1, 2), PACKS, BOTH):
+        case = Case(mode, batch=rows, channels=channels, length=length, op=op)
+        add("tuned", threads, case, PACKED_NAMES, "packed", 2.0)
     for threads, op, length in product((1, 2), BOTH, (4096, 65536, 1048576)):
         for layout in ("bhl", "blh"):
             add("returning", threads, sized(length, layout=layout, op=op), PAIR, "memory")

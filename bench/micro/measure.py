@@ -10,7 +10,6 @@ import torch
 from bench.micro.contenders import BASELINE, DTYPES, Case, make
 from bench.micro.timing import (
     Clock,
-    flops_per_second,
     interleaved,
     peak_bytes,
     quartiles,
@@ -196,22 +195,3 @@ def memory(case: Case, names):
         if function is not None:
             peak = peak_bytes(partial(call, case, function, tensors, dy), "cpu")
             yield {"contender": name, "median": None, "gate": True, "peak_bytes": peak}
-
-
-def prepare(settings: dict):
-    """Returns what a worker (bench.micro.worker) answers a job with."""
-    clock = Clock("cpu")
-    peak_flops: dict[str, float] = {}
-
-    def rows_of(job: dict):
-        case = Case(**job["case"])
-        if job["allocator"] == "returning":
-            return memory(case, job["names"])
-        dtype = torch.float64 if case.dtype == "float64" else torch.float32
-        if case.dtype not in peak_flops:
-            peak_flops[case.dtype] = flops_per_second("cpu", dtype, clock)
-        peak = peak_flops[case.dtype]
-        beside = [(Case(**other), threads, weight) for other, threads, weight in job["beside"]]
-        return measure(case, job["names"], job["budget"], clock, peak, beside)
-
-    return rows_of

@@ -6,8 +6,9 @@ from statistics import median
 
 from bench.facts import length_name, plural
 from bench.files import markdown
-from bench.micro.contenders import FAST, Case
-from bench.micro.jobs import BOTH, ODD, POWERS, SHORT, THREADS_LIMITS, channels_for
+from bench.micro.contenders import BASELINE, FAST, Case
+from bench.micro.jobs import BOTH, ODD, PACKS, POWERS, SHORT, THREADS_LIMITS, channels_for
+from bench.micro.packed import ONE_BY_ONE, PACKED, PADDED
 
 Requirement = tuple[str, str, str, bool]  # what, wanted, measured, met
 # The speed-up over torch.fft that is wanted at POWERS on one thread in float32. Two threads need three quarters of it.
@@ -150,7 +151,57 @@ def requirements(rows: list[dict]) -> list[Requirement]:
             rest = row["peak_bytes"] - 4 * results
             name = f"memory beyond the results, {case}, {plural(row['threads'], 'thread')}"
             compare(name, rest / 2**20, (scratch + (1 << 20)) / 2**20, False, " MiB")
+    return lines + packed_requirements(rows)
+
+
+def packed_requirements(rows: list[dict]) -> list[Requirement]:
+    """Returns those of packed rows, which the packs in PACKS decide."""
+    found = {}
+    for row in rows:
+        shape = tuple(row[name] for name in ("mode", "batch", "length", "channels"))
+        if row["contender"] == PACKED and row["gate"] and shape in PACKS:
+            shape = plural(row["batch"], "row") + f" of up to {length_name(row['length'])}"
+            setting = row["allocator"], row["op"], shape, plural(row["threads"], "thread")
+            found.setdefault((row["mode"], ", ".join(setting)), []).append(row["against"])
+    lines = []
+    for (mode, name), runs in found.items():
+        times = {way: median(run[way][1] for run in runs) for way in runs[0]}
+        if mode != PACKS[0][0]:
+            lines += verdict(f"packed beside a batch, {name}", 1 / times[PADDED], 1.3, False)
+            continue
+        lines += verdict(f"packed beside row by row, {name}", 1 / times[ONE_BY_ONE], 1.25, False)
+        lines += verdict(f"padded torch.fft beside packed, {name}", times[BASELINE], 8)
+        lines += verdict(f"padded beside packed, {name}", times[PADDED], 4)
     return lines
+
+
+def packed_table(rows: list[dict]) -> str:
+    """Returns how many times as long the same rows take without packing, and how long packing takes."""
+    lines = []
+    for mode, batch, longest, channels in PACKS:
+        for op, threads in product(BOTH, (1, 2)):
+            wanted = {"mode": mode, "op": op, "threads": threads, "batch": batch}
+            wanted |= {"length": longest, "channels": channels, "contender": PACKED}
+            wanted |= {"allocator": "tuned", "layout": "bhl", "gate": True}
+            runs = [r for r in rows if all(r[k] == v for k, v in wanted.items())]
+            if not runs:
+                continue
+            cells = [f"{1e3 * median(r['median'] for r in runs):.1f} ms"]
+            for way in (ONE_BY_ONE, PADDED, BASELINE):
+                times = [r["against"][way][1] for r in runs if way in r["against"]]
+                cells.append(f"{median(times):.2f}x" if times else "-")
+            of = f"{batch:,} rows of {'up to ' * (mode == 'packed')}{longest:,} steps"
+            lines.append([f"{of}, {op}, {plural(threads, 'thread')}", *cells])
+    mode, batch, longest, channels = PACKS[0]
+    lengths = Case(mode, batch=batch, length=longest).lengths
+    first = rows[0]
+    where = f"{first['device']} ({first['isa']} kernels), torch {first['versions']['torch']}"
+    text = (
+        f"{channels} channels, float32, tuned allocator; the {len(lengths)} rows have {sum(lengths):,} steps; "
+        f"{where}, commit {first['commit']}."
+    )
+    header = ["", "packed", "row by row", "padded", "padded, torch.fft"]
+    return "\n\n".join([markdown(header, lines), text])
 
 
 def readme_table(rows: list[dict]) -> str:
@@ -179,9 +230,9 @@ def readme_table(rows: list[dict]) -> str:
     return "\n\n".join([markdown(["", *map(length_name, POWERS)], lines), text])
 
 
-def page(rows: list[dict]) -> str:
-    """Returns every requirement, for bench/results."""
-    lines = requirements(rows)
+def page(rows: list[dict], packs: list[dict]) -> str:
+    """Returns every requirement, for bench/results. packs: the results of packed rows."""
+    lines = requirements(rows) + packed_requirements(packs)
     met = sum(line[3] for line in lines)
     return f"""# What `make bench` asks of the CPU kernels
 

@@ -9,7 +9,7 @@ import torch
 
 import seqconv
 from bench.lra import options
-from bench.lra.batches import EvalBatches, TrainBatches, same
+from bench.lra.batches import Batch, EvalBatches, TrainBatches, same
 from bench.lra.model import SequenceClassifier, pooled
 from bench.lra.schedule import compare_step
 
@@ -199,13 +199,13 @@ def test_what_is_timed_is_a_training_step(monkeypatch):
     """With dropout and the optimiser, of a copy; nothing is timed while the gradients differ."""
     made = small(model=dataclasses.replace(SMALL, dropout=0.5))
     before = copy.deepcopy(made.state_dict())
-    batch = torch.randn(4, 32, 1), torch.full((4,), 32), torch.arange(4) % 3
+    batch = Batch(torch.randn(4, 32, 1), torch.full((4,), 32), torch.arange(4) % 3)
     seen, stepped = [], []
     forward, optimizer_step = SequenceClassifier.forward, torch.optim.AdamW.step
 
-    def watched(self, x, lengths=None):
+    def watched(self, *inputs):
         seen.append(self.training)
-        return forward(self, x, lengths)
+        return forward(self, *inputs)
 
     def counted(self, *arguments):
         stepped.append(

@@ -95,6 +95,21 @@ def test_report_does_not_mix_unlike_runs(tmp_path):
     assert "| 60.00*† |" in text and "25% of ours, with model.d_model 16" in text
 
 
+def test_packed_runs_are_told_apart_and_compared(tmp_path):
+    for seed, (packed, padded) in enumerate(((0.80, 0.70), (0.81, 0.72))):
+        write_run(tmp_path / "packed", "r8", "s4d", seed, packed, ("--packed",))
+        write_run(tmp_path / "padded", "r8", "s4d", seed, padded)
+    runs = load([tmp_path])
+    for run in runs:
+        if not run["config"]["run"]["packed"]:
+            del run["config"]["run"]["packed"]  # as in runs of before
+    text = report(runs)
+    assert "| 71.00 ± 1.41† |" in summary(runs)
+    assert "Packed samples minus padded ones, on the same seeds: r8 s4d +9.50." in text
+    assert text.count("a processor, 32-true, packed |") == 1
+    assert "| 80.50 ± 0.71† |" in summary(load([tmp_path / "packed"]))
+
+
 def test_bars(tmp_path):
     for seed, (low, high) in enumerate(((0.95, 0.97), (0.96, 0.95), (0.96, 0.97))):
         for layer in ("s4d", "sgconv"):
