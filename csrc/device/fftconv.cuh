@@ -25,8 +25,8 @@ SEQCONV_DEVICE Work work(const ConvolutionArgs& a) {
   return {team, slot, set, channel, group, group * share, end < rows ? end : rows};
 }
 template <class Args>
-SEQCONV_DEVICE Place place_of_slot(const Args& a, const Work& w, int first, int slot) {
-  const int row = first + slot;
+SEQCONV_DEVICE Place place(const Args& a, const Work& w, int first) {
+  const int row = first + w.slot;
   int sample = row, window = 0;
   if (a.windows > 1) {  // division is slow
     sample = row / (int)a.windows;
@@ -34,17 +34,16 @@ SEQCONV_DEVICE Place place_of_slot(const Args& a, const Work& w, int first, int 
   }
   return place(a, a.per_sample ? w.set : sample, w.channel, window, row < w.last);
 }
-template <class Args>
-SEQCONV_DEVICE Place place(const Args& a, const Work& w, int first) {
-  return place_of_slot(a, w, first, w.slot);
-}
 // Whether no slot has a step of a row in this turn, for the whole block alike. Dense rows have some
 // in every turn.
 SEQCONV_DEVICE bool is_empty(const ConvolutionArgs&, const Work&, int) { return false; }
 SEQCONV_DEVICE bool is_empty(const PackedArgs& a, const Work& w, int first) {
-  for (int slot = 0; slot < (int)a.slots; ++slot) {
-    const Place p = inside(a, place_of_slot(a, w, first, slot));
-    if (p.begin < p.end) return false;
+  const int windows = (int)a.windows, next = first + (int)a.slots,
+            end = next < w.last ? next : w.last;
+  for (int row = first; row < end;) {  // the first window of each sample that is in this turn
+    const int sample = windows > 1 ? row / windows : row, window = row - sample * windows;
+    if (span(a, a.per_sample ? w.set : sample).steps > window * (int)a.step) return false;
+    row += windows - window;
   }
   return true;
 }

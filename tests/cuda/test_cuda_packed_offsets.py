@@ -11,7 +11,7 @@ from packed_cases import PASSES, Pack, Reading, results, wrong
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from seqconv import fftconv
+from seqconv import fftconv, use_backend
 from seqconv.backends.cuda import groups, packed
 from seqconv.backends.cuda.plan import longest
 from seqconv.backends.protocol import Request
@@ -122,7 +122,7 @@ MISTAKES = {
     "offsets shifted by one": ("((const i64*)a.offsets)[row];", "((const i64*)a.offsets)[row] + 1;"),
     "narrow offsets shifted by one": ("((const int*)a.offsets)[row] :", "((const int*)a.offsets)[row] + 1 :"),
     "two rows joined": ("offset(a, row + 1) - begin", "offset(a, row + 1 + (row == 1)) - begin"),
-    "a row of one step skipped": ("if (p.begin < p.end) return false;", "if (p.begin + 1 < p.end) return false;"),
+    "a row of one step skipped": ("> window * (int)a.step) return", "> window * (int)a.step + 1) return"),
     "rows in another order": (": a.rows[b];", ": b;"),
     "the first row's taps": ("return {row_number(a, b),", "return {row_number(a, 0),"),
     "taps beyond the row": ("a.taps < steps ? a.taps : steps", "a.taps"),
@@ -274,3 +274,21 @@ def test_a_compiled_graph_asks_for_the_longest_row(monkeypatch):
         ValueError, match=r"max_seqlen must be given inside of torch.compile for offsets on meta"
     ):
         fftconv(u, k, cu_seqlens=offsets.long())
+
+
+def test_windows_behind_the_end_of_a_row_are_skipped():
+    """Counted in instructions of the PTX that the machine has run. A block takes 16 windows at a time."""
+    device = ptx()
+
+    def instructions(pack: Pack) -> int:
+        tensors, name = pack.tensors(), "packed_forward_f32_256"
+        counts = lambda: sum(warps for warps, *_ in device.program(name).counts())  # noqa: E731
+        before = counts()
+        with use_backend(Reading(device)):
+            pack.packed(tensors, None, 30000)
+        assert device.launches[-1][0] == name
+        return counts() - before
+
+    long, short = (30000,) * 8, (30000, *[9] * 7)
+    few, many = (instructions(Pack(lengths, 60, channels=1)) for lengths in (short, long))
+    assert few < many / 4
