@@ -9,8 +9,7 @@ from torch import Tensor
 
 from seqconv.layers.packing import NUMBERS, pad
 from seqconv.layers.padding import padding_of
-from seqconv.ops.checks import check_shape, check_tensor, require
-from seqconv.ops.offsets import OFFSETS, check_offsets
+from seqconv.ops.checks import OFFSETS, check_offsets, check_shape, check_tensor, require
 
 __all__ = ["pack", "pad", "position_ids", "rows_from_position_ids", "rows_from_seq_idx", "seq_idx"]
 

@@ -20,8 +20,8 @@ from seqconv import fftconv, use_backend
 from seqconv.backends.cuda import Cuda
 from seqconv.backends.cuda.problem import H100
 from seqconv.backends.cuda.tables import Tables
+from seqconv.backends.inputs import Inputs
 from seqconv.ops.fftconv import check
-from seqconv.ops.inputs import Inputs
 
 CALLS = 20  # in a row, as a model with as many layers makes them
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from seqconv.backends.inputs import IS_SIGNAL
+from seqconv.backends.offsets import offsets_of
 from seqconv.backends.pack import (
     ABSENT,
     ACTIVATIONS,
@@ -28,8 +30,6 @@ from seqconv.backends.pack import (
     zero_unreached,
 )
 from seqconv.backends.protocol import Explanation, Request
-from seqconv.ops.inputs import IS_SIGNAL
-from seqconv.ops.offsets import offsets_of
 
 try:
     from seqconv import _C
@@ -152,7 +152,7 @@ def explain(request: Request) -> Explanation:
 
 # ---- fftconv ----
 
-_INPUTS = (SIGNAL, KERNEL, KERNEL, SKIP, SIGNAL, SIGNAL, SKIP)  # see seqconv.ops.inputs
+_INPUTS = (SIGNAL, KERNEL, KERNEL, SKIP, SIGNAL, SIGNAL, SKIP)  # see seqconv.backends.inputs
 _TENSORS = (*_INPUTS, SIGNAL, *_INPUTS)  # and y or dy, and the gradients
 
 

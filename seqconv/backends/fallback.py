@@ -7,12 +7,12 @@ from torch import Tensor
 
 from seqconv import reference
 from seqconv.backends import exact
+from seqconv.backends.inputs import IS_SIGNAL
+from seqconv.backends.offsets import offsets_of
 from seqconv.backends.pack import alike, dense_rows, reach
 from seqconv.backends.protocol import Explanation, Request
 from seqconv.backends.tiles import spectra as stream_spectra  # noqa: F401
 from seqconv.backends.tiles import step as stream_step  # noqa: F401
-from seqconv.ops.inputs import IS_SIGNAL
-from seqconv.ops.offsets import offsets_of
 
 name = "reference"
 always = frozenset(("fftconv", "fftconv_packed", "ssm", "ssm_step", "butterfly", "stream"))

@@ -5,17 +5,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from seqconv.backends.offsets import offsets_of, on_one
 from seqconv.ops.checks import (
     FLOATS,
     check_flag,
     check_length,
+    check_offsets,
     check_sampling,
     check_shape,
     check_tensor,
     require,
 )
 from seqconv.ops.history import lengthened
-from seqconv.ops.offsets import check_offsets, offsets_of, on_one
 
 NUMBERS = (*FLOATS, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
 

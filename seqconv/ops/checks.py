@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OFFSETS = (torch.int32, torch.int64)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -112,6 +113,17 @@ def check_learning_rate(function: str, **values: float) -> None:
 def check_length(function: str, length, name: str = "length") -> None:
     if not isinstance(length, (Integral, torch.SymInt)) or isinstance(length, bool) or length < 0:
         raise ValueError(f"{function}: {name} must be an integer >= 0, got {_short(length)}")
+
+
+def check_offsets(function: str, cu_seqlens, device: torch.device | None) -> None:
+    """Requires offsets by their kind, on the CPU or on u's device; their values are checked where they are read."""
+    check_tensor(function, "cu_seqlens", cu_seqlens, dtypes=OFFSETS)
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        text = f"must be (rows + 1,), got {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"{function}: cu_seqlens {text}")
+    if device is not None and cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
+        text = f"must be on the CPU or on the input's device {device}, got {cu_seqlens.device}"
+        raise ValueError(f"{function}: cu_seqlens {text}")
 
 
 def require(valid: Tensor, text: str) -> None:

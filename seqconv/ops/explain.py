@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from seqconv import backends
+from seqconv.backends.inputs import Inputs
 from seqconv.backends.protocol import Explanation, Request
 from seqconv.ops.fftconv import check, check_exact, packed_inputs, prepare
-from seqconv.ops.inputs import Inputs
 
 
 def explain(

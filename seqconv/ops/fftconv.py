@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqconv.backends.inputs import CHANNEL_AXIS, IS_SIGNAL, Inputs
 from seqconv.ops import packed as packs
 from seqconv.ops.checks import FLOATS, check_choice, check_flag, check_shape, check_tensor
 from seqconv.ops.history import check_history, continued, continued_pack
-from seqconv.ops.inputs import CHANNEL_AXIS, IS_SIGNAL, Inputs
 from seqconv.ops.register import Operator
 from seqconv.ops.sharding import SUM
 from seqconv.ops.transforms import composed, raw_bwd_vmap, raw_fwd_vmap

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from seqconv.backends.inputs import Inputs
+from seqconv.backends.offsets import offsets_of
 from seqconv.ops.checks import check_shape, check_tensor, require
-from seqconv.ops.inputs import Inputs
-from seqconv.ops.offsets import offsets_of
 
 
 class Lengthened(NamedTuple):

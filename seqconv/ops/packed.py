@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqconv.ops.checks import FLOATS, check_length, check_shape, check_tensor
-from seqconv.ops.inputs import CHANNEL_AXIS, Inputs
-from seqconv.ops.offsets import check_offsets, offsets_of, on_one
+from seqconv.backends.inputs import CHANNEL_AXIS, Inputs
+from seqconv.backends.offsets import offsets_of, on_one
+from seqconv.ops.checks import FLOATS, check_length, check_offsets, check_shape, check_tensor
 from seqconv.ops.register import Operator, given
 from seqconv.ops.sharding import SUM
 from seqconv.ops.transforms import bwd_vmap, composed, fwd_vmap

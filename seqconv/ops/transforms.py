@@ -13,7 +13,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function, forward_ad
 from torch.utils._pytree import tree_map_only
 
-from seqconv.ops.inputs import CHANNEL_AXIS, IS_SIGNAL, Inputs
+from seqconv.backends.inputs import CHANNEL_AXIS, IS_SIGNAL, Inputs
 from seqconv.ops.register import given, transforms_active
 from seqconv.reference import activate
 

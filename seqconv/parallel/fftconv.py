@@ -5,12 +5,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from seqconv.backends.inputs import Inputs
 from seqconv.layers.base import ConvLayer, KernelGenerator
 from seqconv.layers.hyena import Hyena
 from seqconv.layers.packing import Pack
 from seqconv.ops.checks import check_choice
 from seqconv.ops.fftconv import packed_inputs, validate
-from seqconv.ops.inputs import Inputs
 from seqconv.parallel import exchange, packs
 from seqconv.parallel.call import Call, most_taps, reach_of
 from seqconv.parallel.meeting import meet, shape_of

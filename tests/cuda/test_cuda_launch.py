@@ -15,8 +15,8 @@ from fake_driver import Device, Driver
 
 from seqconv import backends, fftconv, reference, use_backend
 from seqconv.backends.cuda import compiler, convolution, driver, gpu, kernels
+from seqconv.backends.inputs import Inputs
 from seqconv.ops.fftconv import operator
-from seqconv.ops.inputs import Inputs
 
 
 @pytest.mark.parametrize(

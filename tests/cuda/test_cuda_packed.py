@@ -15,7 +15,7 @@ from seqconv.backends.cuda.groups import USUAL, Group, grouped, plan_of, size_of
 from seqconv.backends.cuda.packed import describe
 from seqconv.backends.cuda.problem import H100
 from seqconv.backends.cuda.recipe import Recipe
-from seqconv.ops.inputs import Inputs
+from seqconv.backends.inputs import Inputs
 
 BF16, F16 = torch.bfloat16, torch.float16
 

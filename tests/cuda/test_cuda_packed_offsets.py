@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from seqconv import fftconv, use_backend
 from seqconv.backends.cuda import groups, packed
 from seqconv.backends.cuda.plan import longest
+from seqconv.backends.inputs import Inputs
 from seqconv.backends.protocol import Request
-from seqconv.ops.inputs import Inputs
 from seqconv.ops.packed import PackedInputs
 
 HUGE = 1 << 62

@@ -9,8 +9,8 @@ import seqconv
 from seqconv import use_backend
 from seqconv.backends.cuda import driver, gpu, tables
 from seqconv.backends.cuda.plan import longest
+from seqconv.backends.inputs import Inputs
 from seqconv.backends.protocol import Request
-from seqconv.ops.inputs import Inputs
 
 
 class Row:

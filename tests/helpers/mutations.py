@@ -3,7 +3,7 @@
 import torch
 
 from seqconv.backends import cpu
-from seqconv.ops.inputs import Inputs
+from seqconv.backends.inputs import Inputs
 
 _forward, _backward = cpu.fftconv, cpu.fftconv_gradients
 

@@ -140,7 +140,7 @@ def test_the_suite_refuses_to_test_the_fallback():
 def test_out_of_memory_is_an_exception():
     """A kernel spectrum no machine can hold, asked for without allocating its output."""
     from seqconv.backends import cpu
-    from seqconv.ops.inputs import Inputs
+    from seqconv.backends.inputs import Inputs
 
     huge = 1 << 46
     u, k, y = (

@@ -7,8 +7,8 @@ from seqconv.backends import exact
 from seqconv.backends.cuda import butterfly, convolution, driver, packed, ssm, ssm_step, stream
 from seqconv.backends.cuda.plan import longest, make_plan, radix_bytes
 from seqconv.backends.fallback import join, split
+from seqconv.backends.offsets import offsets_of, on_one
 from seqconv.backends.protocol import Explanation, Request
-from seqconv.ops.offsets import offsets_of, on_one
 
 _OPERATORS = ("fftconv", "fftconv_packed", "ssm", "ssm_step", "butterfly", "stream")
 

@@ -375,7 +375,7 @@ def _backward(limits: Limits, activation: str, fast: bool, *known) -> Prepared:
 
 
 def forward(device, y, u, k, k_rev, skip, pre_gate, post_gate, bias, activation) -> None:
-    """Writes y; see seqconv.ops.inputs for the shapes."""
+    """Writes y; see seqconv.backends.inputs for the shapes."""
     if y.numel() == 0:
         return
     tensors = [y, u, k, k_rev, skip, pre_gate, post_gate, bias]

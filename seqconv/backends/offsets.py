@@ -1,22 +1,7 @@
-"""The offsets of packed rows, and what they must be."""
+"""The offsets of packed rows, read on the host."""
 
 import torch
 from torch import Tensor
-
-from seqconv.ops.checks import check_tensor
-
-OFFSETS = (torch.int32, torch.int64)
-
-
-def check_offsets(function: str, cu_seqlens, device: torch.device | None) -> None:
-    """Requires offsets by their kind, on the CPU or on u's device; their values are checked where they are read."""
-    check_tensor(function, "cu_seqlens", cu_seqlens, dtypes=OFFSETS)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        text = f"must be (rows + 1,), got {tuple(cu_seqlens.shape)}"
-        raise ValueError(f"{function}: cu_seqlens {text}")
-    if device is not None and cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
-        text = f"must be on the CPU or on the input's device {device}, got {cu_seqlens.device}"
-        raise ValueError(f"{function}: cu_seqlens {text}")
 
 
 def on_one(cu_seqlens) -> Tensor:
