@@ -191,6 +191,16 @@ def test_transforms():
         torch.testing.assert_close(g, torch.autograd.grad(call(x).square().sum(), x)[0])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own code for jvp
+def test_forward_mode_of_forward_mode():
+    offsets, u = cut([4, 0, 9]), torch.randn(2, 13, dtype=F64)
+    k = torch.randn(2, 5, dtype=F64)
+    call = lambda u: fftconv(u, k, cu_seqlens=offsets, activation="gelu").sum()  # noqa: E731
+    expected = torch.autograd.functional.hessian(call, u)
+    for outer in (torch.func.jacfwd, torch.func.jacrev):
+        torch.testing.assert_close(outer(torch.func.jacfwd(call))(u), expected)
+
+
 def test_opcheck():
     lengths = [4, 0, 9]
     t = tensors(lengths, 2, 6, dtype=torch.float32)
