@@ -38,6 +38,11 @@ def check_tensor(
         )
 
 
+def casts(device: torch.device) -> bool:
+    """Whether autocast is on for a device. Torch does not know the meta device there."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def _matches(shape, pattern: tuple) -> bool:
     if len(shape) != len(pattern):
         return False

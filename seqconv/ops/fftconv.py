@@ -252,7 +252,7 @@ def _continued(inputs: Inputs, history, return_history, layout: str, rows: dict,
 
     packed = any(value is not None for value in rows.values())
     if packed:
-        count = len(packed_inputs(inputs, layout=layout, **rows, **options).cu_seqlens) - 1
+        count = packed_inputs(inputs, layout=layout, **rows, **options).cu_seqlens.shape[0] - 1
         axis, go_on = "rows", continued_pack
     else:
         check(inputs, options["activation"], options["mode"], layout)

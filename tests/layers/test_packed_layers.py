@@ -109,6 +109,23 @@ def test_compiled_with_the_longest_row_given(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_exported_once_for_all_packs(name):
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = LAYERS[name]().eval()
+
+        def forward(self, x, offsets):
+            return self.layer(x, cu_seqlens=offsets, max_seqlen=70)
+
+    module, some = Module(), torch.export.Dim.DYNAMIC
+    given = torch.randn(124, D), torch.tensor([0, 20, 20, 90, 91, 124])
+    exported = torch.export.export(module, given, dynamic_shapes=({0: some}, {0: some}))
+    given = torch.randn(73, D), torch.tensor([0, 70, 73])
+    torch.testing.assert_close(exported.module()(*given), module(*given))
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_what_is_refused(name):
     layer = LAYERS[name]()
     x, offsets, padded = packed_and_padded(torch.float32)
@@ -128,7 +145,7 @@ def test_what_is_refused(name):
         ),
     ]
     for args, options, text in refused:
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises(ValueError, match=f"^{type(layer).__name__}: {text}"):
             layer(*args, **options)
 
 
