@@ -7,6 +7,7 @@ A pack has all steps of all rows one after another, (total, ...), and cu_seqlens
 import torch
 from torch import Tensor
 
+from seqconv.backends.offsets import offsets_of
 from seqconv.layers.packing import NUMBERS, pad
 from seqconv.layers.padding import padding_of
 from seqconv.ops.checks import OFFSETS, check_offsets, check_shape, check_tensor, require
@@ -49,7 +50,8 @@ def position_ids(cu_seqlens: Tensor) -> Tensor:
 
 
 def rows_from_position_ids(position_ids: Tensor) -> Tensor:
-    """cu_seqlens in int64 of a pack whose steps have these numbers in their rows, (total,): a row begins at every 0.
+    """cu_seqlens in int64 of a pack whose steps have these numbers in their rows, (1, total) or (total,): a row begins
+    at every 0. Rows without steps leave no trace.
 
     Example:
         >>> rows_from_position_ids(torch.tensor([0, 1, 0]))
@@ -57,7 +59,9 @@ def rows_from_position_ids(position_ids: Tensor) -> Tensor:
     """
     name = "rows_from_position_ids"
     check_tensor(name, "position_ids", position_ids, dtypes=OFFSETS)
-    check_shape(name, "position_ids", position_ids, (("total", None),))
+    total = ("total", None)
+    check_shape(name, "position_ids", position_ids, (total,), (("batch", 1), total))
+    position_ids = position_ids.flatten()
     total, first = len(position_ids), position_ids == 0
     follows = (position_ids[1:] == position_ids[:-1] + 1) | first[1:]
     if total:
@@ -102,6 +106,9 @@ def _row_of_step(name: str, cu_seqlens: Tensor) -> Tensor:
     check_offsets(name, cu_seqlens, None)
     offsets = cu_seqlens.to(torch.int64)
     lengths = offsets.diff()
-    fits = (offsets[0] == 0) & (lengths >= 0).all()
-    require(fits, f"{name}: cu_seqlens must be 0 first and not decrease")
-    return torch.arange(len(lengths), device=offsets.device).repeat_interleave(lengths)
+    if torch.compiler.is_compiling():
+        fits = (offsets[0] == 0) & (lengths >= 0).all()
+        require(fits, f"{name}: cu_seqlens must be 0 first and not decrease")
+    else:
+        offsets_of(cu_seqlens, None, function=name)
+    return torch.arange(lengths.shape[0], device=offsets.device).repeat_interleave(lengths)

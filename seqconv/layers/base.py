@@ -165,7 +165,7 @@ class TiedDropout(nn.Dropout):
         *runs, rows = lengths.shape
         mask = F.dropout(x.new_ones(rows, x.shape[1]), self.p, self.training)
         mask = mask.repeat(*runs, 1) if runs else mask
-        return x * mask.repeat_interleave(lengths.flatten(), 0, output_size=len(x))
+        return x * mask.repeat_interleave(lengths.flatten(), 0, output_size=x.shape[0])
 
 
 _DROPOUTS, _WEIGHTS = (nn.Dropout, TiedDropout), {"weight", "bias"}

@@ -17,7 +17,7 @@ from seqconv.layers.hyena_filter import HyenaFilter
 from seqconv.layers.kept import tensors_of
 from seqconv.layers.module import Described
 from seqconv.layers.options import Defaults, refuse
-from seqconv.layers.packing import go_on, pack_of, pad, refuse_history, unpadded
+from seqconv.layers.packing import go_on, pack_of, prefilled, refuse_history
 from seqconv.layers.padding import padding_of
 from seqconv.layers.recurrence import run_pre_hooks
 from seqconv.layers.state import State, check_kind, mark_of
@@ -258,9 +258,8 @@ class Hyena(Streaming, Described):
             self._check_streams()
             check_input(name, x, self.skip, self.d_model, ("total",))
             pack = pack_of(name, x, cu_seqlens, max_seqlen, mask, lengths)
-            rows, lengths = pad(x, pack.cu_seqlens, pack.longest)
-            y, state = self.prefill(rows, state, lengths=lengths)
-            return unpadded(y, lengths), state
+            call = lambda x, s, n: self.prefill(x, s, lengths=n)  # noqa: E731
+            return prefilled(call, x, state, pack)
         check_input(name, x, self.skip, self.d_model)
         if self._forward_pre_hooks:
             x = run_pre_hooks(self, x)

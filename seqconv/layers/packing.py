@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqconv.backends.offsets import offsets_of, on_one
+from seqconv.backends.offsets import offsets_of, on_one, readable
+from seqconv.layers.state import State
 from seqconv.ops.checks import (
     FLOATS,
     check_flag,
@@ -35,7 +36,7 @@ class Pack(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return len(self.cu_seqlens) - 1
+        return self.cu_seqlens.shape[0] - 1
 
     def lengths(self, device: torch.device) -> Tensor:
         return on_one(self.cu_seqlens).to(device, torch.int64).diff()
@@ -68,8 +69,9 @@ def pack_of(
     elif torch.compiler.is_compiling():
         text = "must be given inside of torch.compile, which cannot read the lengths of rows"
         raise ValueError(f"{function}: max_seqlen {text}")
-    if max_seqlen is None or not (torch.compiler.is_compiling() or cu_seqlens.is_cuda):
-        steps = offsets_of(cu_seqlens, None if part else x.shape[0], max_seqlen).diff()
+    if max_seqlen is None or readable(cu_seqlens):
+        total = None if part else x.shape[0]
+        steps = offsets_of(cu_seqlens, total, max_seqlen, function=function).diff()
     longest = max_seqlen
     if longest is None:
         longest = int(steps.max()) if len(steps) else 0
@@ -92,17 +94,20 @@ def pad(
     if x.dim() < 1:
         raise ValueError("pad: x must be (total, ...), got a number")
     check_offsets("pad", cu_seqlens, x.device)
-    lengths = cu_seqlens.to(x.device, torch.int64).diff()
+    if length is not None:
+        check_length("pad", length)
+    lengths, total = cu_seqlens.to(x.device, torch.int64).diff(), x.shape[0]
+    if torch.compiler.is_compiling() and length is not None:
+        fits = (lengths >= 0).all() & (lengths <= length).all() & (lengths.sum() == total)
+        # Without numbers: a text that holds a size would bind the graph to it.
+        text = "must be 0, then not decrease, to the number of steps, by length at most"
+        require(fits & (cu_seqlens[0] == 0), f"pad: cu_seqlens {text}")
+    else:
+        offsets_of(cu_seqlens, total, length, function="pad", name="length")
     if length is None:
-        length = int(lengths.max()) if len(lengths) else 0
-    check_length("pad", length)
-    fits = (lengths >= 0).all() & (lengths <= length).all() & (lengths.sum() == len(x))
-    require(
-        fits & (cu_seqlens[0] == 0),
-        f"pad: cu_seqlens must be 0, then not decrease, to {len(x)}, by {length} at most",
-    )
+        length = int(lengths.max()) if lengths.shape[0] else 0
     kept = torch.arange(length, device=x.device) < lengths.unsqueeze(1)
-    out = x.new_full((len(lengths), length, *x.shape[1:]), value)
+    out = x.new_full((lengths.shape[0], length, *x.shape[1:]), value)
     out[kept] = x
     return out, lengths
 
@@ -134,7 +139,7 @@ def rates_of(function: str, rate: Tensor, count: int, resamples: bool) -> list[f
 
 def by_rate(layer, x: Tensor, rate: Tensor, pack: Pack | None) -> Tensor:
     """What layer._convolve returns, for a rate of every sample or row: it is called once for each that occurs."""
-    count, parts, places = len(x) if pack is None else pack.rows, [], []
+    count, parts, places = x.shape[0] if pack is None else pack.rows, [], []
     for value in rates_of(type(layer).__name__, rate, count, layer.resamples):
         chosen = (rate == value).to(x.device)
         if pack is None:
@@ -175,9 +180,10 @@ def check_history(name: str, x: Tensor, history, axis: str, count: int) -> Tenso
 
 def go_on(call, name: str, x: Tensor, history, kept) -> tuple[Tensor, Tensor]:
     """call(x) after the history, and the next history: the last kept(steps) of all steps."""
-    history = check_history(name, x, history, "batch", len(x))
+    history = check_history(name, x, history, "batch", x.shape[0])
     x = torch.cat([history, x], 1)
-    return call(x)[:, history.shape[1] :], x[:, x.shape[1] - kept(x.shape[1]) :]
+    # A copy: a slice would keep all steps in memory.
+    return call(x)[:, history.shape[1] :], x[:, x.shape[1] - kept(x.shape[1]) :].clone()
 
 
 def convolve_on(layer, x: Tensor, rate, pack: Pack | None, history) -> tuple[Tensor, Tensor]:
@@ -188,7 +194,7 @@ def convolve_on(layer, x: Tensor, rate, pack: Pack | None, history) -> tuple[Ten
         return go_on(lambda x: layer._convolved(x, rate, None), name, x, history, kept)
     history = check_history(name, x, history, "rows", pack.rows)
     before = history.shape[1]
-    rows = lengthened(name, pack.cu_seqlens, len(x), before, x.device)
+    rows = lengthened(name, pack.cu_seqlens, x.shape[0], before, x.device)
     longest = pack.longest + before
     x = rows.join(history, x)
     y = rows.cut(layer._convolved(x, rate, Pack(rows.cu_seqlens, longest, longest)))
@@ -200,3 +206,27 @@ def _kept(layer, steps: int, rate) -> int:
     taps: Any = getattr(layer.kernel, "taps", getattr(layer.kernel, "l_max", None))
     known = isinstance(taps, int) and not isinstance(rate, Tensor) and rate == 1
     return min(steps, taps - 1) if known else steps
+
+
+def prefilled(prefill, x: Tensor, state: Any, pack: Pack) -> tuple[Tensor, Any]:
+    """prefill(rows, state, lengths) of a pack x (total, d_model), and the state after it. The batches that it gets are
+    padded, so rows of similar lengths share one: a single long row costs memory for itself alone."""
+    groups: dict[int, list[int]] = {}
+    if readable(pack.cu_seqlens) and isinstance(state, State) and state.batch == pack.rows:
+        for i, length in enumerate(on_one(pack.cu_seqlens).diff().tolist()):
+            groups.setdefault(length.bit_length(), []).append(i)
+    if len(groups) < 2:
+        rows, lengths = pad(x, pack.cu_seqlens, pack.longest)
+        y, state = prefill(rows, state, lengths)
+        return unpadded(y, lengths), state
+    parts, places, new = [], [], state.select(range(pack.rows))
+    for group in groups.values():
+        chosen = torch.zeros(pack.rows, dtype=torch.bool, device=x.device)
+        chosen[group] = True
+        some, place = pack.only(chosen)
+        rows, lengths = pad(x[place], some.cu_seqlens)
+        y, after = prefill(rows, state.select(group), lengths)
+        new.insert(group, after)
+        parts.append(unpadded(y, lengths))
+        places.append(place)
+    return torch.cat(parts)[torch.cat(places).argsort()], new

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from seqconv.layers.base import ConvLayer, check_input, sized
-from seqconv.layers.packing import pack_of, pad, unpadded
+from seqconv.layers.packing import pack_of, prefilled
 from seqconv.layers.padding import extents, padding_of, shifted
 from seqconv.layers.state import OTHER_KERNEL, State, check_kind, mark_of
 from seqconv.layers.watch import Snapshot, everything_read
@@ -116,9 +116,8 @@ class Recurrent(ConvLayer):
             self._check_recurrent(self.kernel)
             check_input(name, x, self.skip, self.d_model, ("total",))
             pack = pack_of(name, x, cu_seqlens, max_seqlen, mask, lengths)
-            rows, lengths = pad(x, pack.cu_seqlens, pack.longest)
-            y, state = self.prefill(rows, state, lengths=lengths, rate=rate)
-            return unpadded(y, lengths), state
+            call = lambda x, s, n: self.prefill(x, s, lengths=n, rate=rate)  # noqa: E731
+            return prefilled(call, x, state, pack)
         check_input(name, x, self.skip, self.d_model)
         check_sampling(name, rate)
         if self._forward_pre_hooks:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from seqconv.layers.base import ConvLayer, check_input, sized
 from seqconv.layers.kept import Snapshot, tensors_of, watch
-from seqconv.layers.packing import pack_of, pad, unpadded
+from seqconv.layers.packing import pack_of, prefilled
 from seqconv.layers.padding import padding_of
 from seqconv.layers.recurrence import gathered_by_hooks, run_pre_hooks
 from seqconv.layers.state import State, check_kind
@@ -218,9 +218,8 @@ class StreamingLayer(Streaming, ConvLayer):
             self._check_streams()
             check_input(name, x, self.skip, self.d_model, ("total",))
             pack = pack_of(name, x, cu_seqlens, max_seqlen, mask, lengths)
-            rows, lengths = pad(x, pack.cu_seqlens, pack.longest)
-            y, state = self.prefill(rows, state, lengths=lengths)
-            return unpadded(y, lengths), state
+            call = lambda x, s, n: self.prefill(x, s, lengths=n)  # noqa: E731
+            return prefilled(call, x, state, pack)
         check_input(name, x, self.skip, self.d_model)
         if self._forward_pre_hooks:
             x = run_pre_hooks(self, x)

@@ -39,6 +39,11 @@ def check_tensor(
         )
 
 
+def casts(device: torch.device) -> bool:
+    """Whether autocast is on for a device. Torch does not know the meta device there."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def _matches(shape, pattern: tuple) -> bool:
     if len(shape) != len(pattern):
         return False
@@ -118,12 +123,23 @@ def check_length(function: str, length, name: str = "length") -> None:
 def check_offsets(function: str, cu_seqlens, device: torch.device | None) -> None:
     """Requires offsets by their kind, on the CPU or on u's device; their values are checked where they are read."""
     check_tensor(function, "cu_seqlens", cu_seqlens, dtypes=OFFSETS)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         text = f"must be (rows + 1,), got {tuple(cu_seqlens.shape)}"
         raise ValueError(f"{function}: cu_seqlens {text}")
+    if not torch.compiler.is_compiling() and _mapped(cu_seqlens):
+        raise ValueError(f"{function}: cu_seqlens must be the same for all calls of a vmap")
     if device is not None and cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
         text = f"must be on the CPU or on the input's device {device}, got {cu_seqlens.device}"
         raise ValueError(f"{function}: cu_seqlens {text}")
+
+
+def _mapped(t: Tensor) -> bool:
+    functorch = torch._C._functorch  # pyright: ignore
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False
 
 
 def require(valid: Tensor, text: str) -> None:

@@ -255,8 +255,11 @@ def _continued(inputs: Inputs, history, return_history, layout: str, rows: dict,
 
     packed = any(value is not None for value in rows.values())
     if packed:
-        count = len(packed_inputs(inputs, layout=layout, **rows, **options).cu_seqlens) - 1
+        count = packed_inputs(inputs, layout=layout, **rows, **options).cu_seqlens.shape[0] - 1
         axis, go_on = "rows", continued_pack
+        if hasattr(inputs.u, "device_mesh"):
+            text = "history must be None and return_history False with cu_seqlens and DTensors"
+            raise ValueError(f"fftconv: {text}")
     else:
         check(inputs, options["activation"], options["mode"], layout)
         count, axis, go_on = inputs.u.shape[0], "batch", continued

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from seqconv.backends.inputs import Inputs
-from seqconv.backends.offsets import offsets_of
-from seqconv.ops.checks import check_shape, check_tensor, require
+from seqconv.backends.offsets import offsets_of, readable
+from seqconv.ops.checks import casts, check_shape, check_tensor, require
 
 
 class Lengthened(NamedTuple):
@@ -25,7 +25,7 @@ class Lengthened(NamedTuple):
 
     def join(self, front: Tensor, x: Tensor) -> Tensor:
         """(rows, more, ...) and (total, ...) -> (total + rows more, ...)."""
-        out = x.new_empty(len(x) + len(self.front), *x.shape[1:])
+        out = x.new_empty(x.shape[0] + self.front.shape[0], *x.shape[1:])
         return out.index_copy(0, self.steps, x).index_copy(0, self.front, front.flatten(0, 1))
 
     def cut(self, y: Tensor) -> Tensor:
@@ -35,36 +35,44 @@ class Lengthened(NamedTuple):
     def last(self, x: Tensor, count: int) -> Tensor:
         """The last steps of every row of x (total + rows more, ...), (rows, count, ...), zeros where it has fewer."""
         offsets = self.cu_seqlens.to(x.device, torch.int64)
-        if not len(x):
-            return x.new_zeros(len(offsets) - 1, count, *x.shape[1:])
+        steps, rows = x.shape[0], offsets.shape[0] - 1
+        if not steps:
+            return x.new_zeros(rows, count, *x.shape[1:])
         places = offsets[1:].unsqueeze(1) - count + torch.arange(count, device=x.device)
         inside = (places >= offsets[:-1].unsqueeze(1)).unflatten(1, (-1, *[1] * (x.dim() - 1)))
-        return torch.where(inside, x[places.clamp(0, len(x) - 1)], 0.0)
+        return torch.where(inside, x[places.clamp(0, steps - 1)], 0.0)
 
 
 def lengthened(
-    function: str, cu_seqlens: Tensor, total: int, more: int, device: torch.device
+    function: str,
+    cu_seqlens: Tensor,
+    total: int,
+    more: int,
+    device: torch.device,
+    max_seqlen: int | None = None,
 ) -> Lengthened:
     """Offsets on a GPU are not checked, since that would wait for it; no place is outside whatever they are."""
     if torch.compiler.is_compiling():
         valid = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total)
-        require(valid, f"{function}: cu_seqlens must be 0, then not decrease, and end with {total}")
-    elif not cu_seqlens.is_cuda:
-        offsets_of(cu_seqlens, total)
+        # Without numbers: a text that holds a size would bind the graph to it.
+        text = "must be 0, then not decrease, and end with the number of steps"
+        require(valid, f"{function}: cu_seqlens {text}")
+    elif readable(cu_seqlens):
+        offsets_of(cu_seqlens, total, max_seqlen, function=function)
     offsets = cu_seqlens.to(device, torch.int64).clamp(0, total)
-    rows = len(offsets) - 1
-    number, place = (torch.arange(n, device=device) for n in (rows + 1, total))
+    rows = offsets.shape[0] - 1
+    number, place = (torch.arange(n, device=device) for n in (rows, total))
     row = torch.searchsorted(offsets[1:].contiguous(), place, right=True).clamp(max=rows - 1)
-    front = (offsets + more * number)[:-1].unsqueeze(1) + torch.arange(more, device=device)
-    longer = cu_seqlens + more * number.to(cu_seqlens)
+    front = (offsets[:-1] + more * number).unsqueeze(1) + torch.arange(more, device=device)
+    # In int64: the steps in front may be more than int32 counts.
+    longer = cu_seqlens.to(torch.int64) + more * torch.arange(rows + 1, device=cu_seqlens.device)
     return Lengthened(longer, place + more * (row + 1), front.flatten())
 
 
 def check_history(inputs: Inputs, history, rows: int, axes: str, layout: str) -> None:
     """Requires (rows, channels, K - 1), or (rows, K - 1, channels) with layout="blh"; `axes` names the rows."""
     u, more = inputs.u, _more(inputs)
-    cast = torch.is_autocast_enabled(u.device.type)
-    dtypes = {} if cast else {"dtypes": (u.dtype,)}
+    dtypes = {} if casts(u.device) else {"dtypes": (u.dtype,)}
     check_tensor("fftconv", "history", history, device=u.device, **dtypes)
     channels = u.shape[-2 if layout == "bhl" else -1]
     pattern = [(axes, rows), ("channels", channels), ("K - 1", more)]
@@ -132,21 +140,22 @@ def continued_pack(
     channels, K - 1), or (rows, K - 1, channels) with layout="blh"."""
     back = (lambda t: t.movedim(0, -1).contiguous()) if layout == "bhl" else (lambda t: t)
     more, total = _more(inputs), inputs.u.shape[-1 if layout == "bhl" else 0]
-    rows = lengthened("fftconv", cu_seqlens, total, more, inputs.u.device)
+    before = 0 if history is None else more
+    rows = lengthened("fftconv", cu_seqlens, total, before, inputs.u.device, max_seqlen)
     first = inputs
     if layout == "bhl":
         signals = ("u", "pre_gate", "post_gate")
         turned = {n: None if t is None else t.movedim(-1, 0) for n, t in inputs._asdict().items()}
         first = inputs._replace(**{n: turned[n] for n in signals})
         history = history if history is None else history.movedim(1, -1)
-    zeros = first.u.new_zeros(len(cu_seqlens) - 1, more, first.u.shape[1])
-    longer = _in_front(first, zeros if history is None else history, rows.join, 0)
     if history is None:
         y = call(inputs, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     else:
         longest = max_seqlen if max_seqlen is None else max_seqlen + more
         given = {"cu_seqlens": rows.cu_seqlens, "max_seqlen": longest}
-        y = back(rows.cut(call(longer, layout="blh", **given)))
-    x = longer.u if longer.pre_gate is None else longer.u * longer.pre_gate
+        first = _in_front(first, history, rows.join, 0)
+        y = back(rows.cut(call(first, layout="blh", **given)))
+    x, gate = first.u, first.pre_gate
+    x = x if gate is None else x * gate.to(x.dtype)
     kept = rows.last(x, more)
     return y, kept.movedim(1, -1) if layout == "bhl" else kept

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from seqconv.backends.inputs import CHANNEL_AXIS, Inputs
 from seqconv.backends.offsets import offsets_of, on_one
-from seqconv.ops.checks import FLOATS, check_length, check_offsets, check_shape, check_tensor
+from seqconv.ops.checks import FLOATS, casts, check_length, check_offsets, check_shape, check_tensor
 from seqconv.ops.register import Operator, given
-from seqconv.ops.sharding import SUM
+from seqconv.ops.sharding import SUM, on_all
 from seqconv.ops.transforms import bwd_vmap, composed, fwd_vmap
 
 
@@ -132,7 +132,7 @@ def _shardings(inputs: PackedInputs, activation: str, *rest, ranks: int) -> list
 operator = Operator(
     "fftconv_packed",
     PackedInputs,
-    "str activation, bool channels_last, int max_seqlen",
+    "str activation, bool channels_last, SymInt max_seqlen",
     _plain,
     forward=_forward,
     gradients=_gradients,
@@ -158,7 +158,7 @@ def prepare(
     axes = [("channels", None), ("total", None)]
     check_shape("fftconv", "u", u, tuple(axes if layout == "bhl" else axes[::-1]))
     channels, total = u.shape if layout == "bhl" else reversed(u.shape)
-    c, t, rows = ("channels", channels), ("total", total), ("rows", len(cu_seqlens) - 1)
+    c, t, rows = ("channels", channels), ("total", total), ("rows", cu_seqlens.shape[0] - 1)
     double = u.dtype == torch.float64
     dtypes = FLOATS if double else tuple(d for d in FLOATS if d != torch.float64)
     why = "" if double else " (no wider than float32 unless u is float64)"
@@ -180,10 +180,8 @@ def prepare(
     signals = [u]
     for name, gate, several in (("pre_gate", pre_gate, ()), ("post_gate", post_gate, heads)):
         if gate is not None:
-            cast = torch.is_autocast_enabled(u.device.type)
-            check_tensor(
-                "fftconv", name, gate, dtypes=FLOATS if cast else (u.dtype,), device=u.device
-            )
+            known = FLOATS if casts(u.device) else (u.dtype,)
+            check_tensor("fftconv", name, gate, dtypes=known, device=u.device)
             check_shape(
                 "fftconv", name, gate, (*several, c, t) if layout == "bhl" else (t, *several, c)
             )
@@ -192,4 +190,4 @@ def prepare(
     if layout == "blh":
         signals = [x if x is None else x.movedim(0, -1) for x in signals]
     u, pre_gate, post_gate = signals
-    return PackedInputs(u, k, k_rev, skip, pre_gate, post_gate, bias, cu_seqlens)
+    return PackedInputs(u, k, k_rev, skip, pre_gate, post_gate, bias, on_all(cu_seqlens, u))

@@ -125,6 +125,16 @@ def constants_replicated(tensors):
     return contextlib.nullcontext()
 
 
+def on_all(t, like):
+    """t as a DTensor that every process has all of, where `like` is a DTensor and t is not."""
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None or hasattr(t, "device_mesh"):
+        return t
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 class _Waiting:
     """Registers the rules as soon as torch.distributed.tensor has been imported."""
 

@@ -77,7 +77,8 @@ def _nestable(rule):
                 torch.Tensor, lambda t: functorch._unwrap_for_grad(t, level), values
             )
 
-        low = SimpleNamespace(saved_tensors=lower(tuple(ctx.saved_tensors)), options=ctx.options)
+        saved, options = lower(tuple(ctx.saved_tensors)), lower(tuple(ctx.options))
+        low = SimpleNamespace(saved_tensors=saved, options=options)
         with forward_ad._set_fwd_grad_enabled(True), interpreter.lower():
             out = rule(low, *lower(tangents))
         return tree_map_only(torch.Tensor, lambda t: functorch._wrap_for_grad(t, level), out)

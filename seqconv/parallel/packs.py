@@ -56,7 +56,8 @@ def offered(function: str, x: Tensor, rows, mask=None, lengths=None) -> Pack:
     the number of steps of all ranks."""
     cu_seqlens, max_seqlen = rows
     pack = pack_of(function, x, cu_seqlens, max_seqlen, mask, lengths, part=True)
-    return pack._replace(cu_seqlens=offsets_of(pack.cu_seqlens, None, max_seqlen))
+    offsets = offsets_of(pack.cu_seqlens, None, max_seqlen, function=function)
+    return pack._replace(cu_seqlens=offsets)
 
 
 def facts_of(rows, pack: Pack | None) -> dict:

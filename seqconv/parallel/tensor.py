@@ -19,7 +19,7 @@ from seqconv.layers.base import ConvLayer, KernelGenerator, check_input
 from seqconv.layers.butterfly_conv import Butterfly, ButterflyConv
 from seqconv.layers.hyena import Hyena
 from seqconv.layers.module import whole
-from seqconv.layers.packing import pack_of, pad, unpadded
+from seqconv.layers.packing import pack_of, prefilled
 from seqconv.layers.padding import padding_of
 from seqconv.layers.recurrence import Recurrent, discrete
 from seqconv.layers.streaming import StreamingLayer
@@ -310,9 +310,13 @@ class _DividedSteps(_DividedLayer):
         check_input(name, x, self.skip, self.d_model, ("total",))
         own = cu_seqlens if cu_seqlens is None else whole(cu_seqlens)
         pack = pack_of(name, x, own, max_seqlen, mask, lengths)
-        rows, lengths = pad(x, pack.cu_seqlens, pack.longest)
-        y, state = super().prefill(rows, state, lengths=lengths)  # pyright: ignore
-        y = unpadded(_whole(y), lengths)
+        steps: Any = super()
+
+        def prefill(rows: Tensor, state, lengths: Tensor):
+            y, state = steps.prefill(rows, state, lengths=lengths)
+            return _whole(y), state
+
+        y, state = prefilled(prefill, x, state, pack)
         y = DTensor.from_local(y, self.skip.device_mesh, [Replicate()], run_check=False)
         return self._output(y), state
 

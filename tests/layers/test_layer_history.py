@@ -63,6 +63,7 @@ def test_no_more_is_kept_than_taps_reach(name):
     torch.testing.assert_close(again, y[:, 300:], rtol=1e-10, atol=1e-10)
     _, before = in_pieces(layer, x[:, :300], [100])
     assert torch.equal(before, x[:, 300 - kept.shape[1] : 300])
+    assert before.untyped_storage().nbytes() == before.nbytes
 
 
 def cut(lengths) -> Tensor:
@@ -125,3 +126,14 @@ def test_what_is_refused(name):
     call, text = REFUSED[name]
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_compiled_once_for_histories_of_all_lengths():
+    layer = layer_of("SGConv").float()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for before, lengths in ((7, [4, 9]), (8, [3, 0, 20]), (30, [1, 1, 1, 14])):
+        x, history = torch.randn(sum(lengths), D), torch.randn(len(lengths), before, D)
+        options = {"cu_seqlens": cut(lengths), "max_seqlen": 20, "return_history": True}
+        with torch._dynamo.config.patch(error_on_recompile=before > 7):
+            ours = compiled(x, history=history, **options)
+        torch.testing.assert_close(ours, layer(x, history=history, **options))

@@ -146,12 +146,40 @@ def test_compiled():
         return fftconv(u, k, history=before, return_history=True, **rows)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for lengths in ([5, 30], [8, 3]):
-        given = torch.randn(3, sum(lengths)), torch.randn(2, 3, 8), cut(lengths)
-        for ours, theirs in zip(compiled(*given), step(*given), strict=True):
-            torch.testing.assert_close(ours, theirs)
+    for lengths in ([5, 30, 0, 1, 2], [8, 3], [9, 0, 1, 7]):
+        given = torch.randn(3, sum(lengths)), torch.randn(len(lengths), 3, 8), cut(lengths)
+        with torch._dynamo.config.patch(error_on_recompile=lengths[0] > 5):
+            ours = compiled(*given)
+        torch.testing.assert_close(ours, step(*given))
     with pytest.raises(RuntimeError, match="cu_seqlens must be 0, then not decrease"):
         compiled(torch.randn(3, 11), torch.randn(2, 3, 8), torch.tensor([0, 12, 11]))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gates_of_another_dtype_under_autocast(packed):
+    u, gate = torch.randn(1, 3, 10).bfloat16(), torch.randn(1, 3, 10)
+    history, rows = torch.randn(1, 3, 4), {}
+    if packed:
+        u, gate, rows = u[0], gate[0], {"cu_seqlens": cut([10])}
+    with torch.autocast("cpu", torch.bfloat16):
+        options = {"pre_gate": gate, "history": history, "return_history": True}
+        y, kept = fftconv(u, K, **options, **rows)
+    assert y.dtype == kept.dtype == torch.bfloat16
+    torch.testing.assert_close(kept.squeeze(0), (u * gate.bfloat16()).squeeze(0)[..., 6:])
+
+
+@pytest.mark.parametrize("history", [None, torch.empty(2, 3, 4, device="meta")])
+def test_shapes_without_values(history):
+    u, k = torch.empty(3, 10, device="meta"), torch.empty(3, 5, device="meta")
+    for offsets in (cut([4, 6]), cut([4, 6]).to("meta")):
+        given = {"pre_gate": u, "history": history, "return_history": True}
+        y, kept = fftconv(u, k, cu_seqlens=offsets, **given)
+        assert y.is_meta and y.shape == (3, 10) and kept.is_meta and kept.shape == (2, 3, 4)
+
+
+def test_steps_in_front_may_be_more_than_int32_counts():
+    rows = histories.lengthened("fftconv", cut([4, 6]).int(), 10, 5, torch.device("cpu"))
+    assert rows.cu_seqlens.dtype == torch.int64
 
 
 U, K = torch.randn(2, 3, 10), torch.randn(3, 5)
@@ -177,6 +205,11 @@ REFUSED = {
         {"u": U[0].mT, "layout": "blh", "cu_seqlens": cut([4, 6]), "history": torch.randn(2, 3, 4)},
         ValueError,
         r"history must be \(rows=2, K - 1=4, channels=3\), got \(2, 3, 4\)",
+    ),
+    "longer rows": (
+        {"u": U[0], "cu_seqlens": cut([4, 6]), "history": torch.randn(2, 3, 4), "max_seqlen": 5},
+        ValueError,
+        "max_seqlen must be at least the length of every row, got 5 and 6 steps in row 1",
     ),
     "an offset that decreases by less than a history": (
         {

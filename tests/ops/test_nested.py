@@ -51,10 +51,20 @@ def test_what_is_refused():
         ),
         (
             lambda: nested.pad(x, offsets, 2),
-            "cu_seqlens must be 0, then not decrease, to 5, by 2 at most",
+            "pad: length must be at least the length of every row, got 2 and 3 steps in row 1",
         ),
-        (lambda: nested.pad(x[1:], offsets), "cu_seqlens must be 0, then not decrease, to 4"),
-        (lambda: nested.position_ids(torch.tensor([1, 2])), "cu_seqlens must be 0 first"),
+        (
+            lambda: nested.pad(x[1:], offsets),
+            r"pad: cu_seqlens\[2\] must be the number of steps, 4, got 5",
+        ),
+        (
+            lambda: nested.position_ids(torch.tensor([1, 2])),
+            r"position_ids: cu_seqlens\[0\] must be 0, got 1",
+        ),
+        (
+            lambda: nested.seq_idx(torch.tensor([0, 2, 1])),
+            r"seq_idx: cu_seqlens\[2\] must be >= cu_seqlens\[1\]=2, got 1",
+        ),
         (lambda: nested.rows_from_position_ids(torch.tensor([1, 2])), "must begin with 0"),
         (lambda: nested.rows_from_position_ids(torch.tensor([0, 2])), "count up from every 0"),
         (lambda: nested.rows_from_seq_idx(torch.zeros(2, 3, dtype=torch.int32)), r"got \(2, 3\)"),
@@ -62,3 +72,21 @@ def test_what_is_refused():
     for call, text in refused:
         with pytest.raises(ValueError, match=text):
             call()
+
+
+def test_position_ids_with_an_axis_of_one_sample():
+    ids = torch.tensor([[0, 1, 2, 0, 0, 1]])
+    assert nested.rows_from_position_ids(ids).tolist() == [0, 3, 4, 6]
+
+
+def test_pad_in_one_graph_for_all_packs():
+    compiled = torch.compile(
+        lambda x, offsets: nested.pad(x, offsets, 9), dynamic=True, backend="aot_eager"
+    )
+    for offsets in ([0, 2, 5], [0, 3, 3, 10]):
+        given = torch.randn(offsets[-1], 6), torch.tensor(offsets)
+        with torch._dynamo.config.patch(error_on_recompile=len(offsets) > 3):
+            ours = compiled(*given)
+        torch.testing.assert_close(ours, nested.pad(*given, 9))
+    with pytest.raises(RuntimeError, match="pad: cu_seqlens must be 0, then not decrease"):
+        compiled(torch.randn(5, 6), torch.tensor([0, 2, 6]))

@@ -191,6 +191,40 @@ def test_transforms():
         torch.testing.assert_close(g, torch.autograd.grad(call(x).square().sum(), x)[0])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own code for jvp
+def test_forward_mode_of_forward_mode():
+    offsets, u = cut([4, 0, 9]), torch.randn(2, 13, dtype=F64)
+    k = torch.randn(2, 5, dtype=F64)
+    call = lambda u: fftconv(u, k, cu_seqlens=offsets, activation="gelu").sum()  # noqa: E731
+    expected = torch.autograd.functional.hessian(call, u)
+    for outer in (torch.func.jacfwd, torch.func.jacrev):
+        torch.testing.assert_close(outer(torch.func.jacfwd(call))(u), expected)
+
+
+@pytest.mark.parametrize("return_history", [False, True])
+def test_a_vmap_has_one_set_of_offsets(return_history):
+    u, k = torch.randn(2, 10), torch.randn(2, 3)
+
+    def call(offsets):
+        return fftconv(u, k, cu_seqlens=offsets, return_history=return_history)
+
+    with pytest.raises(ValueError, match="cu_seqlens must be the same for all calls of a vmap"):
+        torch.vmap(call)(torch.stack([cut([4, 6]), cut([5, 5])]))
+
+
+def test_exported_once_for_all_packs():
+    class Module(torch.nn.Module):
+        def forward(self, u, k, offsets):
+            return fftconv(u, k, cu_seqlens=offsets, max_seqlen=40)
+
+    k, some = torch.randn(2, 50), torch.export.Dim.DYNAMIC
+    given = torch.randn(2, 35), k, cut([5, 30])
+    exported = torch.export.export(Module(), given, dynamic_shapes=({1: some}, None, {0: some}))
+    u, offsets = torch.randn(2, 61), cut([20, 0, 40, 1])
+    ours = exported.module()(u, k, offsets)
+    torch.testing.assert_close(ours, fftconv(u, k, cu_seqlens=offsets))
+
+
 def test_opcheck():
     lengths = [4, 0, 9]
     t = tensors(lengths, 2, 6, dtype=torch.float32)

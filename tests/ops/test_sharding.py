@@ -344,3 +344,19 @@ def test_the_rules_are_there_when_dtensors_are(first, then):
     text = IMPORTS.format(first=first, then=then, before=first.endswith("tensor"))
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120)
     assert not done.returncode, done.stderr
+
+
+def plain_offsets(_):
+    """Offsets are no DTensor where all else is: every process has them."""
+    mesh = mesh_of(torch.distributed.get_world_size())
+    torch.manual_seed(1)
+    u, k, offsets = torch.randn(5, 12), torch.randn(5, 4), torch.tensor([0, 3, 12])
+    whole = fftconv(u, k, cu_seqlens=offsets)
+    own = [spread(t, [0], mesh) for t in (u, k)]
+    torch.testing.assert_close(fftconv(*own, cu_seqlens=offsets).full_tensor(), whole)
+    with pytest.raises(ValueError, match="return_history False with cu_seqlens and DTensors"):
+        fftconv(*own, cu_seqlens=offsets, return_history=True)
+
+
+def test_offsets_need_be_no_dtensor():
+    run(2, plain_offsets, None)

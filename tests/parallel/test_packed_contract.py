@@ -170,13 +170,13 @@ def test_what_is_refused():
         r"TypeError: S4D: cu_seqlens must be a tensor, got list",
         r"TypeError: S4D: cu_seqlens must be one of int32, int64, got float32",
         r"ValueError: S4D: x must be \(total, d_model=6\), got \(5, 2\)",
-        r"ValueError: fftconv: cu_seqlens\[2\] must be >= cu_seqlens\[1\]=12, got 10",
+        r"ValueError: S4D: cu_seqlens\[2\] must be >= cu_seqlens\[1\]=12, got 10",
         r"ValueError: parallel.fftconv: k must be \(channels=6, K\)",
     ]
     alike = [
         r"ValueError: S4D: cu_seqlens\[2\] must be the number of steps of all ranks, 10, got 5",
-        r"ValueError: fftconv: cu_seqlens\[0\] must be 0, got 1",
-        r"ValueError: fftconv: max_seqlen must be at least the length of every row, got 6 and 7 ",
+        r"ValueError: S4D: cu_seqlens\[0\] must be 0, got 1",
+        r"ValueError: S4D: max_seqlen must be at least the length of every row, got 6 and 7 ",
         r"ValueError: S4D: max_seqlen must be None without cu_seqlens, got 6",
         r"ValueError: S4D: lengths must be None with cu_seqlens, which leaves no padding",
         r"ValueError: S4D: mask must be None with cu_seqlens, which leaves no padding",
