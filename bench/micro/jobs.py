@@ -23,7 +23,7 @@ THREADS_LIMITS: tuple[tuple[dict, float], ...] = (
 )
 PAIR = ("seqconv", BASELINE)
 # (mode, rows, steps of the longest row, channels)
-PACKS = (("packed", 24, 16384, 64), ("packed_equal", 1000, 64, 64))
+PACKS = (("packed", 64, 16384, 64), ("packed_equal", 1000, 64, 64))
 PACKED_NAMES = (PACKED, ONE_BY_ONE, PADDED, BASELINE)
 
 

@@ -56,12 +56,12 @@ def test_a_wrong_pack_gets_no_time(monkeypatch, fault):
 
 
 def test_rows_spread_over_all_lengths():
-    case = Case("packed", batch=24, channels=64, length=16384)
+    case = Case("packed", batch=64, channels=64, length=16384)
     lengths = sorted(case.lengths)
-    assert case.lengths == case.lengths != lengths and len(lengths) == 24
-    assert 32 <= lengths[0] < 45 and lengths[-1] == 16384
+    assert case.lengths == case.lengths != lengths and len(lengths) == 64
+    assert 32 <= lengths[0] < 36 and lengths[-1] == 16384
     for low, high in ((32, 152), (152, 724), (724, 3444), (3444, 16385)):  # equal logarithms
-        assert 5 <= sum(low <= n < high for n in lengths) <= 7
+        assert 15 <= sum(low <= n < high for n in lengths) <= 17
     assert case.elements == 64 * sum(lengths)
     assert Case("packed_equal", batch=5, length=9).lengths == [9] * 5
     assert Case(batch=5, channels=2, length=9).elements == 90
@@ -120,7 +120,7 @@ def rows_of(mode, batch, length, **against) -> list[dict]:
 
 
 def test_the_bars_and_the_table():
-    rows = rows_of("packed", 24, 16384, alone=0.75, padded=4.5, fft=30.0)
+    rows = rows_of("packed", 64, 16384, alone=0.75, padded=4.5, fft=30.0)
     rows += rows_of("packed_equal", 1000, 64, padded=0.8, fft=5.0)
     found = {what.split(",")[0]: rest for what, *rest in requirements.packed_requirements(rows)}
     assert found == {
@@ -135,10 +135,10 @@ def test_the_bars_and_the_table():
     assert len(usual) == 5 and usual[0][0] == "every result of seqconv is right"
     text = requirements.packed_table(rows)
     first = (
-        "| 24 rows of up to 16,384 steps, forward, 1 thread | 500.0 ms | 0.75x | 4.50x | 30.00x |"
+        "| 64 rows of up to 16,384 steps, forward, 1 thread | 500.0 ms | 0.75x | 4.50x | 30.00x |"
     )
     second = "| 1,000 rows of 64 steps, forward, 1 thread | 500.0 ms | - | 0.80x | 5.00x |"
-    assert first in text and second in text and "67,715 steps" in text
+    assert first in text and second in text and "169,786 steps" in text
 
 
 def test_packs_measured_alone_leave_the_other_tables(monkeypatch, tmp_path):
@@ -155,7 +155,7 @@ def test_packs_measured_alone_leave_the_other_tables(monkeypatch, tmp_path):
     fftconv.write_tables(usual, tmp_path / "picture")
     text = (tmp_path / "docs/benchmarks.md").read_text()
     lines = (tmp_path / "fftconv.md").read_text().splitlines()
-    packs = rows_of("packed", 24, 16384, alone=0.75, padded=4.5, fft=30.0)
+    packs = rows_of("packed", 64, 16384, alone=0.75, padded=4.5, fft=30.0)
     fftconv.write_tables([*usual, *packs], tmp_path / "picture")
     after = (tmp_path / "docs/benchmarks.md").read_text()
     assert (
