@@ -40,7 +40,7 @@ class Traffic(TorchDispatchMode):
 def on_paper(gpus: int, length: int, taps: int) -> Problem:
     """The convolution of the table: one sample in bfloat16, causal, with the states of S4D."""
     shards = Shards(chunk_sizes(length, gpus))
-    reach = reach_of(taps, 0, shards)
+    reach = reach_of(taps, 0, shards.length)
     return Problem(shards, 1, D_MODEL, 1, reach, False, BYTES, BYTES, MODES)
 
 

@@ -30,6 +30,7 @@ def explain(
     run the kernels' machine code, and "lower bound" where bytes and instructions were counted.
 
     Example:
+        >>> import torch
         >>> explain(torch.zeros(1, 4, 1000), torch.zeros(4, 1000)).fallback is None
         True
     """

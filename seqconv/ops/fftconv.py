@@ -4,12 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv.backends.inputs import CHANNEL_AXIS, IS_SIGNAL, Inputs
+from seqconv.backends.inputs import IS_SIGNAL, Inputs
 from seqconv.ops import packed as packs
 from seqconv.ops.checks import FLOATS, check_choice, check_flag, check_shape, check_tensor
 from seqconv.ops.history import check_history, continued, continued_pack
 from seqconv.ops.register import Operator
-from seqconv.ops.sharding import SUM
 from seqconv.ops.transforms import composed, raw_bwd_vmap, raw_fwd_vmap
 
 ACTIVATIONS = (None, "gelu", "silu", "relu")
@@ -83,24 +82,10 @@ def _gradients(
 
 
 def _shardings(inputs: Inputs, activation: str, *rest, ranks: int) -> list[tuple]:
-    heads = len(inputs.k.shape) > 2
     samples = dict.fromkeys(("u", "pre_gate", "post_gate"), 0)
     if len(inputs.k.shape) == 4:
         samples |= {"k": 0, "k_rev": 0}
-    rows = [(0, samples), (1 + heads, CHANNEL_AXIS._asdict()), (SUM, {"post_gate": SUM})]
-    if heads:
-        several = {"k": -3, "k_rev": -3, "post_gate": 1}
-        for name in ("skip", "bias"):
-            t = getattr(inputs, name)
-            if t is not None and len(t.shape) == 2:
-                several[name] = 0
-        rows.append((1, several))
-    if activation == "none":
-        kinds = [("u",), ("k", "k_rev", "skip")]
-        if inputs.pre_gate is not None:
-            kinds.append(("pre_gate",))
-        rows += [(SUM, dict.fromkeys((*kind, "bias"), SUM)) for kind in kinds]
-    return rows
+    return [(0, samples), *packs.ways_to_share(inputs, activation, 1)]
 
 
 operator = Operator(

@@ -111,16 +111,17 @@ def _check_alike(dim: int | None) -> None:
         raise ValueError("fftconv: cu_seqlens must be the same for all calls of a vmap")
 
 
-def _shardings(inputs: PackedInputs, activation: str, *rest, ranks: int) -> list[tuple]:
+def ways_to_share(inputs, activation: str, batch: int) -> list[tuple]:
+    """Those of dense calls too, but for samples; `batch` is the number of axes before those of heads and channels."""
     heads = len(inputs.k.shape) > 2
-    rows = [(int(heads), CHANNEL_AXIS._asdict()), (SUM, {"post_gate": SUM})]
+    rows = [(batch + heads, CHANNEL_AXIS._asdict()), (SUM, {"post_gate": SUM})]
     if heads:
-        several = {"k": -3, "k_rev": -3, "post_gate": 0}
+        several = {"k": -3, "k_rev": -3, "post_gate": batch}
         for name in ("skip", "bias"):
             t = getattr(inputs, name)
             if t is not None and len(t.shape) == 2:
                 several[name] = 0
-        rows.append((0, several))
+        rows.append((batch, several))
     if activation == "none":
         kinds = [("u",), ("k", "k_rev", "skip")]
         if inputs.pre_gate is not None:
@@ -140,7 +141,7 @@ operator = Operator(
     empty_gradients=_empty_gradients,
     vmap=_vmap,
     gradients_vmap=_gradients_vmap,
-    shardings=_shardings,
+    shardings=lambda inputs, activation, *rest, ranks: ways_to_share(inputs, activation, 0),
 )
 
 

@@ -60,6 +60,8 @@ SPILLS |= {"stream_tile_16384": 8, "stream_tiles": 24}
 # than it has.
 HALF_SPILLS = {"half_forward": 0, "half_backward": 96}
 HALF_SPILLS |= {"half_backward_16384": 560, "half_backward_16384_ragged": 560}
+# Of packed rows this one length takes more registers than the dense kernel, which leaves fewer blocks to a processor.
+PACKED_REGISTERS = {f"packed_backward_{kind}_512": 168 for kind in ("f32", "bf16", "f16")}
 ELSEWHERE = 192  # on other architectures and by other releases, for which registers were not tuned
 
 
@@ -116,6 +118,7 @@ def resources(name: str, arch: str) -> dict:
 def test_compiles_within_its_resources(arch, name):
     used = resources(name, arch)
     registers, spills = allowed(name, arch)
+    registers = max(registers, PACKED_REGISTERS.get(name, 0))
     assert used["registers"] <= registers and used["spills"] <= spills, (used, registers, spills)
     _, _, threads, blocks = kernels.KERNELS[name]
     assert used["registers"] * threads * blocks <= REGISTERS

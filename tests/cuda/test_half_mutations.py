@@ -101,6 +101,7 @@ def test_without_a_mistake_all_is_right(problem):
         assert outcome(problem, order=order, copies=copies) == "right"
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", [marked(name) for name in MISTAKES])
 def test_mistakes_in_the_source(name):
     before, after, problem = MISTAKES[name]
@@ -162,6 +163,7 @@ def spared_in(kernel: str, problems) -> tuple[int, list[str]]:
 SLOW = [pytest.param(k, marks=pytest.mark.slow) for k in SYNCHRONISED if k not in QUICK]
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("kernel", [*QUICK, *some(SLOW, 3)])
 def test_barriers_and_waits_are_needed(kernel):
     problems, most = SYNCHRONISED[kernel]

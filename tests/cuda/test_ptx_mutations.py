@@ -49,6 +49,7 @@ ASSEMBLY = {
 }  # fmt: skip
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", ASSEMBLY)
 def test_mistakes_in_the_assembly(name):
     before, after, problem = ASSEMBLY[name]
@@ -83,6 +84,7 @@ IN_PTX = {
 }
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", IN_PTX)
 def test_mistakes_in_the_ptx(name):
     change = IN_PTX[name]
@@ -101,6 +103,7 @@ BESIDE = {  # the gradient's kernel also touches one element beside a piece of s
 }
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", BESIDE)
 def test_a_step_beside_a_piece_of_scratch_memory(name, monkeypatch):
     """In one allocation without bands between the pieces nobody notices it. With bands it is a fault."""

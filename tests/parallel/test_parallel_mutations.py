@@ -118,6 +118,7 @@ def mutated(name: str):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mistakes_are_caught(name):
     outcomes = run_fresh(3, mutated, name, timeout=40, collective=3)
