@@ -93,6 +93,7 @@ def marked(name: str):
     return pytest.param(name, marks=[pytest.mark.slow] * (name not in NOW))
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     "problem", [WHOLE, TEAMS, GATED, GELU, HEADS, CUT, HALF], ids=lambda p: str(p.case)
 )

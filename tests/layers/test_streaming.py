@@ -599,6 +599,7 @@ def test_steps_are_exported(name):
 
 @pytest.mark.parametrize("name", ["s4d", "long_conv", "hyena"])
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it
 def test_compiled_chunks(name):
     """They have gradients, and the graph serves batches and lengths of any size."""

@@ -108,6 +108,7 @@ def test_nothing_is_shown_of_a_loss_that_nobody_has_seen(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])
 def test_a_run_goes_on_without_its_options(tmp_path, precision):
     options = (*TINY, "--layer", "sgconv", "--model.dropout", 0.2, "--optim.lr", 0.02)
@@ -128,6 +129,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("moment", [*SLOW, "checkpoint"])
 def test_resume_begins_where_nothing_has_begun(tmp_path, moment):
     out = tmp_path / "run"

@@ -78,6 +78,7 @@ def test_what_a_run_folder_refuses(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("layer", ["s4d", "long_conv"])
 def test_a_killed_run_resumes_to_the_same_weights(layer, tmp_path):
     """Killed between checkpoints, within an epoch; stopped by Ctrl-C; and stopped exactly at an
@@ -112,6 +113,7 @@ def test_a_killed_run_resumes_to_the_same_weights(layer, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("layer", ["s4d", "sgconv", "long_conv"])
 def test_losses_are_those_of_the_reference(layer, tmp_path):
     """The first hundred with the compiled kernels and with torch's formulas, from the same seed."""
@@ -244,6 +246,7 @@ def test_what_cannot_be_is_refused_before_anything_is_lost(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_a_run_with_its_checkpoint(tmp_path, workers, number):
