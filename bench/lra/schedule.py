@@ -6,7 +6,9 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
+from typing import Any
 from unittest import mock
 
 import torch
@@ -16,10 +18,12 @@ import seqconv
 from bench.lra.batches import Batch, tensors
 from bench.lra.model import loss_of
 from bench.lra.options import Config
-from seqconv import reference
+from bench.micro import natural
 
-FFTCONV = ("seqconv.layers.base.fftconv", "seqconv.layers.hyena.fftconv")  # what layers call
-Contenders = dict[str, tuple[Callable, list[Batch]]]  # name -> (convolution, batches)
+Contenders = dict[str, tuple[Any, list[Batch]]]  # name -> (convolution, batches)
+TORCH_FFT = (
+    "torch.fft"  # as a convolution: bench/micro/natural.py, in the faster of its two layouts
+)
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ class Steps:
         x, *rows = batch.inputs
         x = x.to(self.dtype) if x.is_floating_point() else x
         with contextlib.ExitStack() as stack:
-            for place in FFTCONV:
+            for place in natural.PLACES:
                 stack.enter_context(mock.patch(place, convolution))
             synchronize(x.device)
             start = time.perf_counter()
@@ -191,6 +195,25 @@ def time_steps(model: nn.Module, contenders: Contenders, rounds: int, precision:
     Returns the seconds of all its batches for each contender and round, the worst difference of a gradient, and the
     most MiB of a step on a GPU for each contender ({} on a CPU).
     """
+    layouts = {
+        name: natural.LAYOUTS if conv is TORCH_FFT else () for name, (conv, _) in contenders.items()
+    }
+    contenders = {
+        (name, layout): (partial(natural.fftconv, through=layout) if layout else conv, batches)
+        for name, (conv, batches) in contenders.items()
+        for layout in layouts[name] or (None,)
+    }
+    seconds, worst, peaks = _time_steps(model, contenders, rounds, precision)
+    fastest = {}
+    for name, own in layouts.items():
+        ways = [(name, layout) for layout in own or (None,)]
+        fastest[name] = min(ways, key=lambda way: median(seconds[way]))
+    peaks = {name: peaks[way] for name, way in fastest.items() if way in peaks}
+    return {name: seconds[way] for name, way in fastest.items()}, worst, peaks
+
+
+def _time_steps(model: nn.Module, contenders: dict, rounds: int, precision: str):
+    """The same of contenders that say what they compute with."""
     steps, peaks = Steps(model, precision), {}
     worst = steps.differ(contenders)
     steps.model.train()
@@ -203,7 +226,7 @@ def time_steps(model: nn.Module, contenders: Contenders, rounds: int, precision:
         steps(convolution, batches[0])
         if device.type == "cuda":
             peaks[name] = torch.cuda.max_memory_allocated(device) / 2**20
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, (convolution, batches) in contenders.items():
             seconds[name].append(sum(steps(convolution, batch) for batch in batches))
@@ -214,15 +237,14 @@ def compare_step(
     model: nn.Module, batch: Batch, rounds: int, precision: str, padded: Batch | None = None
 ) -> dict:
     """Times training steps with seqconv.fftconv and with the torch.fft formulation, which has the same samples as
-    `padded` where `batch` is a pack.
+    `padded` where `batch` is a pack, in the faster of its two layouts (bench/micro/natural.py).
 
     Returns {"seqconv", "torch.fft": medians in milliseconds, "ratio": median of the ratios, "difference": the worst
     relative L2 difference of a gradient}, and on a GPU "peak_mib", the most memory of a step of each. Raises
     RuntimeError if the gradients differ by 1e-3 or more.
     """
     theirs = batch if padded is None else padded
-    contenders = {"seqconv": (seqconv.fftconv, [batch])}
-    contenders["torch.fft"] = (reference.fftconv_fft, [theirs])
+    contenders = {"seqconv": (seqconv.fftconv, [batch]), "torch.fft": (TORCH_FFT, [theirs])}
     seconds, worst, peaks = time_steps(model, contenders, rounds, precision)
     pairs = zip(seconds["seqconv"], seconds["torch.fft"], strict=True)
     found = {name: 1e3 * median(times) for name, times in seconds.items()}

@@ -19,9 +19,8 @@ from bench.lra import data, options
 from bench.lra.batches import Batch, TrainBatches
 from bench.lra.data import formats, listops
 from bench.lra.run import classifier, device_for
-from bench.lra.schedule import autocast, synchronize, time_steps
+from bench.lra.schedule import TORCH_FFT, autocast, synchronize, time_steps
 from bench.micro.timing import quartiles, ratios
-from seqconv import reference
 
 # Characters of the 50,000 reviews: the shortest, the quartiles and the longest.
 REVIEWS = (32, 699, 970, 1590, 13704)
@@ -107,7 +106,7 @@ def measure(config: options.Config, count: int, rounds: int, torch_fft: bool) ->
     model = classifier(config, info).to(device)
     contenders = {"packed": (seqconv.fftconv, packed), "padded": (seqconv.fftconv, padded)}
     if torch_fft:
-        contenders["padded, torch.fft"] = (reference.fftconv_fft, padded)
+        contenders["padded, torch.fft"] = (TORCH_FFT, padded)
     precision = config.run.precision
     training, difference, peaks = time_steps(model, contenders, rounds, precision)
     model.eval()

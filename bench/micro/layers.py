@@ -1,18 +1,21 @@
-"""Measures every layer, forward and backward, beside the same layer on torch.fft.
+"""Measures every layer, forward and backward, beside what a user would write with torch.fft.
 
 python -m bench.layers [--lengths 1024 4096] [--json FILE]
 python -m bench.layers --table    writes the README's table from bench/results/layers.jsonl
 
-Both have the same parameters. "torch.fft" forces the layer's operators to their reference: transforms
-by torch.fft, S4D's kernel by torch.bmm. Outputs and gradients of both are first compared with float64's.
+Both have the same parameters and the same kernel generator. "torch.fft" convolves by bench/micro/natural.py, in the
+layout that is faster for the case. ButterflyConv has no transform of torch's to take: "torch.fft" is its definition
+there, by einsum and torch.bmm. Outputs and gradients of all are first compared with float64's.
 Ratios are medians of the ratios of interleaved rounds under the C library's tuned allocator,
 the stricter comparison (see bench.fftconv). Memory is the peak of one step beyond inputs and layer.
 """
 
 import argparse
+import contextlib
 import copy
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from rich.progress import track
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from bench import files
 from bench.facts import RESULTS, ROOT, length_name, now, plural, same_run
+from bench.micro import natural
 from bench.micro.contenders import BASELINE
 from bench.micro.timing import Clock, interleaved, peak_bytes, summary, within, worst_errors
 from bench.micro.worker import Worker, machine, refuse_fallback, serve
@@ -38,12 +42,23 @@ LAYERS = {  # name -> the layer for a d_model and a length
 }
 
 
-WAYS = {"seqconv": "auto", BASELINE: "reference"}  # the backend
+OURS, DEFINITION = "seqconv", "definition"
+
+
+def ways_of(layer: nn.Module) -> dict[str, str]:
+    """The ways to compute a layer, and which contender each of them is a way of."""
+    if isinstance(layer, ButterflyConv):
+        return {OURS: OURS, DEFINITION: BASELINE}
+    return {OURS: OURS} | dict.fromkeys(natural.LAYOUTS, BASELINE)
 
 
 def step(way: str, layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     """Returns the output and the gradients of the input and of every parameter."""
-    with use_backend(WAYS[way]):
+    with contextlib.ExitStack() as stack:
+        if way == DEFINITION:
+            stack.enter_context(use_backend("reference"))
+        elif way != OURS:
+            stack.enter_context(natural.in_layers(way))
         y = layer(x)
         return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
 
@@ -59,30 +74,38 @@ def measure(job: dict, clock: Clock):
     """Yields the rows of one layer and length, one for each way. A wrong result gets no times."""
     layer, x, dy = problem(job)
     exact_x, exact_layer = x.detach().double().requires_grad_(), copy.deepcopy(layer).double()
-    exact = step(BASELINE, exact_layer, exact_x, dy.double())
-    found = {way: worst_errors(step(way, layer, x, dy), exact) for way in WAYS}
+    exact = step(DEFINITION, exact_layer, exact_x, dy.double())
+    ways = ways_of(layer)
+    found = {way: worst_errors(step(way, layer, x, dy), exact) for way in ways}
     del exact, exact_x, exact_layer
     # torch.fft must only compute the same. seqconv may have twice the round-off of torch.fft.
-    allowed = {BASELINE: (1e-4, 1e-2)}
-    allowed["seqconv"] = (2 * found[BASELINE][0] + 5e-7, 2 * found[BASELINE][1] + 1e-5)
+    allowed = dict.fromkeys(ways, (1e-4, 1e-2))
+    theirs = [error for way, error in found.items() if way != OURS]
+    largest = [max(errors) for errors in zip(*theirs, strict=True)]
+    allowed[OURS] = (2 * largest[0] + 5e-7, 2 * largest[1] + 1e-5)
     runs = {
         way: partial(step, way, layer, x, dy)
         for way, error in found.items()
         if within(error, allowed[way])
     }
     times = interleaved(runs, job["budget"], clock)
+    right = [way for way in ways if way != OURS and way in runs]
+    fastest = min(right, key=lambda way: median(times[way]), default=None)
     for way, error in found.items():
-        row = {"contender": way, "gate": way in runs, "median": None}
+        if way not in (OURS, fastest) and (way in runs or fastest is not None):
+            continue  # the slower layout
+        row = {"contender": ways[way], "way": way, "gate": way in runs, "median": None}
         row |= {"error_l2": error[0], "error_max": error[1], "tolerance": allowed[way]}
         if way in runs:
-            row |= summary(times[way], times[BASELINE] if len(runs) == 2 else None)
+            both = OURS in runs and fastest is not None
+            row |= summary(times[way], times[fastest] if both else None)
         yield row
 
 
 def memory(job: dict):
     layer, x, dy = problem(job)
-    for way in WAYS:
-        yield {"contender": way, "bytes": peak_bytes(partial(step, way, layer, x, dy), "cpu")}
+    for way in ways_of(layer):
+        yield {"way": way, "bytes": peak_bytes(partial(step, way, layer, x, dy), "cpu")}
 
 
 def prepare(settings: dict):
@@ -98,9 +121,9 @@ def run(args) -> list[dict]:
     for layer, length in track(jobs, "measuring", console=console):
         job = {"op": "forward+backward", "layer": layer, "length": length}
         job |= {"batch": args.batch, "d_model": args.d_model}
-        peaks = {row["contender"]: row["bytes"] for row in scale(job)}
+        peaks = {row["way"]: row["bytes"] for row in scale(job)}
         for row in clock(job | {"budget": args.budget}):
-            here = {"peak_bytes": peaks[row["contender"]], "when": now()}
+            here = {"peak_bytes": peaks[row["way"]], "when": now()}
             rows.append(job | row | here | common)
             if args.json:
                 files.append(args.json, rows[-1])
@@ -116,11 +139,17 @@ def mebibytes(row: dict) -> str:
     return "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
 
 
+def named(row: dict) -> str:
+    return (
+        row["contender"] if row["way"] == row["contender"] else f"{row['contender']}, {row['way']}"
+    )
+
+
 def show(rows: list[dict]) -> None:
     numbers = ("ms", "quartiles", "faster", "quartiles", "MiB", "error L2", "max/rms")
     shown = table("layers, forward and backward", ("layer", "length", "way"), numbers)
     for row in rows:
-        cells = [row["layer"], length_name(row["length"]), row["contender"]]
+        cells = [row["layer"], length_name(row["length"]), named(row)]
         if row["gate"]:
             cells += [f"{1e3 * row['median']:.1f}", f"{1e3 * row['q1']:.1f}-{1e3 * row['q3']:.1f}"]
         else:
@@ -150,7 +179,7 @@ def readme_table(rows: list[dict]) -> str:
             row = last.get((layer, length, "seqconv"), {})
             both = "ratio" in row
             cells.append(f"{row['ratio']:.2f}x, {1e3 * row['median']:.1f} ms" if both else "-")
-        ends = [last.get((layer, lengths[-1], way)) for way in WAYS]
+        ends = [last.get((layer, lengths[-1], way)) for way in (OURS, BASELINE)]
         lines.append([layer, *cells, ", ".join(mebibytes(r) if r else "-" for r in ends)])
     shape = f"{first['batch']} samples, d_model {first['d_model']}, {plural(first['threads'], 'thread')}"
     where = f"{first['device']} ({first['isa']} kernels), torch {first['versions']['torch']}"

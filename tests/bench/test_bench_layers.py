@@ -142,11 +142,13 @@ def test_torch_fft_runs_no_kernel_of_ours(monkeypatch):
     def refuse(*_):
         raise RuntimeError("a kernel ran")
 
-    for name in ("fftconv", "fftconv_gradients", "ssm", "ssm_gradients"):
+    for name in ("fftconv", "fftconv_gradients", "butterfly", "butterfly_gradients"):
         monkeypatch.setattr(cpu, name, refuse)
-    for name in ("S4D", "Hyena", "SGConv, two-sided"):
+    for name in ("S4D", "Hyena", "SGConv, two-sided", "ButterflyConv"):
         problem = layers.problem(SMALL_LAYER | {"layer": name})
-        assert len(layers.step("torch.fft", *problem)) > 3
+        for way in layers.ways_of(problem[0]):
+            if way != "seqconv":
+                assert len(layers.step(way, *problem)) > 3
         with pytest.raises(RuntimeError, match="a kernel ran"):
             layers.step("seqconv", *problem)
     assert seqconv.explain(torch.zeros(1, 1, 64), torch.zeros(1, 64)).fallback is None

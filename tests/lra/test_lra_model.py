@@ -216,12 +216,12 @@ def test_what_is_timed_is_a_training_step(monkeypatch):
     monkeypatch.setattr(SequenceClassifier, "forward", watched)
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     found = compare_step(made, batch, 3, "32-true")
-    assert seen == [False] * 2 + [True] * 9 and stepped == [True] * 9
+    assert seen == [False] * 3 + [True] * 13 and stepped == [True] * 13
     assert found["difference"] < 1e-3 and found["ratio"] > 0 and found["seqconv"] > 0
     after = made.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(p.grad is None for p in made.parameters())
-    wrong = lambda *a, **k: 1.01 * seqconv.fftconv(*a, **k)  # noqa: E731
-    monkeypatch.setattr("bench.lra.schedule.reference.fftconv_fft", wrong)
+    wrong = lambda *a, through, **k: 1.01 * seqconv.fftconv(*a, **k)  # noqa: E731
+    monkeypatch.setattr("bench.micro.natural.fftconv", wrong)
     with pytest.raises(RuntimeError, match="gradients differ"):
         compare_step(made, batch, 3, "32-true")
