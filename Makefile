@@ -32,7 +32,7 @@ sanitize: .venv/ready  ## the kernels' tests under AddressSanitizer and Undefine
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 ../../$(BIN)/python -m pytest -q -m "not slow" \
 	  tests/ops/test_fftconv.py tests/ops/test_random.py tests/ops/test_ssm.py tests/ops/test_ssm_step.py tests/ops/test_stream.py \
-	  tests/ops/test_exact_causal.py tests/cpu $(ARGS)
+	  tests/ops/test_exact_causal.py tests/layers/test_s4d_kernel.py tests/layers/test_linear_glu.py tests/cpu $(ARGS)
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SEQCONV_EMULATOR_FLAGS="$(SANITIZE) -O1" ../../$(BIN)/python -m pytest -q -n 2 \
 	  tests/cuda/test_device.py tests/cuda/test_cuda_ssm.py tests/cuda/test_cuda_ssm_step.py tests/cuda/test_cuda_stream.py tests/cuda/test_cuda_butterfly.py \

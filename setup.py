@@ -65,7 +65,7 @@ def extensions() -> list[Extension]:
         return []
     csrc = Path("csrc")
     headers = sorted(str(p) for p in csrc.rglob("*.h"))
-    sources = [str(csrc / "module.cpp"), *sorted(str(p) for p in (csrc / "cpu").glob("*.cpp"))]
+    sources = sorted(str(p) for p in (*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")))
     return [
         Extension(
             "seqconv._C",

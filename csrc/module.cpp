@@ -1,51 +1,24 @@
 // seqconv._C: the CPU kernels as a CPython stable-ABI module. Arguments are integers, or bytes that
 // hold them; every check is made in Python (seqconv/ops), which also lends torch's thread pool
 // through set_parallel_for.
-#ifndef Py_LIMITED_API
-#define Py_LIMITED_API 0x030a0000
-#endif
-#include <Python.h>
-
-#include <cstdint>
 #include <cstring>
 #include <initializer_list>
 
-#include "cpu/butterfly.h"
+#include "call.h"
 #include "cpu/exact.h"
 #include "cpu/fftconv.h"
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
-#include "cpu/ssm.h"
-#include "cpu/ssm_step.h"
 #include "cpu/stream.h"
+#include "models.h"
 
 namespace {
 
+using namespace seqconv::module;
 using seqconv::Problem;
 using seqconv::Tensor;
 
 constexpr Py_ssize_t kSizes = 9;                    // batch .. activation, see read_problem
-constexpr Py_ssize_t kPerTensor = 5;                // dtype, four strides
 constexpr Py_ssize_t kForward = 8, kBackward = 15;  // tensors
-
-// Reads integers one after another; after a failure ok is false and the values are meaningless.
-struct Reader {
-  PyObject* const* args;
-  bool ok = true;
-  int64_t next() {
-    const long long value = PyLong_AsLongLong(*args++);
-    if (value == -1 && PyErr_Occurred()) ok = false;
-    return value;
-  }
-  char* address() { return reinterpret_cast<char*>(static_cast<intptr_t>(next())); }
-  Tensor tensor() {
-    Tensor t;
-    t.data = address();
-    t.dtype = static_cast<seqconv::Dtype>(next());
-    for (int64_t& stride : t.stride) stride = next();
-    return t;
-  }
-};
 
 // The layout of a convolution's tensors as 64-bit integers in a bytes object, which Python keeps
 // for calls that differ in addresses only; the number of threads; and the tensors' addresses, 0 for
@@ -91,17 +64,6 @@ bool read_problem(PyObject* const* args, Py_ssize_t count, bool backward, Proble
   return read.ok;
 }
 
-// None, or MemoryError.
-template <class Op>
-PyObject* run(const Op& op) {
-  seqconv::Status status;
-  Py_BEGIN_ALLOW_THREADS;
-  status = op();
-  Py_END_ALLOW_THREADS;
-  if (status == seqconv::Status::kOutOfMemory) return PyErr_NoMemory();
-  Py_RETURN_NONE;
-}
-
 using Operator = seqconv::Status (*)(const Problem&);
 
 template <Operator op, bool backward>
@@ -129,61 +91,6 @@ constexpr auto backward_packed = call_packed<seqconv::backward_packed, true>;
 
 constexpr auto exact_forward = call<seqconv::exact_forward, false>;
 constexpr auto exact_backward = call<seqconv::exact_backward, true>;
-
-// heads, channels, modes, length, single, threads; addresses of a and w; then of k, or of dk, its
-// three strides, and the addresses of da and dw.
-PyObject* ssm(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  const bool backward = count == 14;
-  if (count != 9 && !backward) {
-    PyErr_Format(PyExc_TypeError, "seqconv._C: 9 or 14 integers wanted, got %zd", count);
-    return nullptr;
-  }
-  Reader read{args};
-  seqconv::SsmProblem p{};
-  p.heads = read.next();
-  p.channels = read.next();
-  p.modes = read.next();
-  p.length = read.next();
-  p.single = read.next();
-  p.threads = static_cast<int>(read.next());
-  p.a = reinterpret_cast<const double*>(read.address());
-  p.w = reinterpret_cast<const double*>(read.address());
-  if (backward) {
-    p.dk = read.address();
-    for (int64_t& stride : p.dk_stride) stride = read.next();
-    p.da = reinterpret_cast<double*>(read.address());
-    p.dw = reinterpret_cast<double*>(read.address());
-  } else {
-    p.k = read.address();
-  }
-  if (!read.ok) return nullptr;
-  return run([&] { return backward ? seqconv::ssm_backward(p) : seqconv::ssm_forward(p); });
-}
-
-// batch, heads, channels, modes, activation, threads; addresses of state, power, input, output and
-// y, which are contiguous; then address, dtype and two strides of x, and the same of skip.
-PyObject* ssm_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 19) {
-    PyErr_Format(PyExc_TypeError, "seqconv._C: 19 integers wanted, got %zd", count);
-    return nullptr;
-  }
-  Reader read{args};
-  seqconv::SsmStepProblem p{};
-  for (int64_t* size : {&p.batch, &p.heads, &p.channels, &p.modes}) *size = read.next();
-  p.activation = static_cast<seqconv::Activation>(read.next());
-  p.threads = static_cast<int>(read.next());
-  p.state = reinterpret_cast<double*>(read.address());
-  for (const double** table : {&p.power, &p.input, &p.output})
-    *table = reinterpret_cast<const double*>(read.address());
-  p.y = read.address();
-  for (Tensor* t : {&p.x, &p.skip}) {
-    t->data = read.address();
-    t->dtype = static_cast<seqconv::Dtype>(read.next());
-    for (int i = 0; i < 2; ++i) t->stride[i] = read.next();
-  }
-  if (!read.ok) return nullptr;
-  return run([&] { return seqconv::ssm_step(p); });
-}
 
 // Whether pairs of memory hold the same bytes: two addresses and the number of bytes of each.
 PyObject* same_bytes(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -215,37 +122,6 @@ PyObject* same_items(PyObject*, PyObject* const* args, Py_ssize_t count) {
       if (key != also_key || value != also_value) Py_RETURN_FALSE;
   }
   Py_RETURN_TRUE;
-}
-
-// batch, channels, length, heads, n, whether double, threads, x, addresses of matrices and
-// twiddles; then of z, or of dz, dx, and the address of dmatrices.
-PyObject* butterfly(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr Py_ssize_t kTensor = 1 + kPerTensor;  // with its address
-  constexpr Py_ssize_t kCommon = 9 + kTensor;
-  const bool backward = count == kCommon + kTensor + 2;
-  if (count != kCommon + 1 && !backward) {
-    PyErr_Format(PyExc_TypeError, "seqconv._C: %zd or %zd integers wanted, got %zd", kCommon + 1,
-                 kCommon + kTensor + 2, count);
-    return nullptr;
-  }
-  Reader read{args};
-  seqconv::ButterflyProblem p{};
-  for (int64_t* size : {&p.batch, &p.channels, &p.length, &p.heads, &p.n}) *size = read.next();
-  p.compute_double = read.next();
-  p.threads = static_cast<int>(read.next());
-  p.x = read.tensor();
-  p.matrices = read.address();
-  p.twiddles = read.address();
-  if (backward) {
-    p.dz = read.address();
-    p.dx = read.tensor();
-    p.dmatrices = read.address();
-  } else {
-    p.z = read.address();
-  }
-  if (!read.ok) return nullptr;
-  return run(
-      [&] { return backward ? seqconv::butterfly_backward(p) : seqconv::butterfly_forward(p); });
 }
 
 // batch, heads, channels, period, whether double, whether spread, activation, threads; u, pre_gate,
@@ -338,10 +214,6 @@ PyObject* method(PyObject*, PyObject* args) {
   return Py_BuildValue("LL", static_cast<long long>(m.n), static_cast<long long>(m.blocks));
 }
 
-PyCFunction fastcall(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
-
 PyObject* exact_method(PyObject*, PyObject* args) {
   long long length, taps;
   if (!PyArg_ParseTuple(args, "LL", &length, &taps)) return nullptr;
@@ -359,6 +231,8 @@ PyMethodDef methods[] = {
     {"exact_method", exact_method, METH_VARARGS,
      "(length, taps): levels of tiles, and points of the longest."},
     {"ssm", fastcall(ssm), METH_FASTCALL, "A state space model's kernel, or its gradient."},
+    {"modes", fastcall(modes), METH_FASTCALL, "S4D's modes from its parameters, or gradients."},
+    {"glu", fastcall(glu), METH_FASTCALL, "A gated linear unit, or its gradient."},
     {"ssm_step", fastcall(ssm_step), METH_FASTCALL, "A step of a state space model, in place."},
     {"same_bytes", fastcall(same_bytes), METH_FASTCALL, "Whether pairs of memory are equal."},
     {"same_items", fastcall(same_items), METH_FASTCALL, "Whether pairs of dictionaries are equal."},

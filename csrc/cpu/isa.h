@@ -10,6 +10,7 @@
 #include "butterfly.h"
 #include "exact.h"
 #include "fftconv.h"
+#include "glu.h"
 #include "plan.h"
 #include "ssm.h"
 #include "ssm_step.h"
@@ -131,6 +132,8 @@ struct IsaKernels {
   void (*ssm_step_f64)(const SsmStepProblem&, const SsmStepUnit&);
   ExactKernel<float> exact_f32;
   ExactKernel<double> exact_f64;
+  void (*glu_forward)(const GluProblem&, int64_t begin, int64_t end);
+  void (*glu_backward)(const GluProblem&, int64_t begin, int64_t end, float* sums);
   const IsaKernels* shorter = nullptr;  // for rows of fewer points than kShort, if not this one
 };
 constexpr int64_t kShort = 65;

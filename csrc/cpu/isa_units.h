@@ -3,6 +3,7 @@
 #include "butterfly_unit.h"
 #include "exact_unit.h"
 #include "fftconv_unit.h"
+#include "glu_unit.h"
 #include "isa.h"
 #include "ssm_step_unit.h"
 #include "ssm_unit.h"
@@ -26,6 +27,8 @@ constexpr IsaKernels all_kernels(const char* name, bool (*runnable)(),
           ssm_step_unit<double>,
           kExactKernel<float>,
           kExactKernel<double>,
+          glu_forward_unit,
+          glu_backward_unit,
           shorter};
 }
 

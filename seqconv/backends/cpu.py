@@ -1,106 +1,64 @@
-"""The CPU kernels: packs tensors into plain integers for seqconv._C and lends it torch's threads."""
+"""The CPU kernels as a backend, and those of fftconv: tensors as plain integers for seqconv._C."""
 
-import ctypes
-import math
-import os
-import sys
-import warnings
 from array import array
 from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from seqconv.backends.cpu_models import (  # noqa: F401
+    butterfly,
+    butterfly_gradients,
+    empty_in_huge_pages,
+    glu,
+    glu_gradients,
+    holds_butterfly,
+    s4d_modes,
+    s4d_modes_gradients,
+    ssm,
+    ssm_gradients,
+    ssm_step,
+    stream_name,
+    stream_spectra,
+    stream_step,
+)
+from seqconv.backends.extension import (  # noqa: F401
+    _C,
+    compiler,
+    isa,
+    missing,
+    same_bytes,
+    same_items,
+    set_isa,
+    threaded,
+    threads,
+)
 from seqconv.backends.inputs import IS_SIGNAL
 from seqconv.backends.offsets import offsets_of
 from seqconv.backends.pack import (
     ABSENT,
     ACTIVATIONS,
-    DTYPES,
     KERNEL,
     SIGNAL,
     SKIP,
-    STEP,
     laid_out,
-    pack,
     reach,
     reached,
     zero_unreached,
 )
 from seqconv.backends.protocol import Explanation, Request
 
-try:
-    from seqconv import _C
-except ImportError as error:
-    _C = None
-    _folder = Path(__file__).resolve().parents[2]
-    _why = f"does not load ({error})" if find_spec("seqconv._C") else "is not installed"
-    missing = f"the compiled extension seqconv._C {_why}"
-    if (_folder / "setup.py").exists():
-        missing = (
-            f"the compiled extension seqconv._C {_why} in the source folder {_folder}, which Python took for the "
-            f"package: pip install --editable '{_folder}' builds it there; or start Python in another folder"
-        )
-    text = f"seqconv: {missing}; fftconv takes torch.fft, slower: see python -m seqconv"
-    warnings.warn(text, RuntimeWarning, stacklevel=2)
-else:
-    missing = ""
-
-
-def _lend_threads() -> bool:
-    """Hands torch's stable C function torch_parallel_for to the extension; without it, it runs serially."""
-    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(
-        sys.platform, "libtorch_cpu.so"
-    )
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-        function = ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value
-    except (OSError, AttributeError):
-        return False
-    _C.set_parallel_for(function)
-    return True
-
-
-threaded = _C is not None and _lend_threads()
-if (
-    _C is not None
-    and os.environ.get("SEQCONV_CPU_ISA")
-    and not _C.set_isa(os.environ["SEQCONV_CPU_ISA"])
-):
-    raise ValueError(
-        f"SEQCONV_CPU_ISA={os.environ['SEQCONV_CPU_ISA']} does not run on this processor or is unknown"
-    )
-
 name = "cpu"
 always = (
     frozenset()
     if missing
-    else frozenset(("fftconv", "fftconv_packed", "ssm", "ssm_step", "stream"))
+    else frozenset(("fftconv", "fftconv_packed", "ssm", "s4d_kernel", "ssm_step", "stream", "glu"))
 )
-
-
-def compiler() -> str:
-    return _C.compiler()
-
-
-def set_isa(name: str) -> bool:
-    """False if the processor cannot run it."""
-    return _C.set_isa(name)
-
-
-def isa() -> str:
-    return _C.isa()
 
 
 def method(length: int, taps: int, taps_rev: int, double: bool) -> tuple[int, int]:
     """Points of one transform (0: a direct sum) and how many of them cover a row."""
     return _C.method(length, taps, taps_rev, double)
-
-
-def threads() -> int:
-    return torch.get_num_threads() if threaded and not _C.forked() else 1
 
 
 def why_not(request: Request) -> str | None:
@@ -184,8 +142,11 @@ def _call(function, tensors: tuple, activation: str, every_tap: bool = False) ->
         else:
             known.append((t.dtype, t.shape, t.stride()))
             addresses.append(t.data_ptr())
-    threads = torch.get_num_threads() if threaded else 1  # a forked child takes one
-    function(_layout(activation, every_tap, *known), threads, *addresses)
+    function(
+        _layout(activation, every_tap, *known),
+        torch.get_num_threads() if threaded else 1,
+        *addresses,
+    )
 
 
 def fftconv(y: Tensor, inputs, activation: str) -> None:
@@ -221,8 +182,7 @@ def _call_packed(function, tensors: tuple, offsets: Tensor, activation: str) -> 
     known = [None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors]
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     layout = _packed_layout(activation, len(offsets) - 1, *known)
-    threads = torch.get_num_threads() if threaded else 1
-    function(layout, threads, *addresses, offsets.data_ptr())
+    function(layout, torch.get_num_threads() if threaded else 1, *addresses, offsets.data_ptr())
 
 
 def reads_offsets(offsets: Tensor) -> bool:
@@ -269,151 +229,3 @@ def fftconv_exact_gradients(grads, dy: Tensor, inputs, activation: str) -> None:
     for grad, value in zip(grads, found, strict=True):
         if value is not grad:
             grad.copy_(value)
-
-
-# ---- the learned butterfly ----
-
-
-def holds_butterfly(radices: tuple[int, ...]) -> bool:
-    """Whether the kernels have such passes: of 16 points, and at most one, the last, of fewer."""
-    last = radices[-1]
-    return set(radices[:-1]) <= {16} and (last == 16 or (len(radices) > 1 and last in (2, 4, 8)))
-
-
-@lru_cache(16)
-def _twiddles(radices: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Of every pass but the last exp(-2 pi i p j / (r s)), real parts (s, r), then imaginary ones."""
-    s, parts = math.prod(radices), []
-    for radix in radices[:-1]:
-        s //= radix
-        p, j = (torch.arange(m, dtype=torch.float64) for m in (radix, s))
-        turn = j[:, None] * p * (-2 * math.pi / (radix * s))
-        parts += [turn.cos().flatten(), turn.sin().flatten()]
-    return torch.cat(parts or [torch.zeros(2 * s)]).to(dtype)  # of a single pass none is read
-
-
-def _butterfly(x: Tensor, matrices: Tensor, radices, *rest) -> None:
-    asked = torch.get_num_threads() if threaded else 1
-    sizes = (*x.shape, matrices.shape[0], math.prod(radices), x.dtype == torch.float64, asked)
-    twiddles = _twiddles(radices, matrices.dtype)  # alive until the call is over
-    _C.butterfly(*sizes, *pack(x, SIGNAL), matrices.data_ptr(), twiddles.data_ptr(), *rest)
-
-
-def butterfly(z: Tensor, inputs, radices: tuple[int, ...]) -> None:
-    matrices = inputs.matrices.to(z.dtype).contiguous()
-    _butterfly(inputs.x, matrices, radices, z.data_ptr())
-
-
-def butterfly_gradients(grads, dz: Tensor, inputs, radices: tuple[int, ...]) -> None:
-    x, matrices = inputs.x, inputs.matrices
-    dx, dmatrices = grads
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dz, factors = (t.to(wide).contiguous() for t in (dz, matrices))
-    sums = torch.empty_like(factors)
-    _butterfly(x, factors, radices, dz.data_ptr(), *pack(dx, SIGNAL), sums.data_ptr())
-    dmatrices.copy_(sums)
-
-
-# ---- sums of exponentials ----
-
-
-def _ssm(function_of: Tensor, inputs, *rest) -> None:
-    a, w = inputs.a.contiguous(), inputs.w.contiguous()
-    heads, channels, modes, _ = w.shape
-    asked = torch.get_num_threads() if threaded else 1
-    single = function_of.dtype == torch.float32
-    sizes = (heads, channels, modes, function_of.shape[-1], single, asked)
-    _C.ssm(*sizes, a.data_ptr(), w.data_ptr(), function_of.data_ptr(), *rest)
-
-
-def ssm(k: Tensor, inputs) -> None:
-    _ssm(k, inputs)
-
-
-def ssm_gradients(grads, dk: Tensor, inputs) -> None:
-    _ssm(dk, inputs, *dk.stride(), *[grad.data_ptr() for grad in grads])
-
-
-def ssm_step(y: Tensor, inputs, activation: str) -> None:
-    state, x, skip, power, input, output = inputs
-    batch, channels = x.shape
-    # One call with plain arguments: around one step even the unpacking of a tuple takes a part of the time.
-    _C.ssm_step(
-        batch,
-        skip.shape[0],
-        channels,
-        state.shape[2],
-        ACTIVATIONS[activation],
-        torch.get_num_threads() if threaded else 1,
-        state.data_ptr(),
-        power.data_ptr(),
-        input.data_ptr(),
-        output.data_ptr(),
-        y.data_ptr(),
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        *x.stride(),
-        skip.data_ptr(),
-        DTYPES[skip.dtype],
-        *skip.stride(),
-    )
-
-
-# ---- streams ----
-
-
-def empty_in_huge_pages(like: Tensor, shape) -> Tensor:
-    """New memory, of large pages where the system has them: a step touches all rows, far apart, and would miss a
-    small page's translation for each."""
-    t = like.new_empty(shape)
-    # Tensors of a graph and of torch.func's transforms have no address.
-    if missing or torch.compiler.is_compiling() or type(t) is not Tensor or not t.is_cpu:
-        return t
-    if not torch._C._functorch.is_functorch_wrapped_tensor(t):  # pyright: ignore
-        _C.prefer_huge_pages(t.data_ptr(), t.nbytes)
-    return t
-
-
-def stream_name() -> str:
-    return f"cpu {isa()}"
-
-
-def stream_spectra(k: Tensor, period: int) -> Tensor:
-    heads, channels, count = k.shape
-    double = k.dtype == torch.float64
-    spectra = empty_in_huge_pages(k, (heads * channels * _C.stream_spectrum_size(period, double),))
-    asked = torch.get_num_threads() if threaded else 1
-    sizes = (heads, channels, count, period, double, asked)
-    _C.stream_spectra(*sizes, k.data_ptr(), spectra.data_ptr())
-    return spectra
-
-
-def stream_step(y, u, pre_gate, post_gate, rings, taps, spectra, activation, spread) -> None:
-    batch, heads, channels = y.shape
-    inputs, sums, clock = rings
-    _C.stream_step(
-        batch,
-        heads,
-        channels,
-        inputs.shape[1] * inputs.shape[3],
-        inputs.dtype == torch.float64,
-        spread,
-        ACTIVATIONS[activation],
-        torch.get_num_threads() if threaded else 1,
-        *pack(u, STEP),
-        *pack(pre_gate, STEP),
-        *pack(post_gate, STEP),
-        *pack(y, STEP),
-        inputs.data_ptr(),
-        sums.data_ptr(),
-        clock.data_ptr(),
-        taps.data_ptr(),
-        spectra.data_ptr(),
-    )
-
-
-# ---- comparison: of memory by same_bytes(address, address, bytes, ...), and of dictionaries, pair by pair, by
-# same_items(dict, dict, ...): whether they hold the same objects under the same names in the same order ----
-
-if _C is not None:
-    same_bytes, same_items = _C.same_bytes, _C.same_items

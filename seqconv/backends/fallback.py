@@ -15,7 +15,9 @@ from seqconv.backends.tiles import spectra as stream_spectra  # noqa: F401
 from seqconv.backends.tiles import step as stream_step  # noqa: F401
 
 name = "reference"
-always = frozenset(("fftconv", "fftconv_packed", "ssm", "ssm_step", "butterfly", "stream"))
+always = frozenset(
+    ("fftconv", "fftconv_packed", "ssm", "s4d_kernel", "ssm_step", "butterfly", "stream")
+)
 
 
 def why_not(request: Request) -> None:
@@ -134,6 +136,14 @@ def split(matrices: Tensor, radices) -> dict[int, Tensor]:
 def join(factors: dict[int, Tensor], radices) -> Tensor:
     """What `split` takes apart."""
     return torch.cat([factors[size].flatten(1, 2) for size in radix_sizes(radices)], 1)
+
+
+def s4d_modes(a: Tensor, w: Tensor, inputs, options) -> bool:
+    return False
+
+
+def s4d_modes_gradients(grads, da: Tensor, dw: Tensor, inputs, options) -> None:
+    raise NotImplementedError("torch differentiates the formula of the modes")
 
 
 # ---- sums of exponentials: the blocked product that the CPU kernels compute, through torch.bmm ----

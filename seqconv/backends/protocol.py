@@ -11,7 +11,7 @@ BLOCK = 32  # steps of a stream between its tiles, see seqconv.ops.stream
 class Request(NamedTuple):
     """One call of an operator. Its first input says on which device it is made."""
 
-    # "fftconv", "fftconv_packed", "ssm", "ssm_step", "butterfly" or "stream"; a backend refuses what it does not know
+    # "fftconv", "fftconv_packed", "ssm", "s4d_kernel", "ssm_step", "butterfly" or "stream"; a backend refuses others
     operator: str
     inputs: Any  # the operator's tensors by name
     options: tuple
@@ -101,6 +101,13 @@ class Backend(Protocol):
     def ssm(self, k: Tensor, inputs) -> None: ...
 
     def ssm_gradients(self, grads, dk: Tensor, inputs) -> None: ...
+
+    def s4d_modes(self, a: Tensor, w: Tensor, inputs, options) -> bool:
+        """Writes the modes that the parameters of S4D make (seqconv/layers/s4d_kernel.py), or returns False, which
+        leaves them and their gradients to torch."""
+        ...
+
+    def s4d_modes_gradients(self, grads, da: Tensor, dw: Tensor, inputs, options) -> None: ...
 
     def ssm_step(self, y: Tensor, inputs, activation: str) -> None:
         """Changes inputs.state in place. It is contiguous, as the tables and y are."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from seqconv.layers.linear_glu import LEAST, linear_glu, takes
 from seqconv.layers.module import Described
 from seqconv.layers.packing import Pack, by_rate, convolve_on, pack_of, refuse_history
 from seqconv.layers.padding import padding_of
@@ -317,6 +318,10 @@ class ConvLayer(Described):
                 y = dropout(y, pack.lengths(y.device))
             else:
                 y = dropout(y)
+        linear: Any = self._modules["linear"]
+        tiled = self.postact == "glu" and is_plain(linear) and y.numel() >= LEAST
+        if tiled and takes(linear, y):
+            return linear_glu(y, linear.weight, linear.bias)
         y = apply_linear(self, "linear", y, wide)
         if self.postact is None:
             return y
@@ -361,16 +366,21 @@ def warn_of_missing_taps(layer: Described, k: Tensor, length: int) -> None:
     layer.warn_once("taps", f"{text} is not seen. Make the layer with a larger l_max.")
 
 
-def apply_linear(layer: nn.Module, name: str, x: Tensor, wide: int) -> Tensor:
-    """Applies the linear map of that name, or the module in its place: (..., features) -> (..., wide)."""
-    linear: Any = layer._modules[name]
-    own = linear._parameters
+def is_plain(linear: Any) -> bool:
+    """Whether a call of the module does what torch's linear map does, and nobody wants to see it."""
     hooks = linear._forward_hooks or linear._forward_pre_hooks
     hooks = hooks or linear._backward_hooks or linear._backward_pre_hooks or _global_hooks()
     graph = torch.compiler.is_compiling() or torch._C._is_tracing()
-    if type(linear) is nn.Linear and own.keys() == _WEIGHTS and not (hooks or graph):
+    own = linear._parameters
+    return type(linear) is nn.Linear and own.keys() == _WEIGHTS and not (hooks or graph)
+
+
+def apply_linear(layer: nn.Module, name: str, x: Tensor, wide: int) -> Tensor:
+    """Applies the linear map of that name, or the module in its place: (..., features) -> (..., wide)."""
+    linear: Any = layer._modules[name]
+    if is_plain(linear):
         # Around one step torch's call of a module takes longer than the preparation of a linear map.
-        y = F.linear(x, own["weight"], own["bias"])
+        y = F.linear(x, linear._parameters["weight"], linear._parameters["bias"])
     else:
         y = linear(x)
     shape = y.shape

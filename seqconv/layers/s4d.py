@@ -1,10 +1,9 @@
 """S4D: convolution with the kernel of a diagonal state space model (arXiv 2206.11893)."""
 
 import math
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv.layers import s4d_init
@@ -13,6 +12,7 @@ from seqconv.layers.module import fill, kernel_dtype
 from seqconv.layers.options import Defaults, refuse
 from seqconv.layers.recurrence import Recurrent
 from seqconv.layers.s4d_init import POSITIVE
+from seqconv.layers.s4d_kernel import Parameters, fit, s4d_kernel, system_of
 from seqconv.ops.checks import (
     check_choice,
     check_flag,
@@ -20,7 +20,6 @@ from seqconv.ops.checks import (
     check_number,
     check_positive,
 )
-from seqconv.ops.register import Operator
 from seqconv.ops.ssm import BACKENDS, DISCRETIZATIONS, mode_sum, ssm_kernel, weighted_modes
 
 
@@ -159,11 +158,11 @@ class S4DKernel(KernelGenerator):
         """The system in float64: log dt (d_model,) or (d_model, modes), A and B (d_model, modes, 2), and C (heads,
         d_model, modes, 2); or that of these channels."""
         if channels is not None:
-            return _system(*self._arguments(self.select(self.read(), channels), rate, 1))
-        return _system(*self._arguments(self.read(), rate, self.d_model // self.n_ssm))
+            return system_of(*self._arguments(self.select(self.read(), channels), rate, 1))
+        return system_of(*self._arguments(self.read(), rate, self.d_model // self.n_ssm))
 
     def _arguments(self, tensors: list[Tensor], rate: float, copies: int) -> tuple:
-        """The arguments of _system."""
+        """The arguments of system_of."""
         names = [self.discretization, self.dt_transform, self.real_transform, self.imag_transform]
         return tensors, names, copies, self.dt_sinh, self.bandlimit, rate
 
@@ -195,73 +194,27 @@ class S4DKernel(KernelGenerator):
 
     def _generate(self, tensors: list[Tensor], length: int, rate: float, copies: int) -> Tensor:
         """copies is the number of channels that share a set (A, B), in turn."""
-        arguments, C = self._arguments(tensors, rate, copies), tensors[0]
-        options = length, C.dtype != torch.float64, self.backend
+        (_, *options), C = self._arguments(tensors, rate, copies), tensors[0]
+        single, fused = C.dtype != torch.float64, self.backend == "auto"
         unchanged = self._own_system
         known = unchanged and self.discretization != "dss_softmax"
-        if known and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            a, w = _modes_op(Parameters(*tensors), *arguments[1:]).split([1, len(C)])
-            return self.kernel_dropout(mode_sum(a.squeeze(0), w, *options))
-        log_dt, A, B, c = _system(*arguments) if unchanged else self.system(rate)
+        if (
+            known
+            and self.backend != "keops"
+            and fit(tensors, copies, self.is_real)
+            and not torch.compiler.is_exporting()
+            and (torch.compiler.is_compiling() or not torch._C._is_tracing())
+        ):
+            k = s4d_kernel(Parameters(*tensors), length, single, fused, *options)
+            return self.kernel_dropout(k)
+        log_dt, A, B, c = system_of(tensors, *options) if unchanged else self.system(rate)
         fits = A.shape == B.shape == c.shape[1:] and log_dt.shape in (A.shape[:1], A.shape[:2])
         if known and fits:
             a, w = weighted_modes(log_dt, A, B, c, self.discretization)
-            return self.kernel_dropout(mode_sum(a, w, *options))
+            return self.kernel_dropout(mode_sum(a, w, length, single, self.backend))
         options = {"discretization": self.discretization, "backend": self.backend}
         k = ssm_kernel(log_dt, A, c.to(C.dtype), length, B=B, **options)
         return self.kernel_dropout(k)
-
-
-class Parameters(NamedTuple):
-    """The generator's, in their shapes there; inv_A_imag is left out with is_real=True."""
-
-    C: Tensor
-    B: Tensor
-    inv_dt: Tensor
-    inv_A_real: Tensor
-    inv_A_imag: Tensor | None = None
-
-
-def _system(
-    tensors, names, copies, dt_sinh, bandlimit, rate
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    C, B, inv_dt, inv_A_real, *inv_A_imag = (t.double() for t in tensors if t is not None)
-    _, dt_transform, real_transform, imag_transform = names
-    p = torch.sinh(inv_dt) if dt_sinh else inv_dt
-    log_dt = p if dt_transform == "exp" else F.softplus(p).log()
-    real = -POSITIVE[real_transform][0](inv_A_real)
-    if inv_A_imag:
-        imag = POSITIVE[imag_transform][0](*inv_A_imag)
-    else:
-        imag = torch.zeros_like(real)
-        B, C = (torch.stack([t, torch.zeros_like(t)], -1) for t in (B, C))
-    A, B = torch.stack([real, imag], -1).repeat(copies, 1, 1), B.repeat(copies, 1, 1)
-    if bandlimit is not None:
-        dt = log_dt.exp() if log_dt.dim() == 2 else log_dt.exp().unsqueeze(-1)
-        frequency = dt * A[..., 1].abs() / (2 * math.pi)
-        C = torch.where((frequency < bandlimit / 2).unsqueeze(-1), C, 0.0)
-    return log_dt + math.log(rate), A, B, C
-
-
-def _modes(tensors, names, *options) -> Tensor:
-    """a and w of seqconv.ops.ssm.Modes in one tensor, (1 + heads, d_model, modes, 2)."""
-    log_dt, A, B, C = _system(tensors, names, *options)
-    a, w = weighted_modes(log_dt, A, B, C, names[0])
-    return torch.cat([a.unsqueeze(0), w])
-
-
-def _shardings(tensors, names, copies, *rest, ranks: int) -> list[tuple]:
-    channels = {"C": 1} | dict.fromkeys(("B", "inv_dt", "inv_A_real", "inv_A_imag"), 0)
-    return [(1, channels)] if copies == 1 else []
-
-
-_modes_op = Operator(
-    "s4d_modes",
-    Parameters,
-    "str[] names, int copies, bool dt_sinh, float? bandlimit, float rate",
-    _modes,
-    shardings=_shardings,
-)
 
 
 KERNEL, BLOCK = Defaults(S4DKernel), Defaults(ConvLayer)

@@ -48,6 +48,11 @@ def transformed(tensors) -> bool:
     return any(forward_ad.unpack_dual(t).tangent is not None for t in found)
 
 
+def batched() -> bool:
+    """Whether torch.vmap is at work, that of batched gradients included."""
+    return _included(_VMAP)
+
+
 def needs_gradient(tensors) -> bool:
     if torch.is_grad_enabled():
         for t in tensors:
@@ -144,7 +149,7 @@ class Operator:
         self.name, self.plain, self.chooses = name, plain, forward is not None
         self.forward = forward or self._plain_forward
         self.gradients = gradients or self._plain_gradients
-        self.empty, self.empty_gradients = empty or plain, empty_gradients or _empty_like
+        self.empty, self.empty_gradients = empty or plain, empty_gradients or empty_like
         self.takes_list = inputs is list
         self._named = None if inputs is list else inputs
         self._count = None if inputs is list else len(inputs._fields)
@@ -284,22 +289,33 @@ class Operator:
     # ---- by the plain definition alone ----
 
     def _plain_forward(self, backend, inputs, *options) -> Tensor:
-        with torch.no_grad(), _resolving():
-            return self.plain(inputs, *options)
+        return plain_result(self.plain, inputs, options)
 
     def _plain_gradients(self, backend, dy, inputs, *options):
         *options, wanted = options
-        with torch.enable_grad(), _recording():
-            pairs = zip(inputs, wanted, strict=True)
-            own = [t if t is None else t.detach().requires_grad_(want) for t, want in pairs]
-            asked = [t for t, want in zip(own, wanted, strict=True) if want]
-            y = self.plain(self.name_inputs(own), *options)
-            found = iter(torch.autograd.grad(y, asked, dy, materialize_grads=True))
-        whole = {"memory_format": torch.contiguous_format}
-        return [next(found).clone(**whole) if want else None for want in wanted]
+        return plain_gradients(self.plain, dy, inputs, options, wanted)
 
 
-def _empty_like(inputs, *options) -> list[Tensor | None]:
+def plain_result(plain, inputs, options):
+    """plain(inputs, *options) inside of an operator."""
+    with torch.no_grad(), _resolving():
+        return plain(inputs, *options)
+
+
+def plain_gradients(plain, dy, inputs, options, wanted) -> list[Tensor | None]:
+    """The gradients of plain(inputs, *options), which torch differentiates, inside of an operator."""
+    with torch.enable_grad(), _recording():
+        pairs = zip(inputs, wanted, strict=True)
+        own = [t if t is None else t.detach().requires_grad_(want) for t, want in pairs]
+        asked = [t for t, want in zip(own, wanted, strict=True) if want]
+        y = plain(type(inputs)(*own) if isinstance(inputs, tuple) else own, *options)
+        found = iter(torch.autograd.grad(y, asked, dy, materialize_grads=True))
+    whole = {"memory_format": torch.contiguous_format}
+    return [next(found).clone(**whole) if want else None for want in wanted]
+
+
+def empty_like(inputs, *options) -> list[Tensor | None]:
+    """Memory for the gradients that are wanted, the last one of the options, each as its input is."""
     *_, wanted = options
     pairs, whole = zip(inputs, wanted, strict=True), {"memory_format": torch.contiguous_format}
     return [None if t is None or not want else torch.empty_like(t, **whole) for t, want in pairs]
@@ -322,7 +338,7 @@ class _Differentiable(Function):
         inputs = tensors if operator._named is None else operator._named(*tensors)
         if torch.compiler.is_compiling():
             return (None, *operator.raw_gradients(dy, inputs, options, wanted))
-        if transforms_active() or forward_ad._current_level >= 0 or _included(_VMAP):
+        if transforms_active() or forward_ad._current_level >= 0 or batched():
             with recorded(ctx.asked):
                 grads = operator.raw_gradients(dy, inputs, options, wanted)
         elif torch.is_grad_enabled():

@@ -3,7 +3,7 @@
 import torch
 import toy_operator
 
-from seqconv.layers import butterfly_conv, s4d, sgconv
+from seqconv.layers import butterfly_conv, s4d_kernel, sgconv
 from seqconv.ops import butterfly, fftconv, packed, ssm
 
 
@@ -65,11 +65,11 @@ def _toy():
     return toy_operator.decayed_sum, toy_operator.Inputs(normal(2, 3, 9), -normal(3).abs()), (2.0,)
 
 
-def _modes():
+def _s4d_kernel():
     shapes = (2, 2, 3, 2), (2, 3, 2), (2,), (2, 3), (2, 3)
-    inputs = s4d.Parameters(*[normal(*shape) for shape in shapes])
+    inputs = s4d_kernel.Parameters(*[normal(*shape) for shape in shapes])
     names = ["zoh", "exp", "exp", "none"]
-    return s4d._modes_op, inputs, (names, 1, False, None, 1.0)
+    return s4d_kernel.s4d_kernel, inputs, (9, False, True, names, 1, False, None, 1.0)
 
 
 def _taps():
@@ -89,9 +89,9 @@ OPERATORS = {
     "fftconv_packed": _packed,
     "ssm": _ssm,
     "butterfly": _butterfly,
+    "s4d_kernel": _s4d_kernel,
 }
 IN_GRAPHS = {  # those that only layers call, and only in graphs that torch.compile makes
-    "s4d_modes": _modes,
     "sgconv_taps": _taps,
     "butterfly_product": _product,
 }

@@ -5,7 +5,7 @@ from operator_table import normal
 from toy_operator import Inputs as ToyInputs
 from toy_operator import decayed_sum
 
-from seqconv.layers import butterfly_conv, s4d, sgconv
+from seqconv.layers import butterfly_conv, s4d_kernel, sgconv
 from seqconv.ops import butterfly, fftconv, packed, ssm
 
 B, C, L, H = 5, 7, 11, 3
@@ -63,12 +63,13 @@ def _butterfly(heads=1, channels=C):
     return butterfly.operator, butterfly.Inputs(normal(B, channels, 30), matrices), ([16, 2],)
 
 
-def _modes(copies=1, is_real=False):
+def _s4d_kernel(copies=1, is_real=False):
     parts = () if is_real else (2,)
     sets = C // copies
     shapes = [(H, C, 5, *parts), (sets, 5, *parts), (C,), (sets, 5), (sets, 5)]
-    inputs = s4d.Parameters(*[normal(*shape) for shape in shapes[: 4 if is_real else 5]])
-    return s4d._modes_op, inputs, (["zoh", "exp", "exp", "none"], copies, False, None, 1.0)
+    inputs = s4d_kernel.Parameters(*[normal(*shape) for shape in shapes[: 4 if is_real else 5]])
+    options = 9, False, True, ["zoh", "exp", "exp", "none"], copies, False, None, 1.0
+    return s4d_kernel.s4d_kernel, inputs, options
 
 
 def _taps(two_sided=False):
@@ -103,9 +104,9 @@ CASES = {
     "ssm": _ssm,
     "butterfly": _butterfly,
     "butterfly heads": lambda: _butterfly(12, 24),
-    "s4d_modes": _modes,
-    "s4d_modes shared": lambda: _modes(7),
-    "s4d_modes real": lambda: _modes(is_real=True),
+    "s4d_kernel": _s4d_kernel,
+    "s4d_kernel shared": lambda: _s4d_kernel(7),
+    "s4d_kernel real": lambda: _s4d_kernel(is_real=True),
     "sgconv_taps": _taps,
     "sgconv_taps two-sided": lambda: _taps(True),
     "butterfly_product": _product,

@@ -6,7 +6,7 @@ from layer_table import EVERY, LAYERS, D
 from torch import nn
 
 from seqconv import S4D, S4DKernel, SGConvKernel
-from seqconv.layers import s4d, sgconv
+from seqconv.layers import s4d_kernel, sgconv
 from seqconv.streaming import S4DState
 
 OPTIONS = {"plain": {}, "two-sided": {"bidirectional": True}, "heads": {"heads": 3}}
@@ -147,7 +147,7 @@ def test_what_the_compiler_does_not_look_into(name, options):
     with torch.no_grad():
         program = torch.export.export(layer.eval(), (x,))
     names = [str(node.target) for node in program.graph.nodes]
-    hidden = ("s4d_modes", "sgconv_taps", "hyena_filter", "butterfly_product")
+    hidden = ("s4d_kernel", "sgconv_taps", "hyena_filter", "butterfly_product")
     assert not any(part in name for part in hidden for name in names)
     torch.testing.assert_close(program.module()(x), layer(x))
 
@@ -159,8 +159,9 @@ def test_opaque_operators_keep_torchs_contract():
     )  # opcheck's own machinery has some without such a form
     kernel = S4DKernel(D, d_state=8, bandlimit=0.5).double()
     tensors, *rest = kernel._arguments(kernel.read(), 2.0, 1)
-    flat = s4d._modes_op.flat(s4d.Parameters(*tensors))
-    torch.library.opcheck(s4d._modes_op.fwd, (*flat, *rest), atol=1e-10, rtol=1e-10)
+    flat = s4d_kernel.s4d_kernel.flat(s4d_kernel.Parameters(*tensors))
+    rest = 20, False, True, *rest
+    torch.library.opcheck(s4d_kernel.s4d_kernel.fwd, (*flat, *rest), atol=1e-10, rtol=1e-10)
     kernel = SGConvKernel(D, l_max=40, decay="power").double()
     flat = sgconv._taps_op.flat(sgconv.Parts(kernel.pieces, kernel.decay, kernel.norm))
     rest = (["linear", "cat", "power"], 0, False, 2.0, 20)

@@ -101,6 +101,8 @@ def test_wheel_is_abi3_and_carries_the_sources(wheel):
         "seqconv/_C.abi3.so",
         "seqconv/csrc/cpu/transform.h",
         "seqconv/csrc/module.cpp",
+        "seqconv/csrc/models.cpp",
+        "seqconv/csrc/call.h",
     } <= names
     assert {"seqconv/backends/cuda/plan.py", "seqconv/csrc/device/half_shape.cuh"} <= names
     assert not any(n.startswith(("tests", "bench")) for n in names)

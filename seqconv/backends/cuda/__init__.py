@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-from seqconv.backends import exact
+from seqconv.backends import exact, fallback
 from seqconv.backends.cuda import butterfly, convolution, driver, packed, ssm, ssm_step, stream
 from seqconv.backends.cuda.plan import longest, make_plan, radix_bytes
 from seqconv.backends.fallback import join, split
 from seqconv.backends.offsets import offsets_of, on_one
 from seqconv.backends.protocol import Explanation, Request
 
-_OPERATORS = ("fftconv", "fftconv_packed", "ssm", "ssm_step", "butterfly", "stream")
+_ALWAYS = ("ssm", "s4d_kernel", "ssm_step", "stream")  # whatever the shapes
+_OPERATORS = ("fftconv", "fftconv_packed", "butterfly", *_ALWAYS)
 
 
 def _has_too_long_a_row(request: Request, most: int) -> bool:
@@ -62,7 +63,7 @@ class Cuda:
         if self._is_double(request):
             return "float64 has no CUDA kernels"
         missing = self.missing(first.device)
-        if missing is not None or request.operator in ("ssm", "ssm_step", "stream"):
+        if missing is not None or request.operator in _ALWAYS:
             return missing
         limits = self.device(first.device).limits
         if request.operator == "butterfly":
@@ -82,7 +83,7 @@ class Cuda:
 
     def _is_double(self, request: Request) -> bool:
         """Whether the results are float64; states and exponents always are."""
-        if request.operator == "ssm":
+        if request.operator in ("ssm", "s4d_kernel"):
             return not request.options[1]
         if request.operator == "ssm_step":
             return torch.float64 in (request.inputs.x.dtype, request.inputs.skip.dtype)
@@ -137,6 +138,11 @@ class Cuda:
 
     def ssm_gradients(self, grads, dk: Tensor, inputs) -> None:
         self.on(dk.device, ssm.backward, *grads, dk, *[t.contiguous() for t in inputs])
+
+    def s4d_modes(self, a: Tensor, w: Tensor, inputs, options) -> bool:
+        return False
+
+    s4d_modes_gradients = staticmethod(fallback.s4d_modes_gradients)
 
     def reads_offsets(self, offsets: Tensor) -> bool:
         return offsets.is_cuda
