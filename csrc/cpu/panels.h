@@ -26,7 +26,28 @@ SEQCONV_INLINE void move_pair(T* outside, T* inside, int64_t pitch, bool past) {
   }
 }
 
-// Times [begin, end) of sample b and head c, pairs or 4x4 elements at a time where it can.
+// A square of as many times, `along` apart outside, as channels, `pitch` apart inside. Whole lines
+// go out, or past the caches, and no line of the panel is written twice.
+template <bool kIn, class T>
+SEQCONV_INLINE void move_square(T* outside, int64_t along, T* inside, int64_t pitch, bool past) {
+  constexpr int kSide = kLanes<T>;
+  Vec<T> rows[kSide];
+  SEQCONV_UNROLL
+  for (int i = 0; i < kSide; ++i)
+    rows[i] = load_vector(kIn ? outside + i * along : inside + i * pitch);
+  transpose_square<T>(rows);
+  SEQCONV_UNROLL
+  for (int i = 0; i < kSide; ++i) {
+    if (kIn)
+      store_vector(inside + i * pitch, rows[i]);
+    else if (past)
+      stream<T>(outside + i * along, rows[i]);
+    else
+      store_vector(outside + i * along, rows[i]);
+  }
+}
+
+// Times [begin, end) of sample b and head c, pairs or squares of elements at a time where it can.
 template <bool kIn, class T>
 void move_times(const Work<T>& w, const View<T>& v, int64_t b, int64_t c, int64_t begin,
                 int64_t end) {
@@ -45,6 +66,13 @@ void move_times(const Work<T>& w, const View<T>& v, int64_t b, int64_t c, int64_
         done = 2;
         for (; until + kLanes<T> <= end; until += kLanes<T>, there += 2 * kLanes<T>)
           move_pair<kIn>(there, inside + until, pitch, past);
+      } else if (across == 1 && channels >= kLanes<T>) {
+        done = channels / kLanes<T> * kLanes<T>;
+        for (; until + kLanes<T> <= end; until += kLanes<T>)
+          for (int64_t g = 0; g < done; g += kLanes<T>) {
+            T* there = reinterpret_cast<T*>(outside) + until * along + g;
+            move_square<kIn>(there, along, inside + g * pitch + until, pitch, v.streamed);
+          }
       } else if (across == 1) {
         done = channels / 4 * 4;
         for (; until + 4 <= end; until += 4)

@@ -106,10 +106,13 @@ template <int kOdd>
 struct EveryOther {
   static constexpr int at(int l, int w) { return l / 4 * 4 + l % 4 / 2 * 2 + kOdd + l % 2 * w; }
 };
-// The first (second) of the two quads of a, then that of b.
+// Every other quad of a, then of b.
 template <int kOdd>
 struct EveryOtherQuad {
-  static constexpr int at(int l, int w) { return 4 * kOdd + l % 4 + l / 4 * w; }
+  static constexpr int at(int l, int w) {
+    const int half = w / 2, quad = l % half / 4;
+    return l / half * w + 4 * (2 * quad + kOdd) + l % 4;
+  }
 };
 
 // Every other lane of both, and what puts them side by side again: its low or high half.
@@ -140,6 +143,38 @@ SEQCONV_INLINE void transpose(Vec<T, Q>& a, Vec<T, Q>& b, Vec<T, Q>& c, Vec<T, Q
     c = shuffle<JoinHalves<1>, T, Q>(p, r);
     d = shuffle<JoinHalves<1>, T, Q>(q, s);
   }
+}
+
+// Transposes a square matrix of vectors.
+template <class T>
+SEQCONV_INLINE void transpose_square(Vec<T>* rows) {
+  constexpr int Q = kQuads<T>;
+  SEQCONV_UNROLL
+  for (int i = 0; i < Q; ++i)
+    transpose<T>(rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]);
+  // Now quad q of rows[4 i + j] has elements 4 i ... 4 i + 3 of row 4 q + j of the result.
+  Vec<T> out[4 * Q];
+  SEQCONV_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    if constexpr (Q == 4) {
+      const Vec<T> a = rows[j], b = rows[4 + j], c = rows[8 + j], d = rows[12 + j];
+      const Vec<T> ab = shuffle<EveryOtherQuad<0>, T>(a, b);
+      const Vec<T> ab_odd = shuffle<EveryOtherQuad<1>, T>(a, b);
+      const Vec<T> cd = shuffle<EveryOtherQuad<0>, T>(c, d);
+      const Vec<T> cd_odd = shuffle<EveryOtherQuad<1>, T>(c, d);
+      out[j] = shuffle<EveryOtherQuad<0>, T>(ab, cd);
+      out[8 + j] = shuffle<EveryOtherQuad<1>, T>(ab, cd);
+      out[4 + j] = shuffle<EveryOtherQuad<0>, T>(ab_odd, cd_odd);
+      out[12 + j] = shuffle<EveryOtherQuad<1>, T>(ab_odd, cd_odd);
+    } else if constexpr (Q == 2) {
+      out[j] = shuffle<EveryOtherQuad<0>, T>(rows[j], rows[4 + j]);
+      out[4 + j] = shuffle<EveryOtherQuad<1>, T>(rows[j], rows[4 + j]);
+    } else {
+      out[j] = rows[j];
+    }
+  }
+  SEQCONV_UNROLL
+  for (int i = 0; i < 4 * Q; ++i) rows[i] = out[i];
 }
 
 // to[j][i] = from[i][j] for i, j < 4, rows `from_row` and `to_row` apart.

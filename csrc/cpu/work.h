@@ -38,6 +38,7 @@ constexpr int64_t kStreamBytes = 1 << 23;
 constexpr int64_t kStreamLength = 1024, kStreamGated = 256;
 // Rows up to here are fetched while the last is in work; with gates there is more to wait for.
 constexpr int64_t kFetchAhead = 1 << 15, kFetchGated = 1 << 18;
+constexpr int64_t kFetchPanel = 3 << 17;  // bytes of a panel: with the next, beside spectra, in L2
 
 template <class T>
 struct Work {
@@ -122,7 +123,17 @@ struct Work {
     const bool more = gated || p.pre_gate || p.heads > 1;
     return kStreams && p.length >= shortest && t.dtype == kDtype<T> &&
            p.batch * heads * p.channels * p.length * size_of(t.dtype) >= kStreamBytes &&
-           (is_transposed(t) ? is_pair(t) : more && t.stride[3] == 1);
+           (is_transposed(t) ? is_pair(t) || fills_lines(t) : more && t.stride[3] == 1);
+  }
+  // Whether the unit's channels are whole lines at every time.
+  bool fills_lines(const Tensor& t) const {
+    constexpr int64_t kLine = 64, kStrides = 4;
+    if (sizeof(Vec<T>) != kLine || unit.channels % kLanes<T> || t.stride[2] != 1) return false;
+    const uintptr_t start = reinterpret_cast<uintptr_t>(t.data + unit.channel * size_of(t.dtype));
+    int64_t apart = 0;
+    for (int axis = 0; axis < kStrides; ++axis)
+      if (axis != 2) apart |= t.stride[axis] * size_of(t.dtype);
+    return start % kLine == 0 && apart % kLine == 0;
   }
 
   T* kernel(int64_t g, int64_t c) {
@@ -160,7 +171,8 @@ struct Work {
     const Tensor& t = *v.tensor;
     if (!t || v.streamed) return {};
     if (v.panel) {
-      if (t.stride[2] != 1 || p.heads > 1) return {};
+      const int64_t bytes = group * pitch * static_cast<int64_t>(sizeof(T));
+      if (t.stride[2] != 1 || p.heads > 1 || bytes > kFetchPanel) return {};
       Series s = row(t, after && b + 1 < unit.batch_end ? b + 1 : b, c, 0);
       const int64_t step = s.stride * size_of(s.dtype);
       return {s.base + g * (p.length / group) * step, step};

@@ -226,3 +226,21 @@ def test_no_tap_reads_what_the_definition_does_not():
     y = fftconv(u, torch.zeros(1, 0), k_rev=torch.tensor([[10.0, 1.0]]))
     assert y[0, 0, 2] == 45 and y[0, 0, 3:].tolist() == [50.0, 0.0]
     assert not fftconv(u, torch.zeros(1, 0)).any()
+
+
+@pytest.mark.parametrize("channels", [64, 72, 40])
+def test_panels_of_large_results_have_the_bits_of_rows(channels, isa):
+    """Lines that go past the caches where the channels fill them, 16 times and channels at a time and what is left."""
+    length = 2100
+    batch = (8 << 20) // (4 * length * channels) + 1
+    u, dy = torch.randn(2, batch, length, channels)
+    k, skip = torch.randn(channels, length) / 40, torch.randn(channels)
+    found = []
+    for layout in ("blh", "bhl"):
+        x, grad = (t if layout == "blh" else t.movedim(1, -1).contiguous() for t in (u, dy))
+        x, taps = x.clone().requires_grad_(), k.clone().requires_grad_()
+        y = fftconv(x, taps, skip, layout=layout, activation="gelu")
+        dx, dk = torch.autograd.grad(y, [x, taps], grad)
+        rows = (y.detach(), dx)
+        found.append([*(t if layout == "blh" else t.movedim(-1, 1) for t in rows), dk])
+    assert all(map(torch.equal, *found))
