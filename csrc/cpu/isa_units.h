@@ -2,6 +2,7 @@
 #pragma once
 #include "butterfly_unit.h"
 #include "exact_unit.h"
+#include "exponentials.h"
 #include "fftconv_unit.h"
 #include "glu_unit.h"
 #include "isa.h"
@@ -27,6 +28,7 @@ constexpr IsaKernels all_kernels(const char* name, bool (*runnable)(),
           ssm_step_unit<double>,
           kExactKernel<float>,
           kExactKernel<double>,
+          exponentials,
           glu_forward_unit,
           glu_backward_unit,
           shorter};

@@ -3,16 +3,19 @@
 #include <cmath>
 #include <complex>
 
+#include "isa.h"
 #include "parallel.h"
 
 namespace seqconv {
 namespace {
 
 using Complex = std::complex<double>;
-constexpr double kFloor = 1e-4;    // of Positive::kRelu
-constexpr double kLinear = 20;     // from here on softplus is its argument, as torch has it
-constexpr double kNear = 0.05;     // |a| below which quotients by a are power series
-constexpr int kTerms = 11;         // of those
+constexpr double kFloor = 1e-4;  // of Positive::kRelu
+constexpr double kLinear = 20;   // from here on softplus is its argument, as torch has it
+constexpr double kNear = 0.05;   // |a| below which quotients by a are power series
+constexpr double kInverse[] = {0,       1,       1.0 / 2, 1.0 / 3, 1.0 / 4, 1.0 / 5,
+                               1.0 / 6, 1.0 / 7, 1.0 / 8, 1.0 / 9, 1.0 / 10};
+constexpr int kTerms = 10;         // of those
 constexpr int64_t kSerial = 2048;  // modes: below, one thread does it all
 
 // The compiler's operators look for infinities, and take three times as long.
@@ -20,9 +23,8 @@ Complex times(Complex x, Complex y) {
   return {x.real() * y.real() - x.imag() * y.imag(), x.real() * y.imag() + x.imag() * y.real()};
 }
 Complex over(Complex x, Complex y) {
-  const double size = y.real() * y.real() + y.imag() * y.imag();
-  const Complex product = times(x, std::conj(y));
-  return {product.real() / size, product.imag() / size};
+  const double inverse = 1 / (y.real() * y.real() + y.imag() * y.imag());
+  return inverse * times(x, std::conj(y));
 }
 // What the gradient of x y adds to that of a real y.
 double real_dot(Complex x, Complex gradient) {
@@ -69,20 +71,17 @@ struct Differentiable {
   Complex value, slope;
 };
 // (exp(a) - 1) / a
-Differentiable expm1_over(Complex a) {
+Differentiable expm1_over(Complex a, Complex exponential) {
   if (std::abs(a.real()) < kNear && std::abs(a.imag()) < kNear) {
     Differentiable sum{1, 0};  // 1 + a/2 (1 + a/3 (...))
     for (int n = kTerms; n >= 2; --n) {
-      sum.slope = (sum.value + times(sum.slope, a)) / static_cast<double>(n);
-      sum.value = 1.0 + times(sum.value, a) / static_cast<double>(n);
+      sum.slope = (sum.value + times(sum.slope, a)) * kInverse[n];
+      sum.value = 1.0 + times(sum.value, a) * kInverse[n];
     }
     return sum;
   }
-  const double size = std::exp(a.real()), half = std::sin(a.imag() / 2);
-  const double cosine = 1 - 2 * half * half, sine = std::sin(a.imag());
-  const Complex less_one(std::expm1(a.real()) * cosine - 2 * half * half, size * sine);
-  const Complex value = over(less_one, a);
-  return {value, over(less_one + 1.0 - value, a)};
+  const Complex value = over(exponential - 1.0, a);
+  return {value, over(exponential - value, a)};
 }
 // log((1 + a/2) / (1 - a/2)), whose real part would cancel as it stands
 Differentiable bilinear_log(Complex a) {
@@ -93,15 +92,18 @@ Differentiable bilinear_log(Complex a) {
   return {{size, std::atan2(y, 1 - (x * x + y * y) / 4)}, over(1.0, 1.0 - times(a, a) / 4.0)};
 }
 
+// A mode of a set, which several channels may have.
+struct Pole {
+  Complex A;
+  double real_slope, imag_slope;  // of inv_A_real and inv_A_imag
+};
 // Everything about one mode of one channel that the weights of heads share.
 struct Mode {
-  Complex A, B;
-  double dt, dt_slope;            // of inv_dt
-  double real_slope, imag_slope;  // of inv_A_real and inv_A_imag
-  Complex a, a_slope;             // slopes: of dt A
-  Complex b_over_dt, b_slope;     // b over dt, and its slope
-  Complex b_by_dt;                // derivative of b, of dt alone
-  bool passes;                    // the band limit
+  double dt, dt_slope;         // of inv_dt
+  Complex a, a_slope;          // slopes: of dt A
+  Complex b_over_dt, b_slope;  // b over dt, and its slope
+  Complex b_by_dt;             // derivative of b, of dt alone
+  bool passes;                 // the band limit
 };
 
 // dt and its derivative, with the rate.
@@ -127,22 +129,22 @@ void set_pair(double* t, int64_t at, bool real, Complex value) {
   }
 }
 
-Mode mode_of(const ModesProblem& p, const Step& step, int64_t in_set) {
-  Mode m;
+Pole pole_of(const ModesProblem& p, int64_t in_set) {
   const double re = p.inv_A_real[in_set], size = transformed(p.real_transform, re);
-  m.real_slope = -slope(p.real_transform, re, size);
-  double imag = 0;
-  m.imag_slope = 0;
-  if (!p.real) {
-    const double im = p.inv_A_imag[in_set];
-    imag = transformed(p.imag_transform, im);
-    m.imag_slope = slope(p.imag_transform, im, imag);
-  }
-  m.A = {-size, imag};
-  m.B = pair(p.B, in_set, p.real);
+  Pole pole{-size, -slope(p.real_transform, re, size), 0};
+  if (p.real) return pole;
+  const double im = p.inv_A_imag[in_set], imag = transformed(p.imag_transform, im);
+  pole.A.imag(imag);
+  pole.imag_slope = slope(p.imag_transform, im, imag);
+  return pole;
+}
+
+// z is dt A, whose exponential is needed unless bilinear.
+Mode mode_of(const ModesProblem& p, const Step& step, const Pole& pole, Complex z,
+             Complex exponential) {
+  Mode m;
   m.dt = step.dt;
   m.dt_slope = step.slope;
-  const Complex z = step.dt * m.A;
   if (p.bilinear) {
     const Differentiable log = bilinear_log(z);
     m.a = log.value;
@@ -151,47 +153,68 @@ Mode mode_of(const ModesProblem& p, const Step& step, int64_t in_set) {
     m.b_by_dt = times(m.b_over_dt, m.b_over_dt);
     m.b_slope = m.b_by_dt / 2.0;
   } else {
-    const Differentiable quotient = expm1_over(z);
+    const Differentiable quotient = expm1_over(z, exponential);
     m.a = z;
     m.a_slope = 1;
     m.b_over_dt = quotient.value;
     m.b_slope = quotient.slope;
-    m.b_by_dt = std::polar(std::exp(z.real()), z.imag());
+    m.b_by_dt = exponential;
   }
-  m.passes = std::isinf(p.band) || step.dt / p.rate * std::abs(imag) / (2 * M_PI) < p.band;
+  const double turn = step.dt / p.rate * std::abs(pole.A.imag()) / (2 * M_PI);
+  m.passes = std::isinf(p.band) || turn < p.band;
   return m;
 }
 
-// op(set) for every set, by several threads. A set's channels are one thread's, because gradients
-// are added up over them.
+// op(set, room) for every set, by several threads, with room for a channel's modes. A set's
+// channels are one thread's, because gradients are added up over them.
+struct Room {
+  Pole* poles;
+  Step* steps;
+  Complex *z, *exponentials;
+};
 template <class Op>
 Status for_each_set(const ModesProblem& p, const Op& op) {
-  const int64_t pieces = p.channels * p.modes < kSerial ? 1 : p.threads;
-  return share_out(p.sets, pieces == 1 ? 1 : threads_for(p.threads), 0,
-                   [&](int64_t set, char*, bool) { op(set); });
+  const int threads = p.channels * p.modes < kSerial ? 1 : threads_for(p.threads);
+  const size_t count = static_cast<size_t>(p.modes);
+  const size_t bytes = count * (sizeof(Pole) + sizeof(Step) + 2 * sizeof(Complex));
+  return share_out(p.sets, threads, bytes, [&](int64_t set, char* memory, bool) {
+    Room room;
+    room.z = reinterpret_cast<Complex*>(memory);
+    room.exponentials = room.z + p.modes;
+    room.poles = reinterpret_cast<Pole*>(room.exponentials + p.modes);
+    room.steps = reinterpret_cast<Step*>(room.poles + p.modes);
+    op(set, room);
+  });
 }
 
-// op(step, channel, n, mode) for the modes of a set's channels, in their order.
+// op(channel, n, pole, mode) for the modes of a set's channels, in their order.
 template <class Op>
-void for_each_mode(const ModesProblem& p, int64_t set, const Op& op) {
+void for_each_mode(const ModesProblem& p, int64_t set, const Room& room, const Op& op) {
+  for (int64_t n = 0; n < p.modes; ++n) room.poles[n] = pole_of(p, set * p.modes + n);
   for (int64_t h = set; h < p.channels; h += p.sets) {
-    const Step shared(p, p.tied ? h : h * p.modes);
     for (int64_t n = 0; n < p.modes; ++n) {
-      const Step own = p.tied ? shared : Step(p, h * p.modes + n);
-      op(h, n, mode_of(p, own, set * p.modes + n));
+      room.steps[n] = p.tied && n ? room.steps[0] : Step(p, p.tied ? h : h * p.modes + n);
+      room.z[n] = room.steps[n].dt * room.poles[n].A;
     }
+    if (!p.bilinear)
+      kernels().exponentials(p.modes, reinterpret_cast<const double*>(room.z), 1,
+                             reinterpret_cast<double*>(room.exponentials));
+    for (int64_t n = 0; n < p.modes; ++n)
+      op(h, n, room.poles[n],
+         mode_of(p, room.steps[n], room.poles[n], room.z[n], room.exponentials[n]));
   }
 }
 
 }  // namespace
 
 Status modes_forward(const ModesProblem& p) {
-  return for_each_set(p, [&](int64_t set) {
-    for_each_mode(p, set, [&](int64_t h, int64_t n, const Mode& m) {
+  return for_each_set(p, [&](int64_t set, const Room& room) {
+    for_each_mode(p, set, room, [&](int64_t h, int64_t n, const Pole&, const Mode& m) {
       const int64_t at = h * p.modes + n;
       p.a[2 * at] = m.a.real();
       p.a[2 * at + 1] = m.a.imag();
-      const Complex weight = p.factor * m.dt * times(m.b_over_dt, m.B);
+      const Complex B = pair(p.B, set * p.modes + n, p.real);
+      const Complex weight = p.factor * m.dt * times(m.b_over_dt, B);
       for (int64_t c = 0; c < p.heads; ++c) {
         const int64_t i = c * p.channels * p.modes + at;
         const Complex w = m.passes ? times(weight, pair(p.C, i, p.real)) : 0.0;
@@ -204,11 +227,12 @@ Status modes_forward(const ModesProblem& p) {
 
 // With gradients as pairs, that of x in z = x y is the gradient of z times conj(y).
 Status modes_backward(const ModesProblem& p) {
-  return for_each_set(p, [&](int64_t set) {
+  return for_each_set(p, [&](int64_t set, const Room& room) {
     double dstep = 0;
-    for_each_mode(p, set, [&](int64_t h, int64_t n, const Mode& m) {
+    for_each_mode(p, set, room, [&](int64_t h, int64_t n, const Pole& pole, const Mode& m) {
       const int64_t at = h * p.modes + n, in_set = set * p.modes + n;
-      const Complex weight = p.factor * m.dt * times(m.b_over_dt, m.B);
+      const Complex B = pair(p.B, set * p.modes + n, p.real);
+      const Complex weight = p.factor * m.dt * times(m.b_over_dt, B);
       Complex dweight = 0;  // of b B
       for (int64_t c = 0; c < p.heads; ++c) {
         const int64_t i = c * p.channels * p.modes + at;
@@ -217,11 +241,11 @@ Status modes_backward(const ModesProblem& p) {
         if (m.passes) dweight += p.factor * times(dw, std::conj(pair(p.C, i, p.real)));
       }
       const Complex dB = times(dweight, std::conj(m.dt * m.b_over_dt));
-      const Complex db = times(dweight, std::conj(m.B));
+      const Complex db = times(dweight, std::conj(B));
       const Complex da(p.a[2 * at], p.a[2 * at + 1]);
       const Complex da_dz = times(da, std::conj(m.a_slope));
       const Complex dz = da_dz + m.dt * times(db, std::conj(m.b_slope));
-      const double ddt = real_dot(m.b_by_dt, db) + real_dot(m.A, da_dz);
+      const double ddt = real_dot(m.b_by_dt, db) + real_dot(pole.A, da_dz);
       if (h == set) {  // the first of the channels that share the set
         set_pair(p.dB, in_set, p.real, 0);
         p.dinv_A_real[in_set] = 0;
@@ -229,8 +253,8 @@ Status modes_backward(const ModesProblem& p) {
       }
       p.dB[p.real ? in_set : 2 * in_set] += dB.real();
       if (!p.real) p.dB[2 * in_set + 1] += dB.imag();
-      p.dinv_A_real[in_set] += m.dt * dz.real() * m.real_slope;
-      if (!p.real) p.dinv_A_imag[in_set] += m.dt * dz.imag() * m.imag_slope;
+      p.dinv_A_real[in_set] += m.dt * dz.real() * pole.real_slope;
+      if (!p.real) p.dinv_A_imag[in_set] += m.dt * dz.imag() * pole.imag_slope;
       dstep = (p.tied && n > 0 ? dstep : 0) + ddt * m.dt_slope;
       p.dinv_dt[p.tied ? h : at] = dstep;
     });

@@ -2,10 +2,12 @@
 //
 // With l = columns q + r an output row q is a product of rows: k[q,r] = sum_m left[q,m] right[m,r],
 // where m counts real and imaginary parts, right[m,r] holds exp(a r) and left[q,m] holds w exp(a
-// columns q). The tables are made in double, by multiplications from exp(a), and rounded once: the
-// phase of exp(a l), millions of turns for long rows, keeps its digits. Per output that is 2 modes
-// multiply-adds, and for the tables about (columns + length / columns) / length of a few more.
+// columns q). The tables are made in double, by multiplications from a few exp(a l), and rounded
+// once: the phase of exp(a l), millions of turns for long rows, keeps its digits. Per output that
+// is 2 modes multiply-adds, and for the tables about (columns + length / columns) / length of a few
+// more.
 #pragma once
+#include "exponentials.h"
 #include "radix.h"
 #include "scratch.h"
 #include "ssm.h"
@@ -30,10 +32,6 @@ SEQCONV_INLINE Phasor power(Phasor x, int64_t exponent) {
     if (exponent & 1) y = multiply(y, x);
   return y;
 }
-SEQCONV_INLINE Phasor exp_of(const double* a, double times) {
-  const double size = exp(a[0] * times), phase = a[1] * times;
-  return {size * cos(phase), size * sin(phase)};
-}
 
 // kTile of them.
 using Phasors = Complex<double>;
@@ -44,10 +42,18 @@ SEQCONV_INLINE void set_lane(Phasors& x, int lane, Phasor value) {
   x.re[lane] = value.re;
   x.im[lane] = value.im;
 }
-// x y^0, x y^1, ...
-SEQCONV_INLINE Phasors progression(Phasor x, Phasor y) {
-  Phasors out;
-  for (int i = 0; i < kTile; ++i, x = multiply(x, y)) set_lane(out, i, x);
+// x y^0, x y^1, ..., and y^kTile in `step`: bit by bit of the exponents, all lanes at a time.
+SEQCONV_INLINE Phasors progression(Phasor x, Phasor y, Phasor& step) {
+  Bits lanes;
+  for (int i = 0; i < kTile; ++i) lanes[i] = i;
+  Phasors out{splat(x.re), splat(x.im)};
+  step = y;
+  SEQCONV_UNROLL
+  for (int bit = 1; bit < kTile; bit *= 2, step = multiply(step, step)) {
+    const Bits has = (lanes & bit) != 0;
+    const Phasors factor{has ? splat(step.re) : splat(1.0), has ? splat(step.im) : splat(0.0)};
+    out = out * factor;
+  }
   return out;
 }
 
@@ -66,6 +72,7 @@ struct SsmTables {
   int64_t block, table_row;  // rows of a block; scalars of one row of a table
   const double* a;
   Phasor* powers;  // exp(a columns)
+  Phasor* others;  // of every mode: exp(a), or exp(a columns q) of a block's first row
   T *right, *left;
 
   SsmTables(const SsmProblem& p, int64_t channel, bool backward, Scratch& scratch)
@@ -84,6 +91,7 @@ struct SsmTables {
     block = block > whole ? whole : block;
     a = p.a + 2 * channel * modes;
     powers = scratch.take<Phasor>(modes);
+    others = scratch.take<Phasor>(modes);
     right = scratch.take<T>(table_row * columns);
     left = scratch.take<T>((backward ? 2 : 1) * table_row * block);
   }
@@ -99,12 +107,14 @@ struct SsmTables {
   // Notes exp(a columns) on the way.
   void make_right() const {
     constexpr int kVectors = kColumns<T> / kTile;
+    make_powers(1, others);
+    make_powers(columns, powers);
     for (int64_t n = 0; n < modes; ++n) {
-      const Phasor z = exp_of(a + 2 * n, 1);
-      powers[n] = power(z, columns);
-      const Phasor step = power(z, kTile), far = power(step, kVectors);
+      const Phasor z = others[n];
       Phasors x[kVectors];
-      x[0] = progression({1, 0}, z);
+      Phasor step;
+      x[0] = progression({1, 0}, z, step);
+      const Phasor far = power(step, kVectors);
       for (int i = 1; i < kVectors; ++i) x[i] = multiply(x[i - 1], step);
       T* to = right + 2 * n * kColumns<T>;
       for (int64_t r = 0; r < columns; r += kColumns<T>, to += table_row * kColumns<T>) {
@@ -118,17 +128,18 @@ struct SsmTables {
     }
   }
 
-  // exp(a columns q) of mode n, for the first row q of block i.
-  Phasor first_power(int64_t n, int64_t i) const {
-    return i ? exp_of(a + 2 * n, static_cast<double>(first_row(i) * columns)) : Phasor{1, 0};
+  // to[n] = exp(a steps) of every mode.
+  void make_powers(int64_t steps, Phasor* to) const {
+    exponentials(modes, a, static_cast<double>(steps), reinterpret_cast<double*>(to));
   }
 
   // left[tile][m][kTile rows] for the rows of block i: the real part of w exp(a columns q), and
   // minus the imaginary one.
   void make_left(const double* w, int64_t i) const {
+    make_powers(first_row(i) * columns, others);
     for (int64_t n = 0; n < modes; ++n) {
-      const Phasor row = powers[n], step = power(row, kTile);
-      Phasors x = progression(multiply({w[2 * n], w[2 * n + 1]}, first_power(n, i)), row);
+      Phasor step;
+      Phasors x = progression(multiply({w[2 * n], w[2 * n + 1]}, others[n]), powers[n], step);
       T* to = left + 2 * n * kTile;
       for (int64_t q = 0; q < count(i); q += kTile, to += table_row * kTile) {
         store_rounded(to, x.re);
@@ -141,10 +152,11 @@ struct SsmTables {
   // left[group][part][q][kTile modes] for the gradient, of block i: real and imaginary part of
   // exp(a columns q), then the same times q.
   void make_left_for_sums(int64_t i) const {
+    make_powers(first_row(i) * columns, others);
     for (int64_t group = 0; group < groups; ++group) {
       Phasors x{}, step{};
       for (int lane = 0; lane < kTile && group * kTile + lane < modes; ++lane) {
-        set_lane(x, lane, first_power(group * kTile + lane, i));
+        set_lane(x, lane, others[group * kTile + lane]);
         set_lane(step, lane, powers[group * kTile + lane]);
       }
       T* to = left + group * 4 * kTile * block;
