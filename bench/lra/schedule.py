@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -148,14 +147,18 @@ class Steps:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
         self.dtype = next(self.model.parameters()).dtype
 
-    def __call__(self, convolution: Callable, batch: Batch) -> float:
-        """Returns the seconds of a step in which `convolution` takes the place of seqconv.fftconv. In evaluation the
-        weights have gradients, but the optimiser does nothing."""
+    def __call__(self, convolution: Callable | str, batch: Batch) -> float:
+        """Returns the seconds of a step in which `convolution` takes the place of seqconv.fftconv, or in which layers
+        are written with torch.fft in the layout of that name. In evaluation the weights have gradients, but the
+        optimiser does nothing."""
         x, *rows = batch.inputs
         x = x.to(self.dtype) if x.is_floating_point() else x
         with contextlib.ExitStack() as stack:
-            for place in natural.PLACES:
-                stack.enter_context(mock.patch(place, convolution))
+            if convolution in natural.LAYOUTS:
+                stack.enter_context(natural.in_layers(convolution))
+            else:
+                for place in natural.PLACES:
+                    stack.enter_context(mock.patch(place, convolution))
             synchronize(x.device)
             start = time.perf_counter()
             self.optimizer.zero_grad()
@@ -199,7 +202,7 @@ def time_steps(model: nn.Module, contenders: Contenders, rounds: int, precision:
         name: natural.LAYOUTS if conv is TORCH_FFT else () for name, (conv, _) in contenders.items()
     }
     contenders = {
-        (name, layout): (partial(natural.fftconv, through=layout) if layout else conv, batches)
+        (name, layout): (layout or conv, batches)
         for name, (conv, batches) in contenders.items()
         for layout in layouts[name] or (None,)
     }
