@@ -346,6 +346,11 @@ def check_input(
         why = " (the layer's dtype) outside autocast"
         check_tensor(function, "x", x, dtypes=(own.dtype,), why=why)
     check_tensor(function, "x", x, device=own.device, owner="the layer")
+    if len(axes) == 2 and x.dim() == 2 and x.shape[-1] == d_model:
+        wanted, found = f"(batch, length, d_model={d_model})", tuple(x.shape)
+        raise ValueError(
+            f"{function}: x must be {wanted}, got {found}; packed rows need cu_seqlens"
+        )
     check_shape(function, "x", x, (*[(axis, None) for axis in axes], ("d_model", d_model)))
 
 
