@@ -83,13 +83,17 @@ def ssm_gradients(grads, dk: Tensor, inputs) -> None:
     _ssm(dk, inputs, *dk.stride(), *[grad.data_ptr() for grad in grads])
 
 
+_WIDE = (torch.float32, torch.float64)
 _POSITIVE = {"exp": 0, "relu": 1, "softplus": 2, "sigmoid": 3, "none": 4}  # csrc/cpu/modes.h
 
 
 def _modes(a: Tensor, w: Tensor, inputs, options, *grads: Tensor) -> None:
     (discretization, dt_transform, real, imag), copies, dt_sinh, bandlimit, rate = options
     heads, channels, modes, _ = w.shape
-    tensors = [t.contiguous() for t in inputs if t is not None]
+    # Hooks on saved tensors may return narrower ones.
+    tensors = [
+        (t if t.dtype in _WIDE else t.double()).contiguous() for t in inputs if t is not None
+    ]
     numbers = [n for t in tensors for n in (t.data_ptr(), DTYPES[t.dtype])]
     no_imaginary_parts = inputs.inv_A_imag is None
     _C.modes(

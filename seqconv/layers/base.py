@@ -320,7 +320,7 @@ class ConvLayer(Described):
                 y = dropout(y)
         linear: Any = self._modules["linear"]
         tiled = self.postact == "glu" and is_plain(linear) and y.numel() >= LEAST
-        if tiled and takes(linear, y):
+        if tiled and takes(linear, y, wide):
             return linear_glu(y, linear.weight, linear.bias)
         y = apply_linear(self, "linear", y, wide)
         if self.postact is None:

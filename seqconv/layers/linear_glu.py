@@ -9,28 +9,39 @@ from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
 from seqconv.backends import choose, cpu
-from seqconv.ops.register import batched, needs_gradient, transforms_active, unwatched
+from seqconv.ops.register import (
+    as_node,
+    batched,
+    needs_gradient,
+    transforms_active,
+    unwatched,
+)
 
 TILE = 1 << 17  # numbers of x W^T in one tile of rows
 LEAST = 1 << 15  # numbers of x: below, torch's two calls take less time
 
 
-def takes(linear: nn.Linear, x: Tensor) -> bool:
-    """Whether `linear_glu` computes this: plain tensors in float32 on a CPU, which nothing watches."""
+def takes(linear: nn.Linear, x: Tensor, wide: int) -> bool:
+    """Whether `linear_glu` computes this, for x W^T of that width: plain tensors on a CPU, which nothing watches."""
     weight, bias = linear.weight, linear.bias
-    tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
-        x.is_cpu
-        and x.numel() >= LEAST
-        and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-        and x.shape[-1] == weight.shape[1]
-        and weight.shape[0] % 2 == 0
+        x.numel() >= LEAST
+        and weight.shape == (wide, x.shape[-1])
+        and (bias is None or bias.shape == (wide,))
+        and _plain(x, weight, bias)
         and not torch.is_autocast_enabled("cpu")
         and forward_ad._current_level < 0
         and not transforms_active()
-        and unwatched(tensors)
-        and choose("glu", tensors, ())[0] is cpu
+        and choose("glu", (x,), ())[0] is cpu
     )
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether the tensors that are there are contiguous float32 on the CPU, as the kernels take them."""
+    for t in tensors:
+        if t is not None and not (t.is_cpu and t.dtype == torch.float32 and t.is_contiguous()):
+            return False
+    return unwatched(tensors)
 
 
 def linear_glu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -70,8 +81,14 @@ class _LinearGLU(Function):
     def backward(ctx, dy):
         x, weight, bias, z = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        plain = unwatched((dy, x, weight, bias)) and not (transforms_active() or batched())
-        if torch.is_grad_enabled() or not plain:
+        for t in ctx.saved_tensors:
+            if t is not None and t.dtype != torch.float32:
+                text = f"a hook on saved tensors must return torch.float32, got {t.dtype}"
+                raise RuntimeError(f"linear_glu: {text}")
+        # In another layout they are torch's.
+        plain = _plain(x, weight, bias, z) and unwatched((dy,)) and dy.is_cpu
+        derived = torch.is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0
+        if derived or batched() or not plain:
             return _gradients_by_torch(dy, x, weight, bias, wanted)
         wide, features = weight.shape
         flat, dy = x.view(-1, features), dy.reshape(-1, wide // 2)
@@ -93,12 +110,11 @@ class _LinearGLU(Function):
 
 
 def _gradients_by_torch(dy, x, weight, bias, wanted):
-    """By torch's own operators, for derivatives of higher order."""
+    """By torch's own operators, for derivatives of other kinds."""
     create = torch.is_grad_enabled()
     with torch.enable_grad():
-        own: Any = [
-            t if t is None else t.view_as(t) if t.requires_grad else t for t in (x, weight, bias)
-        ]
+        pairs = zip((x, weight, bias), wanted, strict=True)
+        own: Any = [as_node(t) if want else t for t, want in pairs]
         y = F.glu(F.linear(*own), dim=-1)
         asked: Any = [t for t, want in zip(own, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(y, asked, dy, create_graph=create))

@@ -60,8 +60,8 @@ def fit(tensors: list[Tensor], copies: int, is_real: bool) -> bool:
     for t in tensors:
         if (t.dtype != torch.float32 and t.dtype != torch.float64) or t.device != C.device:
             return False
-    wide = is_real or parts == [2]
-    return wide and B.shape == (*sets, *parts) and inv_dt.shape in ((channels,), (channels, modes))
+    whole = channels % copies == 0 and (is_real or parts == [2])
+    return whole and B.shape == (*sets, *parts) and inv_dt.shape in ((channels,), (channels, modes))
 
 
 def _modes(inputs, names, *options) -> Tensor:

@@ -96,7 +96,7 @@ def _recording() -> ExitStack:
     return _resolving("AutogradFunctionality")
 
 
-def _as_node(t: Tensor | None) -> Tensor | None:
+def as_node(t: Tensor | None) -> Tensor | None:
     """t as a node of its own: one tensor may be passed as two arguments, whose gradients differ."""
     if t is None or not t.is_floating_point():
         return t
@@ -372,7 +372,7 @@ class _Gradient(Function):
         needed, create = ctx.needs_input_grad[1:], torch.is_grad_enabled()
         replicated = constants_replicated(ctx.saved_tensors)
         with torch.enable_grad(), recorded(ctx.asked), replicated:
-            own = [_as_node(t) for t in ctx.saved_tensors]
+            own = [as_node(t) for t in ctx.saved_tensors]
             dy, *tensors = own
             y = ctx.operator.plain(ctx.operator.name_inputs(tensors), *ctx.options)
             inputs = [t for t, want in zip(tensors, ctx.wanted, strict=True) if want]

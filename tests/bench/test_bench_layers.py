@@ -190,6 +190,7 @@ def test_what_a_library_prints_does_not_spoil_the_rows(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_gallery_draws_from_a_checkpoint_what_it_trained(tmp_path):
     out, runs = tmp_path / "out", tmp_path / "runs"
     arguments = ["--families", "long_conv", "--epochs", 1, "--digits", 20, "--states", 4]

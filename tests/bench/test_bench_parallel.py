@@ -85,6 +85,7 @@ def test_one_process_alone():
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_every_work_in_four_processes(tmp_path):
     text = command("--quick", "--processes", 3, 4, "--length", 1200, "--out", tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "parallel.jsonl").read_text().splitlines()]

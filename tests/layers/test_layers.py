@@ -304,6 +304,7 @@ def test_autocast_trains(make):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_s4d_by_keops(keops):
     layer, other = S4D(D, bidirectional=True, backend="keops"), S4D(D, bidirectional=True)
     other.load_state_dict(layer.state_dict())

@@ -43,7 +43,7 @@ def test_beside_torch_in_float64(shape, bias, isa):
     linear = nn.Linear(features, 2 * channels, bias=bias)
     x = torch.randn(batch, length, features, requires_grad=True)
     dy = torch.randn(batch, length, channels)
-    assert linear_glu.takes(linear, x)
+    assert linear_glu.takes(linear, x, 2 * channels)
     ours = gradients(linear_glu.linear_glu, x, linear, dy)
     theirs = gradients(by_torch, x, linear, dy)
     exact_x = x.detach().double().requires_grad_()
@@ -151,3 +151,79 @@ def test_who_else_wants_to_see_the_linear_map_sees_it(monkeypatch):
         return calls
 
     assert others() == []
+
+
+def test_what_torch_refuses_or_broadcasts_is_left_to_torch():
+    x = torch.randn(2, 500, 64)
+
+    def outcome(linear):
+        layer = S4D(64)
+        layer.load_state_dict(state)
+        layer.linear = linear
+        try:
+            return layer(x)
+        except (RuntimeError, ValueError) as error:
+            return type(error), str(error)
+
+    state = S4D(64).state_dict()
+    changes = [lambda w, b, n=n: (w, torch.ones(n)) for n in (1, 10, 256)]
+    changes += [
+        lambda w, b: (w, torch.ones(1, 128)),
+        lambda w, b: (w, torch.ones(())),
+        lambda w, b: (w, b.to("meta")),
+        lambda w, b: (w[:100], b[:100]),
+        lambda w, b: (w.unsqueeze(0), b),
+        lambda w, b: (w[:, :32].contiguous(), b),
+        lambda w, b: (w.double(), b.double()),
+    ]
+    for change in changes:
+        found = []
+        for asked in ("auto", "reference"):
+            torch.manual_seed(0)
+            linear = nn.Linear(64, 128)
+            weight, bias = change(linear.weight.detach(), linear.bias.detach())
+            linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
+            with use_backend(asked):
+                found.append(outcome(linear))
+        ours, theirs = found
+        if isinstance(theirs, tuple):
+            assert ours == theirs
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_tensors_may_come_back_as_others():
+    linear, dy = nn.Linear(64, 128), torch.randn(1000, 64)
+    x = torch.randn(1000, 64, requires_grad=True)
+    wanted = gradients(by_torch, x, linear, dy)[1:]
+    turned = lambda t: t.t().contiguous().t() if t.dim() == 2 else t  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, turned):
+        found = gradients(linear_glu.linear_glu, x, linear, dy)[1:]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t),
+        pytest.raises(RuntimeError, match=r"must return torch\.float32"),
+    ):
+        gradients(linear_glu.linear_glu, x, linear, dy)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own forward derivatives
+def test_derivatives_over_the_gradient():
+    linear, dy = nn.Linear(64, 128), torch.randn(1000, 64)
+    x, v = torch.randn(1000, 64, requires_grad=True), torch.randn(1000, 64)
+
+    def tangent(function):
+        y = function(x, linear.weight, linear.bias)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(dy, v)
+            (grad,) = torch.autograd.grad(y, x, dual)
+            return torch.autograd.forward_ad.unpack_dual(grad).tangent
+
+    torch.testing.assert_close(
+        tangent(linear_glu.linear_glu), tangent(by_torch), rtol=1e-4, atol=1e-4
+    )
+    y = linear_glu.linear_glu(x, linear.weight, linear.bias)
+    linear.weight.requires_grad_(False)
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert dx.requires_grad

@@ -151,3 +151,7 @@ def test_shapes_that_do_not_fit_are_left_to_the_general_function():
     for i, wrong in itertools.product(range(len(values)), (torch.half, torch.complex64)):
         changed = [t.to(wrong) if i == j else t for j, t in enumerate(values)]
         assert not s4d_kernel.fit(changed, 1, False)
+    shared = S4DKernel(4, d_state=8, n_ssm=2).read()
+    assert s4d_kernel.fit(shared, 2, False)
+    odd = [torch.ones(1, 5, 4, 2), shared[1], torch.ones(5), *shared[3:]]
+    assert not s4d_kernel.fit(odd, 2, False)

@@ -88,6 +88,7 @@ RUNS = {
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_loss_curves_are_those_of_one_process(tmp_path):
     """Four processes, of which two divide the steps, are one process where each sample has its own statistics, and
     two processes where a batch norm sees the samples of its own process."""
@@ -112,6 +113,7 @@ def test_loss_curves_are_those_of_one_process(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_a_run_goes_on_with_any_number_of_processes(tmp_path):
     """It is stopped between two rows, whose means are over the steps of two sessions."""
     command = ("text", *SMALL, "--precision", "64-true", "--log_steps", 4)
@@ -127,6 +129,7 @@ def test_a_run_goes_on_with_any_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_pathx_is_trained_by_two_processes(tmp_path):
     """The command of the documentation, with few samples, a time limit and random dropout of all kinds."""
     lra = ["-m", "bench.lra"]

@@ -190,6 +190,7 @@ def test_a_packed_run_is_a_padded_one_and_resumes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_older_checkpoints_are_padded_ones(tmp_path):
     """A run that began before there were packs goes on."""
     fit = ("fit", "text", *TINY, "--out", tmp_path)

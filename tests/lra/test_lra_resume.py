@@ -154,6 +154,7 @@ def test_resume_begins_where_nothing_has_begun(tmp_path, moment):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_a_full_disk_stops_a_run_with_a_word_and_loses_no_checkpoint(tmp_path):
     options = ("fit", "digits", "--out", tmp_path / "run", *TINY)
     finish(start(*options, "--stop_after", 10), 130)
@@ -169,6 +170,7 @@ def test_a_full_disk_stops_a_run_with_a_word_and_loses_no_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_folders_that_cannot_be_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     text = finish(start("fit", "digits", "--out", tmp_path / "file", *TINY), 1)

@@ -57,6 +57,7 @@ def test_a_run_learns_and_its_folder_holds_everything(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_what_a_run_folder_refuses(tmp_path):
     out = tmp_path / "run"
     finish(start("fit", "digits", "--out", out, *TINY, "--stop_after", 3), 130)
@@ -129,6 +130,7 @@ def test_losses_are_those_of_the_reference(layer, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_two_processes(tmp_path):
     """Under torchrun both processes take half of every batch: the losses are those of one process up
     to round-off, until a resume too."""
@@ -161,6 +163,7 @@ def test_other_tasks_and_layers_train(task, layer, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_the_budget_is_kept_and_divergence_is_a_failure(tmp_path):
     out = tmp_path / "run"
     options = ("--model.d_model", 16, "--optim.batch", 10, "--optim.epochs", 100_000)
@@ -191,6 +194,7 @@ def test_the_budget_is_kept_and_divergence_is_a_failure(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_sweep_goes_on_where_it_was(tmp_path):
     command = ("sweep", "digits", "listops-gen", "--layers", "s4d,sgconv", "--seeds", "0,1")
     command += ("--out", tmp_path, *TINY, "--model.depth", 1)
@@ -217,6 +221,7 @@ def test_sweep_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_what_cannot_be_is_refused_before_anything_is_lost(tmp_path):
     out = tmp_path / "run"
     fit = ("fit", "digits", "--out", out, *TINY)
@@ -287,6 +292,7 @@ def test_gpu_says_at_once_that_there_is_none(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_gpu_runs_in_sessions(tmp_path):
     """On the processor, of a small set: both precisions, a session that is over, and one that goes on."""
     made = tmp_path / "data/generated/pathx-gen/generated.json"
