@@ -15,19 +15,16 @@ struct EpilogueGradient {
 
   static void take(const void* context, int64_t t, int64_t n, T* v) {
     const EpilogueGradient& e = *static_cast<const EpilogueGradient*>(context);
-    alignas(64) T slopes[kChunk], staging[2][kChunk];
+    T staging[2][kChunk];
     const T* grad = read_window(e.dy, t, n, staging[0]);
     const bool active = e.activation != Activation::kNone;
     add_bias(e.bias, n, v);
-    for (int64_t i = 0; active && i < n; i += kLanes<T>) {
-      Vec<T>& at = vec(v + i);
-      at = activate<T>(e.activation, at, vec(slopes + i));
+    chain_activation(e.activation, n, v, grad, e.dv + t);
+    if (e.dpost_gate) {
+      activate(e.activation, n, v, v);
+      write_product(e.dpost_gate, t, n, grad, v);
     }
-    if (e.dpost_gate) write_product(e.dpost_gate, t, n, grad, v);
-    if (active) {
-      multiply(grad, slopes, n, e.dv + t);
-      grad = e.dv + t;
-    }
+    if (active) grad = e.dv + t;
     if (e.post_gate)
       multiply(grad, read_window(e.post_gate, t, n, staging[1]), n, e.dv + t);
     else if (!active)

@@ -147,8 +147,13 @@ void chain_output(const void* context, int64_t t, int64_t n, T* v) {
   const T* grad = read_window(e.dy, t, n, staging);
   const bool active = e.activation != Activation::kNone;
   add_bias(e.bias, n, v);
-  for (int64_t i = 0; active && i < n; i += kLanes<T>)
-    vec(v + i) = activate<T>(e.activation, vec(v + i), vec(slopes + i));
+  with_activation<T>(e.activation, [&](auto a) {
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      const Vec<T> at = load_vector(v + i);
+      store_vector(v + i, a.value(at));
+      store_vector(slopes + i, a.slope(at));
+    }
+  });
   if (e.dpost_gate) write_chained(e.dpost_gate, t, n, grad, v);
   T gate[kChunk], *dv = e.dv + t;
   if (e.post_gate) chain(grad, read_window(e.post_gate, t, n, gate), n, dv);

@@ -22,13 +22,11 @@ struct Epilogue {
 
   static void take(const void* context, int64_t t, int64_t n, T* v) {
     const Epilogue& e = *static_cast<const Epilogue*>(context);
-    Vec<T> slope;
     add_bias(e.bias, n, v);
-    if (e.activation != Activation::kNone)
-      for (int64_t i = 0; i < n; i += kLanes<T>) {
-        Vec<T>& at = vec(v + i);
-        at = activate<T>(e.activation, at, slope);
-      }
+    const bool active = e.activation != Activation::kNone;
+    T* y = e.post_gate || !active ? nullptr : contiguous<T>(e.y);
+    if (y) return activate(e.activation, n, v, y + t, e.y.streamed);
+    activate(e.activation, n, v, v);
     if (!e.post_gate) return write(e.y, t, n, v);
     T gate[kChunk];
     write_product(e.y, t, n, v, read_window(e.post_gate, t, n, gate));

@@ -19,7 +19,6 @@ SEQCONV_INLINE void for_channels(int64_t channels, const Op& op) {
         h, [](const float* p) { return splat(*p); },
         [](float* p, Vec<float> value) { *p = value[0]; });
 }
-SEQCONV_INLINE Vec<float> sigmoid(Vec<float> x) { return 1.0f / (1.0f + exp_of(-x)); }
 
 inline void glu_forward_unit(const GluProblem& p, int64_t begin, int64_t end) {
   const int64_t channels = p.channels;

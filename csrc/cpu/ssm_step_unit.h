@@ -110,8 +110,7 @@ void step_block(const SsmStepProblem& p, int64_t batch, int64_t channel, int64_t
       for (int s = 0; s < kSamples; ++s) v[s][j] = static_cast<T>(sums[s] + skip * x[j][s]);
     }
     for (int s = 0; s < kSamples; ++s) {
-      Vec<T> slope;
-      store_vector(v[s], activate<T>(p.activation, load_vector(v[s]), slope));
+      activate(p.activation, kLanes<T>, v[s], v[s]);
       dispatch(p.x.dtype, [&](auto tag) {
         using S = typename decltype(tag)::Type;
         S* y = reinterpret_cast<S*>(p.y) + ((batch + s) * p.heads + head) * p.channels + channel;

@@ -68,12 +68,8 @@ void stream_unit(const StreamProblem& p, int64_t b, int64_t h, int64_t channels)
       const T* taps = reinterpret_cast<const T*>(p.taps) + row * 2 * kBlock;
       v[i] = push(sums, taps, clock[i] % kBlock, x[i]);
     }
-    if (p.activation != Activation::kNone) {
-      Vec<T> slope;
-      for (int64_t i = channels; i % kLanes<T>; ++i) v[i] = 0;
-      for (int64_t i = 0; i < channels; i += kLanes<T>)
-        store_vector(v + i, activate<T>(p.activation, load_vector(v + i), slope));
-    }
+    for (int64_t i = channels; i % kLanes<T>; ++i) v[i] = 0;
+    activate(p.activation, channels, v, v);
     if (p.post_gate) {
       read(step_row(p.post_gate, b, c, h), 0, channels, gate);
       for (int64_t i = 0; i < channels; ++i) v[i] *= gate[i];
