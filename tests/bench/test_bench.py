@@ -29,6 +29,7 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.slow
 def test_a_run_measures_and_writes_what_it_shows(tmp_path):
     results, picture = tmp_path / "new" / "r.jsonl", tmp_path / "p.png"
@@ -97,6 +98,7 @@ def named(text: str) -> set[str]:
     }
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.slow
 def test_who_was_asked_for_and_is_not_there_is_named_and_nobody_else():
     there = set(contenders.CONTENDERS) - set(contenders.missing())

@@ -39,6 +39,7 @@ def lines(path: Path) -> list[dict]:
 # ---- S4D's kernel ----
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.slow
 def test_ssm_kernel_measures_and_writes_what_it_shows(tmp_path):
     results, picture = tmp_path / "new" / "r.jsonl", tmp_path / "p.png"
@@ -111,6 +112,7 @@ def test_ssm_requirements_are_decided_by_the_rows():
 # ---- layers ----
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.slow
 def test_layers_are_measured_and_tabled(tmp_path):
     results = tmp_path / "r.jsonl"

@@ -48,6 +48,7 @@ def bare(tmp_path):
     return str(folder)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.slow
 def test_the_whole_of_it_runs_dry(emulator, bare, tmp_path):
     out = tmp_path / "out"
@@ -94,6 +95,7 @@ FAULTS = {  # what a device of BROKEN does -> a kind of call that is wrong then
 }
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_result_is_red_and_gets_no_time(emulator, tmp_path, fault):
@@ -111,6 +113,7 @@ def test_a_wrong_result_is_red_and_gets_no_time(emulator, tmp_path, fault):
     assert "WRONG" in result.stdout
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.slow
 def test_a_wrong_stream_is_red(emulator, tmp_path):
     fault = "if kernel.startswith('stream_tile'): return"

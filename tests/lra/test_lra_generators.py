@@ -205,6 +205,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.slow
 def test_pathfinder_is_the_same_for_any_number_of_processes_and_after_a_kill(tmp_path, monkeypatch):
     settings = pathfinder.EASY

@@ -161,6 +161,7 @@ def test_a_packed_step_is_timed_beside_torch_fft_on_padding():
         compare_step(model, other, 2, "32-true", padded)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.slow
 def test_a_packed_run_is_a_padded_one_and_resumes(tmp_path):
     """The losses of all steps and the accuracies, with dropout; and all bits after a resume, which needs no option."""

@@ -148,6 +148,7 @@ def test_two_processes(tmp_path):
     assert_same(two, parts)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "task, layer", [("retrieval", "sgconv"), ("text", "hyena"), ("digits", "butterfly")]

@@ -64,6 +64,7 @@ def of_session(session: int) -> list[int]:
     return found
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["pathfinder32-easy", "listops-gen"])
 @pytest.mark.parametrize("way", ["Ctrl-C", "Ctrl-C twice", "alone", "SIGTERM", "SIGKILL", "early"])

@@ -314,6 +314,7 @@ ssm_kernel(log_dt, A, C, {length}, backend="{backend}").sum().backward()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.slow
 def test_keops(keops):
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 5e-7)):

@@ -192,6 +192,7 @@ def test_installs_without_a_compiler_or_headers(sdist, tmp_path, lacking):
     assert "seqconv._C is not installed" in report.stdout and "g++ python3-dev" in report.stdout
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.slow
 def test_the_readmes_commands_lead_to_the_kernels(tmp_path):
     """In a clone, and in an environment that has everything but the package: what the README says, in its order."""
