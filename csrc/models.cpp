@@ -79,13 +79,14 @@ Numbers numbers(Reader& read) {
 
 // heads, channels, modes, sets, the two transforms, whether bilinear, real, softplus, sinh and
 // tied, threads; factor, rate and half of the band limit as floats; address and dtype of C, B,
-// inv_dt, inv_A_real and inv_A_imag; addresses of a and w; and of the five gradients, or none.
+// inv_dt, inv_A_real and inv_A_imag; addresses of a and w; and of the five gradients as of
+// what they belong to, or nothing.
 PyObject* modes(PyObject*, PyObject* const* args, Py_ssize_t count) {
   constexpr Py_ssize_t kCount = 12 + 3 + 10 + 2;
-  const bool backward = count == kCount + 5;
+  const bool backward = count == kCount + 10;
   if (count != kCount && !backward) {
     PyErr_Format(PyExc_TypeError, "seqconv._C: %zd or %zd numbers wanted, got %zd", kCount,
-                 kCount + 5, count);
+                 kCount + 10, count);
     return nullptr;
   }
   Reader read{args};
@@ -99,8 +100,7 @@ PyObject* modes(PyObject*, PyObject* const* args, Py_ssize_t count) {
   for (Numbers* t : {&p.C, &p.B, &p.inv_dt, &p.inv_A_real, &p.inv_A_imag}) *t = numbers(read);
   for (double** t : {&p.a, &p.w}) *t = reinterpret_cast<double*>(read.address());
   if (backward)
-    for (double** t : {&p.dC, &p.dB, &p.dinv_dt, &p.dinv_A_real, &p.dinv_A_imag})
-      *t = reinterpret_cast<double*>(read.address());
+    for (Numbers& t : p.grads) t = numbers(read);
   if (!read.ok) return nullptr;
   return run([&] { return backward ? modes_backward(p) : modes_forward(p); });
 }

@@ -11,6 +11,7 @@
 #include "exact.h"
 #include "fftconv.h"
 #include "glu.h"
+#include "modes.h"
 #include "plan.h"
 #include "ssm.h"
 #include "ssm_step.h"
@@ -132,8 +133,8 @@ struct IsaKernels {
   void (*ssm_step_f64)(const SsmStepProblem&, const SsmStepUnit&);
   ExactKernel<float> exact_f32;
   ExactKernel<double> exact_f64;
-  // to[i] = exp(from[i] times) for so many pairs of doubles
-  void (*exponentials)(int64_t count, const double* from, double times, double* to);
+  void (*modes_forward)(const ModesProblem&, int64_t set);
+  void (*modes_backward)(const ModesProblem&, int64_t set);
   void (*glu_forward)(const GluProblem&, int64_t begin, int64_t end);
   void (*glu_backward)(const GluProblem&, int64_t begin, int64_t end, float* sums);
   const IsaKernels* shorter = nullptr;  // for rows of fewer points than kShort, if not this one

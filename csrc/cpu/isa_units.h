@@ -2,10 +2,10 @@
 #pragma once
 #include "butterfly_unit.h"
 #include "exact_unit.h"
-#include "exponentials.h"
 #include "fftconv_unit.h"
 #include "glu_unit.h"
 #include "isa.h"
+#include "modes_unit.h"
 #include "ssm_step_unit.h"
 #include "ssm_unit.h"
 #include "stream_unit.h"
@@ -28,7 +28,8 @@ constexpr IsaKernels all_kernels(const char* name, bool (*runnable)(),
           ssm_step_unit<double>,
           kExactKernel<float>,
           kExactKernel<double>,
-          exponentials,
+          modes_forward_unit,
+          modes_backward_unit,
           glu_forward_unit,
           glu_backward_unit,
           shorter};

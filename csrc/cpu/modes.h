@@ -38,7 +38,8 @@ struct ModesProblem {
   int threads;                                // results do not depend on it
   Numbers C, B, inv_dt, inv_A_real, inv_A_imag;
   double *a, *w;  // (channels, modes, 2), (heads, channels, modes, 2): results, or their gradients
-  double *dC, *dB, *dinv_dt, *dinv_A_real, *dinv_A_imag;  // in the shapes of the parameters
+  Numbers grads[5];  // of C, B, inv_dt, inv_A_real and inv_A_imag, in their shapes
+  double *dC, *dB, *dinv_dt, *dinv_A_real, *dinv_A_imag;  // where sums grow; not for the caller
 };
 
 Status modes_forward(const ModesProblem& problem);

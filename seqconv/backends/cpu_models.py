@@ -87,15 +87,21 @@ _WIDE = (torch.float32, torch.float64)
 _POSITIVE = {"exp": 0, "relu": 1, "softplus": 2, "sigmoid": 3, "none": 4}  # csrc/cpu/modes.h
 
 
-def _modes(a: Tensor, w: Tensor, inputs, options, *grads: Tensor) -> None:
+def _modes(a: Tensor, w: Tensor, inputs, options, *grads: Tensor | None) -> None:
     (discretization, dt_transform, real, imag), copies, dt_sinh, bandlimit, rate = options
     heads, channels, modes, _ = w.shape
+    no_imaginary_parts = inputs.inv_A_imag is None
+    numbers = []
     # Hooks on saved tensors may return narrower ones.
     tensors = [
-        (t if t.dtype in _WIDE else t.double()).contiguous() for t in inputs if t is not None
+        t if t is None or t.dtype in _WIDE and t.is_contiguous() else t.double().contiguous()
+        for t in inputs
     ]
-    numbers = [n for t in tensors for n in (t.data_ptr(), DTYPES[t.dtype])]
-    no_imaginary_parts = inputs.inv_A_imag is None
+    for t in tensors:
+        numbers += (0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype])
+    found = []
+    for g in grads:
+        found += (0, 0) if g is None else (g.data_ptr(), DTYPES[g.dtype])
     _C.modes(
         heads,
         channels,
@@ -113,11 +119,9 @@ def _modes(a: Tensor, w: Tensor, inputs, options, *grads: Tensor) -> None:
         rate,
         math.inf if bandlimit is None else bandlimit / 2,
         *numbers,
-        *([0, 0] if no_imaginary_parts else []),
         a.data_ptr(),
         w.data_ptr(),
-        *[g.data_ptr() for g in grads],
-        *([0] if grads and no_imaginary_parts else []),
+        *found,
     )
 
 
@@ -127,10 +131,10 @@ def s4d_modes(a: Tensor, w: Tensor, inputs, options) -> bool:
 
 
 def s4d_modes_gradients(grads, da: Tensor, dw: Tensor, inputs, options) -> None:
-    found = [None if g is None else torch.empty(g.shape, dtype=torch.float64) for g in grads]
-    _modes(da, dw, inputs, options, *[g for g in found if g is not None])
+    found = [g if g is None or g.dtype in _WIDE else g.double() for g in grads]
+    _modes(da, dw, inputs, options, *found)
     for grad, value in zip(grads, found, strict=True):
-        if grad is not None:
+        if value is not grad:
             grad.copy_(value)
 
 
