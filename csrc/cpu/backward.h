@@ -19,16 +19,15 @@ struct EpilogueGradient {
     const T* grad = read_window(e.dy, t, n, staging[0]);
     const bool active = e.activation != Activation::kNone;
     add_bias(e.bias, n, v);
-    chain_activation(e.activation, n, v, grad, e.dv + t);
-    if (e.dpost_gate) {
-      activate(e.activation, n, v, v);
-      write_product(e.dpost_gate, t, n, grad, v);
-    }
-    if (active) grad = e.dv + t;
+    T* dv = e.dv + t;
+    chain_activation(e.activation, n, v, grad, dv);
     if (e.post_gate)
-      multiply(grad, read_window(e.post_gate, t, n, staging[1]), n, e.dv + t);
+      multiply(active ? dv : grad, read_window(e.post_gate, t, n, staging[1]), n, dv);
     else if (!active)
-      copy(grad, n, e.dv + t);
+      copy(grad, n, dv);
+    if (!e.dpost_gate) return;
+    activate(e.activation, n, v, v);  // the gate's gradient may take the gate's place
+    write_product(e.dpost_gate, t, n, grad, v);
   }
 };
 
@@ -41,12 +40,12 @@ struct InputGradient {
   static void take(const void* context, int64_t t, int64_t n, T* dx) {
     const InputGradient& e = *static_cast<const InputGradient*>(context);
     T staging[kChunk];
-    if (e.dpre) write_product(e.dpre, t, n, dx, read_window(e.u, t, n, staging));
-    if (!e.du) return;
-    if (e.pre_gate)
+    if (e.du && e.pre_gate)
       write_product(e.du, t, n, dx, read_window(e.pre_gate, t, n, staging));
-    else
+    else if (e.du)
       write(e.du, t, n, dx);
+    // Last, because it may take the gate's place.
+    if (e.dpre) write_product(e.dpre, t, n, dx, read_window(e.u, t, n, staging));
   }
 };
 
@@ -254,7 +253,12 @@ void backward_unit(const Problem& p, const Method& method, const Plan<T>& plan, 
   Work<T> w(p, method, plan, unit, true, scratch);
   w.clear_dots(true);
   if (!p.kernel_per_sample && !unit.knows_kernels) load_kernels(w, 0);
-  for (int64_t b = unit.batch; b < unit.batch_end; ++b) {
+  if (w.by_lines) {
+    DirectLines<T> lines(w);
+    for (int64_t b = unit.batch; b < unit.batch_end; ++b) lines.backward(b);
+    lines.store_sums();
+  }
+  for (int64_t b = unit.batch; b < unit.batch_end && !w.by_lines; ++b) {
     if (p.kernel_per_sample) load_kernels(w, b);
     read_panels(w, b);
     for (int64_t g = 0; g < unit.channels; ++g) {

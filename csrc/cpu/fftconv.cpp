@@ -120,6 +120,12 @@ class Run {
       group_ = std::max<int64_t>(1, std::min({most, kAdjacent, share}));
       return;
     }
+    if (method_.direct && takes_lines(p_, backward_)) {
+      const int64_t share = (p_.channels + threads_ - 1) / threads_;
+      const int64_t lines = (share + kLineChannels - 1) / kLineChannels;
+      group_ = std::min(lines, kMostLines) * kLineChannels;
+      return;
+    }
     // All of k's spectrum may be held, by the threads together; a unit needs some of it.
     const size_t kernels = spectrum * static_cast<size_t>(p_.channels / threads_) * sizeof(T);
     const size_t bound = static_cast<size_t>(kScratchPerPoint * p_.length) * sizeof(T) + 4096;

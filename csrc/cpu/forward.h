@@ -1,7 +1,7 @@
 // The convolution of a unit.
 #pragma once
 #include "activations.h"
-#include "direct.h"
+#include "direct_lines.h"
 #include "panels.h"
 #include "taps.h"
 
@@ -97,6 +97,11 @@ void forward_unit(const Problem& p, const Method& method, const Plan<T>& plan, c
   Scratch scratch(memory);
   Work<T> w(p, method, plan, unit, false, scratch);
   if (!p.kernel_per_sample) load_kernels(w, 0);
+  if (w.by_lines) {
+    DirectLines<T> lines(w);
+    for (int64_t b = unit.batch; b < unit.batch_end; ++b) lines.forward(b);
+    return end_streams();
+  }
   for (int64_t b = unit.batch; b < unit.batch_end; ++b) {
     if (p.kernel_per_sample) load_kernels(w, b);
     read_panels(w, b);

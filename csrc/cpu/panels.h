@@ -99,24 +99,25 @@ void move_times(const Work<T>& w, const View<T>& v, int64_t b, int64_t c, int64_
   });
 }
 
-// Copies sample b of a view into its panel, if it has one, or back out.
+// Copies sample b of those views that have a panel into it, or back out. Some times of all views
+// before the next ones, because several views may be parts of one tensor and share its pages.
 template <bool kIn, class T>
-void move_panel(Work<T>& w, const View<T>& v, int64_t b) {
-  if (!v.panel) return;
-  constexpr int64_t kTimes = 1024;
+void move_panels(Work<T>& w, const View<T>* const (&views)[4], int64_t b) {
+  constexpr int64_t kTimes = 256;
   spread(w.team, w.p.length_of(b), kTimes, [&](int64_t begin, int64_t end) {
-    for (int64_t c = 0; c < v.heads; ++c) move_times<kIn>(w, v, b, c, begin, end);
+    for (int64_t from = begin; from < end; from += kTimes)
+      for (const View<T>* v : views)
+        for (int64_t c = 0; v->panel && c < v->heads; ++c)
+          move_times<kIn>(w, *v, b, c, from, end - from < kTimes ? end : from + kTimes);
   });
 }
 template <class T>
 void read_panels(Work<T>& w, int64_t b) {
-  const View<T>* const all[] = {&w.u, &w.pre, &w.post, &w.dy};
-  for (const View<T>* view : all) move_panel<true>(w, *view, b);
+  move_panels<true>(w, {&w.u, &w.pre, &w.post, &w.dy}, b);
 }
 template <class T>
 void write_panels(Work<T>& w, int64_t b) {
-  const View<T>* const all[] = {&w.y, &w.du, &w.dpre, &w.dpost};
-  for (const View<T>* view : all) move_panel<false>(w, *view, b);
+  move_panels<false>(w, {&w.y, &w.du, &w.dpre, &w.dpost}, b);
 }
 
 }  // namespace seqconv::SEQCONV_ISA

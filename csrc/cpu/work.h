@@ -52,6 +52,7 @@ struct Work {
   int64_t width, reach;  // of the combined kernel kk
   int64_t dot_count;
   bool gated, blocked;
+  bool by_lines;  // as direct_lines.h has it
   bool wants_dx, wants_dk, wants_dskip, wants_dbias;
   T *a, *x, *sum;  // spectra
   T* kernels;      // spectra per channel and head, or, of a direct sum, kk
@@ -71,6 +72,7 @@ struct Work {
     // A bias alone changes an output, but no gradient.
     gated = p.post_gate || p.activation != Activation::kNone || (p.bias && !backward);
     blocked = method.blocks > 1;
+    by_lines = method.direct && takes_lines(p, backward);
     wants_dx = p.du || p.dpre_gate;
     wants_dk = p.dk || p.dk_rev;
     wants_dskip = static_cast<bool>(p.dskip);
@@ -88,8 +90,8 @@ struct Work {
       sums = Sums<T>(p, plan, dot_count, group, of.partial ? elsewhere : scratch);
     }
     const auto view = [&](const Tensor& t, int64_t heads) {
-      return View<T>{&t, heads,
-                     is_transposed(t) ? scratch.take<T>(heads * group * pitch) : nullptr};
+      const bool copied = is_transposed(t) && !by_lines;
+      return View<T>{&t, heads, copied ? scratch.take<T>(heads * group * pitch) : nullptr};
     };
     const auto result = [&](const Tensor& t, int64_t heads, const View<T>* lender = nullptr) {
       const bool borrows = lender && is_transposed(*lender->tensor) && is_transposed(t);
@@ -107,8 +109,8 @@ struct Work {
     } else {
       dy = view(p.dy, p.heads);
       du = result(p.du, 1, lends ? &dy : nullptr);
-      dpre = result(p.dpre_gate, 1);
-      dpost = result(p.dpost_gate, p.heads);
+      dpre = result(p.dpre_gate, 1, lends ? &pre : nullptr);
+      dpost = result(p.dpost_gate, p.heads, lends ? &post : nullptr);
     }
   }
 

@@ -244,3 +244,60 @@ def test_panels_of_large_results_have_the_bits_of_rows(channels, isa):
         rows = (y.detach(), dx)
         found.append([*(t if layout == "blh" else t.movedim(-1, 1) for t in rows), dk])
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "length", "taps", "taps_rev"),
+    [(16, 64, 3, 0), (64, 333, 4, 0), (20, 130, 1, 7), (150, 97, 32, 0), (40, 70, 16, 15)],
+)
+def test_short_kernels_on_lines_have_the_bits_of_rows(channels, length, taps, taps_rev, dtype, isa):
+    """Lines of channels, whole and in part, blocks of times and what is left of them."""
+    u, dy = torch.randn(2, 3, length, channels).to(dtype)
+    k, bias = torch.randn(channels, taps), torch.randn(channels)
+    k_rev = torch.randn(channels, taps_rev) if taps_rev else None
+    found = []
+    for layout in ("blh", "bhl"):
+        x, grad = (t if layout == "blh" else t.movedim(1, -1).contiguous() for t in (u, dy))
+        leaves = [t if t is None else t.clone().requires_grad_() for t in (x, k, k_rev, bias)]
+        x, taps_of, rev_of, bias_of = leaves
+        y = fftconv(x, taps_of, bias_of, bias=bias_of, k_rev=rev_of, layout=layout)
+        dx, *sums = torch.autograd.grad(y, [t for t in leaves if t is not None], grad)
+        rows = (y.detach(), dx)
+        found.append(([t if layout == "blh" else t.movedim(-1, 1) for t in rows], sums))
+    (lines, sums), (rows, row_sums) = found
+    assert all(map(torch.equal, lines, rows))
+    for one, other in zip(sums, row_sums, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5 * length**0.5)
+
+
+def test_a_short_kernel_on_lines_reads_nothing_beyond_its_tensors():
+    """Lines that end a tensor, whose last block of times is not a multiple of those summed together."""
+    whole = torch.full((1, 70, 64), torch.nan)
+    whole[:, 5:66, 16:48] = torch.randn(1, 61, 32)
+    u, k = whole[:, 5:66, 16:48].detach().requires_grad_(), torch.randn(32, 5, requires_grad=True)
+    y = fftconv(u, k, layout="blh")
+    dy = torch.full((1, 70, 32), torch.nan)
+    dy[:, 4:65] = torch.randn(1, 61, 32)
+    grads = torch.autograd.grad(y, [u, k], dy[:, 4:65])
+    assert all(t.isfinite().all() for t in (y, *grads))
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_gradients_of_gates_in_panels_have_the_bits_of_rows(activation, isa):
+    """The gradient of a gate takes the gate's place in its panel."""
+    length, channels = 700, 40
+    u, pre_gate, post_gate, dy = torch.randn(4, 2, length, channels)
+    k = torch.randn(channels, length) / 20
+    found = []
+    for layout in ("blh", "bhl"):
+        signals = [
+            (t if layout == "blh" else t.movedim(1, -1).contiguous()).clone().requires_grad_()
+            for t in (u, pre_gate, post_gate)
+        ]
+        grad = dy if layout == "blh" else dy.movedim(1, -1).contiguous()
+        gates = dict(zip(("pre_gate", "post_gate"), signals[1:], strict=True))
+        y = fftconv(signals[0], k, layout=layout, activation=activation, **gates)
+        rows = [y.detach(), *torch.autograd.grad(y, signals, grad)]
+        found.append([t if layout == "blh" else t.movedim(-1, 1) for t in rows])
+    assert all(map(torch.equal, *found))
