@@ -96,6 +96,7 @@ bench-ssm: .venv/ready  ## S4D's kernel beside torch.bmm, the einsum and PyKeOps
 
 bench-layers: .venv/ready  ## every layer beside itself on torch.fft, and the README's table of them
 	$(BIN)/python -m bench.layers --json bench/results/layers.jsonl $(ARGS)
+	$(BIN)/python -m bench.layers --parts --json bench/results/layers.jsonl
 	$(BIN)/python -m bench.layers --table
 
 bench-streaming: .venv/ready  ## streams step by step beside other ways to generate, in a quarter of an hour; goes on where it was stopped

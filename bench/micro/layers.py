@@ -1,7 +1,8 @@
 """Measures every layer, forward and backward, beside what a user would write with torch.fft.
 
 python -m bench.layers [--lengths 1024 4096] [--json FILE]
-python -m bench.layers --table    writes the README's table from bench/results/layers.jsonl
+python -m bench.layers --parts    the parts of a step, each by itself (bench/micro/parts.py)
+python -m bench.layers --table    writes the README's tables from bench/results/layers.jsonl
 
 Both have the same parameters and the same kernel generator. "torch.fft" convolves by bench/micro/natural.py, in the
 layout that is faster for the case. ButterflyConv has no transform of torch's to take: "torch.fft" is its definition
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 
 from bench import files
 from bench.facts import RESULTS, ROOT, length_name, now, plural, same_run
-from bench.micro import natural
+from bench.micro import natural, parts
 from bench.micro.contenders import BASELINE
+from bench.micro.language_step import LanguageStep
 from bench.micro.timing import Clock, interleaved, peak_bytes, summary, within, worst_errors
 from bench.micro.worker import Worker, machine, refuse_fallback, serve
 from bench.terminal import console, table
@@ -40,7 +42,7 @@ LAYERS = {  # name -> the layer for a d_model and a length
     "Hyena": lambda d, n: Hyena(d, l_max=n),
     "ButterflyConv": lambda d, n: ButterflyConv(d, l_max=n),
 }
-
+MODELS = {"language model": LanguageStep}  # of a width and a length
 
 OURS, DEFINITION = "seqconv", "definition"
 
@@ -60,12 +62,16 @@ def step(way: str, layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
         elif way != OURS:
             stack.enter_context(natural.in_layers(way))
         y = layer(x)
-        return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
+        found = [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
+        if isinstance(layer, LanguageStep):
+            layer.update(found[2:])
+        return found
 
 
 def problem(job: dict) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    layer = LAYERS[job["layer"]](job["d_model"], job["length"]).eval()  # without dropout
+    make = (LAYERS | MODELS)[job["layer"]]
+    layer = make(job["d_model"], job["length"]).eval()  # without dropout
     x, dy = torch.randn(2, job["batch"], job["length"], job["d_model"])
     return layer, x.requires_grad_(), dy
 
@@ -109,26 +115,34 @@ def memory(job: dict):
 
 
 def prepare(settings: dict):
-    return memory if settings["memory"] else partial(measure, clock=Clock("cpu"))
+    """What a worker does with a job, by the name in its settings."""
+    clock = Clock("cpu")
+    by_parts = partial(parts.measure, problem=problem, step=partial(step, OURS), clock=clock)
+    return {"memory": memory, "time": partial(measure, clock=clock), "parts": by_parts}[
+        settings["what"]
+    ]
 
 
 def run(args) -> list[dict]:
     common = machine() | {"threads": args.threads, "allocator": "tuned"}
-    clock = Worker("bench.layers", "tuned", args.threads, memory=False)
-    scale = Worker("bench.layers", "returning", args.threads, memory=True)
+    clock = Worker("bench.layers", "tuned", args.threads, what="parts" if args.parts else "time")
+    scale = None
+    if not args.parts:
+        scale = Worker("bench.layers", "returning", args.threads, what="memory")
     jobs = [(layer, length) for layer in args.layers for length in args.lengths]
     rows = []
     for layer, length in track(jobs, "measuring", console=console):
-        job = {"op": "forward+backward", "layer": layer, "length": length}
-        job |= {"batch": args.batch, "d_model": args.d_model}
-        peaks = {row["way"]: row["bytes"] for row in scale(job)}
+        job = {"op": "parts" if args.parts else "forward+backward"}
+        job |= {"layer": layer, "length": length, "batch": args.batch, "d_model": args.d_model}
+        peaks = {row["way"]: row["bytes"] for row in scale(job)} if scale else {}
         for row in clock(job | {"budget": args.budget}):
-            here = {"peak_bytes": peaks[row["way"]], "when": now()}
-            rows.append(job | row | here | common)
+            here = {"peak_bytes": peaks[row["way"]]} if scale else {}
+            rows.append(job | row | here | {"when": now()} | common)
             if args.json:
                 files.append(args.json, rows[-1])
     clock.close()
-    scale.close()
+    if scale:
+        scale.close()
     return rows
 
 
@@ -162,6 +176,26 @@ def show(rows: list[dict]) -> None:
     console.print(shown)
 
 
+def show_parts(rows: list[dict]) -> None:
+    header, lines = parts.readme_table(rows, length_name)
+    shown = table("the parts of a step", header[:2], header[2:])
+    for line in lines:
+        shown.add_row(*line)
+    console.print(shown)
+
+
+def origin(rows: list[dict]) -> str:
+    first = rows[-1]
+    shape = f"{first['batch']} samples, d_model {first['d_model']}, {plural(first['threads'], 'thread')}"
+    where = f"{first['device']} ({first['isa']} kernels), torch {first['versions']['torch']}"
+    return f"{shape}; {where}, commit {first['commit']}."
+
+
+def parts_table(rows: list[dict]) -> str:
+    """Returns what the parts of each layer's step take, of the last measurement."""
+    return "\n\n".join([files.markdown(*parts.readme_table(rows, length_name)), origin(rows)])
+
+
 def readme_table(rows: list[dict]) -> str:
     """Returns speed-ups with milliseconds, and memory, of the last measurement of each layer and length."""
     first, last = rows[-1], {}
@@ -181,17 +215,14 @@ def readme_table(rows: list[dict]) -> str:
             cells.append(f"{row['ratio']:.2f}x, {1e3 * row['median']:.1f} ms" if both else "-")
         ends = [last.get((layer, lengths[-1], way)) for way in (OURS, BASELINE)]
         lines.append([layer, *cells, ", ".join(mebibytes(r) if r else "-" for r in ends)])
-    shape = f"{first['batch']} samples, d_model {first['d_model']}, {plural(first['threads'], 'thread')}"
-    where = f"{first['device']} ({first['isa']} kernels), torch {first['versions']['torch']}"
-    text = f"{shape}; {where}, commit {first['commit']}."
-    return "\n\n".join([files.markdown(header, lines), text])
+    return "\n\n".join([files.markdown(header, lines), origin(rows)])
 
 
 def main() -> None:
     summary = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser(prog="python -m bench.layers", description=summary)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
-    parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=LAYERS)
+    parser.add_argument("--layers", nargs="+", choices=LAYERS | MODELS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--d-model", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
@@ -202,6 +233,7 @@ def main() -> None:
     parser.add_argument(
         "--table", action="store_true", help="rewrite the README's table from --json"
     )
+    parser.add_argument("--parts", action="store_true", help="time the parts of a step instead")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -211,12 +243,22 @@ def main() -> None:
         rows = files.read([path]) if path.exists() else []
         if not rows:
             raise SystemExit("no results: run make bench-layers first")
-        text = readme_table(same_run(rows))
-        return files.replace_between(ROOT / "README.md", "layers bench", text)
+        whole = [row for row in rows if row["op"] != "parts" and row["layer"] in LAYERS]
+        of_parts = [row for row in rows if row["op"] == "parts"]
+        for name, some, make in (
+            ("layers bench", whole, readme_table),
+            ("parts bench", of_parts, parts_table),
+        ):
+            if some:
+                files.replace_between(ROOT / "README.md", name, make(same_run(some)))
+        return None
     if min(*args.lengths, args.batch, args.d_model, args.threads) < 1:
         raise SystemExit("--lengths, --batch, --d-model and --threads must be >= 1")
     refuse_fallback()
-    return show(run(args))
+    args.layers = args.layers or list(parts.LAYERS if args.parts else LAYERS)
+    if args.parts and not set(args.layers) <= set(parts.LAYERS):
+        raise SystemExit(f"--parts takes --layers {' '.join(parts.LAYERS)} only")
+    return (show_parts if args.parts else show)(run(args))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import seqconv
 from bench.gallery import __main__ as gallery
 from bench.lra import options
 from bench.lra.model import SequenceClassifier
-from bench.micro import layers, ssm_kernel, timing
+from bench.micro import layers, parts, ssm_kernel, timing
 from bench.micro.worker import Worker
 from seqconv.backends import cpu
 
@@ -133,7 +134,34 @@ def test_layers_are_measured_and_tabled(tmp_path):
     assert "MiB at 256" in table and "2 samples, d_model 4, 1 thread" in table
 
 
-@pytest.mark.parametrize("layer", layers.LAYERS)
+@pytest.mark.parametrize("layer", parts.LAYERS)
+def test_the_parts_of_a_step_are_measured_and_tabled(layer):
+    job = SMALL_LAYER | {"layer": layer}
+    step = partial(layers.step, "seqconv")
+    rows = list(parts.measure(job, layers.problem, step, timing.Clock("cpu")))
+    assert [row["part"] for row in rows] == [*parts.PARTS, parts.WHOLE]
+    assert all(row["median"] > 0 for row in rows)
+    header, (line,) = parts.readme_table([job | row for row in rows], str)
+    assert line[:2] == [layer, str(job["length"])] and len(line) == len(header)
+    shares = [int(re.search(r"\((-?\d+)%\)", cell)[1]) for cell in line[3:]]
+    assert abs(sum(shares) - 100) <= 2
+
+
+def test_the_parts_are_the_layers():
+    """What is timed has the values of the whole, and changes with what it is made of."""
+    layer, x, dy = layers.problem(SMALL_LAYER | {"layer": "S4D"})
+    found = parts.functions(layer, x, dy, partial(layers.step, "seqconv", layer, x, dy))
+    _, dx, *grads = found[parts.WHOLE]()
+    names = [name for name, _ in layer.named_parameters()]
+    dv, dweight, dbias = found["linear map and GLU"]()
+    whole = dict(zip(names, grads, strict=True))
+    torch.testing.assert_close(dweight, whole["linear.weight"])
+    torch.testing.assert_close(dbias, whole["linear.bias"])
+    assert dv.shape == dx.shape and len(found["kernel"]()) == len(list(layer.kernel.parameters()))
+    assert [t.shape for t in found["convolution"]()][0] == dx.shape
+
+
+@pytest.mark.parametrize("layer", [*layers.LAYERS, *layers.MODELS])
 def test_both_ways_compute_the_layer(layer):
     rows = list(layers.measure(SMALL_LAYER | {"layer": layer}, timing.Clock("cpu")))
     assert [row["contender"] for row in rows] == ["seqconv", "torch.fft"]
