@@ -191,17 +191,25 @@ def origin(rows: list[dict]) -> str:
     return f"{shape}; {where}, commit {first['commit']}."
 
 
+def alike(rows: list[dict]) -> list[dict]:
+    """Those with as many threads, samples and channels as the last one."""
+    keys = ("threads", "batch", "d_model")
+    return [row for row in rows if all(row[k] == rows[-1][k] for k in keys)]
+
+
 def parts_table(rows: list[dict]) -> str:
-    """Returns what the parts of each layer's step take, of the last measurement."""
-    return "\n\n".join([files.markdown(*parts.readme_table(rows, length_name)), origin(rows)])
+    """Returns what the parts of each layer's step take at the length in the middle, of the last measurement."""
+    rows = alike(rows)
+    lengths = sorted({row["length"] for row in rows})
+    some = [row for row in rows if row["length"] == lengths[len(lengths) // 2]]
+    return files.markdown(*parts.readme_table(some, length_name))
 
 
 def readme_table(rows: list[dict]) -> str:
     """Returns speed-ups with milliseconds, and memory, of the last measurement of each layer and length."""
-    first, last = rows[-1], {}
-    keys = ("threads", "batch", "d_model")
-    for row in rows:
-        if all(row[k] == first[k] for k in keys) and row["gate"]:
+    last = {}
+    for row in alike(rows):
+        if row["gate"]:
             last[row["layer"], row["length"], row["contender"]] = row
     lengths = sorted({length for _, length, _ in last})
     header = ["", *map(length_name, lengths)]

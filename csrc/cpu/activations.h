@@ -111,7 +111,7 @@ SEQCONV_INLINE void with_activation(Activation activation, const Op& op) {
   }
 }
 
-// out[i] = value(v, i), i < n; value takes whole vectors of v, the last of which may end beyond n.
+// out[i ...] = value(i), a vector, for i < n; the last vector may end beyond n.
 template <class T, class Value>
 SEQCONV_INLINE void fill_by_vectors(int64_t n, T* out, bool streamed, const Value& value) {
   const bool past = kStreams && streamed && reinterpret_cast<uintptr_t>(out) % 64 == 0;

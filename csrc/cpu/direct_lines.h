@@ -18,10 +18,9 @@ struct DirectLines {
   static constexpr int64_t kRow = kLineChannels;
   struct Row {
     int64_t first, channels;  // of the unit
-    alignas(64) T taps[kDirectTaps * kRow] = {};
-    alignas(64) T bias[kRow] = {};
-    alignas(
-        64) double sums[(1 + kDirectTaps) * kRow] = {};  // of dbias, and of every tap's gradient
+    alignas(64) T taps[kDirectTaps * kRow];
+    alignas(64) T bias[kRow];
+    alignas(64) double sums[(1 + kDirectTaps) * kRow];  // dbias, then every tap's gradient
   };
   Work<T>& w;
   int64_t count = 0;
@@ -31,7 +30,10 @@ struct DirectLines {
 
   explicit DirectLines(Work<T>& w) : w(w) {
     for (int64_t g = 0; g < w.unit.channels; ++g) {
-      if (g % kRow == 0) rows[count++].first = g;
+      if (g % kRow == 0) {
+        rows[count] = Row{};
+        rows[count++].first = g;
+      }
       Row& row = rows[count - 1];
       row.channels = g + 1 - row.first;
       for (int64_t j = 0; j < w.width; ++j) row.taps[j * kRow + g % kRow] = w.kernel(g, 0)[j];
@@ -114,7 +116,7 @@ struct DirectLines {
     for (int64_t g = 0; g < kRow; g += kLanes<T>) {
       for (int64_t j = w.wants_dbias ? -1 : 0; j < (w.wants_dk || w.wants_dskip ? w.width : 0);
            ++j) {
-        const T* x = inputs.first + (w.width - 1 - j) * inputs.apart + g;
+        const T* x = j < 0 ? nullptr : inputs.first + (w.width - 1 - j) * inputs.apart + g;
         Vec<T> acc[kTogether] = {};
         int64_t t = 0;
         for (; t + kTogether <= count; t += kTogether) {

@@ -48,7 +48,7 @@ constexpr int64_t kLineChannels = 16, kMostLines = 8;
 inline bool takes_lines(const Problem& p, bool backward) {
   const auto is_line = [&](const Tensor& t) { return t && t.stride[2] == 1 && t.stride[3] != 1; };
   return p.channels >= kLineChannels && p.heads == 1 && !p.kernel_per_sample &&
-         p.taps + p.taps_rev > 0 && p.activation == Activation::kNone && !p.pre_gate &&
+         (p.taps > 0 || p.skip) && p.activation == Activation::kNone && !p.pre_gate &&
          !p.post_gate && is_line(p.u) && is_line(backward ? p.dy : p.y) && (!p.du || is_line(p.du));
 }
 

@@ -59,6 +59,8 @@ struct Range {
   int count;
 };
 SEQCONV_INLINE Reals load(const Numbers& t, Range at) {
+  if (t.dtype == Dtype::kFloat64 && at.count == kAtOnce)
+    return load_vector(reinterpret_cast<const double*>(t.data) + at.first);
   Reals x = splat(0.5);
   if (t.dtype == Dtype::kFloat32 && at.count == kAtOnce) {
     using Narrow = VectorOf<float, kAtOnce / 4>;
@@ -142,8 +144,11 @@ SEQCONV_INLINE Differentiable bilinear_log(Pairs a) {
   const Reals along = 1.0 - (a.re * a.re + a.im * a.im) * 0.25;
   log.re = each_lane(log.re, [](double x) { return 0.5 * log1p(x); });
   for (int lane = 0; lane < kAtOnce; ++lane) log.im[lane] = atan2(a.im[lane], along[lane]);
-  const Pairs one{splat(1.0), {}};
-  return {log, over(one, one - scaled(a * a, splat(0.25)))};
+  // The slope's square is bounded as the ratio is: at a = -2 there is none.
+  const Pairs below_slope{1.0 - (a.re * a.re - a.im * a.im) * 0.25, a.re * a.im * -0.5};
+  const Reals square = below_slope.re * below_slope.re + below_slope.im * below_slope.im;
+  const Reals inverse = 1.0 / (square < 1.6e-15 ? splat(1.6e-15) : square);
+  return {log, scaled(conj(below_slope), inverse)};
 }
 
 // dt and its derivative, with the rate.

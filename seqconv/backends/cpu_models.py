@@ -94,7 +94,7 @@ def _modes(a: Tensor, w: Tensor, inputs, options, *grads: Tensor | None) -> None
     numbers = []
     # Hooks on saved tensors may return narrower ones.
     tensors = [
-        t if t is None or t.dtype in _WIDE and t.is_contiguous() else t.double().contiguous()
+        t if t is None or (t.dtype in _WIDE and t.is_contiguous()) else t.double().contiguous()
         for t in inputs
     ]
     for t in tensors:

@@ -143,6 +143,9 @@ def test_the_parts_of_a_step_are_measured_and_tabled(layer):
     assert all(row["median"] > 0 for row in rows)
     header, (line,) = parts.readme_table([job | row for row in rows], str)
     assert line[:2] == [layer, str(job["length"])] and len(line) == len(header)
+    other = [job | row | {"threads": 2, "batch": 3} for row in rows]
+    rows = [job | row | {"threads": 1} for row in rows]
+    assert layers.parts_table([*other, *rows]) == layers.parts_table(rows)
     shares = [int(re.search(r"\((-?\d+)%\)", cell)[1]) for cell in line[3:]]
     assert abs(sum(shares) - 100) <= 2
 
@@ -158,7 +161,7 @@ def test_the_parts_are_the_layers():
     torch.testing.assert_close(dweight, whole["linear.weight"])
     torch.testing.assert_close(dbias, whole["linear.bias"])
     assert dv.shape == dx.shape and len(found["kernel"]()) == len(list(layer.kernel.parameters()))
-    assert [t.shape for t in found["convolution"]()][0] == dx.shape
+    assert next(t.shape for t in found["convolution"]()) == dx.shape
 
 
 @pytest.mark.parametrize("layer", [*layers.LAYERS, *layers.MODELS])

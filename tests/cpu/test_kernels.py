@@ -228,6 +228,11 @@ def test_no_tap_reads_what_the_definition_does_not():
     assert not fftconv(u, torch.zeros(1, 0)).any()
 
 
+def laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
+    """A signal (batch, length, channels) in the memory that the layout has."""
+    return (t if layout == "blh" else t.movedim(1, -1).contiguous()).clone()
+
+
 @pytest.mark.parametrize("channels", [64, 72, 40])
 def test_panels_of_large_results_have_the_bits_of_rows(channels, isa):
     """Lines that go past the caches where the channels fill them, 16 times and channels at a time and what is left."""
@@ -237,8 +242,8 @@ def test_panels_of_large_results_have_the_bits_of_rows(channels, isa):
     k, skip = torch.randn(channels, length) / 40, torch.randn(channels)
     found = []
     for layout in ("blh", "bhl"):
-        x, grad = (t if layout == "blh" else t.movedim(1, -1).contiguous() for t in (u, dy))
-        x, taps = x.clone().requires_grad_(), k.clone().requires_grad_()
+        x, grad = laid_out(u, layout).requires_grad_(), laid_out(dy, layout)
+        taps = k.clone().requires_grad_()
         y = fftconv(x, taps, skip, layout=layout, activation="gelu")
         dx, dk = torch.autograd.grad(y, [x, taps], grad)
         rows = (y.detach(), dx)
@@ -249,19 +254,30 @@ def test_panels_of_large_results_have_the_bits_of_rows(channels, isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
     ("channels", "length", "taps", "taps_rev"),
-    [(16, 64, 3, 0), (64, 333, 4, 0), (20, 130, 1, 7), (150, 97, 32, 0), (40, 70, 16, 15)],
+    [
+        (16, 64, 3, 0),
+        (64, 333, 4, 0),
+        (20, 130, 1, 7),
+        (150, 97, 32, 0),
+        (40, 70, 16, 15),
+        (16, 70, 0, 3),
+    ],
 )
-def test_short_kernels_on_lines_have_the_bits_of_rows(channels, length, taps, taps_rev, dtype, isa):
+@pytest.mark.parametrize("with_skip", [True, False])
+def test_short_kernels_on_lines_have_the_bits_of_rows(
+    channels, length, taps, taps_rev, with_skip, dtype, isa
+):
     """Lines of channels, whole and in part, blocks of times and what is left of them."""
     u, dy = torch.randn(2, 3, length, channels).to(dtype)
     k, bias = torch.randn(channels, taps), torch.randn(channels)
     k_rev = torch.randn(channels, taps_rev) if taps_rev else None
     found = []
     for layout in ("blh", "bhl"):
-        x, grad = (t if layout == "blh" else t.movedim(1, -1).contiguous() for t in (u, dy))
+        x, grad = (laid_out(t, layout) for t in (u, dy))
         leaves = [t if t is None else t.clone().requires_grad_() for t in (x, k, k_rev, bias)]
         x, taps_of, rev_of, bias_of = leaves
-        y = fftconv(x, taps_of, bias_of, bias=bias_of, k_rev=rev_of, layout=layout)
+        skip = bias_of if with_skip else None
+        y = fftconv(x, taps_of, skip, bias=bias_of, k_rev=rev_of, layout=layout)
         dx, *sums = torch.autograd.grad(y, [t for t in leaves if t is not None], grad)
         rows = (y.detach(), dx)
         found.append(([t if layout == "blh" else t.movedim(-1, 1) for t in rows], sums))
@@ -291,13 +307,34 @@ def test_gradients_of_gates_in_panels_have_the_bits_of_rows(activation, isa):
     k = torch.randn(channels, length) / 20
     found = []
     for layout in ("blh", "bhl"):
-        signals = [
-            (t if layout == "blh" else t.movedim(1, -1).contiguous()).clone().requires_grad_()
-            for t in (u, pre_gate, post_gate)
-        ]
-        grad = dy if layout == "blh" else dy.movedim(1, -1).contiguous()
+        signals = [laid_out(t, layout).requires_grad_() for t in (u, pre_gate, post_gate)]
+        grad = laid_out(dy, layout)
         gates = dict(zip(("pre_gate", "post_gate"), signals[1:], strict=True))
         y = fftconv(signals[0], k, layout=layout, activation=activation, **gates)
         rows = [y.detach(), *torch.autograd.grad(y, signals, grad)]
         found.append([t if layout == "blh" else t.movedim(-1, 1) for t in rows])
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("alone", ["u", "k", "skip", "bias"])
+@pytest.mark.parametrize("length", [1, 2, 67])
+def test_one_gradient_of_a_short_kernel_on_lines(alone, length):
+    tensors = {
+        "u": torch.randn(2, length, 17),
+        "k": torch.randn(17, 3),
+        "skip": torch.randn(17),
+        "bias": torch.randn(17),
+    }
+    whole = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    one = tensors | {alone: tensors[alone].clone().requires_grad_()}
+    dy = torch.randn(2, length, 17)
+    grads = torch.autograd.grad(fftconv(**whole, layout="blh"), whole.values(), dy)
+    (grad,) = torch.autograd.grad(fftconv(**one, layout="blh"), one[alone], dy)
+    assert torch.equal(grad, dict(zip(whole, grads, strict=True))[alone]) and grad.any()
+
+
+def test_short_kernels_on_lines_of_no_samples():
+    u, k = torch.randn(0, 9, 16, requires_grad=True), torch.randn(16, 3, requires_grad=True)
+    y = fftconv(u, k, layout="blh")
+    du, dk = torch.autograd.grad(y.sum(), [u, k])
+    assert y.shape == du.shape == u.shape and not dk.any()

@@ -169,4 +169,5 @@ SLOW = [pytest.param(k, marks=pytest.mark.slow) for k in SYNCHRONISED if k not i
 def test_barriers_and_waits_are_needed(kernel):
     problems, most = SYNCHRONISED[kernel]
     count, spared = spared_in(kernel, problems)
-    assert count >= 13 and len(spared) <= most, (count, spared)
+    least = 12  # of them has half_backward_bf16_16384
+    assert count >= least and len(spared) <= most, (count, spared)

@@ -155,3 +155,15 @@ def test_shapes_that_do_not_fit_are_left_to_the_general_function():
     assert s4d_kernel.fit(shared, 2, False)
     odd = [torch.ones(1, 5, 4, 2), shared[1], torch.ones(5), *shared[3:]]
     assert not s4d_kernel.fit(odd, 2, False)
+
+
+def test_a_step_onto_the_bilinear_pole_has_finite_gradients(isa):
+    """At dt A = -2 a mode forgets all at once, and the logarithm of its factor has no derivative."""
+    options = {"d_state": 1, "discretization": "bilinear", "is_real": True, "init": "real"}
+    kernel = S4DKernel(1, **options, dt_tie=False).double()
+    with torch.no_grad():
+        kernel.inv_dt.fill_(0.0)
+        kernel.inv_A_real.fill_(0.0)
+    k = kernel(3, rate=2.0)
+    grads = torch.autograd.grad(k.double().sum(), list(kernel.parameters()))
+    assert k.isfinite().all() and all(g.isfinite().all() for g in grads)
