@@ -7,6 +7,7 @@ from seqconv import nn as nn
 from seqconv._version import __version__
 from seqconv.backends import use_backend
 from seqconv.backends.protocol import Explanation
+from seqconv.export import freeze
 from seqconv.layers.butterfly_conv import ButterflyConv
 from seqconv.layers.hyena import Hyena
 from seqconv.layers.hyena_filter import HyenaFilter
@@ -33,6 +34,7 @@ __all__ = [
     "explain",
     "explain_ssm_kernel",
     "fftconv",
+    "freeze",
     "param_groups",
     "ssm_kernel",
     "use_backend",

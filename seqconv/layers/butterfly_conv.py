@@ -241,8 +241,7 @@ class ButterflyConv(ConvLayer):
         u_f = self.input_transform(u, some)  # (b h n 2)
         k_f = self.kernel_transform(make(), some)  # (c h n 2)
         # One operator where torch would make complex numbers: in a graph, and on DTensors.
-        opaque = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        opaque = opaque or hasattr(k_f, "device_mesh")
+        opaque = torch.compiler.is_compiling() or hasattr(k_f, "device_mesh")
         v = _product_op(Spectra(u_f, k_f), length) if opaque else _product(u_f, k_f, length)
         v = v + self.skip[:, channels].to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
         return reference.activate(v, self.activation).to(u.dtype)

@@ -228,12 +228,16 @@ class Hyena(Streaming, Described):
         check_kind(name, state, HyenaState)
         self._refuse_gradients(name, x, state)
         short, *long = self._streams_of(name, state, x)
-        x, _ = short.step(self._enter(x), state.short)
+        x, first = short.step(self._enter(x), state.short)
         x = x + self._mine(self.short_bias).to(x.dtype)
         *gates, v = x.chunk(self.order + 1, dim=-1)
+        parts = []
         for i, (conv, part) in enumerate(zip(long, state.long, strict=True)):
             post_gate = gates[-1] if i == self.order - 2 else None
-            v, _ = conv.step(v, part, pre_gate=gates[i], post_gate=post_gate)
+            v, part = conv.step(v, part, pre_gate=gates[i], post_gate=post_gate)
+            parts.append(part)
+        if first is not state.short:  # In an exported program a step makes new states.
+            state = HyenaState(short=first, long=tuple(parts))
         return self._leave(v), state
 
     def prefill(

@@ -238,14 +238,14 @@ class Recurrent(ConvLayer):
         if self._context is not None:
             text = "has no step() and no prefill(); a copy without it has"
             raise TypeError(f"{name}: a layer under context parallelism {text}")
-        if kernel.discretization == "dss_softmax":
-            text = "dss_softmax depends on the length and has no recurrence; the others have"
-            raise TypeError(f"{name}: {text}")
         way = self.other_kernel()
         if way:
             own, known = type(kernel).__name__, self.generator.__name__
             text = f"because {own}.{way} may be another kernel than {known}'s"
             raise TypeError(f"{name}: a kernel of class {own} has no recurrence, {text}")
+        if kernel.discretization == "dss_softmax":
+            text = "dss_softmax depends on the length and has no recurrence; the others have"
+            raise TypeError(f"{name}: {text}")
 
     def other_kernel(self) -> str | None:
         """The method by which the generator may make another kernel than that of its system, or None."""

@@ -87,7 +87,7 @@ class Streaming(nn.Module):
         kept = self._kept  # Other threads may replace it.
         own, modules = self._own(), self._makers()
         if torch.compiler.is_compiling() and kept is not None and key in kept[1]:
-            if token is not None:
+            if token is not None and not torch.compiler.is_exporting():
                 watch(kept[0], tensors_of(modules, own), token)
             return kept[1][key]
         if _transformed(tensors_of(modules, own)):  # Outside of the transform they mean nothing.
@@ -191,7 +191,7 @@ class StreamingLayer(Streaming, ConvLayer):
         check_kind(name, state, ConvState)
         self._refuse_gradients(name, x, state)
         (conv,) = self._streams(state.length, x, state)
-        y, _ = conv.step(self._mine(x), state)
+        y, state = conv.step(self._mine(x), state)
         return self._mixed(y), state
 
     def prefill(

@@ -169,16 +169,35 @@ class StreamingConv:
         ):
             text = "a step has no gradient: call it under torch.no_grad(), or take prefill, which has one"
             raise RuntimeError(f"{name}: {text}")
-        if state.length is not None:
-            torch.ops.seqconv.stream_age(state.age, None, state.length, name)
         rings = stream.Rings(state.inputs, state.sums, state.clock)
         if post_gate is not None and self.heads is None:
             post_gate = post_gate.unsqueeze(1)
         activation = self.activation or "none"
+        if torch.compiler.is_compiling() and torch.compiler.is_exporting():
+            y, state = self._portable_step(name, u, pre_gate, post_gate, state, rings)
+            return (y if y_axes == 3 else y.squeeze(1)), state
+        if state.length is not None:
+            torch.ops.seqconv.stream_age(state.age, None, state.length, name)
         y = stream.step(
             u, pre_gate, post_gate, rings, self.taps(state.length), activation, state.spread
         )
         return (y if y_axes == 3 else y.squeeze(1)), state
+
+    def _portable_step(self, function: str, u, pre_gate, post_gate, state: ConvState, rings):
+        """The step of an exported program: y (batch, heads, channels), and a new state."""
+        if state.length is not None and state.length <= self.count:
+            text = f"an exported step cannot refuse the steps after length={state.length}"
+            raise ValueError(
+                f"{function}: {text}: make the state without it, or with more than all taps"
+            )
+        x = u.to(self.k.dtype)
+        x = x if pre_gate is None else x * pre_gate.to(x.dtype)
+        v, rings = stream.portable_step(x, rings, self.k, self.skip, state.spread)
+        y = activate(v, self.activation or "none")
+        y = (y if post_gate is None else y * post_gate.to(y.dtype)).to(u.dtype)
+        new: Any = state.map(lambda t: t)
+        new.inputs, new.sums, new.clock = rings
+        return y, new
 
     def prefill(
         self,

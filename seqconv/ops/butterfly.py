@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seqconv import reference
+from seqconv.backends import products
 from seqconv.backends.fallback import radix_sizes, split
 from seqconv.backends.pack import DTYPES
 from seqconv.ops.register import Operator
@@ -110,4 +111,8 @@ def transform(
     """reference.butterfly by the operator; what it lacks, activations between the passes, in plain torch."""
     inputs = Inputs(x, matrices)
     _check(inputs, radices)
-    return operator(inputs, radices) if activation is None else _plain(inputs, radices, activation)
+    if activation is None:
+        return operator(inputs, radices)
+    if torch.compiler.is_exporting():  # Few runtimes have complex numbers.
+        return products.butterfly(x, split(matrices, radices), radices, activation)
+    return _plain(inputs, radices, activation)

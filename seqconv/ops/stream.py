@@ -13,11 +13,13 @@ about the same. Sources: arXiv 2410.12982 and 2410.03766.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv import backends
 from seqconv.backends import cpu
 from seqconv.backends.protocol import BLOCK
+from seqconv.backends.tiles import clocks
 from seqconv.ops.register import library, transforms_active, unwatched
 
 
@@ -84,6 +86,34 @@ def step(
         if unwatched(found):
             return _step(u, pre_gate, post_gate, *rings, *taps, activation, spread)
     return torch.ops.seqconv.stream_step(u, pre_gate, post_gate, *rings, *taps, activation, spread)
+
+
+def portable_step(
+    x: Tensor, rings: Rings, k: Tensor, skip: Tensor | None, spread: bool
+) -> tuple[Tensor, Rings]:
+    """v (batch, heads, channels) of x (batch, channels), and the rings after the step, new ones, for programs that run
+    where no operator of this package is: by additions and indices, O(taps) a step. Every product goes into the sums at
+    once, so that no input waits for a tile; of rings that step has changed, inputs wait, and are forgotten here."""
+    _, sums, clock = rings
+    period = sums.shape[1] * BLOCK
+    whole = sums.movedim(1, -2).flatten(-2)  # (batch, heads, channels, period)
+    place = torch.arange(period, device=x.device)
+    now = clocks(clock.to(x.device), x.shape[1], period, spread).unsqueeze(
+        -1
+    )  # (batch, channels, 1)
+    due = (place == now).unsqueeze(1)
+    v = torch.where(due, whole, 0.0).sum(-1) + k[..., 0] * x.unsqueeze(1)
+    if skip is not None:
+        v = v + skip * x.unsqueeze(1)
+    later = F.pad(
+        k[..., 1:], (0, period + 1 - k.shape[-1])
+    )  # of lags 1 to period, the last of which is due again
+    lag = ((place - now - 1) % period).unsqueeze(1)
+    shape = x.shape[0], *k.shape[:2], period
+    later = later.unsqueeze(0).expand(shape).gather(-1, lag.expand(shape))
+    whole = torch.where(due, 0.0, whole) + later * x[:, None, :, None]
+    sums = whole.unflatten(-1, (-1, BLOCK)).movedim(-2, 1)
+    return v, Rings(rings.inputs, sums, (clock + 1) % period)
 
 
 def _wrapped(t: Tensor | None) -> bool:
