@@ -159,13 +159,15 @@ def plot_limit(columns: list[dict], dt: float, u: Tensor, dt_u: float, path: Pat
     save_small(figure, path)
 
 
-def save_small(figure, path: Path) -> None:
-    """Saves a picture of 128 colours. It takes a third of the space and hardly looks different."""
+def save_small(figure, path: Path, dpi: int = 100) -> None:
+    """Saves a picture of 48 colours, far apart. It takes a quarter of the space and hardly looks different."""
     from PIL import Image
 
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)
-    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(48, Image.Quantize.MAXCOVERAGE).save(
+        path, optimize=True
+    )
 
 
 # ---- times against length ----
@@ -244,8 +246,7 @@ def plot_fftconv(rows: list[dict], path: Path) -> None:
         f"{first['device']} ({first['isa']}), float32, {base['batch']} samples, {base['threads']} thread(s)",
         fontsize=10,
     )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_small(figure, path, dpi=120)
 
 
 def plot_ssm_kernel(rows: list[dict], path: Path) -> None:
@@ -283,8 +284,7 @@ def plot_ssm_kernel(rows: list[dict], path: Path) -> None:
     shape = f"{first['channels']} channels, {first['modes']} modes, float32"
     shape += f", {plural(first['threads'], 'thread')}"
     figure.suptitle(f"{first['device']} ({first['isa']}), {shape}", fontsize=10)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_small(figure, path)
 
 
 # ---- several processes ----

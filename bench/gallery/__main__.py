@@ -1,9 +1,10 @@
-"""Draws every layer's kernels before and after the demo's training, and what the trained layers see.
+"""Draws every layer's kernels before and after the demo's training, and what new and trained layers see.
 
 python -m bench.gallery [--epochs 3] [--families s4d sgconv] [--out FOLDER]
 
 It trains mnist5k's classifier once with each layer, causal. A layer whose run is in --runs is only drawn
-again. One more picture compares S4D with S4, whose kernels differ and whose responses do not.
+again. One more picture has all layers at initialisation, and another one compares S4D with S4, whose kernels
+differ and whose responses do not.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from torch import Tensor
 from bench import pictures
 from bench.facts import RESULTS
 from bench.gallery.hippo import apart, hippo, kernel, response
+from bench.gallery.initial import draw_initial
 from bench.lra import options, sweep
 from bench.lra.arguments import parse_fit
 from bench.lra.model import SequenceClassifier
@@ -120,6 +122,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.states:
         plain.print(f"Written: {draw_limit(args)}")
+    if args.families:
+        draw_initial(args.families, TITLES, args.out / "initial.png")
+        plain.print(f"Written: {args.out / 'initial.png'}")
     for family in args.families:
         plain.print(f"[bold]{TITLES[family]}[/bold]")
         plain.print(f"Written: {draw_family(family, args)}")

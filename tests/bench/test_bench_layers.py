@@ -15,6 +15,7 @@ import torch
 
 import seqconv
 from bench.gallery import __main__ as gallery
+from bench.gallery import initial
 from bench.lra import options
 from bench.lra.model import SequenceClassifier
 from bench.micro import layers, parts, ssm_kernel, timing
@@ -230,7 +231,7 @@ def test_gallery_draws_from_a_checkpoint_what_it_trained(tmp_path):
     assert "epoch 1.0" in run("bench.gallery", *arguments, "--out", out, "--runs", runs)
     text = run("bench.gallery", *arguments, "--out", out, "--runs", runs)
     assert "Written" in text and "epoch 1.0" not in text  # the second time nothing is trained
-    assert {p.name for p in out.iterdir()} == {"long_conv.png", "s4d_limit.png"}
+    assert {p.name for p in out.iterdir()} == {"initial.png", "long_conv.png", "s4d_limit.png"}
     assert all(10_000 < p.stat().st_size < 150_000 for p in out.iterdir())
 
 
@@ -279,7 +280,24 @@ def test_every_layer_has_its_picture(family, tmp_path, monkeypatch):
 
 
 def test_gallery_has_every_layer():
-    assert set(gallery.TITLES) == set(options.KERNELS)
+    assert set(gallery.TITLES) == set(options.KERNELS) == set(initial.LAYERS)
+
+
+@pytest.mark.parametrize("family", initial.LAYERS)
+def test_a_new_layer_sees_the_past_only_unless_it_is_two_sided(family):
+    made = initial.layer(family)
+    assert initial.kernel(made).shape == (initial.CHANNELS, initial.LENGTH)
+    lags, size = initial.field(made)
+    assert lags[0] == initial.LENGTH // 2 and size[lags == 0] == 1
+    assert size[lags < 0].max() < 1e-5 and size[lags > 0].min() > 1e-4
+    if family in initial.TWO_SIDED:
+        lags, size = initial.field(initial.layer(family, bidirectional=True))
+        assert size.min() > 1e-4
+
+
+def test_the_picture_of_new_layers(tmp_path):
+    initial.draw_initial(["s4d", "hyena"], gallery.TITLES, tmp_path / "initial.png")
+    assert 10_000 < (tmp_path / "initial.png").stat().st_size < 100_000
 
 
 def test_the_readme_has_the_table_and_shows_pictures_that_exist():
