@@ -9,7 +9,7 @@ SAMPLE := $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
 ARCH ?= sm_90
 ARCHS := sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 
-.PHONY: demo test test-all sanitize neon gpu device-compile device-compilers device-ptx build lint size format bench bench-ssm bench-layers bench-streaming bench-table lra-table gallery clean
+.PHONY: demo test test-all sanitize neon gpu device-compile device-compilers device-ptx build lint size format bench bench-ssm bench-layers bench-streaming bench-onnx bench-table lra-table gallery docs docs-serve clean
 
 demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--resume
 	$(BIN)/python -m bench.lra fit mnist5k --optim.epochs 6 --compare 15 --overwrite $(ARGS)
@@ -94,6 +94,9 @@ bench: .venv/ready  ## every microbenchmark, under an hour; goes on where it was
 bench-ssm: .venv/ready  ## S4D's kernel beside torch.bmm, the einsum and PyKeOps, in two minutes
 	$(BIN)/python -m bench.ssm_kernel --json bench/results/ssm_kernel.jsonl --plot bench/results/ssm_kernel.png $(ARGS)
 
+bench-onnx: .venv/ready  ## fftconv and the layers in onnxruntime, and the tables of docs/export.md
+	$(BIN)/python -m bench.onnx --write $(ARGS)
+
 bench-layers: .venv/ready  ## every layer beside itself on torch.fft, and the README's table of them
 	$(BIN)/python -m bench.layers --json bench/results/layers.jsonl $(ARGS)
 	$(BIN)/python -m bench.layers --parts --json bench/results/layers.jsonl
@@ -103,7 +106,7 @@ bench-streaming: .venv/ready  ## streams step by step beside other ways to gener
 	$(BIN)/python -m bench.streaming --json bench/results/streaming.jsonl $(ARGS)
 	$(BIN)/python -m bench.streaming --table
 
-gallery: .venv/ready  ## pictures of every layer's kernels before and after training
+gallery: .venv/ready  ## pictures of every layer: new, and before and after training
 	$(BIN)/python -m bench.gallery $(ARGS)
 
 bench-table: .venv/ready  ## the tables, fftconv.md and picture of docs/benchmarks.md, from bench/results
@@ -111,6 +114,22 @@ bench-table: .venv/ready  ## the tables, fftconv.md and picture of docs/benchmar
 
 lra-table: .venv/ready  ## the table of training runs in docs/long_range_arena.md, from bench/results
 	$(BIN)/python -m bench.lra report bench/results/lra.jsonl --out bench/results/lra.md --readme docs/long_range_arena.md
+
+# The tools of the extra `docs` alone: they read the sources, so that neither torch nor a compiler is needed.
+# Without --quiet: it would hide the warnings that --strict counts.
+DOCS := NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs
+docs: build/docs/ready  ## the documentation site in build/site, with every address checked
+	$(DOCS) build --strict --config-file docs/site/mkdocs.yml
+	build/docs/bin/python docs/site/check.py build/site
+
+docs-serve: build/docs/ready  ## the site at http://localhost:8000, built anew at each change
+	$(DOCS) serve --config-file docs/site/mkdocs.yml --watch seqconv --watch bench/results --watch README.md $(ARGS)
+
+build/docs/ready: pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv build/docs
+	build/docs/bin/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt \
+	  $$(sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+	touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info seqconv/*.so runs

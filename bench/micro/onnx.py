@@ -3,6 +3,7 @@
 python -m bench.onnx                      prints the table, in a few minutes
 python -m bench.onnx --lengths 512 4096   some lengths only
 python -m bench.onnx --layers             every layer instead, exported with a constant kernel, beside torch
+python -m bench.onnx --write              both tables into docs/export.md
 
 All contenders run in one process, in turn, with one thread. Kernels are constants of the model, so that onnxruntime
 transforms them once when it loads it. Every output is compared with float64 first. The floor is the products'
@@ -20,13 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import seqconv
-from bench.files import markdown
+from bench.facts import ROOT, commit, processor, versions
+from bench.files import markdown, replace_between
 from bench.micro.timing import Clock, interleaved
 from bench.terminal import console, show_requirements
 from seqconv import reference
 from seqconv.backends import products
 
 LENGTHS = 128, 512, 1024, 4096, 16384, 65536
+LAYER_LENGTH = 4096
 ELEMENTS = 1 << 20  # of the input, batch x channels x length, or one sample of all channels
 CHANNELS = 64
 LONGEST_CONV = 4096  # Its time grows with the square of the length.
@@ -146,17 +149,31 @@ def layers(length: int, budget: float) -> list[list[str]]:
     return lines
 
 
-def show(rows: list[dict], flops: float) -> None:
+def table(rows: list[dict], flops: float) -> str:
     lines = []
     for row in rows:
         floor = products.flops(row["length"]) / flops * 1e9
-        times = [f"{row[n]:.1f}" if n in row else "-" for n in ("products", "Conv", "DFT")]
-        sizes = f"{row['model'] / 1e6:.1f}", f"{row['error of products']:.1e}"
+        times = [f"{row[n]:.1f}" if n in row else "" for n in ("products", "Conv", "DFT")]
         others = [f"{row[n]:.1f}" for n in ("torch.fft", "fftconv")]
-        lines.append([str(row["length"]), *times, *others, f"{floor:.1f}", *sizes])
-    head = ["steps", "products", "Conv", "DFT", "torch.fft", "fftconv", "floor", "MB", "error"]
-    console.print(f"ns an element, forward, 1 thread; floor: {flops / 1e9:.0f} GFLOP/s")
-    console.print(markdown(head, lines), markup=False)
+        last = f"{row['model'] / 1e6:.1f}", f"{row['error of products']:.1e}"
+        shape = f"({row['batch']}, {CHANNELS}, {row['length']:,})"
+        lines.append([shape, *times, f"{floor:.1f}", *others, *last])
+    head = ["input", "products", "Conv", "DFT", "floor", "torch.fft", "fftconv", "MB", "error"]
+    return markdown(head, lines)
+
+
+def layers_table(length: int, budget: float) -> str:
+    head = ["layer", "error", "ms in onnxruntime", "ms in torch", "ratio"]
+    return markdown(head, layers(length, budget))
+
+
+def origin() -> str:
+    found = versions(("torch", "onnxruntime"))
+    parts = [processor()["model name"], *[f"{p} {found[p]}" for p in ("torch", "onnxruntime")]]
+    return ", ".join([*parts, f"commit {commit()}"])
+
+
+def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
     checks = []
     for row in rows:
         at = f"at {row['length']:,} steps"
@@ -169,19 +186,30 @@ def show(rows: list[dict], flops: float) -> None:
         checks.append((f"faster than DFT {at}", ">= 10", f"{gain:.0f}", gain >= 10))
         times = row["products"] / row["torch.fft"]
         checks.append((f"time over torch.fft {at}", "<= 3", f"{times:.1f}", times <= 3))
-    show_requirements(checks)
+    return checks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.onnx", description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--budget", type=float, default=3.0, help="seconds for one length")
-    parser.add_argument("--layers", action="store_true", help="layers of 4,096 steps instead")
+    parser.add_argument("--budget", type=float, default=3.0, help="seconds for one length or layer")
+    parser.add_argument("--layers", action="store_true", help="layers instead, of 4,096 steps")
+    parser.add_argument("--write", action="store_true", help="both tables into docs/export.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if options.layers:
-        head = ["layer", "error", "ms in onnxruntime", "ms in torch", "ratio"]
-        console.print(markdown(head, layers(4096, options.budget)), markup=False)
+        console.print(layers_table(LAYER_LENGTH, options.budget), markup=False)
         return
-    show([measure(length, options.budget) for length in options.lengths], rate())
+    flops = rate()
+    rows = [measure(length, options.budget) for length in options.lengths]
+    first = table(rows, flops)
+    console.print(f"ns an element, forward, 1 thread; floor at {flops / 1e9:.0f} GFLOP/s")
+    console.print(first, markup=False)
+    show_requirements(requirements(rows))
+    if options.write:
+        rate_text = f"The floor is the products' operations at {flops / 1e9:.0f} GFLOP/s."
+        text = f"{first}\n\n1 thread; {origin()}. {rate_text}"
+        replace_between(ROOT / "docs/export.md", "onnx bench", text)
+        second = layers_table(LAYER_LENGTH, options.budget)
+        replace_between(ROOT / "docs/export.md", "onnx layers bench", second)

@@ -263,8 +263,8 @@ class S4D(Recurrent):
         init, discretization: as above. "dss_softmax" depends on the length and has no step().
         real_transform, imag_transform: the functions that give -Re A and Im A from their parameters: "exp",
             "relu", "softplus", "sigmoid" or "none". With "none" for the real part a layer may become unstable.
-        is_real, real_scale, imag_scale, real_random, imag_random, B_init, B_scale, normalize_B,
-            deterministic: variants of the initialisation, see S4DKernel and seqconv.layers.s4d_init.
+        is_real, real_scale, imag_scale, real_random, imag_random, B_init, B_scale, normalize_B, deterministic:
+            variants of the initialisation, see S4DKernel and seqconv.layers.s4d_init.
         train_B: False keeps B as it is.
         dt_min, dt_max: the range of the initial dt, in steps of the sequence. dt_tie: True gives all modes of
             a channel one dt. dt_transform: "exp" or "softplus". dt_sinh: see S4DKernel.

@@ -16,3 +16,12 @@ def test_example(name, capsys):
     assert last < EXAMPLES[name] * first
     assert change < (1e-4 if name == "gpt2" else 1e-6)  # the future goes through a transform
     assert "loss" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.one_of(4)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_layer_runs_in_a_program_without_python(capsys):
+    """The example compares the outputs, and exits where they differ."""
+    importlib.import_module("bench.examples.aot_inductor").main()
+    assert "(3, 1000, 16)" in capsys.readouterr().out
