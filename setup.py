@@ -21,18 +21,47 @@ from setuptools._distutils.sysconfig import customize_compiler
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-COMPILE_ARGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+WINDOWS = sys.platform == "win32"
+if WINDOWS:  # the options of clang-cl
+    COMPILE_ARGS, LINK_ARGS = ["/std:c++17", "/EHsc", "/clang:-O3"], []
+else:
+    COMPILE_ARGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+    # Deallocation by size is not in the libstdc++ of manylinux_2_17.
+    COMPILE_ARGS.append("-fno-sized-deallocation")
+    LINK_ARGS = ["-pthread"]
 # The C API of free-threaded builds has no stable subset.
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
+# In the code that g++ makes for Windows, AVX's vectors may lie on addresses at which they crash.
 PROBE = """
 #include <Python.h>
+#if defined(_WIN32)
+#if !defined(__clang__)
+#error "on Windows the kernels need clang-cl"
+#endif
+#else
 #include <pthread.h>
+#endif
 #include <memory>
 typedef float Vector __attribute__((vector_size(32)));
 extern "C" float probe(const float* x) { Vector v = {}; auto p = std::make_unique<int>(1); return (v
 + x[*p])[0]; }
+#if defined(__x86_64__)
+#include <immintrin.h>
+extern "C" __attribute__((target("avx2,fma"))) void add(const float* x, float* y) {
+  const __m256 v = _mm256_loadu_ps(x);
+  if (__builtin_cpu_supports("avx2")) _mm256_storeu_ps(y, _mm256_fmadd_ps(v, v, v));
+}
+#endif
 """
+
+
+def choose(compiler):
+    """Of the compilers for Windows only clang-cl knows the vectors that the kernels are written in."""
+    if WINDOWS and compiler.compiler_type == "msvc" and shutil.which("clang-cl"):
+        compiler.initialize()
+        compiler.cc = shutil.which("clang-cl")
+    return compiler
 
 
 def why_not_buildable() -> str | None:
@@ -42,6 +71,7 @@ def why_not_buildable() -> str | None:
     compiler = new_compiler()
     customize_compiler(compiler)
     try:
+        choose(compiler)
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
             source.write_text(PROBE)
@@ -58,7 +88,8 @@ def extensions() -> list[Extension]:
     if reason is not None:
         print(
             "\nWARNING: seqconv is installed without its compiled CPU kernels: it works, but slower, on torch.fft.\n"
-            "They need a C++17 compiler (g++ or clang) and the headers of this Python (Debian: g++ python3-dev).\n"
+            "They need a C++17 compiler (g++ or clang; on Windows clang-cl) and the headers of this Python\n"
+            "(Debian: g++ python3-dev).\n"
             f"What failed: {reason}\n",
             file=sys.stderr,
         )
@@ -75,7 +106,9 @@ def extensions() -> list[Extension]:
             define_macros=[("Py_LIMITED_API", "0x030a0000")] if STABLE_ABI else [],
             py_limited_api=STABLE_ABI,
             extra_compile_args=COMPILE_ARGS,
-            extra_link_args=["-pthread"],
+            extra_link_args=LINK_ARGS,
+            # Elsewhere no one has tried: a failure leaves the package on torch.fft, which warns.
+            optional=not sys.platform.startswith("linux"),
         )
     ]
 
@@ -84,7 +117,7 @@ class BuildInParallel(build_ext):
     """Compiles several files at a time: some take a quarter of a minute."""
 
     def build_extensions(self):
-        compile_in_turn = self.compiler.compile
+        compile_in_turn = choose(self.compiler).compile
 
         def compile_all(sources, **options):
             with ThreadPoolExecutor(os.cpu_count()) as pool:

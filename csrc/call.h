@@ -1,7 +1,9 @@
 // What every function of the module needs: reading its arguments, running without Python's lock,
 // and its place in the module's table.
 #pragma once
-#ifndef Py_LIMITED_API
+#include <pyconfig.h>
+// A Python without the global lock has no limited API.
+#if !defined(Py_LIMITED_API) && !defined(Py_GIL_DISABLED)
 #define Py_LIMITED_API 0x030a0000
 #endif
 #include <Python.h>

@@ -82,7 +82,7 @@ def report() -> bool:
             )
             line(
                 "",
-                "g++ python3-dev), then pip install --no-deps --editable . in the source folder",
+                "g++ python3-dev; Windows: clang-cl), then pip install --no-deps --editable . in the source folder",
             )
     gpu = torch.cuda.is_available()
     on_cuda = check("cuda") if gpu else None

@@ -1,7 +1,10 @@
 #include "parallel.h"
 
+#if !defined(_WIN32)
 #include <pthread.h>
-#include <sched.h>
+#endif
+
+#include <thread>
 
 #include "isa.h"
 
@@ -11,11 +14,20 @@ namespace {
 ParallelFor parallel_for = nullptr;
 std::atomic<bool> in_forked_child{false};
 [[maybe_unused]] const int fork_flag =
-    pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true); });
+    at_fork(nullptr, nullptr, [] { in_forked_child.store(true); });
 
 }  // namespace
 
 void set_parallel_for(ParallelFor function) { parallel_for = function; }
+
+int at_fork([[maybe_unused]] void (*before)(), [[maybe_unused]] void (*in_parent)(),
+            [[maybe_unused]] void (*in_child)()) {
+#if defined(_WIN32)
+  return 0;
+#else
+  return pthread_atfork(before, in_parent, in_child);
+#endif
+}
 
 bool forked() { return in_forked_child.load(); }
 
@@ -27,7 +39,7 @@ void run_parallel(int64_t count, RangeFunction run, void* context) {
 
 void wait_a_little(int64_t times_before) {
   if (times_before > 4000) {
-    sched_yield();
+    std::this_thread::yield();
     return;
   }
 #if defined(__x86_64__)

@@ -8,13 +8,31 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#if defined(_WIN32)
+#include <malloc.h>
+#endif
 
 #include "tensor.h"
 
 namespace seqconv {
 
+// Memory on a multiple of `unit`, a power of two, of which `bytes` is a multiple; null if there is
+// none.
+inline void* allocate_aligned(size_t unit, size_t bytes) {
+#if defined(_WIN32)
+  return _aligned_malloc(bytes, unit);
+#else
+  return std::aligned_alloc(unit, bytes);
+#endif
+}
 struct Free {
-  void operator()(void* memory) const { std::free(memory); }
+  void operator()(void* memory) const {
+#if defined(_WIN32)
+    _aligned_free(memory);
+#else
+    std::free(memory);
+#endif
+  }
 };
 using Memory = std::unique_ptr<char, Free>;
 
@@ -34,7 +52,7 @@ inline void prefer_huge_pages([[maybe_unused]] void* start, [[maybe_unused]] siz
 inline Memory allocate(size_t bytes) {
   const size_t unit = bytes < 2 * kHugePage ? 64 : kHugePage;
   const size_t size = (bytes / unit + 1) * unit;
-  Memory memory(static_cast<char*>(std::aligned_alloc(unit, size)));
+  Memory memory(static_cast<char*>(allocate_aligned(unit, size)));
   if (unit == kHugePage) prefer_huge_pages(memory.get(), size);
   return memory;
 }
@@ -43,6 +61,10 @@ inline Memory allocate(size_t bytes) {
 using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, RangeFunction, void*);
 void set_parallel_for(ParallelFor function);
+
+// What a fork runs: before it, and after it in the parent and in the child. Windows has no fork.
+// The value means nothing: it lets a constant's initialization make the call.
+int at_fork(void (*before)(), void (*in_parent)(), void (*in_child)());
 
 // In a forked child thread pools hang, OpenMP's for one: there everything runs on the calling
 // thread.

@@ -1,7 +1,5 @@
 #include "plan.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <cmath>
 #include <list>
@@ -115,7 +113,7 @@ class Tables {
     const int64_t ends = total, end_size = int64_t{plan.radix} * quads * 8 * end_quads_;
     total += 3 * end_size;
     bytes = (static_cast<size_t>(total) * sizeof(T) + 63) / 64 * 64;
-    table_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+    table_.reset(static_cast<T*>(allocate_aligned(64, bytes)));
     if (!table_) throw std::bad_alloc();
     plan.twiddles = table_.get();
     plan.plain = fill_ends(table_.get() + ends, 1.0, 0.0);
@@ -215,7 +213,7 @@ void unlock_caches() {
   cache<float>().mutex.unlock();
 }
 // A fork taken while another thread holds a cache lock would leave it locked in the child forever.
-[[maybe_unused]] const int fork_guard = pthread_atfork(lock_caches, unlock_caches, unlock_caches);
+[[maybe_unused]] const int fork_guard = at_fork(lock_caches, unlock_caches, unlock_caches);
 
 }  // namespace
 

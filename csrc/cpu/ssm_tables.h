@@ -139,7 +139,7 @@ struct SsmTables {
     make_powers(first_row(i) * columns, others);
     for (int64_t n = 0; n < modes; ++n) {
       Phasor step;
-      Phasors x = progression(multiply({w[2 * n], w[2 * n + 1]}, others[n]), powers[n], step);
+      Phasors x = progression(multiply(Phasor{w[2 * n], w[2 * n + 1]}, others[n]), powers[n], step);
       T* to = left + 2 * n * kTile;
       for (int64_t q = 0; q < count(i); q += kTile, to += table_row * kTile) {
         store_rounded(to, x.re);

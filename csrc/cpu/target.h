@@ -3,10 +3,10 @@
 // includes whatever is not its own before it switches the compiler's target. By itself a header is
 // part of the portable unit.
 #pragma once
-#include <math.h>
-
 #include <cstddef>
 #include <cstdint>
+
+#include "glibc.h"
 
 #ifndef SEQCONV_ISA
 #define SEQCONV_ISA portable
