@@ -8,6 +8,7 @@ the compiled module is tried alone, and the summary says so.
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -77,7 +78,8 @@ def attempt(interpreter: str, wheel: Path, torch: str | None) -> str | None:
         if torch is not None:
             asked = [str(c) for c in (*pip, "--only-binary", ":all:", f"torch=={torch}+cpu")]
             told = subprocess.run(asked, capture_output=True, text=True)
-            if "No matching distribution found for torch" in told.stderr:
+            # the second one where pip's configuration constrains torch
+            if re.search("No matching distribution found for torch|ResolutionImpossible", told.stderr):
                 return None
             if told.returncode != 0:
                 raise SystemExit(told.stderr)
