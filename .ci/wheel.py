@@ -79,7 +79,9 @@ def attempt(interpreter: str, wheel: Path, torch: str | None) -> str | None:
             asked = [str(c) for c in (*pip, "--only-binary", ":all:", f"torch=={torch}+cpu")]
             told = subprocess.run(asked, capture_output=True, text=True)
             # the second one where pip's configuration constrains torch
-            if re.search("No matching distribution found for torch|ResolutionImpossible", told.stderr):
+            if re.search(
+                "No matching distribution found for torch|ResolutionImpossible", told.stderr
+            ):
                 return None
             if told.returncode != 0:
                 raise SystemExit(told.stderr)
