@@ -1,4 +1,4 @@
-"""A language model of bytes: an embedding, blocks of one of the package's layers and a network, and logits.
+"""A language model of tokens, bytes for one: an embedding, blocks of one of the layers and a network, and logits.
 
     block: x <- x + layer(norm(x)); x <- x + network(norm(x))
 
@@ -15,6 +15,7 @@ from seqconv.streaming import State, States
 LAYERS = {  # name -> the layer for a width and a context
     "long_conv": lambda width, context: seqconv.LongConv(width, l_max=context),
     "s4d": lambda width, context: seqconv.S4D(width),
+    "sgconv": lambda width, context: seqconv.SGConv(width, l_max=context),
     "hyena": lambda width, context: seqconv.Hyena(width, l_max=context),
 }
 BYTES = 256
@@ -47,20 +48,28 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Tokens, integers below 256, to logits of the next one. LongConv and Hyena see the last `context` tokens in each
-    block."""
+    """Tokens, integers below `vocab`, to logits of the next one. LongConv, SGConv and Hyena see the last `context`
+    tokens in each block."""
 
-    def __init__(self, layer: str, width: int, depth: int, context: int, dropout: float = 0.0):
+    def __init__(
+        self,
+        layer: str,
+        width: int,
+        depth: int,
+        context: int,
+        dropout: float = 0.0,
+        vocab: int = BYTES,
+    ):
         super().__init__()
         self.context = context
-        self.embedding = nn.Embedding(BYTES, width)
+        self.embedding = nn.Embedding(vocab, width)
         self.blocks = nn.ModuleList(Block(layer, width, context, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, BYTES)
+        self.head = nn.Linear(width, vocab)
         nn.init.normal_(self.embedding.weight, std=0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(batch, length) -> (batch, length, 256)."""
+        """(batch, length) -> (batch, length, vocab)."""
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)

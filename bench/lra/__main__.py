@@ -15,6 +15,7 @@ COMMANDS = {
     "sweep": "TASK... --layers     trains several tasks, layers and seeds in turn; resumable",
     "gpu": "[TASK...]            trains the generated tasks on a GPU in sessions; resumable",
     "throughput": "TASK...              times training on packed samples beside padded ones",
+    "synthetics": "[TASK...]     trains small models to recall made-up tokens; resumable",
     "data": "make|check TASK     generates or examines a data set",
 }
 DATA_COMMANDS = {
@@ -149,6 +150,12 @@ def throughput(argv: list[str]) -> None:
     compare(configs, chosen.batches, chosen.rounds, chosen.torch_fft, chosen.json)
 
 
+def synthetics(argv: list[str]) -> None:
+    from bench.synthetics.command import main
+
+    main(argv)
+
+
 def data(argv: list[str]) -> None:
     command = argv[0] if argv else "--help"
     if command in ("-h", "--help"):
@@ -205,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         print(usage())
         return
     commands = {"fit": fit, "eval": evaluate, "report": report, "sweep": sweep, "gpu": gpu}
-    commands |= {"throughput": throughput, "data": data}
+    commands |= {"throughput": throughput, "synthetics": synthetics, "data": data}
     if argv[0] not in commands:
         refuse("", f"unknown command {argv[0]!r}{recipes.suggest(argv[0], commands)}")
     try:

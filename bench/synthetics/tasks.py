@@ -1,0 +1,134 @@
+"""The tasks: tokens, the token that a model should name at each step, and where it is asked.
+
+A batch of samples is a pair of integer arrays (samples, length): tokens, and targets, which are UNASKED where the
+model is not asked. In training the recall tasks ask everywhere, as their source does, and in the test for the last
+token only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+UNASKED = -100  # torch's number for a target that does not count
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with the setting of its source: how many samples there are, and how long they are trained on."""
+
+    title: str
+    make: Callable  # (samples, rng, test) -> (tokens, targets)
+    vocab: int
+    length: int  # of the tokens
+    chance: float  # accuracy in percent of a model that sees nothing
+    train: int = 5000
+    test: int = 500
+    epochs: int = 200
+    cosine: bool = (
+        False  # the learning rate falls as a cosine to a tenth, otherwise in a line to zero
+    )
+    source: str = ""
+
+
+def _next_tokens(sequences: np.ndarray, test: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and their successors, of which the test asks for the last."""
+    tokens, targets = sequences[:, :-1], sequences[:, 1:].copy()
+    if test:
+        targets[:, :-1] = UNASKED
+    return tokens, targets
+
+
+def associative_recall(
+    samples: int, rng: np.random.Generator, test: bool, *, vocab: int, pairs: int
+):
+    """Keys and their values in turn, a mark, and one of the keys again: the last token is its value.
+
+    Half of the ordinary tokens are keys, the others values, and every sample draws a value for each key anew. Keys
+    are drawn with repetition, and the key that is asked for has occurred.
+    """
+    ordinary = vocab - 2
+    mark, keys = ordinary, ordinary // 2
+    value_of = rng.integers(keys, ordinary, (samples, keys))
+    shown = rng.integers(keys, size=(samples, pairs))
+    asked = np.take_along_axis(shown, rng.integers(pairs, size=(samples, 1)), 1)
+    both = np.stack([shown, np.take_along_axis(value_of, shown, 1)], 2).reshape(samples, 2 * pairs)
+    marks = np.full((samples, 1), mark)
+    found = np.take_along_axis(value_of, asked, 1)
+    return _next_tokens(np.concatenate([both, marks, asked, found], 1), test)
+
+
+def induction_head(samples: int, rng: np.random.Generator, test: bool, *, vocab: int, length: int):
+    """Any tokens, among them a mark; at the end the mark again: the last token is the one that followed it."""
+    ordinary = vocab - 2
+    mark, rows = ordinary, np.arange(samples)
+    tokens = rng.integers(ordinary, size=(samples, length))
+    place = rng.integers(length - 2, size=samples)
+    tokens[rows, place] = mark
+    ends = np.stack([np.full(samples, mark), tokens[rows, place + 1]], 1)
+    return _next_tokens(np.concatenate([tokens, ends], 1), test)
+
+
+def future(samples: int, rng: np.random.Generator, test: bool, *, vocab: int, length: int):
+    """Any tokens; the model is asked at every step for the token after it, which nothing but the future tells."""
+    tokens = rng.integers(vocab, size=(samples, length + 1))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def _made(function: Callable, **settings) -> Callable:
+    return lambda samples, rng, test: function(samples, rng, test, **settings)
+
+
+SAFARI = "safari's configuration, arXiv 2212.14052"
+TASKS = {
+    "associative-recall": Task(
+        "Associative recall, 10 tokens, 10 pairs",
+        _made(associative_recall, vocab=10, pairs=10),
+        vocab=10,
+        length=22,
+        chance=25.0,
+        source=SAFARI,
+    ),
+    "induction-head": Task(
+        "Induction head, 20 tokens, 30 steps",
+        _made(induction_head, vocab=20, length=30),
+        vocab=20,
+        length=31,
+        chance=100 / 18,
+        epochs=400,
+        cosine=True,
+        source=SAFARI,
+    ),
+    "future": Task(
+        "The next of random tokens, which only the future tells",
+        _made(future, vocab=8, length=64),
+        vocab=8,
+        length=64,
+        chance=12.5,
+        train=20_000,
+        test=2000,
+        epochs=2,
+    ),
+}
+
+
+def samples(task: Task, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The splits "train" and "test"; no sequence occurs twice, where there are enough different ones."""
+    rng = np.random.default_rng(seed)
+    found, seen = {}, set()
+    for split, count in (("train", task.train), ("test", task.test)):
+        tokens, targets = [], []
+        left, tries = count, 0
+        while left and tries < 100:
+            tries += 1
+            for x, y in zip(*task.make(left, rng, split == "test"), strict=True):
+                whole = x.tobytes() + y[-1:].tobytes()
+                if whole not in seen:
+                    seen.add(whole)
+                    tokens.append(x)
+                    targets.append(y)
+                    left -= 1
+        if left:
+            raise ValueError(f"{task.title}: there are not {count} different sequences")
+        found[split] = np.stack(tokens), np.stack(targets)
+    return found

@@ -1,0 +1,104 @@
+"""bench.lra synthetics: the tasks ask for what they say, causal layers cannot see the future, runs continue exactly."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from bench.lra.__main__ import main
+from bench.synthetics import tasks, training
+from bench.synthetics.tasks import TASKS, UNASKED
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are so small that more threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def made(name, split="test"):
+    return tasks.samples(TASKS[name], 0)[split]
+
+
+def test_associative_recall_asks_for_the_value_of_a_key():
+    tokens, targets = made("associative-recall")
+    assert tokens.shape == (500, 22) and (targets[:, :-1] == UNASKED).all()
+    for row, target in zip(tokens, targets[:, -1], strict=True):
+        assert row[20] == 8  # the mark
+        value_of = dict(zip(row[:20:2], row[1:20:2], strict=True))
+        assert value_of[row[21]] == target and set(value_of) <= set(range(4))
+        assert all(
+            value == value_of[key] for key, value in zip(row[:20:2], row[1:20:2], strict=True)
+        )
+    assert len(np.unique(targets[:, -1])) == 4
+
+
+def test_induction_head_asks_for_what_followed_the_mark():
+    tokens, targets = made("induction-head")
+    assert tokens.shape == (500, 31) and (targets[:, :-1] == UNASKED).all()
+    for row, target in zip(tokens, targets[:, -1], strict=True):
+        (first,) = np.flatnonzero(row[:-1] == 18)
+        assert row[-1] == 18 and row[first + 1] == target
+
+
+def test_training_asks_for_every_token_and_splits_share_no_sequence():
+    for name in ("associative-recall", "induction-head"):
+        tokens, targets = made(name, "train")
+        assert (tokens[:, 1:] == targets[:, :-1]).all()
+        seen = {row.tobytes() for row in tokens}
+        assert not [row for row in made(name)[0] if row.tobytes() in seen]
+
+
+@pytest.mark.parametrize("layer", training.LAYERS)
+def test_no_causal_layer_sees_the_future(layer, monkeypatch, tmp_path):
+    """The two-sided control does, so that the test can fail."""
+    sizes = {"vocab": 4, "length": 32}
+    make = partial(tasks.future, **sizes)
+    task = tasks.Task("future", make, **sizes, chance=25.0, train=4800, test=400)
+    monkeypatch.setitem(tasks.TASKS, "future", task)
+    found = training.Run("future", layer, 0, 1, tmp_path).run()["accuracy"]
+    if layer == training.TWO_SIDED:
+        assert found > 60
+    else:
+        assert found < 27  # 12,800 questions; their spread is 0.4
+
+
+def test_a_run_continues_exactly(tmp_path):
+    def run(folder):
+        one = training.Run("induction-head", "s4d", 3, 3, folder)
+        one.train = tuple(t[:320] for t in one.train)
+        one.per_epoch = 10
+        return one
+
+    whole = run(tmp_path / "whole").run()
+    broken = run(tmp_path / "broken")
+
+    def stop(epoch, epochs):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken.run(stop)
+    again = run(tmp_path / "broken")
+    assert again.epoch == 2
+    assert again.run() | {"seconds": 0} == whole | {"seconds": 0}
+
+
+def test_the_command(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    given = ["synthetics", "associative-recall", "--layers", "hyena", "--epochs", "1"]
+    given += ["--json", str(file), "--out", str(tmp_path)]
+    main(given)
+    (row,) = map(json.loads, file.read_text().splitlines())
+    assert row["task"] == "associative-recall" and row["epochs"] == 1 and row["accuracy"] > 15
+    main(given)  # It is there already.
+    assert len(file.read_text().splitlines()) == 1
+    for wrong in (["recall"], ["future", "--layers", "s4"]):
+        with pytest.raises(SystemExit):
+            main(["synthetics", *wrong])
+    assert "unknown layer 's4'" in capsys.readouterr().err
