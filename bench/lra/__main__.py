@@ -68,11 +68,16 @@ def evaluate(argv: list[str]) -> None:
     )
     devices = options.hints(options.Run)["device"]
     parser.add_argument("--device", type=devices, default="auto", help="where to compute")
+    parser.add_argument(
+        "--rate", type=int, default=1, help="2: half of the samples a second; S4D and SGConv"
+    )
     chosen = parser.parse_args(underscored(argv))
+    if chosen.rate < 1:
+        parser.error(f"--rate must be at least 1, got {chosen.rate}")
     from bench.lra.run import evaluate
 
     where = chosen.data, chosen.batch, chosen.device
-    evaluate(Path(chosen.run), chosen.split, chosen.checkpoint, *where)
+    evaluate(Path(chosen.run), chosen.split, chosen.checkpoint, *where, chosen.rate)
 
 
 def report(argv: list[str]) -> None:

@@ -52,6 +52,14 @@ def tensors(split, indices: np.ndarray, pin: bool = False, packed: bool = False)
     return batch.pinned() if pin else batch
 
 
+def thinned(batch: Batch, rate: int) -> Batch:
+    """Every so many-th step of padded samples, the first one included."""
+    if rate == 1:
+        return batch
+    lengths = None if batch.lengths is None else -(-batch.lengths // rate)
+    return batch._replace(x=batch.x[:, ::rate], lengths=lengths)
+
+
 def ahead(split, order: Iterator[np.ndarray], pin: bool, packed: bool = False) -> Iterator[Batch]:
     """Yields the batches that `order` names. A thread reads each while its predecessors are used."""
     with ThreadPoolExecutor(1) as reader:

@@ -74,6 +74,8 @@ class SequenceClassifier(nn.Module):
 
     channels: continuous input has a linear encoder. vocab: tokens have an embedding, initially torch's N(0, 1).
 
+    `rate` is that of the layers: samples that were taken 1 / rate times as often as those of training.
+
     Where `context` is set, several processes have the same x, and each computes with its own steps of it. The
     logits are those of whole rows, on every process the same.
     """
@@ -103,6 +105,7 @@ class SequenceClassifier(nn.Module):
         self.dropout = (TiedDropout if model.tie_dropout else nn.Dropout)(model.dropout)
         self.prenorm, self.pool, self.pair = model.prenorm, model.pool, pair
         self.context = None
+        self.rate = 1.0  # steps of training in one step of x
         if pair:
             hidden = nn.Linear(4 * width, width)
             self.decoder = nn.Sequential(hidden, nn.GELU(), nn.Linear(width, classes))
@@ -115,6 +118,7 @@ class SequenceClassifier(nn.Module):
         """Returns what is pooled: (batch, length, d_model), this process's steps of it, or (total, d_model)."""
         x = self.encoder(x if self.context is None else self.context.own(x))
         rows = {"lengths": lengths} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        rows |= {"rate": self.rate} if self.rate != 1 else {}
         steps = ()
         if cu_seqlens is not None and isinstance(self.dropout, TiedDropout):
             steps = (cu_seqlens.to(x.device).diff(),)  # a mask for each row

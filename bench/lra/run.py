@@ -17,7 +17,7 @@ import yaml
 import seqconv
 from bench.facts import git, plural, processor, versions
 from bench.lra import data, options
-from bench.lra.batches import EvalBatches
+from bench.lra.batches import EvalBatches, thinned
 from bench.lra.model import SequenceClassifier
 from bench.lra.report import levels
 from bench.lra.schedule import Schedule
@@ -225,22 +225,31 @@ def evaluate(
     data: str | None,
     batch: int | None,
     device: str = "auto",
+    rate: int = 1,
 ) -> float:
-    """Prints and returns the accuracy of a run's checkpoint on a split."""
+    """Prints and returns the accuracy of a run's checkpoint on a split. rate: every so many-th step is read, and the
+    layers' kernels are those of such samples."""
     config, info, splits, _, model = reopen(run, checkpoint, data)
     if split not in splits:
         raise SystemExit(f"--split: {split!r} is none of {', '.join(splits)}")
+    if rate > 1 and not (
+        info.channels and all(getattr(x, "resamples", False) for x in model.layers)
+    ):
+        text = "tokens" if not info.channels else f"{config.layer}, whose taps have no time scale"
+        raise SystemExit(f"--rate must be 1 for {text}, got {rate}")
     device = device_for(device)
     model.to(device).eval()
+    model.rate = float(rate)
     size = batch or config.optim.batch
-    batches = EvalBatches(splits[split], batch=size, packed=config.run.packed)
+    batches = EvalBatches(splits[split], batch=size, packed=config.run.packed and rate == 1)
     hits = 0
     with torch.no_grad():
-        for samples in (b.to(device) for b in batches):
+        for samples in (thinned(b, rate).to(device) for b in batches):
             hits += (model(*samples.inputs).argmax(1) == samples.labels).sum().item()
     accuracy = hits / len(splits[split])
+    thin = f" at 1/{rate} of the rate" if rate > 1 else ""
     plain.print(
-        f"{config.task}, {config.layer}, seed {config.run.seed}: {split} accuracy {accuracy:.2%} "
+        f"{config.task}, {config.layer}, seed {config.run.seed}: {split} accuracy{thin} {accuracy:.2%} "
         f"({levels(info.chance, info.majority, info.generated)})"
     )
     return accuracy

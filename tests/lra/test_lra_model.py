@@ -9,7 +9,7 @@ import torch
 
 import seqconv
 from bench.lra import options
-from bench.lra.batches import Batch, EvalBatches, TrainBatches, same
+from bench.lra.batches import Batch, EvalBatches, TrainBatches, same, thinned
 from bench.lra.model import SequenceClassifier, pooled
 from bench.lra.schedule import compare_step
 
@@ -44,6 +44,21 @@ def test_padding_changes_nothing(layer, prenorm, pool):
     assert torch.allclose(made(changed, lengths), together, rtol=1e-12)
     changed[0, 12] = x[0, 12] % 6 + 1
     assert not torch.allclose(made(changed, lengths)[0], together[0], rtol=1e-4)
+
+
+def test_half_of_the_samples_have_the_same_answer():
+    """Of a signal that changes slowly; without the rate the answer is another one."""
+    sizes = {"classes": 3, "l_max": 400, "channels": 1}
+    made = SequenceClassifier("s4d", SMALL, options.S4D(), **sizes).double().eval()
+    t = torch.arange(400, dtype=torch.float64) / 400
+    x = torch.stack([(3 * t).sin(), (5 * t).cos()]).unsqueeze(-1)
+    whole, thin = made(x), thinned(Batch(x, torch.tensor([400, 399]), None), 2)
+    assert thin.x.shape[1] == 200 and thin.lengths.tolist() == [200, 200]
+    blind = made(thin.x)
+    made.rate = 2.0
+    half = made(thin.x)
+    error = (half - whole).norm()
+    assert error < 0.02 * whole.norm() and error < 0.5 * (blind - whole).norm()
 
 
 def test_backbone_is_the_papers():

@@ -247,6 +247,9 @@ def test_what_cannot_be_is_refused_before_anything_is_lost(tmp_path):
     assert len(result["sessions"]) == 2 and result["compared"]["ratio"] > 0
     assert not (out / "best.next.ckpt").exists()
     assert "cannot" not in finish(start("eval", out, "--device", "cpu", "--split", "val"))
+    halved = finish(start("eval", out, "--rate", 2))
+    assert "test accuracy at 1/2 of the rate" in halved
+    assert "must be at least 1, got 0" in finish(start("eval", out, "--rate", 0), 2)
     assert "is no checkpoint" in finish(start("eval", out, "--checkpoint", "run.json"), 1)
     assert "holds no run" in finish(start("eval", tmp_path), 1)
 
