@@ -62,6 +62,8 @@ class Hyena(Streaming, Described):
             reference implementation. The paper's Hyena-2 is order=3 without the first gate.
         emb_dim: the number of features of time that the filter sees, which is odd. filter_width, filter_layers:
             the sizes of its network. filter_frequency: the initial frequency of its sines.
+        filter_features, filter_decay, filter_shift, filter_table_lr: HyenaFilter's features, decay, shift and
+            table_lr. "spaced" features are those of the reference implementation.
         kernel_lr: the learning rate that param_groups gives to the filter's network, unless its own lr is
             smaller. With 0 its parameters are buffers.
 
@@ -89,6 +91,10 @@ class Hyena(Streaming, Described):
         filter_width: int = FILTER.width,
         filter_layers: int = FILTER.layers,
         filter_frequency: float = FILTER.frequency,
+        filter_features: str = FILTER.features,
+        filter_decay: str = FILTER.decay,
+        filter_shift: float = FILTER.shift,
+        filter_table_lr: float = FILTER.table_lr,
         kernel_lr: float = FILTER.lr,
         **unknown: NoReturn,
     ):
@@ -110,6 +116,10 @@ class Hyena(Streaming, Described):
             width=filter_width,
             layers=filter_layers,
             frequency=filter_frequency,
+            features=filter_features,
+            decay=filter_decay,
+            shift=filter_shift,
+            table_lr=filter_table_lr,
             lr=kernel_lr,
         )
         self.skip = nn.Parameter(torch.empty(order - 1, d_model))

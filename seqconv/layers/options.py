@@ -75,7 +75,8 @@ _OF_A_LAYER = {
     "Hyena": dict.fromkeys(("heads", "channels", "num_heads", "nhead"), "Hyena has one head")
     | dict.fromkeys(("bidirectional", "causal"), "Hyena is causal")
     | dict.fromkeys(("dropout", "filter_dropout"), "Hyena has no dropout: put it around")
-    | dict.fromkeys(("activation", "postact"), "Hyena has gates in the place of activations"),
+    | dict.fromkeys(("activation", "postact"), "Hyena has gates in the place of activations")
+    | {"shift": "did you mean filter_shift?", "lr_pos_emb": "did you mean filter_table_lr?"},
 }
 
 

@@ -82,6 +82,10 @@ DEFAULTS = {
         "filter_width": 64,
         "filter_layers": 2,
         "filter_frequency": 1.0,
+        "filter_features": "whole",
+        "filter_decay": "fixed",
+        "filter_shift": 0.0,
+        "filter_table_lr": 0.0,
     }
     | {"kernel_lr": 1e-3},
     ButterflyConv: BLOCK
