@@ -65,10 +65,13 @@ class Checkpoint:
             raise ValueError(f"{self.function}: {name} must hold {wanted}, got {kernels}")
         return kernels == 2 * heads
 
-    def fill(self, layer: Layer, values: dict[str, Tensor]) -> Layer:
+    def refuse_rest(self) -> None:
         if self.rest:
             keys = ", ".join(repr(self.prefix + name) for name in self.rest)
             raise ValueError(f"{self.function}: unknown keys in state_dict: {keys}")
+
+    def fill(self, layer: Layer, values: dict[str, Tensor]) -> Layer:
+        self.refuse_rest()
         like = values["skip"]
         layer.to(device=like.device, dtype=like.dtype)
         # A layer refuses to load a kernel in half precision. Here it is cast, because it was trained with these

@@ -48,9 +48,9 @@ def load_hyena(
 
     Takes, below prefix, the keys in_proj, short_filter and out_proj (weight and bias each), filter_fn.bias,
     filter_fn.pos_emb.z and .t, filter_fn.implicit_filter.0, .2, .4, ..., the frequency of its sines (.1.freq, and
-    .3.freq and so on, which are the same tensor), and filter_fn.modulation.deltas. Sizes and the order follow from shapes. The
-    time features become formulas if z is what the formula says and need no learning rate, and a table otherwise. The
-    decay stays a tensor, because that of order > 2 and that of other options differ from Hyena's.
+    .3.freq and so on, which are the same tensor), and filter_fn.modulation.deltas. Sizes and the order follow from
+    shapes. The time features become a formula if z is what the formula says and has no learning rate, and a table
+    otherwise. The decay stays a tensor, because that of order > 2 and that of other options differ from Hyena's.
 
     The outputs are the same for inputs of up to l_max steps. From longer inputs HyenaOperator returns l_max outputs,
     and Hyena returns all, with a warning.
@@ -168,16 +168,16 @@ def load_hyena(
         kernel_lr=lr,
     )
 
-    def rows(t: Tensor) -> Tensor:
+    def turned(t: Tensor) -> Tensor:
         """The last gate is first there, and v is last in both."""
         *gates, v = t.chunk(order + 1)
         return torch.cat([*reversed(gates), v])
 
     values = {
-        "in_proj.weight": rows(in_proj),
-        "in_proj.bias": rows(in_bias),
-        "short": rows(short.squeeze(1)).flip(-1),  # a correlation there
-        "short_bias": rows(short_bias),
+        "in_proj.weight": turned(in_proj),
+        "in_proj.bias": turned(in_bias),
+        "short": turned(short.squeeze(1)).flip(-1),  # a correlation there
+        "short_bias": turned(short_bias),
         "skip": split(skip if bias else torch.zeros_like(skip)),
         "out_proj.weight": out_weight,
         "out_proj.bias": out_bias,

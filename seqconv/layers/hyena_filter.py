@@ -115,15 +115,15 @@ class HyenaFilter(KernelGenerator):
         super().set_extra_state(state)
 
     @property
-    def _sizes(self) -> tuple:
+    def _options(self) -> tuple:
         return self.l_max, self.emb_dim, self.d_model, self.features, self.decay, self.shift
 
     def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             if all(type(linear) is nn.Linear and not _hooked(linear) for linear in self.linears):
                 parts = [t for linear in self.linears for t in (linear.weight, linear.bias)]
-                return _filter_op([*tensors, *parts], *self._sizes, length)
-        return _filter(tensors, self.linears, *self._sizes, length)
+                return _filter_op([*tensors, *parts], *self._options, length)
+        return _filter(tensors, self.linears, self._options, length)
 
     def part(self, tensors: list[Tensor], length: int, rate: float, channels: slice) -> Tensor:
         last = self.linears[-1]
@@ -134,7 +134,7 @@ class HyenaFilter(KernelGenerator):
             last.weight.unflatten(0, (self.heads, self.d_model)), 1, channels
         )  # (c h width)
         linears = [*self.linears[:-1], lambda h: torch.einsum("lw, chw -> lch", h, weight)]
-        return _filter(tensors, linears, *self._sizes, length, channels)
+        return _filter(tensors, linears, self._options, length, channels)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -161,9 +161,8 @@ def decay_rates(d_model: int, **like: Any) -> Tensor:
     return torch.linspace(slow, fast, d_model, **like)
 
 
-def _filter(
-    tensors, linears, l_max, emb_dim, d_model, features, decay, shift, length, channels=slice(None)
-) -> Tensor:
+def _filter(tensors, linears, options: tuple, length, channels: slice = slice(None)) -> Tensor:
+    l_max, emb_dim, d_model, features, decay, shift = options
     frequency, *stored = tensors
     like: dict[str, Any] = {"dtype": frequency.dtype, "device": frequency.device}
     t = torch.arange(l_max, **like)[:length].unsqueeze(-1) / max(l_max - 1, 1)
@@ -182,13 +181,13 @@ def _filter(
     return k.contiguous()  # FSDP warns of views.
 
 
-def _filter_of(tensors, l_max, emb_dim, d_model, features, decay, shift, length) -> Tensor:
-    options = l_max, emb_dim, d_model, features, decay, shift, length
-    own = 1 + (features == "table") + (decay == "free")
+def _filter_of(tensors, *options) -> Tensor:
+    *options, length = options
+    own = 1 + (options[3] == "table") + (options[4] == "free")
     parts = tensors[own:]
     pairs = zip(parts[::2], parts[1::2], strict=True)
     linears = [lambda h, w=w, b=b: F.linear(h, w, b) for w, b in pairs]
-    return _filter(tensors[:own], linears, *options)
+    return _filter(tensors[:own], linears, tuple(options), length)
 
 
 _filter_op = Operator(
