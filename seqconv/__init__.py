@@ -18,6 +18,7 @@ from seqconv.ops.explain import explain
 from seqconv.ops.fftconv import fftconv
 from seqconv.ops.ssm import explain_ssm_kernel, ssm_kernel
 from seqconv.optim import param_groups
+from seqconv.patching import patch
 
 __all__ = [
     "S4D",
@@ -36,6 +37,7 @@ __all__ = [
     "fftconv",
     "freeze",
     "param_groups",
+    "patch",
     "ssm_kernel",
     "use_backend",
 ]

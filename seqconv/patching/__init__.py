@@ -1,0 +1,103 @@
+"""Long convolutions of other packages' models, replaced in place by this package's."""
+
+import copy
+from types import MethodType
+
+from torch import nn
+
+from seqconv.ops.checks import check_flag, check_positive
+from seqconv.patching.gated import RULES as GATED
+from seqconv.patching.long import RULES as LONG
+from seqconv.patching.report import Report, Row, measure
+from seqconv.patching.rule import Rule, probe
+
+RULES = [*LONG, *GATED]
+
+
+def patch(
+    model: nn.Module,
+    *,
+    length: int | None = None,
+    batch: int = 1,
+    test: bool = True,
+    repeats: int = 5,
+) -> Report:
+    """Replaces the long convolutions in a model of another package by seqconv's, in place, until the report is called.
+
+    It knows S4D and FFTConv of s4, LongConv and HyenaOperator of safari, HyenaOperator of HyenaDNA and of its Hugging
+    Face port, GConv of SGConv, HyenaCascade of vortex (Evo 2; with a cache its own code runs), and LongConvolution and
+    ImplicitLongConvolution of fla, by the names of classes and attributes. A layer gets a new forward, which reads the
+    layer's own parameters: an optimizer, a state_dict and hooks stay as they are, and so does what the layer computes.
+    Copies of a patched model are patched, and their patch cannot be taken back.
+
+    Args:
+        model: the model, or a layer.
+        length, batch: those of the random input on which a copy of each layer is tested, in evaluation mode. length is
+            by default what the layer says, at most 1024.
+        test: whether layers are tested. Without it the report has no numbers.
+        repeats: how many passes are timed.
+
+    Returns:
+        A Report, which prints as a table of error, time and memory before and after. Calling it restores the model. It
+        also lists the modules with parameters of their own that are neither torch's nor known.
+
+    Example:
+        >>> undo = patch(nn.Sequential(nn.Linear(4, 4)))
+        >>> undo.rows, undo.left
+        ([], [])
+        >>> undo()
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_positive("patch", batch=batch, repeats=repeats)
+    if length is not None:
+        check_positive("patch", length=length)
+    check_flag("patch", test=test)
+    report = Report([], [])
+    inside: set[nn.Module] = set()
+    try:
+        for name, module in model.named_modules():
+            if module in inside:
+                continue
+            rule = next((rule for rule in RULES if rule.knows(module)), None)
+            kind = type(module).__name__
+            if rule is None:
+                if _foreign(module):
+                    report.left.append((name, kind, "unknown"))
+                continue
+            inside |= set(module.modules())
+            why = (
+                "it has a forward of its own" if "forward" in vars(module) else rule.refuse(module)
+            )
+            if why:
+                report.left.append((name, kind, why))
+                continue
+            report.rows.append(_replace(rule, name, module, length, batch, test and repeats))
+            report._modules.append(module)
+    except BaseException:
+        report()
+        raise
+    return report
+
+
+def _foreign(module: nn.Module) -> bool:
+    """Whether the module is neither torch's nor this package's, and has parameters of its own."""
+    package = type(module).__module__.split(".")[0]
+    return package not in ("torch", "seqconv") and next(module.parameters(False), None) is not None
+
+
+def _replace(
+    rule: Rule, name: str, module: nn.Module, length: int | None, batch: int, repeats: int
+) -> Row:
+    row = Row(name, type(module).__name__, rule.package)
+    if repeats:
+        # A copy is tested, because some of these layers change in their forward.
+        twin = copy.deepcopy(module).eval()
+        x = probe(rule, module, length, batch)
+        theirs, ms, mib = measure(twin, x, repeats)
+        twin.forward = MethodType(rule.forward, twin)
+        ours, new_ms, new_mib = measure(twin, x, repeats)
+        error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+        row.error, row.ms, row.mib = error.item(), (ms, new_ms), (mib, new_mib)
+    module.forward = MethodType(rule.forward, module)  # A copy of the module then has its own.
+    return row

@@ -1,0 +1,127 @@
+"""What patch has done: a table of the layers, with their errors, times and memory, and the way back."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MIB = 2**20
+
+
+@dataclass
+class Row:
+    """A patched layer. error is relative to the original's output; ms and mib are those of a forward and a backward
+    pass, before and after."""
+
+    name: str
+    kind: str
+    package: str
+    error: float = float("nan")
+    ms: tuple[float, float] = (float("nan"), float("nan"))
+    mib: tuple[float, float] = (float("nan"), float("nan"))
+
+
+@dataclass
+class Report:
+    """The layers that patch has replaced, and those that it has left as they were. Calling it restores the model.
+
+    Attributes:
+        rows: a Row for each patched layer.
+        left: (name, class, why) of each layer that was left alone.
+    """
+
+    rows: list[Row]
+    left: list[tuple[str, str, str]]
+    _modules: list[nn.Module] = field(default_factory=list, repr=False)
+
+    def __call__(self) -> None:
+        """Gives every patched layer its own forward back. A second call does nothing."""
+        for module in self._modules:
+            module.__dict__.pop("forward", None)
+        self._modules.clear()
+
+    undo = __call__
+
+    def __str__(self) -> str:
+        head = ("layer", "class", "error", "ms before", "after", "MiB before", "after")
+        lines = [head]
+        for row in self.rows:
+            numbers = [f"{value:.3g}" for value in (*row.ms, *row.mib)]
+            kind = f"{row.kind} of {row.package}"
+            lines.append((row.name or "(the model)", kind, f"{row.error:.1e}", *numbers))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        text = [
+            "  ".join(
+                cell.ljust(w) if i < 2 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        left = [f"left: {name or '(the model)'} ({kind}): {why}" for name, kind, why in self.left]
+        return "\n".join([*text, *left])
+
+
+class _Memory(TorchDispatchMode):
+    """The largest sum of bytes of the tensors that operators have made and that were alive together."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {_storage(t)._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and _storage(t)._cdata not in given:
+                storage = _storage(t)
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: value for key, value in self.alive.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+def _storage(t: Tensor):
+    return t.untyped_storage()
+
+
+def run(module: nn.Module, x: Tensor) -> Tensor:
+    """The output of a forward pass, after the gradients of a backward pass, which are dropped."""
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = output(module(x))
+        torch.autograd.grad(y.sum(), [x, *wanted], allow_unused=True)
+    return y.detach()
+
+
+def output(y) -> Tensor:
+    return y[0] if isinstance(y, tuple) else y
+
+
+def measure(module: nn.Module, x: Tensor, repeats: int) -> tuple[Tensor, float, float]:
+    """The output, the median of the milliseconds, and the MiB. On a GPU the latter is what torch has allocated, and
+    elsewhere the bytes of the tensors that operators return; neither counts what a kernel needs inside."""
+    y, cuda = run(module, x), x.is_cuda
+    if cuda:
+        torch.cuda.synchronize(x.device)
+        torch.cuda.reset_peak_memory_stats(x.device)
+        before = torch.cuda.memory_allocated(x.device)
+        run(module, x)
+        peak = torch.cuda.max_memory_allocated(x.device) - before
+    else:
+        with _Memory() as memory:
+            run(module, x)
+        peak = memory.peak
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run(module, x)
+        if cuda:
+            torch.cuda.synchronize(x.device)
+        times.append(1000 * (time.perf_counter() - start))
+    return y, sorted(times)[repeats // 2], peak / MIB
