@@ -48,7 +48,7 @@ class Report:
 
     def __str__(self) -> str:
         head = ("layer", "class", "error", "ms before", "after", "MiB before", "after")
-        lines = [head]
+        lines: list[tuple[str, ...]] = [head]
         for row in self.rows:
             numbers = [f"{value:.3g}" for value in (*row.ms, *row.mib)]
             kind = f"{row.kind} of {row.package}"

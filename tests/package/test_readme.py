@@ -19,6 +19,7 @@ RESULTS = {  # page -> variables that its blocks leave behind, and their shapes
     "CONTRIBUTING.md": {"y": (2, 3, 50)},
     "layers.md": {"logits": (2, 10), "h": (4, 300, 256), "y": (4, 300, 256)},
     "operator.md": {"y": (2, 64, 1000)},
+    "migration.md": {"out": (2, 1000, 32), "logits": (1, 8, 16), "vectors": (1, 8, 32)},
     "streaming.md": {"y": (2, 64, 500)},
     "export.md": {"y": (2, 16)},
     "packed.md": {"y": (1100, 64)},
