@@ -25,7 +25,7 @@ def patch(
     """Replaces the long convolutions in a model of another package by seqconv's, in place, until the report is called.
 
     It knows S4D and FFTConv of s4, LongConv and HyenaOperator of safari, HyenaOperator of HyenaDNA and of its Hugging
-    Face port, GConv of SGConv, HyenaCascade of vortex (Evo 2; with a cache its own code runs), and LongConvolution and
+    Face port, GConv of SGConv, HyenaCascade of vortex (Evo 2; its steps stay its own), and LongConvolution and
     ImplicitLongConvolution of fla, by the names of classes and attributes. A layer gets a new forward, which reads the
     layer's own parameters: an optimizer, a state_dict and hooks stay as they are, and so does what the layer computes.
     Copies of a patched model are patched, and their patch cannot be taken back.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from seqconv.ops.fftconv import fftconv
-from seqconv.ops.ssm import mode_sum
+from seqconv.ops.ssm import mode_sum, moments
 from seqconv.patching.rule import Rule, idle, original
 
 
@@ -53,9 +53,11 @@ def _why_not_hyena(module) -> str | None:
 
 
 def _cascade(module, u: Tensor, inference_params=None, padding_mask=None, *args, **kwargs):
-    """HyenaCascade of vortex without a cache: x_2 (h * (x_1 v) + D x_1 v) after a short convolution."""
-    if inference_params is not None:
-        return original(module, u, inference_params, padding_mask, *args, **kwargs)
+    """HyenaCascade of vortex: x_2 (h * (x_1 v) + D x_1 v) after a short convolution. Of a sequence it also makes the
+    states; its own steps go on from them."""
+    cache, index = inference_params, getattr(module, "layer_idx", None)
+    if cache is not None and index in cache.fir_state_dict:
+        return original(module, u, cache, padding_mask, *args, **kwargs)
     length, d = u.shape[1], module.hidden_size
     weight = module.short_filter_weight.squeeze(1).flip(-1)
     z = fftconv(u.float(), weight.float(), layout="blh").to(u.dtype)
@@ -76,12 +78,21 @@ def _cascade(module, u: Tensor, inference_params=None, padding_mask=None, *args,
         a, w = (t.double() for t in (module.log_poles.squeeze(-1), module.residues))
         a, w = (torch.stack([t, torch.zeros_like(t)], -1) for t in (a, w))
         k = mode_sum(a, w.unsqueeze(0), length, True)[0]
+        if (
+            cache is not None
+        ):  # There a transform of (batch, channels, modes, 2 length) complex numbers.
+            late = (pre * v).mT.flip(-1).float().contiguous()
+            cache.state_dict[index] = moments(a, late)[..., 0].float()
     else:
         k = module.h.squeeze(1).float()
         k = k if taps >= 128 else k.flip(-1)  # A short one is a correlation there.
     k = k.repeat_interleave(copies, 0)
     skip = None if module.D is None else module.D.float()
     y = pre * v  # There it is rounded to u's dtype, too.
+    if cache is not None:
+        cache.fir_state_dict[index] = u.mT[..., 1 - module.short_filter_length :]
+        if taps:
+            cache.fir_inner_state_dict[index] = y.mT[..., 1 - taps :]
     gate = post
     if masked and taps:
         gate = post * padding_mask.unsqueeze(-1)  # pyright: ignore

@@ -225,6 +225,7 @@ class HyenaCascade(nn.Module):
         self.hyena_filter_groups = groups = groups or d
         self.fir_inner_filter_length, self.column_split_hyena = taps, split
         self.hyena_flip_x1x2, self.long_fir_threshold = flip, None
+        self.layer_idx, self.short_filter_length = 3, 3
         self.use_flashfft = self.use_flash_depthwise = False
         self.short_filter_weight = drawn(3 * d, 1, 3)
         self.short_filter_bias = drawn(3 * d) if split else None
@@ -238,8 +239,9 @@ class HyenaCascade(nn.Module):
             self.D = drawn(d)
 
     def forward(self, u, inference_params=None, padding_mask=None, *args, **kwargs):
-        if inference_params is not None:
-            return "cached", inference_params
+        cache = inference_params
+        if cache is not None and self.layer_idx in cache.fir_state_dict:
+            return "a step", cache
         d, length = self.hidden_size, u.shape[1]
         z = F.conv1d(u.mT, self.short_filter_weight, padding=2, groups=3 * d)[..., :length]
         z = z if self.short_filter_bias is None else z + self.short_filter_bias[:, None]
@@ -255,16 +257,25 @@ class HyenaCascade(nn.Module):
         if self.hyena_flip_x1x2:
             post, pre = pre, post
         x, taps = pre * v, self.fir_inner_filter_length
+        if cache is not None:
+            cache.fir_state_dict[self.layer_idx] = u.mT[..., -2:]
+            if taps:
+                cache.fir_inner_state_dict[self.layer_idx] = x[..., 1 - taps :]
+            else:
+                state = 0
+                for t in range(length):
+                    state = self.log_poles[..., 0].exp() * state + x[..., t, None]
+                cache.state_dict[self.layer_idx] = state
         if self.h is None:
             steps = torch.arange(length, dtype=u.dtype)
             k = (self.residues[..., None] * (self.log_poles * steps).exp()).sum(1)
-            return ((transformed(x, k, 2 * length) + self.D[:, None] * x) * post).mT, None
+            return ((transformed(x, k, 2 * length) + self.D[:, None] * x) * post).mT, cache
         h = self.h.repeat_interleave(d // len(self.h), 0)
         if taps >= 128:
             y = transformed(x, h[:, 0, :length], 2 * length) + self.D[:, None] * x
         else:
             y = F.conv1d(x, h, padding=taps - 1, groups=d)[..., :length]
-        return (y * mask * post).mT, None
+        return (y * mask * post).mT, cache
 
 
 class LongConvolution(nn.Module):

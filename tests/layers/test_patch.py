@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import foreign_layers as foreign
 import pytest
@@ -134,7 +135,7 @@ def test_dropout_and_training():
     assert layer(x).square().sum() < before.square().sum()
 
 
-def test_lengths_states_masks_and_caches_are_as_before():
+def test_lengths_states_and_masks_are_as_before():
     layer, (x, *_) = made("long_conv")
     lengths = torch.tensor([40, 11])
     wanted = layer(x, lengths=lengths)[0]
@@ -149,8 +150,27 @@ def test_lengths_states_masks_and_caches_are_as_before():
         mask = (torch.arange(x.shape[1]) < torch.tensor([[x.shape[1]], [20]])).double()
         wanted = layer(x, None, mask)[0]
         seqconv.patch(layer, test=False)
-        assert layer(x, "cache")[0] == "cached"
         torch.testing.assert_close(layer(x, None, mask)[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cascade", "cascade, short", "cascade, medium"])
+def test_caches_hold_the_same_states(name):
+    layer, inputs = made(name)
+
+    def run():
+        caches = ("fir_state_dict", "fir_inner_state_dict", "state_dict")
+        cache = SimpleNamespace(**{cache: {} for cache in caches})
+        y, same = layer(inputs[-1], cache)
+        assert same is cache
+        assert layer(inputs[-1][:, :1], cache)[0] == "a step"  # those are the layer's own
+        return [y, *[t for found in vars(cache).values() for t in found.values()]]
+
+    wanted = run()
+    seqconv.patch(layer, test=False)
+    found = run()
+    assert len(wanted) == 3
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
 class Own(nn.Module):
