@@ -9,10 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FLOORS = ("reference", "backends", "ops", "layers")  # each may import those before it; the rest any
 OUTSIDE = {"torch", "einops"}
-LAZY = {"cuda", "pykeops"}  # optional: inside functions only
-EXPORTERS = {"onnxscript", "onnx_ir"}  # likewise, in seqconv.onnx
 # Optional, inside functions only, and where.
 LAZY = {"cuda": ("backends", "ops"), "pykeops": ("backends", "ops"), "safetensors": ("convert",)}
+LAZY |= {"onnxscript": ("onnx",), "onnx_ir": ("onnx",)}
 
 
 def imports(path: Path) -> set[str]:
@@ -38,13 +37,7 @@ def test_imports_point_downward():
                 above = inner not in height and inner != "_C" and floor in height
                 assert low and not above and floor != "reference", f"{path} imports {name}"
             elif top not in sys.stdlib_module_names:
-                lazy = (
-                    EXPORTERS if floor == "onnx" else LAZY if floor in ("backends", "ops") else ()
-                assert top in OUTSIDE or floor in LAZY.get(top, ()), (
-                    path,
-                    name,
-                )
-                assert top in OUTSIDE or top in lazy, (path, name)
+                assert top in OUTSIDE or floor in LAZY.get(top, ()), (path, name)
 
 
 def test_includes():

@@ -11,6 +11,7 @@ import pytest
 
 import seqconv
 import seqconv.export
+import seqconv.models
 import seqconv.nested
 import seqconv.onnx
 import seqconv.parallel
@@ -48,6 +49,7 @@ MODULES = [
     seqconv,
     seqconv.convert,
     seqconv.export,
+    seqconv.models,
     seqconv.nested,
     seqconv.nn,
     seqconv.onnx,
