@@ -39,7 +39,6 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     table: dict = {op.fwd: _plain(op) for op in _OPERATORS}
     table[fftconv.operator.fwd] = _fftconv
     table[butterfly.operator.fwd] = _butterfly
-    table[butterfly_conv._product_op.fwd] = _product
     table[packed.operator.fwd] = _refused("packed rows (cu_seqlens) have", "pad the rows")
     table[torch.ops.seqconv.stream_step.default] = _refused(
         "step() of a layer with taps has", "give forward its history"
@@ -69,13 +68,6 @@ def _fftconv(*args) -> Tensor:
 def _butterfly(*args) -> Tensor:
     (x, matrices), (sizes,) = butterfly.operator.split(args)
     return products.butterfly(x, split(matrices, sizes), sizes, None)
-
-
-def _product(*args) -> Tensor:
-    """Re ifft(u k)[:length] of u (batch, channels, n, 2) and k (heads, channels, n, 2)."""
-    (u, k), (length,) = butterfly_conv._product_op.split(args)
-    y = ssm.multiply(u.unsqueeze(1), k)
-    return products.inverse(y, length)
 
 
 def _refused(what: str, instead: str) -> Callable:

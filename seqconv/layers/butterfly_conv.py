@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqconv import reference
+from seqconv.backends import products
 from seqconv.backends.fallback import radix_sizes
 from seqconv.layers.base import ConvLayer, KernelGenerator, sized
 from seqconv.layers.long_conv import BLOCK, KERNEL, LongConvKernel
@@ -20,6 +21,7 @@ from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, ch
 from seqconv.ops.fftconv import ACTIVATIONS
 from seqconv.ops.register import Operator
 from seqconv.ops.sharding import SUM
+from seqconv.ops.ssm import multiply
 
 
 def radices(n: int) -> tuple[int, ...]:
@@ -241,8 +243,14 @@ class ButterflyConv(ConvLayer):
         u_f = self.input_transform(u, some)  # (b h n 2)
         k_f = self.kernel_transform(make(), some)  # (c h n 2)
         # One operator where torch would make complex numbers: in a graph, and on DTensors.
+        exporting = torch.compiler.is_compiling() and torch.compiler.is_exporting()
         opaque = torch.compiler.is_compiling() or hasattr(k_f, "device_mesh")
-        v = _product_op(Spectra(u_f, k_f), length) if opaque else _product(u_f, k_f, length)
+        if exporting and isinstance(length, int):  # Few runtimes have complex numbers.
+            v = products.inverse(multiply(u_f.unsqueeze(1), k_f), length)
+        elif opaque and not exporting:
+            v = _product_op(Spectra(u_f, k_f), length)
+        else:
+            v = _product(u_f, k_f, length)
         v = v + self.skip[:, channels].to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
         return reference.activate(v, self.activation).to(u.dtype)
 
