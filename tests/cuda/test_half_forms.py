@@ -150,7 +150,9 @@ def test_rows_of_any_kind(machine, rows):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("n", [1000, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "n", [1000, pytest.param(4096, marks=[pytest.mark.slow, pytest.mark.one_of(2)])]
+)
 def test_forms_agree(machine, n, dtype):
     """Rows in pieces and any rows give the same results up to what each may differ from the exact ones."""
     case = Case(5, 2, n, n, taps_rev=n // 3, skip="h", dtype=dtype)

@@ -587,6 +587,7 @@ def test_transforms_do_not_see_steps():
 
 @pytest.mark.parametrize("name", ["s4d", "long_conv", "hyena"])
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_steps_are_exported(name):
     layer, x = make(name), torch.randn(2, 40, D, dtype=torch.float64)
     with torch.no_grad():
@@ -623,6 +624,7 @@ def test_compiled_chunks(name):
 
 @pytest.mark.parametrize("name", ["long_conv", "hyena"])
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_compiled_steps_see_another_generator(name):
     layer, x = make(name), torch.randn(2, D, dtype=torch.float64)
     torch._dynamo.reset()
@@ -636,6 +638,7 @@ def test_compiled_steps_see_another_generator(name):
 
 @every_stream
 @pytest.mark.slow
+@pytest.mark.one_of(2)
 def test_compiled_steps(name):
     """One graph for all steps, without a graph break."""
     layer = make(name)

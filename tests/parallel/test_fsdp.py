@@ -190,7 +190,9 @@ def on_a_square(name: str) -> None:
 
 @every
 @pytest.mark.parametrize("way", [replicated, sharded], ids=lambda way: way.__name__)
-@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    "world", [pytest.param(2, marks=[pytest.mark.slow, pytest.mark.one_of(2)]), 3]
+)
 def test_equals_one_process(way, world, name):
     run(world, way, name, 7)
 
@@ -199,7 +201,9 @@ def test_equals_one_process(way, world, name):
 @pytest.mark.parametrize(
     "way", [replicated_under_autocast, sharded_in_bfloat16], ids=lambda way: way.__name__
 )
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world", [2, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.one_of(2)])]
+)
 def test_kernels_stay_in_float32(way, world, name):
     run(world, way, name, 7)
 

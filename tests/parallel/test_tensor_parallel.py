@@ -125,7 +125,10 @@ def test_packs_are_equal_to_one_process():
     run(2, packs_are_equal_to_one_process, [n for n in LAYERS if "butterfly" not in n])
 
 
-@pytest.mark.parametrize("world", [3, *[pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)]])
+@pytest.mark.parametrize(
+    "world",
+    [3, *[pytest.param(n, marks=[pytest.mark.slow, pytest.mark.one_of(2)]) for n in (2, 4)]],
+)
 def test_equal_to_one_process(world):
     run(world, equal_to_one_process, list(LAYERS))
 
