@@ -171,6 +171,34 @@ def _torch_compile(case: Case, device: str) -> Callable | None:
     return torch.compile(fft, dynamic=False)
 
 
+def _torch_compile_complex(case: Case, device: str) -> Callable | None:
+    """The compiler with its complex wrapper, which makes real tensors of complex ones before it fuses."""
+    if case.mode != "causal" or case.layout != "bhl":
+        return None
+    config = importlib.import_module("torch._functorch.config")
+    if not hasattr(config, "enable_complex_wrapper"):
+        raise ImportError(f"torch {torch.__version__} has no complex wrapper")
+    torch._dynamo.reset()
+
+    def in_parts(*tensors):  # code of its own: that of `fft` may be compiled without the wrapper
+        return fft(*tensors)
+
+    compiled = torch.compile(in_parts, dynamic=False)
+
+    def run(*tensors):
+        # At every call, for 16 microseconds: another contender's reset makes the next call compile again.
+        with config.patch(enable_complex_wrapper=True):
+            return compiled(*tensors)
+
+    short, dy = replace(case, batch=1, channels=1, length=16, taps=0).tensors(device)
+    try:
+        run(*(t if t is None else t.requires_grad_(dy is not None) for t in short))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        why = str(error).strip().splitlines()[:2][-1].split(";")[0]
+        raise ImportError(f"torch {torch.__version__}'s complex wrapper: {why}") from error
+    return run
+
+
 def _seqconv(case: Case, device: str) -> Callable:
     def run(u, k, skip, k_rev, pre_gate, post_gate):
         gates = {"pre_gate": pre_gate, "post_gate": post_gate}
@@ -322,11 +350,24 @@ def _nvsubquadratic(case: Case, device: str) -> Callable | None:
     return lambda u, k, skip, *_: fftconv1d_bhl(u, k[None], skip)
 
 
+def _nvmath_tile(case: Case, device: str) -> Callable | None:
+    plain = case.mode == "causal" and case.layout == "bhl" and case.op == "forward"
+    power = case.length > 0 and not case.length & (case.length - 1)
+    if device == "cpu" or not plain or not power or case.kernel_taps > case.length:
+        return None
+    from bench.micro import nvmath_tile
+
+    if case.dtype == "float64" or case.length > nvmath_tile.LONGEST:
+        return None
+    return lambda u, k, skip, *_: nvmath_tile.causal(u, k) + u * skip[:, None]
+
+
 # name -> (package that must be there, maker)
 CONTENDERS: dict[str, tuple[str, Callable[[Case, str], Callable | None]]] = {
     "seqconv": ("seqconv", _seqconv),
     "torch.fft": ("torch", _torch_fft),
     "torch.compile": ("torch", _torch_compile),
+    "torch.compile+complex": ("torch", _torch_compile_complex),
     "conv1d": ("torch", _conv1d),
     "scipy.fft": ("scipy", _scipy_fft),
     "oaconvolve": ("scipy", _scipy_oaconvolve),
@@ -335,9 +376,12 @@ CONTENDERS: dict[str, tuple[str, Callable[[Case, str], Callable | None]]] = {
     "flashfftconv": ("flashfftconv", _flashfftconv),
     "subquadratic_ops": ("subquadratic_ops_torch", _subquadratic_ops),
     "nvsubquadratic": ("nvsubquadratic", _nvsubquadratic),
+    "nvmath.tile": ("nvmath", _nvmath_tile),
 }
 BASELINE = "torch.fft"
-ON_GPU = ("flashfftconv", "subquadratic_ops", "nvsubquadratic")  # where they are compared
+COMPILED = ("torch.compile", "torch.compile+complex")
+# where they are compared
+ON_GPU = ("flashfftconv", "subquadratic_ops", "nvsubquadratic", "nvmath.tile")
 FAST = ("scipy.fft", "oaconvolve", "ducc0", "pyfftw")  # the other fast ones on a CPU
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, replace
 from itertools import product
 
-from bench.micro.contenders import BASELINE, CONTENDERS, ON_GPU, Case
+from bench.micro.contenders import BASELINE, COMPILED, CONTENDERS, ON_GPU, Case
 from bench.micro.packed import ONE_BY_ONE, PACKED, PADDED
 
 POWERS = (256, 1024, 4096, 16384, 65536, 262144, 1048576)
@@ -96,7 +96,7 @@ def full(usual_budget: float) -> list[dict]:
     def add(allocator, threads, case, names, tag, budget=usual_budget, beside=()):
         jobs.append(job(allocator, threads, case, names, tag, budget, beside))
 
-    everything = tuple(n for n in CONTENDERS if n not in ("conv1d", "torch.compile", *ON_GPU))
+    everything = tuple(n for n in CONTENDERS if n not in ("conv1d", *COMPILED, *ON_GPU))
     for allocator, threads in product(("tuned", "default"), (1, 2)):
         for run in range(3 if threads == 1 else 1):
             for batch, length, op in product((8, 1), POWERS, BOTH):

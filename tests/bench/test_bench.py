@@ -1,5 +1,7 @@
 """The measuring instrument: it refuses wrong results, counts what it says it counts, and loses nothing."""
 
+import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -90,6 +92,59 @@ def test_who_cannot_compete_says_why(monkeypatch):
         "scipy.fft": "does not do this case",
         "ducc0": "cannot be imported: libfft.so.3 is missing",
     }
+
+
+def test_nvmath_tile_is_left_out_where_it_cannot_be():
+    """Its kernel runs on a GPU, forward, on rows of a power of two; the package is a preview."""
+    plain = Case(channels=2, length=64)
+    assert "nvmath.tile" in contenders.ON_GPU
+    assert contenders.make("nvmath.tile", plain, "cpu") is None
+    for other in (
+        Case(channels=2, length=100),
+        Case(channels=2, length=64, taps=65),
+        Case("gated", channels=2, length=64),
+        Case(channels=2, length=64, op="forward+backward"),
+    ):
+        assert contenders.make("nvmath.tile", other, "cuda") is None
+    if importlib.util.find_spec("nvmath") is None:
+        assert "nvmath.tile" in contenders.missing()
+        with pytest.raises(ImportError):
+            contenders.make("nvmath.tile", plain, "cuda")
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # torch's own, where it imports its compiler
+def test_the_complex_wrapper_competes_or_says_why_not():
+    case = Case(channels=2, length=64)
+    name = "torch.compile+complex"
+    (row,) = measure.measure(case, [name], 0.01, timing.Clock("cpu"), 1e9)
+    if "absent" in row:
+        assert re.match(r"cannot be imported: torch [\w.+]+'s complex wrapper: \w+", row["absent"])
+    else:
+        assert row["gate"]
+    assert contenders.make(name, Case("gated", channels=2, length=64), "cpu") is None
+
+
+def test_the_complex_wrapper_is_on_whenever_torch_may_compile(monkeypatch):
+    config = importlib.import_module("torch._functorch.config")
+    if not hasattr(config, "enable_complex_wrapper"):
+        pytest.skip("this torch has no complex wrapper")
+    seen = []
+
+    def compile(function, **options):
+        def run(*tensors):
+            seen.append(config.enable_complex_wrapper)
+            return function(*tensors)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    case = Case(channels=2, length=64)
+    tensors, _ = case.tensors("cpu")
+    y = contenders.make("torch.compile+complex", case, "cpu")(tensors)
+    assert seen == [True, True] and not config.enable_complex_wrapper  # on trial, and in earnest
+    assert torch.equal(y, contenders.fft(*tensors))
 
 
 def named(text: str) -> set[str]:

@@ -188,7 +188,7 @@ ROWS = [*NV_ROWS, *CUDNN_ROWS, *FLASH_ROWS, *VORTEX_ROWS]
 
 
 def as_parameter(row: Row):
-    long = row.case.batch * row.case.channels * row.case.length >= 1 << 15
+    long = row.case.batch * row.case.channels * row.case.length > 1 << 16
     marks = (pytest.mark.slow, pytest.mark.one_of(8)) if long else ()
     return pytest.param(row, id=str(row), marks=marks)
 
