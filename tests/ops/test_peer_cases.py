@@ -24,8 +24,8 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 class Row:
     peer: str
     case: Case
-    close: tuple[float, float]  # atol and rtol of y
-    close_grads: tuple[float, float] | None = None  # None: the peer tests y only
+    close: tuple[float, float] | None = None  # atol and rtol of y, where the peer has them
+    close_grads: tuple[float, float] | None = None
     size: float = 1.0  # standard deviation of u and of the gates
     k_size: float | None = None  # None: 1 / sqrt(taps)
     dy_size: float | None = 1.0  # None: dy is 1, the gradient of a sum
@@ -79,10 +79,7 @@ NV_ROWS = [
         for s in ((2, 64, 256, 7), (4, 32, 128, 5))
     ),
     *(Row(case=case(1, 32, max(taps, 256), taps), **NV_OPS) for taps in (128, 512, 2048)),
-    *(
-        Row(case=case(2, 32, 128, 5, dtype=d, kernel_dtype=d), **(NV | {"close": (5e-2, 1e-2)}))
-        for d in (BF16, F16, F32)
-    ),
+    *(Row(case=case(2, 32, 128, 5, dtype=d, kernel_dtype=d), **NV) for d in (BF16, F16, F32)),
     *(
         Row(case=case(*s), **NV_FFT)
         for s in (
@@ -102,7 +99,7 @@ NV_ROWS = [
     ),
     # What it refuses: a kernel of more than twice the length, and skip in another dtype than the input's.
     Row(case=case(2, 8, 30, 200, skip="h"), **NV_FFT),
-    Row(case=case(2, 16, 64, 7, skip="h", dtype=BF16), **(NV | {"close": (5e-2, 1e-2)})),
+    Row(case=case(2, 16, 64, 7, skip="h", dtype=BF16), **NV),
 ]
 
 # cuDNN's fft_causal_conv1d: both algorithms, the four dtypes, the sizes of its C++ samples
@@ -133,12 +130,11 @@ SIZES = [256, 512, *(1 << n for n in (10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21
 def flash(batch, channels, size, dtype, half, gated) -> Row:
     length, mode = (size, "circular") if half else (size // 2, "causal")
     gates = {"pre_gate": gated, "post_gate": gated}
-    close = 1e-1 if size < 1 << 19 else 1.0 if size < 1 << 22 else 2.0  # of dk
     return Row(
         peer="flash-fft-conv",
         case=case(batch, channels, length, length, dtype=dtype, mode=mode, **gates),
         close=(1e-2, 1e-5),
-        close_grads=(close, 1e-5),
+        close_grads=(1e-2, 1e-5),  # for dk it allows 0.1 to 2
         size=0.02,
         k_size=0.02,
         dy_size=0.02,
@@ -154,6 +150,7 @@ FLASH_ROWS = [
 FLASH_ROWS += [
     flash(batch, channels, 256, F16, False, True)
     for batch, channels in product((1, 2, 4, 8, 64), (111, 768))
+    if batch * channels < 10000
 ]
 
 # vortex (Evo 2): parallel_fir and parallel_iir have both gates and a skip of what the first gate leaves; the tests of
@@ -170,9 +167,9 @@ def two_pass(batch, length, channels, groups, taps, dtype) -> Row:
 
 VORTEX_ROWS = [
     Row("vortex", case(1, 1, 4096, 4096, dtype=F16), (1e-1, 1e-5), k_size=1.0),
-    Row("vortex", case(1, 64, 128, 128, dtype=F16, pre_gate=True), (1e-1, 1e-2), k_size=0.1),
+    Row("vortex", case(1, 64, 128, 128, dtype=F16, pre_gate=True), k_size=0.1),
     *(
-        Row("vortex", case(1, 16, length, taps, dtype=dtype, **EVO), (1e-2, 1e-2))
+        Row("vortex", case(1, 16, length, taps, dtype=dtype, **EVO))
         for length, taps in ((128, 128), (2000, 128), (2000, 2000), (100, 128), (2000, 7))
         for dtype in (BF16, F32)
     ),
