@@ -23,6 +23,11 @@ from seqconv.backends.inputs import Inputs
 from seqconv.reference import activate
 
 DIRECT = 32  # taps up to which the sum itself is taken, by torch's convolution
+_SIZES = (
+    2,
+    4,
+    *range(8, 65, 8),
+)  # of passes but the first: a matrix of other sizes leaves vectors half empty
 _PASS = 350  # operations a point that take as long as what a pass reads, writes and loses in small products, on a CPU
 
 
@@ -32,13 +37,12 @@ def radices(length: int) -> tuple[int, ...]:
     tables hold 4 n times as many numbers."""
     best, found = math.inf, (2, 2)
     for count in (2, 3, 4):
-        steps = range(2, 65) if count < 4 else range(8, 65, 4)
-        for rest in product(steps, repeat=count - 1):
+        for rest in product(_SIZES, repeat=count - 1):
             first = max(2, -(-length // math.prod(rest)))
-            if first > 128 or rest[-1] > first:
+            if first > 128 or rest[-1] > max(first, 8):
                 continue
-            n = first * math.prod(rest)
-            work = n * (4 * first + 8 * sum(rest) + _PASS * count)
+            n, whole = first * math.prod(rest), -(-first // 8) * 8
+            work = n * (5 * whole + 8 * sum(rest) + _PASS * count)
             if work < best:
                 best, found = work, (first, *rest)
     if best == math.inf:
