@@ -84,7 +84,7 @@ class FrozenKernel(KernelGenerator):
 
     def __init__(self, k: Tensor, length: int):
         super().__init__()
-        self.length = length
+        self.length = self.l_max = length
         self.heads, self.d_model = k.shape[:2]
         self.register_buffer("k", k)
 
@@ -123,8 +123,12 @@ def freeze(model: nn.Module, length: int) -> nn.Module:
         if _makes_kernels(child)
     ]
     if not found:
-        raise ValueError(f"freeze: model must hold a layer of seqconv, got {type(model).__name__}")
-    with torch.no_grad():
+        again = any(isinstance(module, FrozenKernel) for module in model.modules())
+        what = "frozen already" if again else f"{type(model).__name__} without one"
+        raise ValueError(
+            f"freeze: model must hold a layer of seqconv that is not frozen, got {what}"
+        )
+    with torch.inference_mode(False), torch.no_grad():
         for parent, name, child in found:
             # Its transforms have one length, whatever that of the input.
             own = parent.l_max if isinstance(parent, butterfly_conv.ButterflyConv) else length

@@ -15,7 +15,7 @@ COMMANDS = {
     "sweep": "TASK... --layers     trains several tasks, layers and seeds in turn; resumable",
     "gpu": "[TASK...]            trains the generated tasks on a GPU in sessions; resumable",
     "throughput": "TASK...              times training on packed samples beside padded ones",
-    "synthetics": "[TASK...]     trains small models to recall made-up tokens; resumable",
+    "synthetics": " [TASK...]     trains small models to recall made-up tokens; resumable",
     "data": "make|check TASK     generates or examines a data set",
 }
 DATA_COMMANDS = {
@@ -71,13 +71,27 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument(
         "--rate", type=int, default=1, help="2: half of the samples a second; S4D and SGConv"
     )
+    parser.add_argument(
+        "--told",
+        type=int | None,
+        default=None,
+        help="the rate that the layers are told; null: --rate",
+    )
+    parser.add_argument(
+        "--json", type=str | None, default=None, help="a file that gets a line with the result"
+    )
     chosen = parser.parse_args(underscored(argv))
-    if chosen.rate < 1:
-        parser.error(f"--rate must be at least 1, got {chosen.rate}")
+    told = chosen.rate if chosen.told is None else chosen.told
+    for name, rate in (("rate", chosen.rate), ("told", told)):
+        if rate < 1:
+            parser.error(f"--{name} must be at least 1, got {rate}")
     from bench.lra.run import evaluate
 
     where = chosen.data, chosen.batch, chosen.device
-    evaluate(Path(chosen.run), chosen.split, chosen.checkpoint, *where, chosen.rate)
+    rates = chosen.rate, told
+    found = evaluate(Path(chosen.run), chosen.split, chosen.checkpoint, *where, *rates)
+    if chosen.json:
+        files.append(Path(chosen.json), found)
 
 
 def report(argv: list[str]) -> None:

@@ -226,9 +226,10 @@ def evaluate(
     batch: int | None,
     device: str = "auto",
     rate: int = 1,
-) -> float:
-    """Prints and returns the accuracy of a run's checkpoint on a split. rate: every so many-th step is read, and the
-    layers' kernels are those of such samples."""
+    told: int = 1,
+) -> dict:
+    """Prints the accuracy of a run's checkpoint on a split, and returns it with what it is of. rate: every so many-th
+    step is read. told: the layers have the kernels of samples that are read so."""
     config, info, splits, _, model = reopen(run, checkpoint, data)
     if split not in splits:
         raise SystemExit(f"--split: {split!r} is none of {', '.join(splits)}")
@@ -236,10 +237,10 @@ def evaluate(
         info.channels and all(getattr(x, "resamples", False) for x in model.layers)
     ):
         text = "tokens" if not info.channels else f"{config.layer}, whose taps have no time scale"
-        raise SystemExit(f"--rate must be 1 for {text}, got {rate}")
+        raise SystemExit(f"--rate must be 1 for {text}, got {max(rate, told)}")
     device = device_for(device)
     model.to(device).eval()
-    model.rate = float(rate)
+    model.rate = float(told)
     size = batch or config.optim.batch
     batches = EvalBatches(splits[split], batch=size, packed=config.run.packed and rate == 1)
     hits = 0
@@ -248,8 +249,10 @@ def evaluate(
             hits += (model(*samples.inputs).argmax(1) == samples.labels).sum().item()
     accuracy = hits / len(splits[split])
     thin = f" at 1/{rate} of the rate" if rate > 1 else ""
+    thin += f", with kernels of 1/{told}" if told != rate else ""
     plain.print(
         f"{config.task}, {config.layer}, seed {config.run.seed}: {split} accuracy{thin} {accuracy:.2%} "
         f"({levels(info.chance, info.majority, info.generated)})"
     )
-    return accuracy
+    run_facts = {"task": config.task, "layer": config.layer, "seed": config.run.seed}
+    return run_facts | {"split": split, "rate": rate, "told": told, "accuracy": accuracy}

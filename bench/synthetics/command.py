@@ -50,22 +50,36 @@ def table(rows: list[dict]) -> str:
     return files.markdown(head, lines)
 
 
+def said(row: dict) -> str:
+    text = f"{row['task']}, {row['layer']}, seed {row['seed']}: {row['accuracy']:.1f} %"
+    return f"{text} (chance {TASKS[row['task']].chance:.1f} %)"
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="bench.lra synthetics", description=__doc__.split("\n")[0]
     )
     parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)}; none: all")
-    parser.add_argument("--layers", default="s4d,long_conv,sgconv,hyena", help="with commas")
+    parser.add_argument(
+        "--layers", default="s4d,long_conv,sgconv,hyena", help="with commas; also s4d-two-sided"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=None, help="instead of the task's")
-    parser.add_argument("--json", type=Path, default=RESULTS / "synthetics.jsonl")
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS / "synthetics.jsonl", help="where results are kept"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs/synthetics", help="checkpoints")
-    parser.add_argument("--table", action="store_true", help="write the table, and train nothing")
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="write the table of --json into docs/long_range_arena.md, and train nothing",
+    )
     args = parser.parse_args(argv)
     if args.table:
         rows = rows_of(args.json)
         text = f"{table(rows)}\n\n{processor()['model name']}, commit {rows[-1]['commit']}."
         files.replace_between(PAGE, "synthetics", text)
+        print(f"wrote the table of {args.json} into {PAGE}")
         return
     import torch
 
@@ -83,14 +97,13 @@ def main(argv: list[str]) -> None:
             for seed in args.seeds:
                 wanted = {"task": task, "layer": layer, "seed": seed}
                 wanted["epochs"] = args.epochs or TASKS[task].epochs
-                if any(wanted.items() <= row.items() for row in rows_of(args.json)):
+                there = [row for row in rows_of(args.json) if wanted.items() <= row.items()]
+                if there:
+                    plain.print(f"{said(there[0])}, from {args.json}")
                     continue
                 run = Run(task, layer, seed, args.epochs, args.out)
                 with progress(plain) as bar:
                     shown = bar.add_task(f"{task}, {layer}, seed {seed}", total=run.epochs)
                     row = run.run(lambda epoch, of, b=bar, s=shown: b.update(s, completed=epoch))
                 files.append(args.json, row | {"commit": commit(), "when": now()})
-                chance = TASKS[task].chance
-                plain.print(
-                    f"{task}, {layer}, seed {seed}: {row['accuracy']:.1f} % (chance {chance:.1f} %)"
-                )
+                plain.print(said(row))

@@ -110,6 +110,8 @@ def load_hyena(
     )  # fewer with num_heads > 1, more with inner_factor
     deltas = checkpoint.take("filter_fn.modulation.deltas").reshape(-1)
     checkpoint.check("filter_fn.modulation.deltas", deltas, both)
+    if interleaved is not None:
+        check_flag("load_hyena", interleaved=interleaved)
     if heads > 1 and interleaved is None:
         wanted = "interleaved must be True or False for a checkpoint of order > 2"
         raise ValueError(f"{name}: {wanted}, got None")

@@ -51,6 +51,9 @@ class State:
             _flatten,
             lambda leaves, context: _unflatten(cls, leaves, context),
             flatten_with_keys_fn=lambda state: _with_keys(cls, state),  # torch.export names them
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",  # and saves them,
+            to_dumpable_context=list,  # with the options as JSON
+            from_dumpable_context=tuple,
         )
         torch.serialization.add_safe_globals([cls])
 

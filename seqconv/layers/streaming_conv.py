@@ -197,6 +197,8 @@ class StreamingConv:
         y = (y if post_gate is None else y * post_gate.to(y.dtype)).to(u.dtype)
         new: Any = state.map(lambda t: t)
         new.inputs, new.sums, new.clock = rings
+        if state.length is not None:
+            new.age = state.age + 1
         return y, new
 
     def prefill(

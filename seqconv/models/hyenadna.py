@@ -191,11 +191,19 @@ class HyenaDNA(nn.Module):
     def step(self, tokens: Tensor, state: States) -> tuple[Tensor, States]:
         """tokens (batch,) to logits (batch, vocab), and the state, which it changes in place. It has no gradient."""
         self._check("HyenaDNA.step", tokens, 1)
+        after = []
 
         def mix(block: Block, part: State):
-            return lambda x: block.mixer.step(x, part)[0]  # pyright: ignore
+            def call(x: Tensor) -> Tensor:
+                y, new = block.mixer.step(x, part)  # pyright: ignore
+                after.append(new)
+                return y
+
+            return call
 
         y = self._run(tokens, [mix(*pair) for pair in zip(self._blocks(), state, strict=True)])
+        if any(new is not part for new, part in zip(after, state, strict=True)):
+            state = States(after)  # In an exported program a step makes new states.
         return self.head(y), state
 
     @torch.no_grad()

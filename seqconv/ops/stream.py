@@ -93,8 +93,8 @@ def portable_step(
 ) -> tuple[Tensor, Rings]:
     """v (batch, heads, channels) of x (batch, channels), and the rings after the step, new ones, for programs that run
     where no operator of this package is: by additions and indices, O(taps) a step. Every product goes into the sums at
-    once, so that no input waits for a tile; of rings that step has changed, inputs wait, and are forgotten here."""
-    _, sums, clock = rings
+    once, so that no input waits for a tile. Rings that `step` has changed hold inputs that wait: v is NaN then."""
+    inputs, sums, clock = rings
     period = sums.shape[1] * BLOCK
     whole = sums.movedim(1, -2).flatten(-2)  # (batch, heads, channels, period)
     place = torch.arange(period, device=x.device)
@@ -103,6 +103,8 @@ def portable_step(
     )  # (batch, channels, 1)
     due = (place == now).unsqueeze(1)
     v = torch.where(due, whole, 0.0).sum(-1) + k[..., 0] * x.unsqueeze(1)
+    waits = inputs.abs().amax((1, 3)) != 0  # (batch, channels)
+    v = torch.where(waits.unsqueeze(1), torch.nan, v)
     if skip is not None:
         v = v + skip * x.unsqueeze(1)
     later = F.pad(
@@ -112,8 +114,8 @@ def portable_step(
     shape = x.shape[0], *k.shape[:2], period
     later = later.unsqueeze(0).expand(shape).gather(-1, lag.expand(shape))
     whole = torch.where(due, 0.0, whole) + later * x[:, None, :, None]
-    sums = whole.unflatten(-1, (-1, BLOCK)).movedim(-2, 1)
-    return v, Rings(rings.inputs, sums, (clock + 1) % period)
+    sums = whole.unflatten(-1, (-1, BLOCK)).movedim(-2, 1).contiguous()
+    return v, Rings(inputs, sums, (clock + 1) % period)
 
 
 def _wrapped(t: Tensor | None) -> bool:

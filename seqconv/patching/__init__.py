@@ -28,7 +28,8 @@ def patch(
     Face port, GConv of SGConv, HyenaCascade of vortex (Evo 2; its steps stay its own), and LongConvolution and
     ImplicitLongConvolution of fla, by the names of classes and attributes. A layer gets a new forward, which reads the
     layer's own parameters: an optimizer, a state_dict and hooks stay as they are, and so does what the layer computes.
-    Copies of a patched model are patched, and their patch cannot be taken back.
+    Deep copies of a patched model are patched, and their patch cannot be taken back. Take the patch back before you
+    pickle the model, and before nn.DataParallel makes replicas of it.
 
     Args:
         model: the model, or a layer.
@@ -73,7 +74,7 @@ def patch(
                 report.left.append((name, kind, why))
                 continue
             report.rows.append(_replace(rule, name, module, length, batch, test and repeats))
-            report._modules.append(module)
+            report._replaced.append((module, vars(module)["forward"]))
     except BaseException:
         report()
         raise
@@ -94,7 +95,13 @@ def _replace(
         # A copy is tested, because some of these layers change in their forward.
         twin = copy.deepcopy(module).eval()
         x = probe(rule, module, length, batch)
-        theirs, ms, mib = measure(twin, x, repeats)
+        try:
+            theirs, ms, mib = measure(twin, x, repeats)
+        except (RuntimeError, ValueError, TypeError) as error:
+            text = (
+                f"{name or 'the model'} ({type(module).__name__}) cannot compute its own test input"
+            )
+            raise RuntimeError(f"patch: {text}, test=False leaves the test out: {error}") from error
         twin.forward = MethodType(rule.forward, twin)
         ours, new_ms, new_mib = measure(twin, x, repeats)
         error = (ours.double() - theirs.double()).norm() / theirs.double().norm()

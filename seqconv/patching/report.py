@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,17 +37,21 @@ class Report:
 
     rows: list[Row]
     left: list[tuple[str, str, str]]
-    _modules: list[nn.Module] = field(default_factory=list, repr=False)
+    _replaced: list[tuple[nn.Module, Any]] = field(default_factory=list, repr=False)
 
     def __call__(self) -> None:
         """Gives every patched layer its own forward back. A second call does nothing."""
-        for module in self._modules:
-            module.__dict__.pop("forward", None)
-        self._modules.clear()
+        for module, forward in self._replaced:
+            if vars(module).get("forward") is forward:  # and not one that was set since
+                del module.forward
+        self._replaced.clear()
 
     undo = __call__
 
     def __str__(self) -> str:
+        left = [f"left: {name or '(the model)'} ({kind}): {why}" for name, kind, why in self.left]
+        if not self.rows:
+            return "\n".join(["no layer was replaced", *left])
         head = ("layer", "class", "error", "ms before", "after", "MiB before", "after")
         lines: list[tuple[str, ...]] = [head]
         for row in self.rows:
@@ -61,7 +66,6 @@ class Report:
             ).rstrip()
             for line in lines
         ]
-        left = [f"left: {name or '(the model)'} ({kind}): {why}" for name, kind, why in self.left]
         return "\n".join([*text, *left])
 
 

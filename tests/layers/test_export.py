@@ -137,7 +137,7 @@ class OneStep(nn.Module):
 
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.one_of(2)
-def test_steps_in_onnxruntime(name):
+def test_steps_in_onnxruntime(name, tmp_path):
     layer, x = LAYERS[name]().eval(), torch.randn(3, L, D)
     with torch.no_grad():
         wanted, state = layer(x), layer.init_state(3)
@@ -148,6 +148,9 @@ def test_steps_in_onnxruntime(name):
             shapes[t] = {0: batch}
         program = torch.export.export(OneStep(layer), (now, copy.deepcopy(state)), strict=False)
         assert not [n for n in program.graph.nodes if "stream" in str(n.target)]
+        torch.export.save(program, tmp_path / "step.pt2")
+        saved = torch.export.load(tmp_path / "step.pt2").module()
+        assert relative(saved(now, copy.deepcopy(state))[0], wanted[:, 30]) < 1e-5
         program = torch.export.export(
             OneStep(layer), (now, state), dynamic_shapes=shapes, strict=False
         )
@@ -155,6 +158,25 @@ def test_steps_in_onnxruntime(name):
     for step in range(30, L):
         y, *leaves = run(x[:, step], *leaves)
         assert relative(y, wanted[:, step]) < 1e-5
+
+
+@pytest.mark.parametrize("name", CAUSAL[1:])
+def test_inputs_that_wait_are_not_forgotten(name):
+    """After torch's step a state holds inputs that an exported step does not know: its outputs are NaN until prefill
+    has taken them into account."""
+    layer, x = LAYERS[name]().eval(), torch.randn(2, L, D)
+    with torch.no_grad():
+        wanted, state = layer(x), layer.init_state(2)
+        start = copy.deepcopy(state)
+        exported = torch.export.export(OneStep(layer), (x[:, 0], start), strict=False).module()
+        for t in range(7):
+            _, state = layer.step(x[:, t], state)
+        y, _ = exported(x[:, 7], copy.deepcopy(state))
+        assert y.isnan().all()
+        _, state = layer.prefill(x[:, 7:8], state)
+        for t in range(8, 20):  # by both, in turn
+            y, state = exported(x[:, t], state) if t < 14 else layer.step(x[:, t], state)
+            assert relative(y, wanted[:, t]) < 1e-5
 
 
 def test_exported_steps_of_a_bounded_state_are_refused():
@@ -186,8 +208,10 @@ def test_a_frozen_model_and_what_is_refused():
     frozen = seqconv.freeze(model, L)
     assert isinstance(frozen[1].kernel, export.FrozenKernel)
     assert isinstance(model[1].kernel, seqconv.S4DKernel)
-    with pytest.raises(ValueError, match="must hold a layer of seqconv"):
+    with pytest.raises(ValueError, match=r"must hold a layer of seqconv.*Linear without one"):
         seqconv.freeze(nn.Linear(2, 2), L)
+    with pytest.raises(ValueError, match="frozen already"):
+        seqconv.freeze(frozen, L)
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         seqconv.freeze("model", L)
     with pytest.raises((ValueError, TypeError), match="length"):

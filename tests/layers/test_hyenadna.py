@@ -1,5 +1,6 @@
 """HyenaDNA from state_dicts and folders in its two layouts, against its formulas; generation; the tokenizer."""
 
+import copy
 import json
 import math
 
@@ -249,3 +250,24 @@ def test_tokenizer():
         tokenizer.decode([12])
     with pytest.raises(ValueError, match="characters must be different"):
         CharacterTokenizer("AA")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's exporter
+def test_an_exported_step_returns_its_states():
+    class Step(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens, state):
+            return self.model.step(tokens, state)
+
+    model = HyenaDNA([Hyena(D, l_max=L) for _ in range(2)]).eval()
+    tokens = torch.randint(7, 12, (2, 9))
+    with torch.no_grad():
+        wanted, state = model(tokens), model.init_state(2)
+        given = copy.deepcopy(state)
+        step = torch.export.export(Step(model), (tokens[:, 0], given), strict=False).module()
+        for t in range(9):
+            y, state = step(tokens[:, t], state)
+            torch.testing.assert_close(y, wanted[:, t], rtol=1e-4, atol=1e-5)

@@ -3,16 +3,19 @@
 import dataclasses
 import json
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from lra_run import ROOT
 
-from bench import pictures
+from bench import files, pictures
+from bench.facts import RESULTS
 from bench.lra.arguments import parse_fit
 from bench.lra.recipes import BARS, recipe
 from bench.lra.report import details, keep, load, report, summary
+from bench.synthetics.command import PAGE, rows_of, table
 
 
 def write_run(
@@ -173,3 +176,20 @@ def test_a_picture_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         pictures.plot_curves([], info, None, "", tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_the_table_of_rates_is_that_of_the_results():
+    rows = files.read([RESULTS / "rates.jsonl"])
+    text = (ROOT / "docs/long_range_arena.md").read_text()
+    for task, layer in {(row["task"], row["layer"]) for row in rows}:
+        cells = []
+        for rate, told in ((1, 1), (2, 2), (4, 4), (2, 1)):
+            wanted = {"task": task, "layer": layer, "rate": rate, "told": told}
+            found = [row for row in rows if wanted.items() <= row.items()]
+            assert {row["seed"] for row in found} == {0, 1, 2} and len(found) == 3
+            cells.append(f"{100 * mean(row['accuracy'] for row in found):.1f}")
+        assert f"| {task} | {layer} | {' | '.join(cells)} |" in text
+
+
+def test_the_table_of_made_up_tokens_is_that_of_the_results():
+    assert table(rows_of(RESULTS / "synthetics.jsonl")) in PAGE.read_text()
