@@ -1,8 +1,8 @@
 """Models that run elsewhere: seqconv's operators as plain torch for exporters, and layers with constant kernels.
 
 torch.export keeps an operator of this package as one node, which only a process with torch and seqconv can run.
-`decompositions` replaces those nodes by matrix products, additions and reshapes, for ONNX (see seqconv.onnx),
-ExecuTorch and a compiled library of AOTInductor. `freeze` makes the kernels constants first.
+`decompositions` replaces those nodes by matrix products, additions and reshapes, for ONNX (see seqconv.onnx)
+and a compiled library of AOTInductor. `freeze` makes the kernels constants first.
 """
 
 import copy
@@ -29,7 +29,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
         program = program.run_decompositions(seqconv.export.decompositions())
 
     A convolution becomes products with matrices of at most 128 points, O(length) memory for their tables, and
-    about 400 to 1,000 floating point operations an element for 1,000 to 65,536 steps. Results agree with the
+    about 600 to 1,300 floating point operations an element for 1,000 to 65,536 steps. Results agree with the
     operator's to round-off. The batch may be dynamic; lengths and channels must be constants. Only inference is
     replaced: the operators of gradients stay as they are.
 

@@ -2,7 +2,7 @@
 
 A batch of samples is a pair of integer arrays (samples, length): tokens, and targets, which are UNASKED where the
 model is not asked. In training the recall tasks ask everywhere, as their source does, and in the test for the last
-token only.
+token only. Source of those: safari's configurations, arXiv 2212.14052.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,6 @@ class Task:
     cosine: bool = (
         False  # the learning rate falls as a cosine to a tenth, otherwise in a line to zero
     )
-    source: str = ""
 
 
 def _next_tokens(sequences: np.ndarray, test: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +78,6 @@ def _made(function: Callable, **settings) -> Callable:
     return lambda samples, rng, test: function(samples, rng, test, **settings)
 
 
-SAFARI = "safari's configuration, arXiv 2212.14052"
 TASKS = {
     "associative-recall": Task(
         "Associative recall, 10 tokens, 10 pairs",
@@ -87,7 +85,6 @@ TASKS = {
         vocab=10,
         length=22,
         chance=25.0,
-        source=SAFARI,
     ),
     "induction-head": Task(
         "Induction head, 20 tokens, 30 steps",
@@ -97,7 +94,6 @@ TASKS = {
         chance=100 / 18,
         epochs=400,
         cosine=True,
-        source=SAFARI,
     ),
     "future": Task(
         "The next of random tokens, which only the future tells",

@@ -175,36 +175,31 @@ class HyenaDNA(nn.Module):
         """tokens (batch, length), which follow those that led to `state`, to logits (batch, length, vocab) and the
         state after them, a new one."""
         self._check("HyenaDNA.prefill", tokens, 2)
-        after: list[State] = []
-
-        def mix(block: Block, part: State):
-            def call(x: Tensor) -> Tensor:
-                y, new = block.mixer.prefill(x, part)  # pyright: ignore
-                after.append(new)
-                return y
-
-            return call
-
-        y = self._run(tokens, [mix(*pair) for pair in zip(self._blocks(), state, strict=True)])
-        return self.head(y), States(after)
+        logits, after = self._through("prefill", tokens, state)
+        return logits, States(after)
 
     def step(self, tokens: Tensor, state: States) -> tuple[Tensor, States]:
         """tokens (batch,) to logits (batch, vocab), and the state, which it changes in place. It has no gradient."""
         self._check("HyenaDNA.step", tokens, 1)
-        after = []
+        logits, after = self._through("step", tokens, state)
+        if any(new is not part for new, part in zip(after, state, strict=True)):
+            state = States(after)  # In an exported program a step makes new states.
+        return logits, state
+
+    def _through(self, method: str, tokens: Tensor, state: States) -> tuple[Tensor, list[State]]:
+        """The logits by this method of the mixers, and the states that it returns."""
+        after: list[State] = []
 
         def mix(block: Block, part: State):
             def call(x: Tensor) -> Tensor:
-                y, new = block.mixer.step(x, part)  # pyright: ignore
+                y, new = getattr(block.mixer, method)(x, part)
                 after.append(new)
                 return y
 
             return call
 
         y = self._run(tokens, [mix(*pair) for pair in zip(self._blocks(), state, strict=True)])
-        if any(new is not part for new, part in zip(after, state, strict=True)):
-            state = States(after)  # In an exported program a step makes new states.
-        return self.head(y), state
+        return self.head(y), after
 
     @torch.no_grad()
     def generate(

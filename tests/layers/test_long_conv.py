@@ -89,6 +89,7 @@ def test_smoothing_is_a_setting_and_no_state(smooth):
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )
+@pytest.mark.one_of(2)
 def test_smoothed_layer_trains_compiles_and_exports(smooth):
     torch._dynamo.reset()
     layer = LongConv(D, l_max=80, smooth=smooth, bidirectional=True, kernel_dropout=0.0)
