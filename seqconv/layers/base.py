@@ -160,6 +160,8 @@ class TiedDropout(nn.Dropout):
     lengths (runs, rows)."""
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        if not (self.training and self.p):  # A mask of ones would cost two passes over x.
+            return x
         if lengths is None:
             mask = x.new_ones(x.shape[0], 1, x.shape[2])
             return x * F.dropout(mask, self.p, self.training)
