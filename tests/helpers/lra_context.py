@@ -2,12 +2,12 @@
 
 import copy
 import os
-import socket
 import warnings
 
 import torch
 import torch.distributed as dist
 from parallel_cases import relative
+from processes import show_where
 
 from bench.lra import options
 from bench.lra.context import Context
@@ -76,12 +76,17 @@ def models_agree(cases):
 def fits(commands: list[list[str]]) -> list[int]:
     """Runs `fit` on tests/helpers/lra_tiny.py's data, as torchrun would, in fresh processes; the exit codes."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    ports = [[_free_port() for _ in commands] if rank == 0 else None]
+    # Each command's store is there beforehand, as torchrun's is. A port that is only chosen beforehand may be somebody
+    # else's by the time it is wanted.
+    address = "127.0.0.1"
+    stores = [dist.TCPStore(address, 0, is_master=True) for _ in commands if rank == 0]
+    ports = [[store.port for store in stores]]
     dist.broadcast_object_list(ports)
     dist.destroy_process_group()
     warnings.simplefilter("default")  # what Lightning warns of is no matter here
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    ranks |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "tests"}
+    ranks |= {"MASTER_ADDR": address}
+    ranks |= {"TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ |= {name: str(value) for name, value in ranks.items()}
     torch.use_deterministic_algorithms(False)
     from lra_tiny import install
@@ -92,15 +97,14 @@ def fits(commands: list[list[str]]) -> list[int]:
     codes = []
     for command, port in zip(commands, ports[0], strict=True):
         os.environ["MASTER_PORT"] = str(port)
+        show_where()  # Lightning has given the signal back to the system.
         try:
             main(["fit", *command])
             codes.append(0)
         except SystemExit as error:
             codes.append(error.code)
+    if rank > 0:
+        dist.TCPStore(address, ports[0][-1]).set(f"rank {rank} is done", "")
+    else:  # The stores end with this process's last reference to them.
+        stores[-1].wait([f"rank {other} is done" for other in range(1, world)])
     return codes
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

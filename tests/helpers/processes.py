@@ -126,7 +126,11 @@ class _Pool:
             while waiting:
                 ready = wait(list(waiting), max(0, end - time.monotonic()))
                 if not ready and not (grace and any(o.failed for o in outcomes)):
-                    raise TimeoutError(_where(timeout, workers, sorted(waiting.values())))
+                    where = _where(timeout, workers, sorted(waiting.values()))
+                    failed = [i for i, outcome in enumerate(outcomes) if outcome.failed]
+                    raise TimeoutError(
+                        "\n".join([where, *(f"rank {i}: {outcomes[i].told()}" for i in failed)])
+                    )
                 for pipe in ready or list(waiting):
                     rank = waiting.pop(pipe)
                     outcomes[rank] = _outcome(workers[rank], bool(ready))
@@ -189,13 +193,18 @@ def _where(timeout: float, workers: list[_Worker], hung: list[int]) -> str:
     return f"ranks {hung} of {len(workers)} did not return within {timeout} s\n{told}"
 
 
+def show_where() -> None:
+    """On SIGUSR1 this process writes where it is."""
+    faulthandler.register(signal.SIGUSR1)
+
+
 def _serve(pipe, log: str) -> None:
     """The loop of a process. The group of a call lives until the next, so that no rank leaves a slower one alone."""
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(target, 1)
     os.dup2(target, 2)
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)
+    show_where()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     warnings.simplefilter("error")

@@ -27,6 +27,12 @@ def hangs(rank: int) -> None:
         time.sleep(60)
 
 
+def fails_or_hangs(rank: int) -> None:
+    if dist.get_rank() == rank:
+        raise ValueError(f"planted in rank {rank}")
+    time.sleep(60)
+
+
 def is_killed(rank: int) -> int:
     if dist.get_rank() == rank:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -90,6 +96,10 @@ def test_a_hang_ends_and_says_where():
     assert time.monotonic() - begin < 50
     assert "in hangs" in str(caught.value)
     works(2)
+    with pytest.raises(TimeoutError, match=r"ranks \[0\] of 2 did not return") as caught:
+        run_fresh(2, fails_or_hangs, 1, timeout=1)
+    assert "in fails_or_hangs" in str(caught.value)
+    assert "rank 1: Traceback" in str(caught.value) and "planted in rank 1" in str(caught.value)
 
 
 @pytest.mark.slow
