@@ -5,6 +5,7 @@
 #include "cpu/butterfly.h"
 #include "cpu/glu.h"
 #include "cpu/modes.h"
+#include "cpu/real_part.h"
 #include "cpu/ssm.h"
 #include "cpu/ssm_step.h"
 
@@ -161,6 +162,33 @@ PyObject* butterfly(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   if (!read.ok) return nullptr;
   return run([&] { return backward ? butterfly_backward(p) : butterfly_forward(p); });
+}
+
+// batch, heads, channels, n, whether double, threads; address of u and its stride from sample to
+// sample, of k and its stride from head to head, and of the half spectrum; then, backward, those
+// of du and dk.
+PyObject* real_part(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  const bool backward = count == 13;
+  if (count != 11 && !backward) {
+    PyErr_Format(PyExc_TypeError, "seqconv._C: 11 or 13 integers wanted, got %zd", count);
+    return nullptr;
+  }
+  Reader read{args};
+  RealPartProblem p{};
+  for (int64_t* size : {&p.batch, &p.heads, &p.channels, &p.n}) *size = read.next();
+  p.compute_double = read.next();
+  p.threads = static_cast<int>(read.next());
+  p.u = read.address();
+  p.u_stride = read.next();
+  p.k = read.address();
+  p.k_stride = read.next();
+  p.half = read.address();
+  if (backward) {
+    p.du = read.address();
+    p.dk = read.address();
+  }
+  if (!read.ok) return nullptr;
+  return run([&] { return backward ? real_part_backward(p) : real_part_forward(p); });
 }
 
 }  // namespace seqconv::module

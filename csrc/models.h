@@ -6,6 +6,6 @@
 namespace seqconv::module {
 
 using Call = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
-Call ssm, ssm_step, modes, butterfly, glu;
+Call ssm, ssm_step, modes, butterfly, real_part, glu;
 
 }  // namespace seqconv::module

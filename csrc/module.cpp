@@ -232,6 +232,8 @@ PyMethodDef methods[] = {
      "(length, taps): levels of tiles, and points of the longest."},
     {"ssm", fastcall(ssm), METH_FASTCALL, "A state space model's kernel, or its gradient."},
     {"modes", fastcall(modes), METH_FASTCALL, "S4D's modes from its parameters, or gradients."},
+    {"real_part", fastcall(real_part), METH_FASTCALL,
+     "Half of a spectrum, or gradients of its factors."},
     {"glu", fastcall(glu), METH_FASTCALL, "A gated linear unit, or its gradient."},
     {"ssm_step", fastcall(ssm_step), METH_FASTCALL, "A step of a state space model, in place."},
     {"same_bytes", fastcall(same_bytes), METH_FASTCALL, "Whether pairs of memory are equal."},

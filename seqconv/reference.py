@@ -292,6 +292,10 @@ def _butterfly_passes(x, factors, radices, activation=None) -> list[Tensor]:
     return [*steps, z]
 
 
+def _numbers(pairs: Tensor) -> Tensor:
+    return torch.view_as_complex(pairs.contiguous())
+
+
 def _complex(pairs: Tensor, like: Tensor) -> Tensor:
     return torch.complex(*pairs.to(like.real.dtype).unbind(-1))
 
@@ -319,6 +323,22 @@ def butterfly_backward(
         g = torch.einsum("hpi,bhcmps->bhcmis", _complex(factors[radix], z).conj_physical(), g)
     dx = g.real.reshape(*x.shape[:2], math.prod(radices))[..., : x.shape[-1]]
     return dx.to(x.dtype).contiguous(), grads
+
+
+def butterfly_product(u: Tensor, k: Tensor, length: int) -> Tensor:
+    """Re ifft(u k)[:length], (batch, heads, channels, length): u (batch, channels, n, 2) and k (heads, channels, n, 2)
+    are spectra, real and imaginary parts last, which need not be those of real signals."""
+    product = _numbers(u).unsqueeze(1) * _numbers(k)
+    # torch.fft refuses to transform nothing.
+    return (torch.fft.ifft(product) if product.numel() else product).real[..., :length]
+
+
+def butterfly_product_backward(dv: Tensor, u: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of u and k. That of the product is fft(dv) / n. No lazy conjugates: see `backward`."""
+    g = torch.fft.fft(dv, u.shape[2], norm="forward")
+    du = (g * _numbers(k).conj_physical()).sum(1)
+    dk = (g * _numbers(u).conj_physical().unsqueeze(1)).sum(0)
+    return torch.view_as_real(du), torch.view_as_real(dk)
 
 
 def ssm_kernel(log_dt, A, C, length, *, B=None, discretization="zoh"):

@@ -13,6 +13,7 @@
 #include "glu.h"
 #include "modes.h"
 #include "plan.h"
+#include "real_part.h"
 #include "ssm.h"
 #include "ssm_step.h"
 #include "stream.h"
@@ -76,6 +77,12 @@ struct ButterflyKernel {
                    char* scratch);
 };
 
+// A unit is a channel.
+struct RealPartKernel {
+  void (*forward)(const RealPartProblem&, int64_t channel);
+  void (*backward)(const RealPartProblem&, int64_t channel);
+};
+
 // A step of some channels of a sample, and a tile of one row (see stream.h).
 template <class T>
 struct StreamKernel {
@@ -127,6 +134,7 @@ struct IsaKernels {
   ConvKernel<double> conv_f64;
   SsmKernel ssm_f32, ssm_f64;
   ButterflyKernel butterfly_f32, butterfly_f64;
+  RealPartKernel real_part_f32, real_part_f64;
   StreamKernel<float> stream_f32;
   StreamKernel<double> stream_f64;
   void (*ssm_step_f32)(const SsmStepProblem&, const SsmStepUnit&);

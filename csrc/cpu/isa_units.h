@@ -6,6 +6,7 @@
 #include "glu_unit.h"
 #include "isa.h"
 #include "modes_unit.h"
+#include "real_part_unit.h"
 #include "ssm_step_unit.h"
 #include "ssm_unit.h"
 #include "stream_unit.h"
@@ -22,6 +23,8 @@ constexpr IsaKernels all_kernels(const char* name, bool (*runnable)(),
           kSsmKernel<double>,
           kButterflyKernel<float>,
           kButterflyKernel<double>,
+          kRealPartKernel<float>,
+          kRealPartKernel<double>,
           kStreamKernel<float>,
           kStreamKernel<double>,
           ssm_step_unit<float>,

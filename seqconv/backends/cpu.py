@@ -9,6 +9,8 @@ from torch import Tensor
 from seqconv.backends.cpu_models import (  # noqa: F401
     butterfly,
     butterfly_gradients,
+    butterfly_product,
+    butterfly_product_gradients,
     empty_in_huge_pages,
     glu,
     glu_gradients,
@@ -52,7 +54,12 @@ name = "cpu"
 always = (
     frozenset()
     if missing
-    else frozenset(("fftconv", "fftconv_packed", "ssm", "s4d_kernel", "ssm_step", "stream", "glu"))
+    else frozenset(
+        (
+            *("fftconv", "fftconv_packed", "ssm", "s4d_kernel", "ssm_step", "stream"),
+            *("butterfly_product", "glu"),
+        )
+    )
 )
 
 

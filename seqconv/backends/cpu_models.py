@@ -57,6 +57,51 @@ def butterfly_gradients(grads, dz: Tensor, inputs, radices: tuple[int, ...]) -> 
     dmatrices.copy_(sums)
 
 
+_TILE = 1 << 19  # numbers of a half spectrum that are transformed while they are in the caches
+_NARROWEST = (
+    8  # channels of a tile: v has channels last, and lines of memory shall be written in few parts
+)
+
+
+def _channels(batch: int, heads: int, channels: int, n: int) -> list[slice]:
+    """Some channels after the other."""
+    step = max(_TILE // (batch * heads * n), _NARROWEST)
+    return [slice(i, min(i + step, channels)) for i in range(0, channels, step)]
+
+
+def _real_part(half: Tensor, tensors, own: slice, *grads: Tensor | None) -> None:
+    """half (batch, heads, channels of `own`, n / 2 + 1), complex, and u and k, of whose channels these are some."""
+    u = tensors[0]
+    n, double = u.shape[2], u.dtype == torch.float64
+    sizes = (*half.shape[:3], n, double, torch.get_num_threads() if threaded else 1)
+    given = []
+    for t in tensors:
+        given += [t[:, own].data_ptr(), t.stride(0)]
+    found = [0 if t is None else t[:, own].data_ptr() for t in grads]
+    _C.real_part(*sizes, *given, half.data_ptr(), *found)
+
+
+def butterfly_product(v: Tensor, inputs) -> None:
+    """Half of a Hermitian spectrum has the same real part as the product, and costs half a transform."""
+    tensors = [t.contiguous() for t in inputs]
+    batch, heads, channels, length = v.shape
+    u = tensors[0]
+    n, kind = u.shape[2], torch.complex128 if u.dtype == torch.float64 else torch.complex64
+    for own in _channels(batch, heads, channels, n):
+        half = u.new_empty(batch, heads, own.stop - own.start, n // 2 + 1, dtype=kind)
+        _real_part(half, tensors, own)
+        v[:, :, own] = torch.fft.irfft(half, n)[..., :length]
+
+
+def butterfly_product_gradients(grads, dv: Tensor, inputs) -> None:
+    tensors = [t.contiguous() for t in inputs]
+    batch, heads, channels, _ = dv.shape
+    n = tensors[0].shape[2]
+    for own in _channels(batch, heads, channels, n):
+        half = torch.fft.rfft(dv[:, :, own].to(tensors[0].dtype), n)
+        _real_part(half.contiguous(), tensors, own, *grads)
+
+
 # ---- sums of exponentials ----
 
 

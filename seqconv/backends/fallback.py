@@ -16,7 +16,10 @@ from seqconv.backends.tiles import step as stream_step  # noqa: F401
 
 name = "reference"
 always = frozenset(
-    ("fftconv", "fftconv_packed", "ssm", "s4d_kernel", "ssm_step", "butterfly", "stream")
+    (
+        *("fftconv", "fftconv_packed", "ssm", "s4d_kernel", "ssm_step", "stream"),
+        *("butterfly", "butterfly_product"),
+    )
 )
 
 
@@ -119,6 +122,14 @@ def butterfly_gradients(grads, dz: Tensor, inputs, radices: tuple[int, ...]) -> 
     x, matrices = inputs
     dx, factors = reference.butterfly_backward(dz, x, split(matrices, radices), radices)
     _write(grads, (dx, join(factors, radices)))
+
+
+def butterfly_product(v: Tensor, inputs) -> None:
+    v.copy_(reference.butterfly_product(*inputs, v.shape[-1]))
+
+
+def butterfly_product_gradients(grads, dv: Tensor, inputs) -> None:
+    _write(grads, reference.butterfly_product_backward(dv, *inputs))
 
 
 def radix_sizes(radices) -> list[int]:

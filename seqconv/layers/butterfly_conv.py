@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from einops import rearrange
@@ -19,8 +19,6 @@ from seqconv.layers.packing import Pack, pad, unpadded
 from seqconv.ops import butterfly
 from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 from seqconv.ops.fftconv import ACTIVATIONS
-from seqconv.ops.register import Operator
-from seqconv.ops.sharding import SUM
 from seqconv.ops.ssm import multiply
 
 
@@ -242,15 +240,11 @@ class ButterflyConv(ConvLayer):
         )
         u_f = self.input_transform(u, some)  # (b h n 2)
         k_f = self.kernel_transform(make(), some)  # (c h n 2)
-        # One operator where torch would make complex numbers: in a graph, and on DTensors.
         exporting = torch.compiler.is_compiling() and torch.compiler.is_exporting()
-        opaque = torch.compiler.is_compiling() or hasattr(k_f, "device_mesh")
         if exporting and isinstance(length, int):  # Few runtimes have complex numbers.
             v = products.inverse(multiply(u_f.unsqueeze(1), k_f), length)
-        elif opaque and not exporting:
-            v = _product_op(Spectra(u_f, k_f), length)
         else:
-            v = _product(u_f, k_f, length)
+            v = butterfly.product(butterfly.Spectra(u_f, k_f), length)
         v = v + self.skip[:, channels].to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
         return reference.activate(v, self.activation).to(u.dtype)
 
@@ -259,34 +253,3 @@ class ButterflyConv(ConvLayer):
             text = "every output sees every input once the matrices are trained, the future too, so that it has no"
             raise NoSteps(f"ButterflyConv: {text} {name}; a LongConv with its taps has")
         return super().__getattr__(name)
-
-
-def _product(u_f: Tensor, k_f: Tensor, length: int) -> Tensor:
-    """Re ifft(u_f k_f)[:length], (batch, heads, d_model, length)."""
-    y_f = torch.view_as_complex(u_f).unsqueeze(1) * torch.view_as_complex(k_f)
-    # torch.fft refuses to transform nothing.
-    return (torch.fft.ifft(y_f) if y_f.numel() else y_f).real[..., :length]
-
-
-class Spectra(NamedTuple):
-    """u (batch, d_model, n, 2) and k (heads, d_model, n, 2)."""
-
-    u: Tensor
-    k: Tensor
-
-
-_SHARDINGS = [  # samples, heads, channels; and the product is linear in both
-    (0, {"u": 0}),
-    (1, {"k": 0}),
-    (2, {"u": 1, "k": 1}),
-    (SUM, {"u": SUM}),
-    (SUM, {"k": SUM}),
-]
-
-_product_op = Operator(
-    "butterfly_product",
-    Spectra,
-    "SymInt length",
-    lambda tensors, length: _product(tensors.u, tensors.k, length).contiguous(),
-    shardings=lambda *_, ranks: _SHARDINGS,
-)

@@ -17,7 +17,9 @@ from seqconv.ops.register import (
     unwatched,
 )
 
-TILE = 1 << 19  # numbers of x W^T in one tile of rows: smaller ones cost two threads more than the caches save
+TILE = (
+    1 << 19
+)  # numbers of x W^T in one tile of rows: smaller ones cost two threads more than the caches save
 LEAST = 1 << 15  # numbers of x: below, torch's two calls take less time
 
 

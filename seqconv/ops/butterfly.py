@@ -1,4 +1,4 @@
-"""The learned butterfly as a torch operator: the transform of reference.butterfly.
+"""The learned butterfly as a torch operator, the transform of reference.butterfly, and the product of two of them.
 
 x (batch, channels, length); matrices (heads, sum of the squares of the sizes, 2), the matrices of
 every size that occurs, in the order in which `radices` names them, flattened; z (batch, channels,
@@ -102,6 +102,80 @@ operator = Operator(
     empty=_empty,
     empty_gradients=_empty_gradients,
     shardings=_shardings,
+)
+
+
+class Spectra(NamedTuple):
+    """u (batch, channels, n, 2) and k (heads, channels, n, 2), real and imaginary parts last."""
+
+    u: Tensor
+    k: Tensor
+
+
+def _check_spectra(inputs: Spectra, length: int) -> None:
+    u, k = inputs
+    n = u.shape[2] if u.dim() == 4 else 0
+    if n < 2 or n % 2 or u.shape[3] != 2 or not 0 <= length <= n:
+        text = f"(batch, channels, n, 2) with an even n >= length={length}, got {tuple(u.shape)}"
+        raise ValueError(f"butterfly_product: u must be {text}")
+    if k.dim() != 4 or k.shape[1:] != u.shape[1:]:
+        text = f"(heads, {', '.join(map(str, u.shape[1:]))}), got {tuple(k.shape)}"
+        raise ValueError(f"butterfly_product: k must be {text}")
+    if u.dtype not in (torch.float32, torch.float64) or k.dtype != u.dtype:
+        text = f"both torch.float32 or both torch.float64, got {u.dtype} and {k.dtype}"
+        raise TypeError(f"butterfly_product: u and k must be {text}")
+    if u.device != k.device:
+        raise ValueError(f"butterfly_product: k must be on {u.device}, got {k.device}")
+
+
+def _empty_product(inputs: Spectra, length: int) -> Tensor:
+    u, k = inputs
+    # The layer goes on with channels last.
+    return u.new_empty(u.shape[0], length, *k.shape[:2]).permute(0, 2, 3, 1)
+
+
+def _forward_product(backend, inputs: Spectra, length: int) -> Tensor:
+    _check_spectra(inputs, length)
+    v = _empty_product(inputs, length)
+    if v.numel():
+        backend.butterfly_product(v, inputs)
+    return v
+
+
+def _product_gradients(backend, dv: Tensor, inputs: Spectra, length: int, wanted) -> list:
+    _check_spectra(inputs, length)
+    wide = {"memory_format": torch.contiguous_format}
+    grads = [
+        torch.empty_like(t, **wide) if want else None
+        for t, want in zip(inputs, wanted, strict=True)
+    ]
+    if dv.shape != _empty_product(inputs, length).shape or dv.device != inputs.u.device:
+        text = f"got {tuple(dv.shape)} on {dv.device}"
+        raise ValueError(f"butterfly_product: dv must be like the output, {text}")
+    if dv.numel():
+        backend.butterfly_product_gradients(grads, dv, inputs)
+        return grads
+    return [grad if grad is None else grad.zero_() for grad in grads]
+
+
+_PRODUCT_SHARDINGS = [  # samples, heads, channels; and the product is linear in both
+    (0, {"u": 0}),
+    (1, {"k": 0}),
+    (2, {"u": 1, "k": 1}),
+    (SUM, {"u": SUM}),
+    (SUM, {"k": SUM}),
+]
+
+
+product = Operator(
+    "butterfly_product",
+    Spectra,
+    "SymInt length",
+    lambda tensors, length: reference.butterfly_product(*tensors, length).contiguous(),
+    forward=_forward_product,
+    gradients=_product_gradients,
+    empty=_empty_product,
+    shardings=lambda *_, ranks: _PRODUCT_SHARDINGS,
 )
 
 

@@ -12,6 +12,7 @@
 #include "cpu/exact.h"
 #include "cpu/fftconv.h"
 #include "cpu/isa.h"
+#include "cpu/real_part.h"
 #include "cpu/ssm.h"
 #include "cpu/ssm_step.h"
 
@@ -385,6 +386,70 @@ bool check_butterfly(int64_t n, int64_t length, double limit) {
   return fine;
 }
 
+// The real part of a product of spectra against its definition; its gradients by an identity: half
+// is linear in u and in k. In the sum over a half spectrum, numbers but the first and the last
+// stand for two.
+template <class T>
+bool check_real_part(int64_t n, double limit) {
+  using Complex = std::complex<double>;
+  std::mt19937 random(4);
+  std::normal_distribution<double> normal;
+  seqconv::RealPartProblem p{};
+  p.batch = 3;
+  p.heads = 2;
+  p.channels = 2;
+  p.n = n;
+  p.compute_double = sizeof(T) == 8;
+  p.threads = 1;
+  p.u_stride = p.k_stride = 2 * n * p.channels;
+  std::vector<T> u(static_cast<size_t>(p.batch * p.u_stride)), du(u.size());
+  std::vector<T> k(static_cast<size_t>(p.heads * p.k_stride)), dk(k.size());
+  std::vector<T> half(static_cast<size_t>(p.batch * p.heads * p.channels * (n + 2)));
+  for (std::vector<T>* t : {&u, &k})
+    for (T& value : *t) value = static_cast<T>(normal(random));
+  p.u = u.data();
+  p.k = k.data();
+  p.half = half.data();
+  p.du = du.data();
+  p.dk = dk.data();
+  bool ok = seqconv::real_part_forward(p) == seqconv::Status::kOk;
+  const auto number = [](const std::vector<T>& t, int64_t i) {
+    return Complex(static_cast<double>(t[static_cast<size_t>(2 * i)]),
+                   static_cast<double>(t[static_cast<size_t>(2 * i + 1)]));
+  };
+  double error = 0, norm = 0, energy = 0;
+  for (int64_t row = 0; row < p.batch * p.heads * p.channels; ++row) {
+    const int64_t d = row % p.channels, c = row / p.channels % p.heads;
+    const int64_t b = row / p.channels / p.heads;
+    const auto term = [&](int64_t j) {
+      return number(u, (b * p.channels + d) * n + j % n) *
+             number(k, (c * p.channels + d) * n + j % n);
+    };
+    for (int64_t j = 0; j <= n / 2; ++j) {
+      const Complex wanted = 0.5 * (term(j) + std::conj(term(n - j)));
+      const Complex found = number(half, row * (n / 2 + 1) + j);
+      error += std::norm(wanted - found);
+      norm += std::norm(wanted);
+      energy += (j == 0 || j == n / 2 ? 1 : 2) * std::norm(found);
+    }
+  }
+  ok = seqconv::real_part_backward(p) == seqconv::Status::kOk && ok;
+  const auto dot = [](const std::vector<T>& a, const std::vector<T>& b) {
+    double sum = 0;
+    for (size_t i = 0; i < a.size(); ++i)
+      sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+    return sum;
+  };
+  energy /= static_cast<double>(n);
+  const double worst =
+      std::fmax(std::sqrt(error / norm),
+                std::fmax(std::fabs(dot(u, du) - energy), std::fabs(dot(k, dk) - energy)) / energy);
+  const bool fine = ok && worst < limit;
+  std::printf("%s real part, %5ld points: %.1e%s\n", sizeof(T) == 4 ? "float " : "double",
+              static_cast<long>(n), worst, fine ? "" : "  WRONG");
+  return fine;
+}
+
 }  // namespace
 
 int main() {
@@ -415,6 +480,10 @@ int main() {
       fine = check_butterfly<float>(n, length, 1e-6) && fine;
       fine = check_butterfly<double>(n, length, 1e-14) && fine;
     }
+  }
+  for (int64_t n : {2, 6, 16, 66, 256, 2048}) {
+    fine = check_real_part<float>(n, 1e-6) && fine;
+    fine = check_real_part<double>(n, 1e-14) && fine;
   }
   return fine ? 0 : 1;
 }

@@ -3,7 +3,7 @@
 import torch
 import toy_operator
 
-from seqconv.layers import butterfly_conv, s4d_kernel, sgconv
+from seqconv.layers import s4d_kernel, sgconv
 from seqconv.ops import butterfly, fftconv, packed, ssm
 
 
@@ -78,8 +78,8 @@ def _taps():
 
 
 def _product():
-    inputs = butterfly_conv.Spectra(normal(2, 2, 8, 2), normal(3, 2, 8, 2))
-    return butterfly_conv._product_op, inputs, (4,)
+    inputs = butterfly.Spectra(normal(2, 2, 8, 2), normal(3, 2, 8, 2))
+    return butterfly.product, inputs, (4,)
 
 
 OPERATORS = {

@@ -5,7 +5,7 @@ from operator_table import normal
 from toy_operator import Inputs as ToyInputs
 from toy_operator import decayed_sum
 
-from seqconv.layers import butterfly_conv, s4d_kernel, sgconv
+from seqconv.layers import s4d_kernel, sgconv
 from seqconv.ops import butterfly, fftconv, packed, ssm
 
 B, C, L, H = 5, 7, 11, 3
@@ -78,8 +78,8 @@ def _taps(two_sided=False):
 
 
 def _product():
-    inputs = butterfly_conv.Spectra(normal(B, C, 8, 2), normal(H, C, 8, 2))
-    return butterfly_conv._product_op, inputs, (4,)
+    inputs = butterfly.Spectra(normal(B, C, 8, 2), normal(H, C, 8, 2))
+    return butterfly.product, inputs, (4,)
 
 
 BOTH = ("pre_gate", "post_gate")
