@@ -1,5 +1,6 @@
 """A layer's part of a state_dict of another package, of which every key must be understood."""
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -10,11 +11,28 @@ from seqconv.ops.checks import check_shape
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
+def check_state_dict(function: str, state_dict, prefix: str = "") -> None:
+    """Requires names, and tensors below the prefix."""
+    if not isinstance(state_dict, Mapping):
+        kind = type(state_dict).__name__
+        raise TypeError(f"{function}: state_dict must be a dict of tensors by name, got {kind}")
+    if not isinstance(prefix, str):
+        raise TypeError(f"{function}: prefix must be a string, got {prefix!r}")
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{function}: state_dict must have names as keys, got {name!r}")
+        if name.startswith(prefix) and not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            hint = "; are the weights in it?" if isinstance(tensor, Mapping) else ""
+            raise TypeError(f"{function}: state_dict[{name!r}] must be a tensor, got {kind}{hint}")
+
+
 class Checkpoint:
     """The part of a state_dict below a prefix. Every key in it must be asked for."""
 
     def __init__(self, function: str, state_dict: dict[str, Tensor], prefix: str):
         self.function, self.prefix = function, prefix
+        check_state_dict(function, state_dict, prefix)
         self.rest = {
             k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)
         }

@@ -2,13 +2,14 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from seqconv.convert.checkpoint import Checkpoint
+from seqconv.convert.checkpoint import Checkpoint, check_state_dict
 from seqconv.convert.hyena import load_hyena
 from seqconv.models.hyenadna import HyenaDNA
 
@@ -62,10 +63,17 @@ def load_hyenadna(
 
     Source: arXiv 2306.15794.
     """
-    if not isinstance(source, dict):
+    if not isinstance(source, Mapping):
+        if not isinstance(source, (str, os.PathLike)):
+            wanted = "source must be a state_dict or the path of a folder"
+            raise TypeError(f"{_NAME}: {wanted}, got {type(source).__name__}")
         folder = Path(source)
         config = json.loads((folder / "config.json").read_text()) if config is None else config
         source = _weights(folder)
+    if config is not None and not isinstance(config, Mapping):
+        wanted = "config must be the dictionary of config.json"
+        raise TypeError(f"{_NAME}: {wanted}, got {type(config).__name__}")
+    check_state_dict(_NAME, source)
     config = {} if config is None else dict(config)
     embedding = next((key for key in source if key.endswith(_EMBEDDING)), None)
     if embedding is None:

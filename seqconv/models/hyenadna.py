@@ -220,12 +220,20 @@ class HyenaDNA(nn.Module):
             raise ValueError(
                 f"HyenaDNA.generate: {wanted}, got {steps!r} and {tuple(tokens.shape)}"
             )
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab:
+            found = f"from {int(tokens.min())} to {int(tokens.max())}"
+            wanted = f"tokens must be below {self.vocab}"
+            raise ValueError(f"HyenaDNA.generate: {wanted}, got {found}")
+        among = None if among is None else list(among)
+        if among is not None and not all(0 <= token < self.vocab for token in among):
+            wanted = f"among must be below {self.vocab}"
+            raise ValueError(f"HyenaDNA.generate: {wanted}, got {among}")
         if not temperature >= 0:
             raise ValueError(f"HyenaDNA.generate: temperature must be >= 0, got {temperature}")
         refused = torch.zeros(self.vocab, dtype=torch.bool, device=tokens.device)
         if among is not None:
             refused[:] = True
-            refused[torch.as_tensor(list(among), device=tokens.device)] = False
+            refused[torch.as_tensor(among, device=tokens.device)] = False
         batch, length = tokens.shape
         logits, state = self.prefill(tokens, self.init_state(batch, length=length + steps))
         logits, found = logits[:, -1], []

@@ -103,6 +103,18 @@ def test_contract():
         load_hyena(checkpoint(3), shift=0.0)
     with pytest.raises(ValueError, match="post_order_ffn must be False"):
         load_hyena(state | {"ord_proj_w": rand(2, 1, 1)}, shift=0.0)
+    for wrong, text in ((None, "a dict of tensors by name, got NoneType"), ([1], "got list")):
+        with pytest.raises(TypeError, match=f"load_hyena: state_dict must be .*{text}"):
+            load_hyena(wrong, shift=0.0)
+    for wrong, text in (
+        ({"model": state}, r"got dict; are the weights in it\?"),
+        ({"w": 1}, "got int"),
+    ):
+        with pytest.raises(TypeError, match=rf"state_dict\['\w+'\] must be a tensor, {text}"):
+            load_hyena(wrong, shift=0.0)
+    with pytest.raises(TypeError, match="prefix must be a string, got 3"):
+        load_hyena(state, shift=0.0, prefix=3)
+    load_hyena({"a." + name: t for name, t in state.items()} | {"epoch": 3}, shift=0.0, prefix="a.")
     with pytest.raises(ValueError, match=r"unknown keys in state_dict: 'more.weight'"):
         load_hyena(state | {"more.weight": rand(2)}, shift=0.0)
     with pytest.raises(ValueError, match=r"filter_fn.bias must be \(heads d_model=4,\)"):

@@ -169,6 +169,11 @@ def test_generation_draws():
         model.generate(TOKENS, -1)
     with pytest.raises(ValueError, match="temperature must be >= 0, got -1"):
         model.generate(TOKENS, 1, temperature=-1.0)
+    for wrong in (TOKENS - TOKENS.max() - 1, TOKENS + model.vocab):
+        with pytest.raises(ValueError, match=f"tokens must be below {model.vocab}, got from"):
+            model.generate(wrong, 1)
+    with pytest.raises(ValueError, match=f"among must be below {model.vocab}"):
+        model.generate(TOKENS, 1, among=[model.vocab])
 
 
 def test_half_precision_keeps_a_wide_sum():
@@ -271,3 +276,13 @@ def test_an_exported_step_returns_its_states():
         for t in range(9):
             y, state = step(tokens[:, t], state)
             torch.testing.assert_close(y, wanted[:, t], rtol=1e-4, atol=1e-5)
+
+
+def test_sources_of_wrong_kinds_are_refused():
+    for wrong in (None, 3, [1]):
+        with pytest.raises(TypeError, match="source must be a state_dict or the path of a folder"):
+            load_hyenadna(wrong)
+    with pytest.raises(TypeError, match=r"config must be the dictionary of .*, got str"):
+        load_hyenadna(state(), "config.json")
+    with pytest.raises(TypeError, match=r"state_dict\['model'\] must be a tensor, got dict"):
+        load_hyenadna({"model": state()})

@@ -8,52 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_table import EVERY, LAYERS, D, generators, relative
-from torch._dynamo.testing import CompileCounter
+from layer_table import EVERY, LAYERS, D, relative
+from stream_layers import every_stream, forward, make, run
 
 from seqconv import ButterflyConv, reference, streaming
 from seqconv.layers.streaming import KEPT
 
-STREAMS = {
-    name: {"layer": layer, "options": options}
-    for name, layer, options in [
-        ("s4d", EVERY["s4d"], {"d_state": 8}),
-        ("s4d, real, two heads", EVERY["s4d, real"], {"d_state": 8, "heads": 2}),
-        ("long_conv", EVERY["long_conv"], {}),
-        ("long_conv, smooth, two heads", EVERY["long_conv"], {"smooth": "time", "heads": 2}),
-        ("sgconv", EVERY["sgconv"], {"heads": 2, "activation": "silu", "postact": None}),
-        ("sgconv, power", EVERY["sgconv, power"], {"activation": None}),
-        ("hyena", EVERY["hyena"], {}),
-        ("hyena, order 3", EVERY["hyena"], {"order": 3}),
-    ]
-}
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not seen")  # inputs longer than kernels
-every_stream = pytest.mark.parametrize("name", STREAMS)
-
-
-def make(name, dtype=torch.float64, **more):
-    row = STREAMS[name]
-    return row["layer"](**row["options"], **more).to(dtype).eval()
-
-
-def forward(layer, x):
-    """The outputs of x as part of an input at which the kernel has all of its taps."""
-    return layer(torch.nn.functional.pad(x, (0, 0, 0, 80)))[:, : x.shape[1]]
-
-
-def run(layer, x, pieces, state):
-    """The outputs of x in pieces: n > 0 steps, or a chunk of -n; and the state."""
-    found, t = [], 0
-    for n in pieces:
-        part, t = x[:, t : t + abs(n)], t + abs(n)
-        if n > 0:
-            for now in part.unbind(1):
-                y, state = layer.step(now, state)
-                found.append(y)
-        else:
-            y, state = layer.prefill(part, state)
-            found.extend(y.unbind(1))
-    return torch.stack(found, 1), state
 
 
 LENGTH = 260  # the kernels have 80 to 128 taps
@@ -205,62 +166,6 @@ def test_a_state_is_a_tree_of_tensors(name, tmp_path):
         assert len(buffer.getvalue()) < 200_000
 
 
-def taps_of(layer):
-    """A parameter of the kernel."""
-    return next(next(iter(generators(layer).values())).parameters())
-
-
-CHANGES = {
-    "in place": lambda layer: taps_of(layer).mul_(1.1),
-    "through data": lambda layer: taps_of(layer).data.mul_(1.1),
-    "another state_dict": lambda layer: layer.load_state_dict(
-        {k: v if v.dtype == torch.uint8 else v + 0.1 for k, v in layer.state_dict().items()}
-    ),
-    "an optimiser": lambda layer: _train(layer),
-}
-
-
-def _train(layer):
-    optimiser = torch.optim.SGD(layer.parameters(), lr=0.1)
-    with torch.enable_grad():
-        layer(torch.randn(1, 9, D, dtype=torch.float64)).square().sum().backward()
-    optimiser.step()
-
-
-@every_stream
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_state_belongs_to_its_parameters(name, change):
-    layer, x = make(name), torch.randn(2, D, dtype=torch.float64)
-    with torch.no_grad():
-        _, state = layer.step(x, layer.init_state(2))
-        layer(torch.randn(1, 9, D, dtype=torch.float64))  # which changes nothing
-        _, state = layer.step(x, state)
-        CHANGES[change](layer)
-        for call in (layer.step, lambda x, state: layer.prefill(x.unsqueeze(1), state)):
-            with pytest.raises(ValueError, match=r"parameters have changed.*init_state"):
-                call(x, state)
-        y, _ = layer.step(x, layer.init_state(2))
-        assert relative(y, forward(layer, x.unsqueeze(1)).squeeze(1)) < 1e-12
-
-
-@pytest.mark.parametrize("name", [name for name in STREAMS if "s4d" not in name])
-def test_a_state_of_other_memory_is_refused(name):
-    layer, x = make(name, torch.float32), torch.randn(2, D)
-    with torch.no_grad():
-        state = layer.init_state(4)
-        for function, text in [
-            (lambda t: t[:2].double(), "dtype"),
-            (lambda t: t[:2].half(), "dtype"),
-            (lambda t: t[:2] if t.is_floating_point() else t[:2].double(), "clock.*dtype"),
-            (lambda t: t[:2].mT if t.dim() > 1 else t[:2], "shape"),
-            (lambda t: t[:2, :0] if t.dim() > 1 else t[:2], "shape"),
-            (lambda t: t[::2], "contiguous"),
-            (lambda t: t[:1].expand(2, *t.shape[1:]), "contiguous"),
-        ]:
-            with pytest.raises(ValueError, match=rf"step: state\..*{text}"):
-                layer.step(x, state.map(function))
-
-
 def test_the_states_of_many_lengths_share_spectra():
     k = torch.randn(2, 200, dtype=torch.float64)
     u, conv = torch.randn(1, 2, 150, dtype=torch.float64), streaming.StreamingConv(k)
@@ -292,54 +197,6 @@ def test_rows_are_inserted_from_the_same_state(name):
 def with_gradients(layer, x, state):
     with torch.enable_grad():
         return layer.step(x, state)
-
-
-def _doubled(module, args, out):
-    return 2 * out
-
-
-def _replace_forward(module):
-    forward = module.forward
-    module.forward = lambda *args, **options: 2 * forward(*args, **options)
-
-
-def _replace_generator(layer):
-    for name, old in generators(layer).items():
-        new = copy.deepcopy(old)
-        taps = next(new.parameters())
-        taps.mul_(1.5)
-        setattr(layer, name, new)
-
-
-def _replace_activation(layer):
-    layer.activation = "relu"
-
-
-REPLACED = {
-    "the generator": _replace_generator,
-    "the activation": _replace_activation,
-    "a hook": lambda layer: parts(layer)[0].register_forward_hook(_doubled),
-    "a hook of a part": lambda layer: parts(layer)[-1].register_forward_hook(_doubled),
-    "forward": lambda layer: _replace_forward(parts(layer)[0]),
-    "forward of a part": lambda layer: _replace_forward(parts(layer)[-1]),
-}
-
-
-def parts(layer):
-    return [part for one in generators(layer).values() for part in one.modules()]
-
-
-@pytest.mark.parametrize("name", [name for name in STREAMS if "s4d" not in name])
-@pytest.mark.parametrize("change", REPLACED)
-def test_steps_follow_what_is_put_in_the_place_of_a_part(name, change):
-    layer, x = make(name), torch.randn(2, 40, D, dtype=torch.float64)
-    with torch.no_grad():
-        before, _ = run(layer, x, [40], layer.init_state(2))
-        REPLACED[change](layer)
-        y, _ = run(layer, x, [40], layer.init_state(2))
-        assert relative(y, forward(layer, x)) < 1e-12
-    if not ("hyena" in name and change == "the activation"):
-        assert relative(y, before) > 1e-3
 
 
 def test_states_of_many_lengths_do_not_fill_the_memory():
@@ -491,16 +348,6 @@ def test_states_of_several_layers_are_one():
         streaming.States([all_of[0], states[0]])
 
 
-def test_a_hyena_state_belongs_to_the_projection_before_it():
-    layer, x = make("hyena"), torch.randn(2, D, dtype=torch.float64)
-    for name in ("in_proj.weight", "short_bias"):
-        with torch.no_grad():
-            _, state = layer.step(x, layer.init_state(2))
-            layer.get_parameter(name).mul_(2)
-            with pytest.raises(ValueError, match="parameters have changed"):
-                layer.step(x, state)
-
-
 @pytest.mark.parametrize("name", ["s4d", "s4d, real, two heads"])
 def test_a_recurrence_takes_other_rates(name):
     layer = make(name)
@@ -515,144 +362,6 @@ def test_a_recurrence_takes_other_rates(name):
     assert relative(torch.cat(found, 1), wanted) < 1e-12
     with pytest.raises(ValueError, match="rate must be"):
         layer.step(x[:, 0], state, rate=-1.0)
-
-
-@pytest.mark.parametrize(
-    "change",
-    {
-        "its bias": lambda layer: layer.short_bias.add_(1),
-        "in_proj": lambda layer: layer.in_proj.weight.data.mul_(1.1),
-        "another in_proj": lambda layer: setattr(
-            layer, "in_proj", torch.nn.Linear(D, 3 * D, dtype=torch.float64)
-        ),
-    }.items(),
-    ids=lambda change: change[0],
-)
-def test_a_state_of_hyena_belongs_to_what_is_before_its_convolutions(change):
-    layer, x = make("hyena"), torch.randn(2, D, dtype=torch.float64)
-    with torch.no_grad():
-        _, state = layer.step(x, layer.init_state(2))
-        layer.out_proj.weight.mul_(1.1)  # which no state depends on
-        _, state = layer.step(x, state)
-        change[1](layer)
-        with pytest.raises(ValueError, match="parameters have changed"):
-            layer.step(x, state)
-        y, _ = layer.step(x, layer.init_state(2))
-        assert relative(y, forward(layer, x.unsqueeze(1)).squeeze(1)) < 1e-12
-
-
-class Chunks(torch.nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        y, state = self.layer.prefill(x[:, :20], self.layer.init_state(len(x)))
-        return torch.cat([y, self.layer.prefill(x[:, 20:], state)[0]], 1)
-
-
-class OneStep(torch.nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x, state):
-        return self.layer.step(x, state)
-
-
-@pytest.mark.parametrize("name", ["s4d", "long_conv", "hyena"])
-def test_transforms_see_the_parameters_of_prefill(name):
-    layer, x = make(name), torch.randn(2, 50, D, dtype=torch.float64)
-    model = Chunks(layer)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    call = lambda parameters: torch.func.functional_call(model, parameters, (x,))  # noqa: E731
-    found = torch.func.grad(lambda parameters: call(parameters).square().sum())(parameters)
-    model(x).square().sum().backward()
-    for key, p in model.named_parameters():
-        assert relative(found[key], p.grad) < 1e-10, key
-    several = {key: torch.stack([p, 1.1 * p]) for key, p in parameters.items()}
-    ys = torch.func.vmap(call)(several)
-    assert relative(ys[0], forward(layer, x)) < 1e-12 and relative(ys[1], ys[0]) > 1e-3
-    with torch.no_grad():
-        y, _ = run(layer, x, [50], layer.init_state(2))
-    assert relative(y, forward(layer, x)) < 1e-12
-
-
-def test_transforms_do_not_see_steps():
-    layer, x = make("long_conv"), torch.randn(3, 2, D, dtype=torch.float64)
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"in place.*prefill"):
-        state = layer.init_state(2)
-        torch.func.vmap(lambda x: layer.step(x, state)[0])(x)
-
-
-@pytest.mark.parametrize("name", ["s4d", "long_conv", "hyena"])
-@pytest.mark.slow
-@pytest.mark.one_of(2)
-def test_steps_are_exported(name):
-    layer, x = make(name), torch.randn(2, 40, D, dtype=torch.float64)
-    with torch.no_grad():
-        state = layer.init_state(2)
-        program = torch.export.export(OneStep(layer), (x[:, 0], copy.deepcopy(state)), strict=False)
-        for now, wanted in zip(x.unbind(1), forward(layer, x).unbind(1), strict=True):
-            y, state = program.module()(now, state)
-            assert relative(y, wanted) < 1e-12
-
-
-@pytest.mark.parametrize("name", ["s4d", "long_conv", "hyena"])
-@pytest.mark.slow
-@pytest.mark.one_of(2)
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it
-def test_compiled_chunks(name):
-    """They have gradients, and the graph serves batches and lengths of any size."""
-    layer = make(name)
-    torch._dynamo.reset()
-    prefill = torch.compile(layer.prefill, fullgraph=True, dynamic=True, backend="aot_eager")
-    for batch, length in ((2, 5), (3, 34)):
-        x = torch.randn(batch, 2 * length, D, dtype=torch.float64)
-        found = []
-        for call in (prefill, layer.prefill):
-            layer.zero_grad()
-            y, state = call(x[:, :length], layer.init_state(batch))
-            z, _ = call(x[:, length:], state, lengths=torch.full((batch,), length))
-            y = torch.cat([y, z], 1)
-            y.square().sum().backward()
-            found.append([y, *[p.grad.clone() for p in layer.parameters()]])
-        assert relative(found[0][0], forward(layer, x)) < 1e-12
-        for one, other in zip(*found, strict=True):
-            assert relative(one, other) < 1e-10
-
-
-@pytest.mark.parametrize("name", ["long_conv", "hyena"])
-@pytest.mark.slow
-@pytest.mark.one_of(2)
-def test_compiled_steps_see_another_generator(name):
-    layer, x = make(name), torch.randn(2, D, dtype=torch.float64)
-    torch._dynamo.reset()
-    step = torch.compile(layer.step, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        _, state = step(x, layer.init_state(2))
-        _replace_generator(layer)
-        with pytest.raises(ValueError, match="parameters have changed"):
-            step(x, state)
-
-
-@every_stream
-@pytest.mark.slow
-@pytest.mark.one_of(2)
-def test_compiled_steps(name):
-    """One graph for all steps, without a graph break."""
-    layer = make(name)
-    x = torch.randn(2, 80, D, dtype=torch.float64)
-    torch._dynamo.reset()
-    count = CompileCounter()
-    step = torch.compile(layer.step, backend=count, fullgraph=True)
-    with torch.no_grad():
-        wanted, state = layer(x), layer.init_state(2, spread=True)
-        found = []
-        for now in x.unbind(1):
-            y, state = step(now, state)
-            found.append(y)
-    assert relative(torch.stack(found, 1), wanted) < 1e-12 and count.frame_count == 1
 
 
 def test_the_public_names():
