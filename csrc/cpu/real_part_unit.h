@@ -1,5 +1,6 @@
 // A channel of a product of spectra, see real_part.h.
 #pragma once
+#include "isa.h"
 #include "radix.h"
 #include "real_part.h"
 
