@@ -18,6 +18,7 @@ from seqconv.layers.base import KernelGenerator
 from seqconv.ops import butterfly, fftconv, packed, ssm
 from seqconv.ops.checks import check_length
 
+_CONSTANT = "length must be a constant, only the batch may be dynamic"
 _OPERATORS = (ssm.operator, s4d_kernel.s4d_kernel, sgconv._taps_op, hyena_filter._filter_op)
 
 
@@ -39,6 +40,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     table: dict = {op.fwd: _plain(op) for op in _OPERATORS}
     table[fftconv.operator.fwd] = _fftconv
     table[butterfly.operator.fwd] = _butterfly
+    table[butterfly.product.fwd] = _product
     table[packed.operator.fwd] = _refused("packed rows (cu_seqlens) have", "pad the rows")
     table[torch.ops.seqconv.stream_step.default] = _refused(
         "step() of a layer with taps has", "give forward its history"
@@ -50,8 +52,7 @@ def _plain(operator) -> Callable:
     def plain(*args):
         inputs, options = operator.split(args)
         if any(isinstance(option, torch.SymInt) for option in options):
-            text = "length must be a constant, only the batch may be dynamic"
-            raise ValueError(f"{operator.name}: {text}; freeze makes it one")
+            raise ValueError(f"{operator.name}: {_CONSTANT}; freeze makes it one")
         return operator.plain(inputs, *options)
 
     return plain
@@ -68,6 +69,13 @@ def _fftconv(*args) -> Tensor:
 def _butterfly(*args) -> Tensor:
     (x, matrices), (sizes,) = butterfly.operator.split(args)
     return products.butterfly(x, split(matrices, sizes), sizes, None)
+
+
+def _product(*args) -> Tensor:
+    (u, k), (length,) = butterfly.product.split(args)
+    if isinstance(length, torch.SymInt):
+        raise ValueError(f"{butterfly.product.name}: {_CONSTANT}")
+    return products.inverse(ssm.multiply(u.unsqueeze(1), k), length)
 
 
 def _refused(what: str, instead: str) -> Callable:

@@ -9,7 +9,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqconv import reference
-from seqconv.backends import products
 from seqconv.backends.fallback import radix_sizes
 from seqconv.layers.base import ConvLayer, KernelGenerator, sized
 from seqconv.layers.long_conv import BLOCK, KERNEL, LongConvKernel
@@ -19,7 +18,6 @@ from seqconv.layers.packing import Pack, pad, unpadded
 from seqconv.ops import butterfly
 from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
 from seqconv.ops.fftconv import ACTIVATIONS
-from seqconv.ops.ssm import multiply
 
 
 def radices(n: int) -> tuple[int, ...]:
@@ -161,8 +159,8 @@ class ButterflyConv(ConvLayer):
 
     Cost: kernels of its own on a CPU from l_max = 5 on, and on CUDA, float32 or narrower, while a
     block's memory holds n complex numbers (l_max <= 8192 on an H100); matrix products of torch
-    elsewhere. Memory batch d_model n complex numbers for the spectrum, and heads times that for the
-    product.
+    elsewhere. Memory batch d_model n complex numbers for the spectrum, and on CUDA heads times that for
+    the product, which a CPU makes and transforms some channels at a time.
 
     Source: arXiv 2302.06646, section 3.4. Example:
         >>> layer = ButterflyConv(8, l_max=100)
@@ -240,11 +238,7 @@ class ButterflyConv(ConvLayer):
         )
         u_f = self.input_transform(u, some)  # (b h n 2)
         k_f = self.kernel_transform(make(), some)  # (c h n 2)
-        exporting = torch.compiler.is_compiling() and torch.compiler.is_exporting()
-        if exporting and isinstance(length, int):  # Few runtimes have complex numbers.
-            v = products.inverse(multiply(u_f.unsqueeze(1), k_f), length)
-        else:
-            v = butterfly.product(butterfly.Spectra(u_f, k_f), length)
+        v = butterfly.product(butterfly.Spectra(u_f, k_f), length)
         v = v + self.skip[:, channels].to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
         return reference.activate(v, self.activation).to(u.dtype)
 
