@@ -2,61 +2,83 @@
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import seqconv
 from bench import files
 from bench.language import model as language
-from bench.synthetics.tasks import TASKS, UNASKED, samples
+from bench.synthetics.mixers import ATTENTION, Mixers
+from bench.synthetics.tasks import TASKS, UNASKED, Setting, samples
 from seqconv.optim import param_groups
 
-WIDTH, DEPTH, BATCH, LR, WEIGHT_DECAY = 32, 2, 32, 5e-4, 0.1
 TWO_SIDED = "s4d-two-sided"  # the control, which does see the future
-LAYERS = ("s4d", "long_conv", "sgconv", "hyena", TWO_SIDED)
+LAYERS = ("s4d", "long_conv", "sgconv", "hyena", TWO_SIDED, ATTENTION)
 
 
-def made(layer: str, task) -> language.LanguageModel:
-    shape = WIDTH, DEPTH, task.length
+def made(layer: str, task) -> nn.Module:
+    setting = task.setting
+    shape = setting.width, setting.depth, task.length
+    if setting.network and layer == ATTENTION:
+        raise SystemExit(f"{task.title}: there is no {ATTENTION} with networks")
+    if not setting.network:
+        if layer == TWO_SIDED:
+            raise SystemExit(f"{task.title}: {TWO_SIDED} would see the answers")
+        return Mixers(layer, *shape, vocab=task.vocab)
     found = language.LanguageModel("s4d" if layer == TWO_SIDED else layer, *shape, vocab=task.vocab)
     if layer == TWO_SIDED:
         for block in found.blocks:
-            block.layer = seqconv.S4D(WIDTH, bidirectional=True)
+            block.layer = seqconv.S4D(setting.width, bidirectional=True)
     return found
 
 
-def share(step: int, steps: int, cosine: bool) -> float:
-    """The learning rate over the highest one: it rises for a tenth of the steps, then falls."""
-    rise = max(1, steps // 10)
+def share(step: int, steps: int, cosine: bool, setting: Setting) -> float:
+    """The learning rate over the highest one: it rises for a part of the steps, then falls."""
+    rise = max(1, int(steps * setting.rise))
     if step < rise:
         return (step + 1) / rise
     left = (steps - step) / max(1, steps - rise)
-    return 0.1 + 0.9 * 0.5 * (1 - math.cos(math.pi * left)) if cosine else left
+    end = setting.end
+    return end + (1 - end) * 0.5 * (1 - math.cos(math.pi * left)) if cosine else left
 
 
 class Run:
     """One task, layer and seed. The model, the samples and their order depend on the seed alone."""
 
-    def __init__(self, task: str, layer: str, seed: int, epochs: int | None, folder: Path):
+    def __init__(
+        self,
+        task: str,
+        layer: str,
+        seed: int,
+        epochs: int | None,
+        folder: Path,
+        lr: float | None = None,
+        train: int | None = None,
+    ):
         self.name, self.task, self.layer, self.seed = task, TASKS[task], layer, seed
+        self.task = replace(self.task, train=train or self.task.train)
+        setting = self.task.setting
         self.epochs = self.task.epochs if epochs is None else epochs
+        self.lr, self.batch = lr or setting.rates[0], setting.batch
         splits = samples(self.task, seed)
         self.train, self.test = (
             tuple(torch.from_numpy(t) for t in splits[split]) for split in ("train", "test")
         )
         torch.manual_seed(seed)
         self.model = made(layer, self.task)
-        groups = param_groups(self.model, lr=LR, weight_decay=WEIGHT_DECAY)
+        groups = param_groups(self.model, lr=self.lr, weight_decay=setting.weight_decay)
         self.optimizer = torch.optim.AdamW(groups)
-        self.per_epoch = len(self.train[0]) // BATCH
+        self.per_epoch = len(self.train[0]) // self.batch
         steps = self.epochs * self.per_epoch
-        factor = lambda step: share(step, steps, self.task.cosine)  # noqa: E731
+        factor = lambda step: share(step, steps, self.task.cosine, setting)  # noqa: E731
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.epoch, self.seconds = 0, 0.0
-        self.path = folder / f"{task}-{layer}-{seed}-{self.epochs}.ckpt"
+        several = f"-{self.lr:g}-{self.task.train}" if len(setting.rates) > 1 else ""
+        self.path = folder / f"{task}-{layer}-{seed}-{self.epochs}{several}.ckpt"
         if self.path.exists():
             self._load()
 
@@ -84,8 +106,8 @@ class Run:
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
             order = torch.randperm(len(tokens), generator=generator)
             for i in range(self.per_epoch):
-                chosen = order[i * BATCH : (i + 1) * BATCH]
-                loss = loss_of(self.model(tokens[chosen]), targets[chosen])
+                chosen = order[i * self.batch : (i + 1) * self.batch]
+                loss = loss_of(self.model, tokens[chosen], targets[chosen])
                 if not loss.isfinite():
                     raise SystemExit(f"{self.name}, {self.layer}: the loss is {loss.item()}")
                 self.optimizer.zero_grad()
@@ -98,7 +120,7 @@ class Run:
                 self.save()
             done(self.epoch, self.epochs)
         count = len(self.test[0])
-        return {
+        found = {
             "task": self.name,
             "layer": self.layer,
             "seed": self.seed,
@@ -107,19 +129,25 @@ class Run:
             "train_accuracy": accuracy(self.model, tokens[:count], targets[:count]),
             "seconds": round(self.seconds, 1),
         }
+        if len(self.task.setting.rates) > 1:
+            found |= {"lr": self.lr, "samples": self.task.train}
+        return found
 
 
-def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=UNASKED)
+def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    if isinstance(model, Mixers):
+        asked = targets != UNASKED
+        return F.cross_entropy(model(tokens, asked), targets[asked])
+    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=UNASKED)
 
 
-def accuracy(model: language.LanguageModel, tokens: Tensor, targets: Tensor) -> float:
+def accuracy(model: nn.Module, tokens: Tensor, targets: Tensor) -> float:
     """In percent of the tokens that are asked for."""
     model.eval()
-    asked = targets != UNASKED
+    right = []
     with torch.no_grad():
-        right = [
-            (model(x).argmax(-1) == y)[a]
-            for x, y, a in zip(tokens.split(256), targets.split(256), asked.split(256), strict=True)
-        ]
+        for x, y in zip(tokens.split(256), targets.split(256), strict=True):
+            asked = y != UNASKED
+            logits = model(x, asked) if isinstance(model, Mixers) else model(x)[asked]
+            right.append(logits.argmax(-1) == y[asked])
     return 100 * torch.cat(right).float().mean().item()

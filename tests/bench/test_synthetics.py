@@ -1,6 +1,7 @@
 """bench.lra synthetics: the tasks ask for what they say, causal layers cannot see the future, runs continue exactly."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from bench.lra.__main__ import main
 from bench.synthetics import tasks, training
+from bench.synthetics.command import table
 from bench.synthetics.tasks import TASKS, UNASKED
 
 
@@ -54,7 +56,51 @@ def test_training_asks_for_every_token_and_splits_share_no_sequence():
         assert not [row for row in made(name)[0] if row.tobytes() in seen]
 
 
-@pytest.mark.parametrize("layer", training.LAYERS)
+def test_many_queries_ask_at_each_key_for_its_value():
+    sizes = {"vocab": 64, "length": 40, "pairs": 6}
+    tokens, targets = tasks.many_queries(4000, np.random.default_rng(0), False, **sizes)
+    assert tokens.shape == targets.shape == (4000, 40)
+    for row, target in zip(tokens, targets, strict=True):
+        keys, values = row[:12:2], row[1:12:2]
+        assert len(set(keys)) == len(set(values)) == 6
+        assert set(keys) <= set(range(1, 32)) and set(values) <= set(range(32, 64))
+        (asked,) = np.flatnonzero(target != UNASKED)[None]
+        assert len(asked) == 6 and (asked >= 12).all() and (asked % 2 == 0).all()
+        value_of = dict(zip(keys, values, strict=True))
+        assert [value_of[key] for key in row[asked]] == list(target[asked])
+        rest = np.setdiff1d(np.arange(12, 40), asked)
+        assert not row[rest].any()
+    # A first key's gap g has a probability in proportion to (g + 1)^-0.99.
+    first = (tokens[:, 12:] == tokens[:, :1]).argmax(1) // 2
+    weights = np.arange(1, 15) ** -0.99
+    assert abs((first == 0).mean() - weights[0] / weights.sum()) < 0.03
+    assert (first == 13).any()
+
+
+def test_many_queries_are_answered_by_attention(monkeypatch, tmp_path):
+    """Small enough for a test; the answers are neither chance nor one of the values of the sample."""
+    sizes = {"vocab": 16, "length": 16}
+    make = partial(tasks.many_queries, **sizes, pairs=3)
+    setting = replace(tasks.ZOOLOGY, width=32, batch=64, rates=(3e-3, 1e-2))
+    task = tasks.Task("many", make, **sizes, chance=12.5, train=6400, test=300, setting=setting)
+    monkeypatch.setitem(tasks.TASKS, "many", task)
+    row = training.Run("many", training.ATTENTION, 0, 6, tmp_path).run()
+    assert row["accuracy"] > 60 and row["lr"] == 3e-3 and row["samples"] == 6400
+    with pytest.raises(SystemExit, match="would see the answers"):
+        training.Run("many", training.TWO_SIDED, 0, 1, tmp_path)
+
+
+def test_the_best_rate_of_each_seed_counts():
+    made = [(0, 1e-3, 20.0), (0, 1e-2, 90.0), (1, 1e-3, 30.0)]
+    rows = [
+        {"task": "mqar-64", "layer": "hyena", "epochs": 4, "samples": 100, "seconds": 60.0}
+        | {"seed": seed, "lr": lr, "accuracy": accuracy}
+        for seed, lr, accuracy in made
+    ]
+    assert "| mqar-64 | hyena | 0.0 | 60.0 (30.0-90.0) |  | 2 | 1.0 |" in table(rows)
+
+
+@pytest.mark.parametrize("layer", [x for x in training.LAYERS if x != training.ATTENTION])
 def test_no_causal_layer_sees_the_future(layer, monkeypatch, tmp_path):
     """The two-sided control does, so that the test can fail."""
     sizes = {"vocab": 4, "length": 32}
@@ -98,7 +144,7 @@ def test_the_command(tmp_path, capsys):
     assert row["task"] == "associative-recall" and row["epochs"] == 1 and row["accuracy"] > 15
     main(given)  # It is there already.
     assert len(file.read_text().splitlines()) == 1
-    for wrong in (["recall"], ["future", "--layers", "s4"]):
+    for wrong in (["recall"], ["future", "--samples", "9"], ["future", "--layers", "s4"]):
         with pytest.raises(SystemExit):
             main(["synthetics", *wrong])
     assert "unknown layer 's4'" in capsys.readouterr().err
