@@ -12,7 +12,7 @@ class Request(NamedTuple):
     """One call of an operator. Its first input says on which device it is made."""
 
     # "fftconv", "fftconv_packed", "ssm", "s4d_kernel", "ssm_step", "butterfly" or "stream"; a backend refuses others,
-    # among them "glu" and "butterfly_product", which the CPU kernels have alone
+    # among them "glu" and "butterfly_product", for which only the CPU has kernels
     operator: str
     inputs: Any  # the operator's tensors by name
     options: tuple

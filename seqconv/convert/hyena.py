@@ -75,7 +75,7 @@ def load_hyena(
     Raises:
         ValueError: a key is missing or unknown, has a shape that does not fit the others, or an option has a value
             with which the layer computes what Hyena does not.
-        TypeError: an option is unknown.
+        TypeError: an option is unknown, or state_dict is no dict of tensors by name.
 
     Source: arXiv 2302.10866.
     """

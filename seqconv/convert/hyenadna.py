@@ -59,6 +59,7 @@ def load_hyenadna(
     Raises:
         ValueError: a key is missing or unknown (those of attention, of positions and of other heads), sizes differ
             from the configuration's, or a layer has an option that Hyena has no counterpart of.
+        TypeError: source is neither of both, a value in it is no tensor, or config is no dictionary.
         FileNotFoundError: the folder lacks a file.
 
     Source: arXiv 2306.15794.

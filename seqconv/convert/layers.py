@@ -35,6 +35,7 @@ def load_s4d(state_dict: dict[str, Tensor], *, prefix: str = "", **options) -> S
     Raises:
         ValueError: a key is missing or unknown (P, for one: S4 with a low-rank term is not S4D), or has
             a shape that does not fit the others.
+        TypeError: state_dict is no dict of tensors by name.
 
     Source: arXiv 2206.11893.
     """
@@ -118,6 +119,7 @@ def load_longconv(
 
     Raises:
         ValueError: a key is missing or unknown, or has a shape that does not fit the others.
+        TypeError: state_dict is no dict of tensors by name.
 
     Source: arXiv 2302.06646.
     """
@@ -170,6 +172,7 @@ def load_sgconv(
 
     Raises:
         ValueError: a key is missing or unknown, or has a shape that does not fit the others.
+        TypeError: state_dict is no dict of tensors by name.
 
     Source: arXiv 2210.09298.
     """

@@ -222,11 +222,11 @@ class HyenaDNA(nn.Module):
             )
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab:
             found = f"from {int(tokens.min())} to {int(tokens.max())}"
-            wanted = f"tokens must be below {self.vocab}"
+            wanted = f"tokens must be >= 0 and below {self.vocab}"
             raise ValueError(f"HyenaDNA.generate: {wanted}, got {found}")
         among = None if among is None else list(among)
         if among is not None and not all(0 <= token < self.vocab for token in among):
-            wanted = f"among must be below {self.vocab}"
+            wanted = f"among must be >= 0 and below {self.vocab}"
             raise ValueError(f"HyenaDNA.generate: {wanted}, got {among}")
         if not temperature >= 0:
             raise ValueError(f"HyenaDNA.generate: temperature must be >= 0, got {temperature}")

@@ -1,9 +1,13 @@
-"""The learned butterfly as a torch operator, the transform of reference.butterfly, and the product of two of them.
+"""The learned butterfly as torch operators: the transform of reference.butterfly, and the product of two of them.
 
-x (batch, channels, length); matrices (heads, sum of the squares of the sizes, 2), the matrices of
-every size that occurs, in the order in which `radices` names them, flattened; z (batch, channels,
+The transform has x (batch, channels, length); matrices (heads, sum of the squares of the sizes, 2), the
+matrices of every size that occurs, in the order in which `radices` names them, flattened; z (batch, channels,
 n, 2), at least in float32. The compiled kernels on a CPU, CUDA's where a block holds a row,
 reference.butterfly elsewhere.
+
+The product has v = Re ifft(u k)[:length] of two such z: u (batch, channels, n, 2) and k (heads, channels, n, 2),
+both float32 or both float64; v (batch, heads, channels, length), with channels last in memory. The compiled
+kernels on a CPU, reference.butterfly_product elsewhere.
 """
 
 import math
@@ -128,10 +132,14 @@ def _check_spectra(inputs: Spectra, length: int) -> None:
         raise ValueError(f"butterfly_product: k must be on {u.device}, got {k.device}")
 
 
+def _shape_of_product(inputs: Spectra, length: int) -> tuple:
+    return (inputs.u.shape[0], *inputs.k.shape[:2], length)
+
+
 def _empty_product(inputs: Spectra, length: int) -> Tensor:
-    u, k = inputs
+    batch, heads, channels, _ = _shape_of_product(inputs, length)
     # The layer goes on with channels last.
-    return u.new_empty(u.shape[0], length, *k.shape[:2]).permute(0, 2, 3, 1)
+    return inputs.u.new_empty(batch, length, heads, channels).permute(0, 2, 3, 1)
 
 
 def _forward_product(backend, inputs: Spectra, length: int) -> Tensor:
@@ -149,7 +157,7 @@ def _product_gradients(backend, dv: Tensor, inputs: Spectra, length: int, wanted
         torch.empty_like(t, **wide) if want else None
         for t, want in zip(inputs, wanted, strict=True)
     ]
-    if dv.shape != _empty_product(inputs, length).shape or dv.device != inputs.u.device:
+    if dv.shape != _shape_of_product(inputs, length) or dv.device != inputs.u.device:
         text = f"got {tuple(dv.shape)} on {dv.device}"
         raise ValueError(f"butterfly_product: dv must be like the output, {text}")
     if dv.numel():

@@ -89,9 +89,9 @@ OPERATORS = {
     "fftconv_packed": _packed,
     "ssm": _ssm,
     "butterfly": _butterfly,
+    "butterfly_product": _product,
     "s4d_kernel": _s4d_kernel,
 }
 IN_GRAPHS = {  # those that only layers call, and only in graphs that torch.compile makes
     "sgconv_taps": _taps,
-    "butterfly_product": _product,
 }

@@ -170,9 +170,11 @@ def test_generation_draws():
     with pytest.raises(ValueError, match="temperature must be >= 0, got -1"):
         model.generate(TOKENS, 1, temperature=-1.0)
     for wrong in (TOKENS - TOKENS.max() - 1, TOKENS + model.vocab):
-        with pytest.raises(ValueError, match=f"tokens must be below {model.vocab}, got from"):
+        with pytest.raises(
+            ValueError, match=f"tokens must be >= 0 and below {model.vocab}, got from"
+        ):
             model.generate(wrong, 1)
-    with pytest.raises(ValueError, match=f"among must be below {model.vocab}"):
+    with pytest.raises(ValueError, match=f"among must be >= 0 and below {model.vocab}"):
         model.generate(TOKENS, 1, among=[model.vocab])
 
 
