@@ -3,10 +3,9 @@
 python -m bench.lra synthetics [TASK...] [--layers s4d,hyena] [--seeds 0 1 2] [--json FILE]
 python -m bench.lra synthetics --table        the table in docs/long_range_arena.md, of the stored results
 
-The models are those of the sources: for the tasks of safari two blocks of width 32 with networks four times as wide, in
-batches of 32; for those of zoology four layers of width 64 without networks, in batches of 512, of which each run
-takes hours on a processor. A command that was stopped goes on where it was, and runs that --json has already are left
-out.
+The models have the sizes of the sources: for the tasks of safari two blocks of width 32 with networks four times as
+wide; for those of zoology four layers of width 64 without networks, of which each run takes hours on a processor. A
+command that was stopped goes on where it was, and runs that --json has already are left out.
 """
 
 import argparse
@@ -29,21 +28,26 @@ def rows_of(path: Path) -> list[dict]:
     return files.read([path]) if path.exists() else []
 
 
+def amount(row: dict) -> tuple[int, int]:
+    """Samples and epochs of training."""
+    return row.get("samples", TASKS[row["task"]].train), row["epochs"]
+
+
 def best(rows: list[dict]) -> list[dict]:
-    """Of each seed, number of samples and of epochs the row of the best learning rate."""
+    """Of each seed the row of the best learning rate, by the accuracy in the test, as zoology has it."""
     found: dict = {}
     for row in rows:
-        key = row["seed"], row.get("samples"), row["epochs"]
-        if key not in found or row["accuracy"] > found[key]["accuracy"]:
-            found[key] = row
+        if row["seed"] not in found or row["accuracy"] > found[row["seed"]]["accuracy"]:
+            found[row["seed"]] = row
     return [*found.values()]
 
 
 def table(rows: list[dict]) -> str:
     lines = []
     for task in TASKS:
-        for layer in dict.fromkeys(row["layer"] for row in rows if row["task"] == task):
-            some = best([r for r in rows if r["task"] == task and r["layer"] == layer])
+        of_task = [row for row in rows if row["task"] == task]
+        for layer, training in dict.fromkeys((row["layer"], amount(row)) for row in of_task):
+            some = best([r for r in of_task if (r["layer"], amount(r)) == (layer, training)])
             found = [row["accuracy"] for row in some]
             spread = f"{mean(found):.1f} ({min(found):.1f}-{max(found):.1f})"
             published = PUBLISHED.get((task, layer))
@@ -52,6 +56,7 @@ def table(rows: list[dict]) -> str:
                 [
                     task,
                     layer,
+                    f"{training[0]:,} x {training[1]}",
                     f"{TASKS[task].chance:.1f}",
                     spread if len(found) > 1 else f"{found[0]:.1f}",
                     "" if published is None else f"{published}",
@@ -59,8 +64,8 @@ def table(rows: list[dict]) -> str:
                     f"{minutes:.1f}",
                 ]
             )
-    head = ["task", "layer", "chance %", "test accuracy %", "published", "seeds", "minutes"]
-    return files.markdown(head, lines)
+    head = ["task", "layer", "samples x epochs", "chance %", "test accuracy %", "published"]
+    return files.markdown([*head, "seeds", "minutes"], lines)
 
 
 def said(row: dict) -> str:
@@ -107,7 +112,7 @@ def main(argv: list[str]) -> None:
         return
     import torch
 
-    from bench.synthetics.training import LAYERS, Run
+    from bench.synthetics.training import LAYERS, Run, refused
     from bench.terminal import plain, progress
 
     tasks, layers = args.tasks or list(RECALL), args.layers.split(",")
@@ -115,24 +120,31 @@ def main(argv: list[str]) -> None:
         for name in names:
             if name not in known:
                 parser.error(f"unknown {what} {name!r}; there are {', '.join(known)}")
-    torch.set_num_threads(1)  # The models are so small that more threads only wait for one another.
+    # Runs take hours: a mistake shows before the first.
     for task in tasks:
+        setting = TASKS[task].setting
+        if args.samples is not None and args.samples < setting.batch:
+            parser.error(f"--samples must be at least {setting.batch}, a batch, got {args.samples}")
+        if len(setting.rates) == 1 and (args.samples or args.rates):
+            parser.error(f"{task} has the samples and the learning rate of its source")
         for layer in layers:
-            rates = args.rates or TASKS[task].setting.rates
-            for seed, lr in itertools.product(args.seeds, rates):
-                wanted = {"task": task, "layer": layer, "seed": seed}
-                wanted["epochs"] = args.epochs or TASKS[task].epochs
-                if len(TASKS[task].setting.rates) > 1:
-                    wanted |= {"lr": lr, "samples": args.samples or TASKS[task].train}
-                elif args.samples or args.rates:
-                    parser.error(f"{task} has the samples and the learning rate of its source")
-                there = [row for row in rows_of(args.json) if wanted.items() <= row.items()]
-                if there:
-                    plain.print(f"{said(there[0])}, from {args.json}")
-                    continue
-                run = Run(task, layer, seed, args.epochs, args.out, lr, args.samples)
-                with progress(plain) as bar:
-                    shown = bar.add_task(f"{task}, {layer}, seed {seed}", total=run.epochs)
-                    row = run.run(lambda epoch, of, b=bar, s=shown: b.update(s, completed=epoch))
-                files.append(args.json, row | {"commit": commit(), "when": now()})
-                plain.print(said(row))
+            if reason := refused(layer, TASKS[task]):
+                parser.error(f"{task}: {reason}")
+    torch.set_num_threads(1)  # The models are so small that more threads only wait for one another.
+    for task, layer, seed in itertools.product(tasks, layers, args.seeds):
+        several = len(TASKS[task].setting.rates) > 1
+        for lr in args.rates or TASKS[task].setting.rates:
+            wanted = {"task": task, "layer": layer, "seed": seed}
+            wanted["epochs"] = args.epochs or TASKS[task].epochs
+            if several:
+                wanted |= {"lr": lr, "samples": args.samples or TASKS[task].train}
+            there = [row for row in rows_of(args.json) if wanted.items() <= row.items()]
+            if there:
+                plain.print(f"{said(there[0])}, from {args.json}")
+                continue
+            run = Run(task, layer, seed, args.epochs, args.out, lr, args.samples)
+            with progress(plain) as bar:
+                shown = bar.add_task(f"{task}, {layer}, seed {seed}", total=run.epochs)
+                row = run.run(lambda epoch, of, b=bar, s=shown: b.update(s, completed=epoch))
+            files.append(args.json, row | {"commit": commit(), "when": now()})
+            plain.print(said(row))

@@ -7,7 +7,7 @@ also in training. Source of those: zoology's configurations, arXiv 2312.04927.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,7 +35,7 @@ ZOOLOGY = Setting(
     network=False,
     batch=512,
     rates=(1e-4, 4.6e-4, 2.2e-3, 1e-2),
-    weight_decay=0.01,
+    weight_decay=0.1,
     rise=0.0,
     end=0.0,
 )
@@ -103,6 +103,8 @@ def future(samples: int, rng: np.random.Generator, test: bool, *, vocab: int, le
 
 def _distinct(rng: np.random.Generator, samples: int, low: int, high: int, count: int):
     """(samples, count) from low to high - 1, no number twice in a row, all such rows alike probable."""
+    if count > high - low:
+        raise ValueError(f"there are no {count} different numbers from {low} to {high - 1}")
     found = rng.integers(low, high, (samples, count))
     while True:
         ordered = np.sort(found, 1)
@@ -143,7 +145,7 @@ def many_queries(
     return tokens, targets
 
 
-def _many_queries(length: int, pairs: int) -> Task:
+def _many_queries(length: int, pairs: int, batch: int) -> Task:
     vocab = 8192
     return Task(
         f"Many queries, {vocab} tokens, {length} steps, {pairs} pairs",
@@ -155,7 +157,7 @@ def _many_queries(length: int, pairs: int) -> Task:
         test=3000,
         epochs=64,
         cosine=True,
-        setting=ZOOLOGY,
+        setting=replace(ZOOLOGY, batch=batch),
     )
 
 
@@ -190,9 +192,9 @@ TASKS = {
         test=2000,
         epochs=2,
     ),
-    "mqar-64": _many_queries(64, 4),
-    "mqar-128": _many_queries(128, 8),
-    "mqar-256": _many_queries(256, 16),
+    "mqar-64": _many_queries(64, 4, 512),
+    "mqar-128": _many_queries(128, 8, 512),
+    "mqar-256": _many_queries(256, 16, 256),
 }
 RECALL = ("associative-recall", "induction-head", "future")  # those that take minutes
 

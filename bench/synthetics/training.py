@@ -12,27 +12,37 @@ from torch import Tensor, nn
 import seqconv
 from bench import files
 from bench.language import model as language
-from bench.synthetics.mixers import ATTENTION, Mixers
-from bench.synthetics.tasks import TASKS, UNASKED, Setting, samples
+from bench.synthetics.mixers import Attention, Mixers
+from bench.synthetics.tasks import TASKS, UNASKED, Setting, Task, samples
 from seqconv.optim import param_groups
 
-TWO_SIDED = "s4d-two-sided"  # the control, which does see the future
-LAYERS = ("s4d", "long_conv", "sgconv", "hyena", TWO_SIDED, ATTENTION)
+TWO_SIDED, ATTENTION = "s4d-two-sided", "attention"
+MAKERS = language.LAYERS | {  # name -> the layer for a width and a length
+    TWO_SIDED: lambda width, length: seqconv.S4D(width, bidirectional=True),  # it sees the future
+    ATTENTION: lambda width, length: Attention(width),
+}
+LAYERS = (*("s4d", "long_conv", "sgconv", "hyena"), TWO_SIDED, ATTENTION)
 
 
-def made(layer: str, task) -> nn.Module:
+def refused(layer: str, task: Task) -> str | None:
+    """Why a task has no model with that layer."""
+    if layer == ATTENTION and task.setting.network:
+        return f"there is no model with {ATTENTION} for it"
+    return None
+
+
+def made(layer: str, task: Task) -> nn.Module:
     setting = task.setting
-    shape = setting.width, setting.depth, task.length
-    if setting.network and layer == ATTENTION:
-        raise SystemExit(f"{task.title}: there is no {ATTENTION} with networks")
     if not setting.network:
-        if layer == TWO_SIDED:
-            raise SystemExit(f"{task.title}: {TWO_SIDED} would see the answers")
-        return Mixers(layer, *shape, vocab=task.vocab)
+        attends = layer == ATTENTION  # zoology's has half as many layers, and positions
+        depth = setting.depth // 2 if attends else setting.depth
+        shape = setting.width, depth, task.length
+        return Mixers(MAKERS[layer], *shape, vocab=task.vocab, positions=attends)
+    shape = setting.width, setting.depth, task.length
     found = language.LanguageModel("s4d" if layer == TWO_SIDED else layer, *shape, vocab=task.vocab)
     if layer == TWO_SIDED:
         for block in found.blocks:
-            block.layer = seqconv.S4D(setting.width, bidirectional=True)
+            block.layer = MAKERS[layer](setting.width, task.length)
     return found
 
 
@@ -47,7 +57,8 @@ def share(step: int, steps: int, cosine: bool, setting: Setting) -> float:
 
 
 class Run:
-    """One task, layer and seed. The model, the samples and their order depend on the seed alone."""
+    """One task, layer and seed. The model, the samples and their order depend on the seed and on the number of samples
+    alone."""
 
     def __init__(
         self,
