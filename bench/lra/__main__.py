@@ -12,6 +12,7 @@ COMMANDS = {
     "fit": "TASK --layer LAYER    trains by the recipe, any value of which can be overridden",
     "eval": "RUN                  shows the accuracy of a run's best checkpoint",
     "report": "FOLDER...            shows a table of all runs in these folders",
+    "curve": "RUN                  shows the accuracy of a run after each epoch, finished or not",
     "sweep": "TASK... --layers     trains several tasks, layers and seeds in turn; resumable",
     "gpu": "[TASK...]            trains the generated tasks on a GPU in sessions; resumable",
     "throughput": "TASK...              times training on packed samples beside padded ones",
@@ -124,6 +125,28 @@ def report(argv: list[str]) -> None:
         files.replace_between(Path(chosen.readme), "lra", summary(runs))
 
 
+def curve(argv: list[str]) -> None:
+    parser = make_parser(
+        "curve", "Shows the accuracy of a run after each of its epochs, also before it is finished."
+    )
+    parser.add_argument("run", nargs="?", help="the run folder")
+    parser.add_argument("--test", action="store_true", help="also test the best checkpoint")
+    parser.add_argument("--json", type=str | None, default=None, help="append to this file")
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="write the tables of bench/results/curves.jsonl into docs/long_range_arena.md instead",
+    )
+    chosen = parser.parse_args(underscored(argv))
+    from bench.lra.curve import show, write_tables
+
+    if chosen.table:
+        return write_tables()
+    if not chosen.run or not (Path(chosen.run) / "run.json").exists():
+        parser.error(f"no run in {chosen.run}")
+    return show(Path(chosen.run), chosen.test, chosen.json and Path(chosen.json))
+
+
 def sweep(argv: list[str]) -> None:
     from bench.lra.sweep import sweep
 
@@ -231,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         print(usage())
         return
     commands = {"fit": fit, "eval": evaluate, "report": report, "sweep": sweep, "gpu": gpu}
-    commands |= {"throughput": throughput, "synthetics": synthetics, "data": data}
+    commands |= {"throughput": throughput, "synthetics": synthetics, "data": data, "curve": curve}
     if argv[0] not in commands:
         refuse("", f"unknown command {argv[0]!r}{recipes.suggest(argv[0], commands)}")
     try:

@@ -12,6 +12,8 @@ from lra_run import ROOT
 
 from bench import files, pictures
 from bench.facts import RESULTS
+from bench.lra import __main__ as bench_lra
+from bench.lra import curve
 from bench.lra.arguments import parse_fit
 from bench.lra.recipes import BARS, recipe
 from bench.lra.report import details, keep, load, report, summary
@@ -193,3 +195,51 @@ def test_the_table_of_rates_is_that_of_the_results():
 
 def test_the_table_of_made_up_tokens_is_that_of_the_results():
     assert table(rows_of(RESULTS / "synthetics.jsonl")) in PAGE.read_text()
+
+
+def test_the_tables_of_curves_are_those_of_the_results():
+    assert curve.tables(curve.KEPT) in PAGE.read_text()
+    rows = files.read([curve.KEPT])
+    assert rows
+    for row in rows:
+        found = [p["accuracy"] for p in row["points"]]
+        assert len(found) >= 3 and max(found) > 2 * 0.173  # the commonest class's share
+
+
+def test_a_curve_has_every_evaluation_of_a_run(tmp_path, capsys):
+    write_run(tmp_path, "listops-gen", "s4d", 1, None, ["--data.packed", "true"])
+    run = tmp_path / "listops-gen-s4d-1"
+    path = run / "run.json"
+    session = {"commit": "0123456789", "seconds": 60.0}
+    facts = {
+        "threads": 2,
+        "processes": 1,
+        "device": "a processor, 2 threads",
+        "torch": "2.13.0",
+        "changed": {},
+    }
+    facts["sessions"] = [session | {"device": "a processor, 2 threads"}] * 2
+    facts |= {"published": 60.52, "generated": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    text = "step,epoch,seconds,loss,accuracy,val_loss,val_accuracy,lr,sequences_per_second\n"
+    main = bench_lra.main
+    with pytest.raises(SystemExit, match="not been evaluated yet, and has no row of metrics"):
+        main(["curve", str(run)])
+    (run / "metrics.csv").write_text(text + "50,0.5,900,2.3,0.1,,,0.01,40\n")
+    with pytest.raises(SystemExit, match=r"not been evaluated yet, after 0\.5 epochs"):
+        main(["curve", str(run)])
+    text += "50,0.5,900,2.3,0.1,,,0.01,40\n100,1.0,1800,2,0.2,1.9,0.25,0.01,50\n"
+    (run / "metrics.csv").write_text(text + "200,2.0,3600,2,0.2,1.8,0.375,0.01,60\n")
+    main(["curve", str(run), "--json", str(tmp_path / "curves.jsonl")])
+    shown = capsys.readouterr().out
+    assert "| 1 | 0.50 | 1.00 | 1.900 | 25.0 |\n| 2 | 1.00 | 2.00 | 1.800 | 37.5 |\n\n" in shown
+    assert "listops-gen, s4d, seed 1, packed; 50 sequences a second. a processor" in shown
+    assert curve.tables(tmp_path / "curves.jsonl") == shown.strip()
+    told = json.loads(path.read_text())
+    told["sessions"][0]["device"] = "a processor, 1 thread"
+    path.write_text(json.dumps(told))
+    main(["curve", str(run)])
+    assert "| 1 | 0.50 | - | 1.900 | 25.0 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["curve", str(tmp_path / "none")])
+    assert "no run in" in capsys.readouterr().err
