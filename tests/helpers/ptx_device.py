@@ -108,12 +108,15 @@ def living_memory() -> list[tuple[int, int]]:
     found: dict[int, int] = {}
     for x in [*gc.get_objects(), *(reference() for reference in _EARLY)]:
         kind = type(x)
-        if not issubclass(kind, torch.Tensor) or kind is FakeTensor or x.device.type != "cpu":
+        if not issubclass(kind, torch.Tensor) or kind is FakeTensor:
             continue
         try:
+            if x.device.type != "cpu":
+                continue
             storage = x.untyped_storage()
             address, size = storage.data_ptr(), storage.nbytes()
-        except RuntimeError:  # a tensor of a compiler or a transform has no memory
+        except RuntimeError:
+            # A tensor of a compiler or a transform has no memory, and one that the collector took apart has no device.
             continue
         if size:
             found[address] = max(size, found.get(address, 0))
