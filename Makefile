@@ -40,7 +40,7 @@ sanitize: .venv/ready  ## the kernels' tests under AddressSanitizer and Undefine
 
 neon:  ## the kernels for arm64, cross-compiled (Debian: g++-aarch64-linux-gnu) and run in qemu-user
 	rm -rf build/neon && mkdir -p build/neon
-	printf '%s\n' tests/cpu/standalone.cpp csrc/cpu/*.cpp | xargs -P 4 -I{} sh -c \
+	printf '%s\n' tests/cpu/standalone/*.cpp csrc/cpu/*.cpp | xargs -P 4 -I{} sh -c \
 	  'aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Wno-psabi -Icsrc -pthread -c {} -o build/neon/$$(basename {}).o'
 	aarch64-linux-gnu-g++ -static -pthread build/neon/*.o -o build/standalone-arm64
 	qemu-aarch64 build/standalone-arm64
