@@ -327,7 +327,8 @@ class ConvLayer(Described):
         y = apply_linear(self, "linear", y, wide)
         if self.postact is None:
             return y
-        if forward_ad._current_level >= 0 or transforms_active() or type(y) is not Tensor:
+        plain = type(y) is Tensor or torch.compiler.is_exporting()
+        if forward_ad._current_level >= 0 or transforms_active() or not plain:
             # torch's glu has no forward derivative of its forward derivative, and for DTensors no rule before 2.13.
             first, gate = y.chunk(2, dim=-1)
             return first * gate.sigmoid()

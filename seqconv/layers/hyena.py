@@ -193,7 +193,11 @@ class Hyena(Streaming, Described):
         wide = (self.order + 1) * self.d_model
         x = apply_linear(self, "in_proj", _zero(x, padding), wide)
         x = short(_zero(x, padding), self.short, bias=self.short_bias)
-        *gates, v = _zero(x, padding).split(self.d_model, dim=-1)
+        x, width = _zero(x, padding), self.d_model
+        if torch.compiler.is_exporting():  # At a split ExecuTorch ties the batch to the example's.
+            *gates, v = [x[..., i : i + width] for i in range(0, wide, width)]
+        else:
+            *gates, v = x.split(width, dim=-1)
         k = make(length)
         if isinstance(length, int) and k.shape[-1] < length:
             warn_of_missing_taps(self, k, length)

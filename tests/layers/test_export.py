@@ -72,6 +72,26 @@ def test_decompositions_leave_torchs_operators_on_real_tensors(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_nothing_is_split_in_exported_layers(name):
+    """ExecuTorch's lowering of a split makes a dynamic batch that of the example: programs refuse every other batch."""
+    layer = export.freeze(LAYERS[name](), L)
+    shapes = ({0: torch.export.Dim("batch", max=8)},)
+    program = torch.export.export(layer, (torch.randn(2, L, D),), dynamic_shapes=shapes)
+    called = [node for node in program.graph.nodes if node.op == "call_function"]
+    dynamic = [
+        str(node.target)
+        for node in called
+        if isinstance(node.args[0], torch.fx.Node)
+        and isinstance(node.args[0].meta["val"], torch.Tensor)
+        and not all(isinstance(size, int) for size in node.args[0].meta["val"].shape)
+    ]
+    assert any("seqconv" in target for target in dynamic)
+    assert not [target for target in dynamic if "split" in target or "chunk" in target]
+    x = torch.randn(5, L, D)
+    assert relative(program.module()(x), layer(x)) < 1e-6
+
+
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.one_of(3)
 def test_layers_in_onnxruntime(name):
     layer = LAYERS[name]().eval()
