@@ -3,7 +3,8 @@
 The wheel is built from the source distribution, repaired by auditwheel, checked by abi3audit, and tried by
 smoke.py in an empty environment of every CPython found here, with every release of torch in TORCH. Of torch
 only builds for the CPU are asked for, which call themselves VERSION+cpu. Where there is none for a Python,
-the compiled module is tried alone, and the summary says so.
+the compiled module is tried alone, and the summary says so. TORCH="VERSION+any" takes the package index's build as
+well, which for Linux has CUDA and 3 GB.
 """
 
 import os
@@ -76,7 +77,8 @@ def attempt(interpreter: str, wheel: Path, torch: str | None) -> str | None:
         run(interpreter, "-m", "venv", python.parents[1])
         pip = (python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install")
         if torch is not None:
-            asked = [str(c) for c in (*pip, "--only-binary", ":all:", f"torch=={torch}+cpu")]
+            release = torch.removesuffix("+any") if torch.endswith("+any") else f"{torch}+cpu"
+            asked = [str(c) for c in (*pip, "--only-binary", ":all:", f"torch=={release}")]
             told = subprocess.run(asked, capture_output=True, text=True)
             # the second one where pip's configuration constrains torch
             if re.search(

@@ -239,7 +239,8 @@ class ButterflyConv(ConvLayer):
         u_f = self.input_transform(u, some)  # (b h n 2)
         k_f = self.kernel_transform(make(), some)  # (c h n 2)
         v = butterfly.product(butterfly.Spectra(u_f, k_f), length)
-        v = v + self.skip[:, channels].to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
+        skip = self.skip[:, channels].to(v.dtype).unsqueeze(-1)
+        v = torch.addcmul(v, skip, u.unsqueeze(1).to(v.dtype))
         return reference.activate(v, self.activation).to(u.dtype)
 
     def __getattr__(self, name: str):
