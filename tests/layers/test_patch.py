@@ -223,14 +223,35 @@ def test_report(capsys):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_the_report_sees_a_wrong_layer_and_the_memory(monkeypatch):
+def test_layers_that_compute_something_else_are_left_alone(monkeypatch):
     from seqconv.patching import rule
 
     right = rule.wrapped
     monkeypatch.setattr("seqconv.patching.long.wrapped", lambda *a, **o: 1.5 * right(*a, **o))
-    row = seqconv.patch(foreign.FFTConv()).rows[0]
-    assert row.error > 0.01
+    layer = foreign.FFTConv()
+    report = seqconv.patch(layer)
+    assert not report.rows and "forward" not in vars(layer)
+    ((name, kind, why),) = report.left
+    assert (name, kind) == ("", "FFTConv") and "computes something else" in why
+    assert float(why.split()[-1]) > 0.01
+    assert len(seqconv.patch(layer, test=False).rows) == 1  # Nobody looked.
     monkeypatch.undo()
+
+    class S4D(foreign.S4D):  # somebody's own version
+        def forward(self, u, *args, **kwargs):
+            return super().forward(2 * u, *args, **kwargs)
+
+    report = seqconv.patch(nn.Sequential(S4D(8), foreign.LongConv()), length=30)
+    assert [row.kind for row in report.rows] == ["LongConv"]
+    assert [(name, kind) for name, kind, _ in report.left] == [("0", "S4D")]
+
+
+def test_outputs_that_are_zero_and_the_memory_of_both(monkeypatch):
+    layer, _ = made("hyena")
+    with torch.no_grad():
+        layer.out_proj.weight.zero_()
+        layer.out_proj.bias.zero_()
+    assert [row.error for row in seqconv.patch(layer).rows] == [0.0]
     # The minimal S4D makes a complex tensor (channels, modes, length) there, and none here.
     row = seqconv.patch(foreign.S4D(8, modes=64), length=2000, repeats=1).rows[0]
     assert row.mib[0] > 8 * 8 * 64 * 2000 / 2**20 > 4 * row.mib[1]
