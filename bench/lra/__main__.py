@@ -142,8 +142,10 @@ def curve(argv: list[str]) -> None:
 
     if chosen.table:
         return write_tables()
-    if not chosen.run or not (Path(chosen.run) / "run.json").exists():
-        parser.error(f"no run in {chosen.run}")
+    if not chosen.run:
+        parser.error("the run's folder is missing: python -m bench.lra curve runs/NAME")
+    if not (Path(chosen.run) / "run.json").exists():
+        parser.error(f"{chosen.run} is not the folder of a run: it has no run.json")
     return show(Path(chosen.run), chosen.test, chosen.json and Path(chosen.json))
 
 

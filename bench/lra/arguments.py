@@ -12,7 +12,7 @@ from bench.lra import options, recipes
 
 def refuse(command: str, message: str):
     """Ends the program with a message that begins with the command."""
-    print(f"python -m bench.lra {command}: {message}".replace("  ", " "), file=sys.stderr)
+    print(f"{f'python -m bench.lra {command}'.strip()}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -29,7 +29,8 @@ def make_parser(command: str, description: str):
             if unknown and unknown[1] not in known:
                 nearest = recipes.suggest_option(unknown[1], known)
                 message = f"unknown option --{unknown[1]}{nearest}"
-            refuse(command, str(message).strip())
+            text = re.sub(r"Parser key ['\"]([\w.]+)['\"]:", r"--\1:", str(message))
+            refuse(command, text.strip())
 
     return Parser(
         prog=f"python -m bench.lra {command}", description=description, allow_abbrev=False

@@ -190,7 +190,7 @@ def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="bench.onnx", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.onnx", description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--budget", type=float, default=3.0, help="seconds for one length or layer")
     parser.add_argument("--layers", action="store_true", help="layers instead, of 4,096 steps")
@@ -202,6 +202,8 @@ def main() -> None:
         console.print(layers_table(LAYER_LENGTH, options.budget), markup=False)
         return
     flops = rate()
+    if min(options.lengths) < 2:
+        parser.error(f"--lengths must be at least 2, got {min(options.lengths)}")
     rows = [measure(length, options.budget) for length in options.lengths]
     first = table(rows, flops)
     console.print(f"ns an element, forward, 1 thread; floor at {flops / 1e9:.0f} GFLOP/s")

@@ -76,7 +76,7 @@ def said(row: dict) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="bench.lra synthetics", description=__doc__.split("\n")[0]
+        prog="python -m bench.lra synthetics", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
         "tasks", nargs="*", help=f"of {', '.join(TASKS)}; none: {', '.join(RECALL)}"
@@ -106,7 +106,11 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.table:
         rows = rows_of(args.json)
-        text = f"{table(rows)}\n\n{processor()['model name']}, commit {rows[-1]['commit']}."
+        if not rows:
+            parser.error(f"--json: there are no results in {args.json}")
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+        processors = ", ".join(dict.fromkeys(row.get("processor", "AMD EPYC") for row in rows))
+        text = f"{table(rows)}\n\n{processors}, one thread, commits {commits}."
         files.replace_between(PAGE, "synthetics", text)
         print(f"wrote the table of {args.json} into {PAGE}")
         return
@@ -121,12 +125,16 @@ def main(argv: list[str]) -> None:
             if name not in known:
                 parser.error(f"unknown {what} {name!r}; there are {', '.join(known)}")
     # Runs take hours: a mistake shows before the first.
+    if args.epochs is not None and args.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {args.epochs}")
+    if args.rates and not min(args.rates) > 0:
+        parser.error(f"--rates must be positive, got {min(args.rates)}")
     for task in tasks:
         setting = TASKS[task].setting
         if args.samples is not None and args.samples < setting.batch:
             parser.error(f"--samples must be at least {setting.batch}, a batch, got {args.samples}")
         if len(setting.rates) == 1 and (args.samples or args.rates):
-            parser.error(f"{task} has the samples and the learning rate of its source")
+            parser.error(f"--samples and --rates are for the tasks of zoology, and not for {task}")
         for layer in layers:
             if reason := refused(layer, TASKS[task]):
                 parser.error(f"{task}: {reason}")
@@ -146,5 +154,5 @@ def main(argv: list[str]) -> None:
             with progress(plain) as bar:
                 shown = bar.add_task(f"{task}, {layer}, seed {seed}", total=run.epochs)
                 row = run.run(lambda epoch, of, b=bar, s=shown: b.update(s, completed=epoch))
-            files.append(args.json, row | {"commit": commit(), "when": now()})
+            files.append(args.json, row | {"commit": commit(), "processor": processor()["model name"], "when": now()})
             plain.print(said(row))
