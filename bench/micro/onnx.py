@@ -190,7 +190,9 @@ def requirements(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.onnx", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.onnx", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--budget", type=float, default=3.0, help="seconds for one length or layer")
     parser.add_argument("--layers", action="store_true", help="layers instead, of 4,096 steps")

@@ -154,5 +154,8 @@ def main(argv: list[str]) -> None:
             with progress(plain) as bar:
                 shown = bar.add_task(f"{task}, {layer}, seed {seed}", total=run.epochs)
                 row = run.run(lambda epoch, of, b=bar, s=shown: b.update(s, completed=epoch))
-            files.append(args.json, row | {"commit": commit(), "processor": processor()["model name"], "when": now()})
+            files.append(
+                args.json,
+                row | {"commit": commit(), "processor": processor()["model name"], "when": now()},
+            )
             plain.print(said(row))

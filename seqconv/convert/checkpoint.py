@@ -37,10 +37,11 @@ class Checkpoint:
             k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)
         }
         if not self.rest:
-            some = ", ".join(list(state_dict)[:3])
-            raise ValueError(
-                f"{function}: state_dict has no key that starts with {prefix!r}: {some} ..."
+            some = ", ".join(map(repr, [*state_dict][:3]))
+            text = (
+                f"a key that starts with {prefix!r}, got {some}, ..." if some else "keys, got none"
             )
+            raise ValueError(f"{function}: state_dict must have {text}")
 
     def find(self, *names: str) -> str | None:
         return next((name for name in names if name in self.rest), None)
@@ -50,7 +51,11 @@ class Checkpoint:
         name = self.find(*names)
         if name is None:
             wanted = " or ".join(repr(self.prefix + n) for n in names)
-            raise ValueError(f"{self.function}: state_dict must have {wanted}")
+            found = ", ".join(map(repr, [*self.rest][:3]))
+            near = [k.removesuffix(n) for n in names for k in self.rest if k.endswith(f".{n}")]
+            hint = f"; prefix={self.prefix + near[0]!r} may be meant" if near else ""
+            text = f"state_dict must have {wanted}, got {found or 'no key'}"
+            raise ValueError(f"{self.function}: {text}, ...{hint}")
         tensor = self.rest.pop(name).detach()
         return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
@@ -82,6 +87,12 @@ class Checkpoint:
             wanted = f"heads={heads} kernels or twice as many (two-sided)"
             raise ValueError(f"{self.function}: {name} must hold {wanted}, got {kernels}")
         return kernels == 2 * heads
+
+    def refuse_options(self, options: dict, **decided) -> dict:
+        """The options of a layer: what the caller says, and what the checkpoint does."""
+        if both := ", ".join(decided.keys() & options.keys()):
+            raise TypeError(f"{self.function}: {both} must be left out, the checkpoint says it")
+        return decided | options
 
     def refuse_rest(self) -> None:
         if self.rest:

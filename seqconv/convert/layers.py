@@ -80,7 +80,8 @@ def load_s4d(state_dict: dict[str, Tensor], *, prefix: str = "", **options) -> S
     checkpoint.check("dt", dt, (("d_model", d),), (("d_model", d), ("modes", modes)))
     kernel |= {"inv_dt": dt, "B": B, "C": C}
 
-    layer = S4D(
+    decided = checkpoint.refuse_options(
+        options,
         **shape,
         d_state=modes if is_real else 2 * modes,
         bidirectional=checkpoint.directions("C", len(C), heads),
@@ -89,9 +90,8 @@ def load_s4d(state_dict: dict[str, Tensor], *, prefix: str = "", **options) -> S
         init="real" if is_real else "lin",  # all of it is replaced
         train_B=has_B,
         dt_tie=dt.dim() == 1,
-        **options,
     )
-    return checkpoint.fill(layer, values | {f"kernel.{n}": t for n, t in kernel.items()})
+    return checkpoint.fill(S4D(**decided), values | {f"kernel.{n}": t for n, t in kernel.items()})
 
 
 def load_longconv(
@@ -141,7 +141,7 @@ def load_longconv(
     two_sided = checkpoint.directions("kernel", len(kernel), shape["heads"])
     size = {"l_max": kernel.shape[-1], "bidirectional": two_sided}
     # The initial taps, which are replaced, need not survive the squash.
-    layer = LongConv(**shape, **size, lam=0.0, **options)
+    layer = LongConv(**checkpoint.refuse_options(options, **shape, **size), lam=0.0)
     cast(LongConvKernel, layer.kernel).lam = lam
     return checkpoint.fill(layer, values | {"kernel.kernel": kernel})
 
@@ -207,7 +207,8 @@ def load_sgconv(
         # There the last piece has weight 1, here the first.
         norm = norm * multiplier.reshape(d, 1) ** (1 - len(pieces))
     two_sided = checkpoint.directions("kernel_list.0", kernels, shape["heads"])
-    layer = SGConv(
+    decided = checkpoint.refuse_options(
+        options,
         **shape,
         l_max=dim << (len(pieces) - 1 + init_scale),
         bidirectional=two_sided,
@@ -217,7 +218,6 @@ def load_sgconv(
         upsample="nearest" if "nearest" in mode else "linear",
         combine="sum" if "sum" in mode else "cat",
         decay=("power_fixed" if "fixed" in mode else "power") if power else "geometric",
-        **options,
     )
     values |= {"kernel.pieces": torch.stack(pieces), "kernel.decay": decay}
-    return checkpoint.fill(layer, values | {"kernel.norm": norm.expand(kernels, d, 1)})
+    return checkpoint.fill(SGConv(**decided), values | {"kernel.norm": norm.expand(kernels, d, 1)})

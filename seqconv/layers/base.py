@@ -17,12 +17,13 @@ from seqconv.ops.checks import (
     check_choice,
     check_flag,
     check_length,
+    check_probability,
     check_sampling,
     check_shape,
     check_tensor,
 )
 from seqconv.ops.fftconv import ACTIVATIONS, fftconv
-from seqconv.ops.register import transforms_active
+from seqconv.ops.register import exporting, transforms_active
 
 
 class KernelGenerator(KeepsPrecision):
@@ -150,8 +151,8 @@ class KernelGenerator(KeepsPrecision):
 
 def cut(t: Tensor, axis: int, part: slice) -> Tensor:
     """t[..., part, ...] along the axis."""
-    first, last, _ = part.indices(t.shape[axis])
-    return t.narrow(axis, first, max(last - first, 0))
+    first, last = part.start or 0, t.shape[axis] if part.stop is None else part.stop
+    return t.narrow(axis, first, last - first)
 
 
 class TiedDropout(nn.Dropout):
@@ -204,6 +205,7 @@ class ConvLayer(Described):
         check_choice(name, "activation", activation, ACTIVATIONS)
         check_choice(name, "postact", postact, ("glu", None))
         check_flag(name, bidirectional=bidirectional, tie_dropout=tie_dropout)
+        check_probability(name, dropout=dropout)
         self.d_model = d_model
         self.heads = heads
         self.bidirectional = bidirectional
@@ -295,7 +297,7 @@ class ConvLayer(Described):
             x, length = sized(x)
             rows = {}
         else:
-            length, rows = pack.longest, pack.options
+            length, rows = pack.longest, pack.options()
         k, k_rev = self._kernel(length, rate), None
         if self.bidirectional:
             k, k_rev = k[: self.heads], k[self.heads :]
@@ -316,10 +318,8 @@ class ConvLayer(Described):
         dropout: Any = self._modules["dropout"]
         hooks = dropout._forward_hooks or dropout._forward_pre_hooks or _global_hooks()
         if dropout.training or hooks or type(dropout) not in _DROPOUTS:  # not idle
-            if pack is not None and isinstance(dropout, TiedDropout):
-                y = dropout(y, pack.lengths(y.device))
-            else:
-                y = dropout(y)
+            tied = pack is not None and isinstance(dropout, TiedDropout)
+            y = dropout(y, *([pack.lengths(y.device)] if tied else []))  # pyright: ignore
         linear: Any = self._modules["linear"]
         tiled = self.postact == "glu" and is_plain(linear) and y.numel() >= LEAST
         if tiled and takes(linear, y, wide):
@@ -327,7 +327,7 @@ class ConvLayer(Described):
         y = apply_linear(self, "linear", y, wide)
         if self.postact is None:
             return y
-        plain = type(y) is Tensor or torch.compiler.is_exporting()
+        plain = type(y) is Tensor or exporting()
         if forward_ad._current_level >= 0 or transforms_active() or not plain:
             # torch's glu has no forward derivative of its forward derivative, and for DTensors no rule before 2.13.
             first, gate = y.chunk(2, dim=-1)
@@ -370,8 +370,8 @@ def sized(x: Tensor) -> tuple[Tensor, int]:
 def warn_of_missing_taps(layer: Described, k: Tensor, length: int) -> None:
     """Warns, once for each layer, that its kernel (..., taps) is shorter than the input."""
     taps = k.shape[-1]
-    text = f"the input has length {length} and the kernel {taps} taps (l_max): what lies {taps} steps or more away"
-    layer.warn_once("taps", f"{text} is not seen. Make the layer with a larger l_max.")
+    text = f"the input has length {length} and the kernel {taps} taps (l_max, over the rate): what lies {taps} steps or"
+    layer.warn_once("taps", f"{text} more away is not seen. Make the layer with a larger l_max.")
 
 
 def is_plain(linear: Any) -> bool:

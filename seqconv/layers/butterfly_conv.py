@@ -16,7 +16,13 @@ from seqconv.layers.module import fill, kernel_dtype
 from seqconv.layers.options import Defaults, refuse
 from seqconv.layers.packing import Pack, pad, unpadded
 from seqconv.ops import butterfly
-from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
+from seqconv.ops.checks import (
+    check_choice,
+    check_flag,
+    check_learning_rate,
+    check_positive,
+    check_probability,
+)
 from seqconv.ops.fftconv import ACTIVATIONS
 
 
@@ -90,6 +96,7 @@ class Butterfly(KernelGenerator):
         check_flag("Butterfly", additive=additive)
         check_choice("Butterfly", "activation", activation, ACTIVATIONS)
         check_learning_rate("Butterfly", lr=lr)
+        check_probability("Butterfly", dropout=dropout)
         if n < 2 or n & (n - 1):
             raise ValueError(f"Butterfly: n must be a power of two >= 2, got {n}")
         self.n, self.heads = n, heads

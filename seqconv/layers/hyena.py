@@ -25,6 +25,7 @@ from seqconv.layers.streaming import Streaming, kernel_of
 from seqconv.layers.streaming_conv import ConvState, StreamingConv
 from seqconv.ops.checks import check_positive, check_sampling
 from seqconv.ops.fftconv import fftconv
+from seqconv.ops.register import exporting
 
 FILTER = Defaults(HyenaFilter)
 
@@ -176,7 +177,7 @@ class Hyena(Streaming, Described):
             length, *convs, make = self._context.hyena(self, x)
         elif packed:
             pack = pack_of("Hyena", x, cu_seqlens, max_seqlen, mask, lengths)
-            length, convs = pack.longest, [partial(fftconv, **pack.options)] * 2
+            length, convs = pack.longest, [partial(fftconv, **pack.options())] * 2
         else:
             x, length = sized(x)
             if mask is not None or lengths is not None:
@@ -194,7 +195,7 @@ class Hyena(Streaming, Described):
         x = apply_linear(self, "in_proj", _zero(x, padding), wide)
         x = short(_zero(x, padding), self.short, bias=self.short_bias)
         x, width = _zero(x, padding), self.d_model
-        if torch.compiler.is_exporting():  # At a split ExecuTorch ties the batch to the example's.
+        if exporting():  # At a split ExecuTorch ties the batch to the example's.
             *gates, v = [x[..., i : i + width] for i in range(0, wide, width)]
         else:
             *gates, v = x.split(width, dim=-1)

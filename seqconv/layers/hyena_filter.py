@@ -13,7 +13,7 @@ from seqconv.layers.base import KernelGenerator, cut
 from seqconv.layers.module import fill, kernel_dtype
 from seqconv.layers.precision import full_precision
 from seqconv.ops.checks import check_choice, check_learning_rate, check_positive
-from seqconv.ops.register import Operator
+from seqconv.ops.register import Operator, exporting
 
 FEATURES = ("whole", "spaced", "table")
 
@@ -119,7 +119,7 @@ class HyenaFilter(KernelGenerator):
         return self.l_max, self.emb_dim, self.d_model, self.features, self.decay, self.shift
 
     def generate(self, tensors: list[Tensor], length: int, rate: float) -> Tensor:
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() and not exporting():
             if all(type(linear) is nn.Linear and not _hooked(linear) for linear in self.linears):
                 parts = [t for linear in self.linears for t in (linear.weight, linear.bias)]
                 return _filter_op([*tensors, *parts], *self._options, length)
@@ -163,19 +163,20 @@ def decay_rates(d_model: int, **like: Any) -> Tensor:
 
 def _filter(tensors, linears, options: tuple, length, channels: slice = slice(None)) -> Tensor:
     l_max, emb_dim, d_model, features, decay, shift = options
-    frequency, *stored = tensors
+    frequency, *rest = tensors
+    stored = iter(rest)
     like: dict[str, Any] = {"dtype": frequency.dtype, "device": frequency.device}
     t = torch.arange(l_max, **like)[:length].unsqueeze(-1) / max(l_max - 1, 1)
     with full_precision(t.device):
         if features == "table":
-            h = stored.pop(0)[:length]
+            h = next(stored)[:length]
         else:
             h = time_features(length, l_max, emb_dim, features, **like)
         for linear in linears[:-1]:
             h = torch.sin(frequency * linear(h))
         h = linears[-1](h)
         h = h if h.dim() == 3 else h.unflatten(-1, (-1, d_model))  # (l c h)
-    rates = stored.pop(0).abs() if decay == "free" else decay_rates(d_model, **like).unsqueeze(0)
+    rates = next(stored).abs() if decay == "free" else decay_rates(d_model, **like).unsqueeze(0)
     window = torch.exp(-t.unsqueeze(-1) * cut(rates, 1, channels)) + shift  # (l c h) or (l 1 h)
     k = (h * window).movedim(0, -1)
     return k.contiguous()  # FSDP warns of views.

@@ -12,7 +12,13 @@ from seqconv.layers.base import ConvLayer, KernelGenerator
 from seqconv.layers.module import fill, kernel_dtype, whole
 from seqconv.layers.options import Defaults, refuse
 from seqconv.layers.streaming import StreamingLayer
-from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
+from seqconv.ops.checks import (
+    check_choice,
+    check_flag,
+    check_learning_rate,
+    check_positive,
+    check_probability,
+)
 
 _warned = False  # There is one warning per process, whatever the filters of warnings say.
 
@@ -97,6 +103,7 @@ class LongConvKernel(KernelGenerator):
         check_learning_rate(name, lr=lr)
         if smooth_window % 2 == 0:
             raise ValueError(f"{name}: smooth_window must be odd, got {smooth_window}")
+        check_probability(name, kernel_dropout=kernel_dropout)
         if not lam >= 0:
             raise ValueError(f"{name}: lam must be >= 0, got {lam}")
         self.d_model, self.l_max, self.heads = d_model, l_max, heads

@@ -29,7 +29,6 @@ class Pack(NamedTuple):
     max_seqlen: int | None
     longest: int
 
-    @property
     def options(self) -> dict:
         """For fftconv."""
         return {"cu_seqlens": self.cu_seqlens, "max_seqlen": self.max_seqlen}

@@ -21,8 +21,8 @@ def padding_of(function: str, x: Tensor, mask, lengths) -> Tensor:
             owner="x",
         )
         check_shape(function, "lengths", lengths, (("batch", batch),))
-        valid = ((lengths >= 0) & (lengths <= length)).all()
-        require(valid, f"{function}: lengths must be between 0 and length={length}")
+        valid = (lengths >= 0) & (lengths <= length)
+        require(valid, f"{function}: lengths must be between 0 and length={length}", lengths)
         return torch.arange(length, device=x.device) >= lengths.unsqueeze(1)
     if isinstance(mask, Tensor) and mask.dtype not in (torch.bool, *FLOATS):
         text = f"{function}: mask must be bool (True is padding) or float with 0 and -inf, got {mask.dtype}"
@@ -35,7 +35,7 @@ def padding_of(function: str, x: Tensor, mask, lengths) -> Tensor:
         return mask
     padding = mask == -torch.inf
     text = f"{function}: mask must be bool (True is padding) or float with 0 and -inf only"
-    require((padding | (mask == 0)).all(), text)
+    require(padding | (mask == 0), text, mask)
     return padding
 
 

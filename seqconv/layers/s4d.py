@@ -19,7 +19,9 @@ from seqconv.ops.checks import (
     check_learning_rate,
     check_number,
     check_positive,
+    check_probability,
 )
+from seqconv.ops.register import exporting
 from seqconv.ops.ssm import BACKENDS, DISCRETIZATIONS, mode_sum, ssm_kernel, weighted_modes
 
 
@@ -98,6 +100,7 @@ class S4DKernel(KernelGenerator):
         check_flag(name, is_real=is_real, train_B=train_B, dt_tie=dt_tie, dt_sinh=dt_sinh)
         check_flag(name, deterministic=deterministic)
         check_learning_rate(name, lr=lr)
+        check_probability(name, kernel_dropout=kernel_dropout)
         if d_state % 2 and not is_real:
             raise ValueError(
                 f"S4DKernel: d_state must be even (modes come in conjugate pairs), got {d_state}"
@@ -202,7 +205,7 @@ class S4DKernel(KernelGenerator):
             known
             and self.backend != "keops"
             and fit(tensors, copies, self.is_real)
-            and not torch.compiler.is_exporting()
+            and not exporting()
             and (torch.compiler.is_compiling() or not torch._C._is_tracing())
         ):
             k = s4d_kernel(Parameters(*tensors), length, single, fused, *options)

@@ -14,7 +14,7 @@ from seqconv.layers.options import Defaults, refuse
 from seqconv.layers.precision import full_precision
 from seqconv.layers.streaming import StreamingLayer
 from seqconv.ops.checks import check_choice, check_flag, check_learning_rate, check_positive
-from seqconv.ops.register import Operator
+from seqconv.ops.register import Operator, exporting
 from seqconv.ops.sharding import SUM
 
 
@@ -146,7 +146,7 @@ class SGConvKernel(KernelGenerator):
             count = max(min(count, length), 1)
         options = [self.upsample, self.combine, self.law]
         arguments = (Parts(*tensors), options, self.init_scale, self.two_sided, rate, count)
-        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        compiled = torch.compiler.is_compiling() and not exporting()
         k = (_taps_op if compiled else _taps)(*arguments)
         return (
             k if count == length else k[..., :length]

@@ -14,7 +14,7 @@ from seqconv.layers.recurrence import gathered_by_hooks, run_pre_hooks
 from seqconv.layers.state import State, check_kind
 from seqconv.layers.streaming_conv import ConvState, StreamingConv
 from seqconv.ops.checks import check_length
-from seqconv.ops.register import transformed, transforms_active
+from seqconv.ops.register import exporting, transformed, transforms_active
 
 KEPT = 4  # lengths of states whose convolutions are kept: each of them takes several kernels' lengths of memory
 
@@ -87,7 +87,7 @@ class Streaming(nn.Module):
         kept = self._kept  # Other threads may replace it.
         own, modules = self._own(), self._makers()
         if torch.compiler.is_compiling() and kept is not None and key in kept[1]:
-            if token is not None and not torch.compiler.is_exporting():
+            if token is not None and not exporting():
                 watch(kept[0], tensors_of(modules, own), token)
             return kept[1][key]
         if _transformed(tensors_of(modules, own)):  # Outside of the transform they mean nothing.

@@ -20,7 +20,7 @@ from seqconv.ops.checks import (
     check_tensor,
 )
 from seqconv.ops.fftconv import ACTIVATIONS, NARROW, fftconv
-from seqconv.ops.register import library, transforms_active
+from seqconv.ops.register import exporting, library, transforms_active
 from seqconv.reference import activate
 
 
@@ -173,7 +173,7 @@ class StreamingConv:
         if post_gate is not None and self.heads is None:
             post_gate = post_gate.unsqueeze(1)
         activation = self.activation or "none"
-        if torch.compiler.is_compiling() and torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() and exporting():
             y, state = self._portable_step(name, u, pre_gate, post_gate, state, rings)
             return (y if y_axes == 3 else y.squeeze(1)), state
         if state.length is not None:

@@ -20,7 +20,7 @@ from seqconv import reference
 from seqconv.backends import products
 from seqconv.backends.fallback import radix_sizes, split
 from seqconv.backends.pack import DTYPES
-from seqconv.ops.register import Operator
+from seqconv.ops.register import Operator, exporting
 from seqconv.ops.sharding import SUM
 
 
@@ -195,6 +195,6 @@ def transform(
     _check(inputs, radices)
     if activation is None:
         return operator(inputs, radices)
-    if torch.compiler.is_exporting():  # Few runtimes have complex numbers.
+    if exporting():  # Few runtimes have complex numbers.
         return products.butterfly(x, split(matrices, radices), radices, activation)
     return _plain(inputs, radices, activation)

@@ -115,6 +115,12 @@ def check_learning_rate(function: str, **values: float) -> None:
             raise ValueError(f"{function}: {name} must be a number >= 0, got {value!r}")
 
 
+def check_probability(function: str, **values: float) -> None:
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"{function}: {name} must be a number from 0 to 1, got {value!r}")
+
+
 def check_length(function: str, length, name: str = "length") -> None:
     if not isinstance(length, (Integral, torch.SymInt)) or isinstance(length, bool) or length < 0:
         raise ValueError(f"{function}: {name} must be an integer >= 0, got {_short(length)}")
@@ -142,13 +148,17 @@ def _mapped(t: Tensor) -> bool:
     return False
 
 
-def require(valid: Tensor, text: str) -> None:
-    """Raises ValueError unless valid. In a compiled graph the check is made when the graph runs."""
+def require(valid: Tensor, text: str, got: Tensor | None = None) -> None:
+    """Raises ValueError unless all of `valid` is true, with the numbers of `got` where it is not. In a compiled graph
+    the check is made when the graph runs, and its message is without them."""
     if torch.compiler.is_compiling():
-        torch._assert_async(valid, text)  # pyright: ignore
+        torch._assert_async(valid.all(), text)  # pyright: ignore
         return
     functorch = torch._C._functorch  # pyright: ignore
     while functorch.is_functorch_wrapped_tensor(valid):  # all samples of a vmap at once
         valid = functorch.get_unwrapped(valid)
     if not (valid.is_meta or valid.all()):
+        if got is not None and not functorch.is_functorch_wrapped_tensor(got):
+            bad = got[~valid].tolist()
+            text = f"{text}, got {', '.join(map(str, bad[:3]))}{', ...' if len(bad) > 3 else ''}"
         raise ValueError(text)

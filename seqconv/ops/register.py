@@ -48,6 +48,11 @@ def transformed(tensors) -> bool:
     return any(forward_ad.unpack_dual(t).tangent is not None for t in found)
 
 
+def exporting() -> bool:
+    """Whether torch.export is at work. torch.compiler.is_exporting says yes under every compiler of torch 2.10."""
+    return torch.compiler._is_exporting_flag
+
+
 def batched() -> bool:
     """Whether torch.vmap is at work, that of batched gradients included."""
     return _included(_VMAP)

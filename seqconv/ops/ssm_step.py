@@ -17,6 +17,7 @@ from seqconv.backends.pack import ACTIVATIONS
 from seqconv.ops.checks import check_choice, check_shape, check_tensor
 from seqconv.ops.register import (
     below_autograd,
+    exporting,
     library,
     needs_gradient,
     transformed,
@@ -63,7 +64,7 @@ def ssm_step(inputs: Step, activation: str) -> tuple[Tensor, Tensor]:
     returns y alone.
     """
     compiling = torch.compiler.is_compiling()
-    if compiling and torch.compiler.is_exporting():
+    if compiling and exporting():
         # Whoever runs the program may have no such operator, and onnxruntime has no gelu of float64.
         wide = torch.promote_types(inputs.x.dtype, torch.float32)
         y, state = reference.ssm_step(*inputs._replace(x=inputs.x.to(wide)), "none")

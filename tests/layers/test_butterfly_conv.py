@@ -265,7 +265,7 @@ def test_contract():
         make(additive=1)
     with pytest.raises(ValueError, match=r"dft_activation must be one of .* got 'tanh'"):
         make(dft_activation="tanh")
-    with pytest.raises(ValueError, match="dropout probability"):
+    with pytest.raises(ValueError, match=r"dropout must be a number from 0 to 1, got 1\.5"):
         make(dft_dropout=1.5)
     for n in (1, 12):
         with pytest.raises(ValueError, match=f"n must be a power of two >= 2, got {n}"):
