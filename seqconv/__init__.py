@@ -1,5 +1,6 @@
 """Convolutions as long as their sequence: one fused operator and the layers that generate its kernel."""
 
+import importlib as _importlib
 import sys as _sys
 
 from seqconv import convert as convert
@@ -57,3 +58,10 @@ for _old, _new in {
     "butterfly_conv": "layers.butterfly_conv",
 }.items():
     globals()[_old] = _sys.modules[f"seqconv.{_old}"] = _sys.modules[f"seqconv.{_new}"]
+
+
+def __getattr__(name: str):
+    """Modules that are imported where they are first used: seqconv.nested, seqconv.parallel, seqconv.streaming."""
+    if name in ("nested", "parallel", "streaming"):
+        return _importlib.import_module(f"seqconv.{name}")
+    raise AttributeError(f"module 'seqconv' has no attribute {name!r}")

@@ -16,7 +16,7 @@ from seqconv.backends.fallback import split
 from seqconv.layers import butterfly_conv, hyena_filter, s4d_kernel, sgconv
 from seqconv.layers.base import KernelGenerator
 from seqconv.ops import butterfly, fftconv, packed, ssm
-from seqconv.ops.checks import check_length
+from seqconv.ops.checks import check_positive
 
 _CONSTANT = "length must be a constant, only the batch may be dynamic"
 _OPERATORS = (ssm.operator, s4d_kernel.s4d_kernel, sgconv._taps_op, hyena_filter._filter_op)
@@ -122,7 +122,7 @@ def freeze(model: nn.Module, length: int) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: model must be a torch.nn.Module, got {type(model).__name__}")
-    check_length("freeze", length)
+    check_positive("freeze", length=length)
     frozen = copy.deepcopy(model).eval()
     found: list = [
         (parent, name, child)
@@ -140,6 +140,8 @@ def freeze(model: nn.Module, length: int) -> nn.Module:
         for parent, name, child in found:
             # Its transforms have one length, whatever that of the input.
             own = parent.l_max if isinstance(parent, butterfly_conv.ButterflyConv) else length
+            if own < length:
+                raise ValueError(f"freeze: length must be at most l_max={own}, got {length}")
             parent._modules[name] = FrozenKernel(child(own).clone(), own).eval()
     return frozen
 

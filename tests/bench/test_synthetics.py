@@ -147,8 +147,16 @@ def test_the_command(tmp_path, capsys):
     wrong = {
         ("recall",): "unknown task 'recall'",
         ("future", "--layers", "s4"): "unknown layer 's4'",
-        ("mqar-64", "future", "--samples", "600"): "future has the samples and the learning rate",
+        (
+            "mqar-64",
+            "future",
+            "--samples",
+            "600",
+        ): "--samples and --rates are for the tasks of zoology",
         ("mqar-64", "--samples", "500"): "--samples must be at least 512, a batch, got 500",
+        ("future", "--epochs", "0"): "--epochs must be at least 1, got 0",
+        ("mqar-64", "--rates", "-1"): "--rates must be positive, got -1.0",
+        ("--table", "--json", str(tmp_path / "none.jsonl")): "there are no results in",
         ("future", "--layers", "attention"): "there is no model with attention for it",
     }
     for words, text in wrong.items():

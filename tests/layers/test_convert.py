@@ -335,6 +335,14 @@ def test_refusals():
             load_s4d(without(name))
     with pytest.raises(ValueError, match=r"must have 'a\.D' or 'a\.layer\.D'"):
         load_s4d({"a." + n: t for n, t in without("D").items()}, prefix="a.")
+    with pytest.raises(
+        ValueError, match=r"must have 'D' .*, got 'a\..*; prefix='a\.' may be meant"
+    ):
+        load_s4d({"a." + n: t for n, t in state.items()})
+    with pytest.raises(ValueError, match="state_dict must have keys, got none"):
+        load_s4d({})
+    with pytest.raises(TypeError, match="bidirectional must be left out, the checkpoint says it"):
+        load_s4d(state, bidirectional=True)
     with pytest.raises(ValueError, match=r"a key that starts with 'layers\.7\.'"):
         load_s4d(state, prefix="layers.7.")
     with pytest.raises(ValueError, match=r"unknown keys in state_dict: 'kernel\.P', 'norm\.m'"):

@@ -234,8 +234,11 @@ def test_a_frozen_model_and_what_is_refused():
         seqconv.freeze(frozen, L)
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         seqconv.freeze("model", L)
-    with pytest.raises((ValueError, TypeError), match="length"):
-        seqconv.freeze(model, -1)
+    for length in (-1, 0, 1.5):
+        with pytest.raises((ValueError, TypeError), match="length"):
+            seqconv.freeze(model, length)
+    with pytest.raises(ValueError, match="length must be at most l_max=50, got 51"):
+        seqconv.freeze(seqconv.ButterflyConv(D, l_max=50), 51)
     with pytest.raises(TypeError, match="no recurrence"):
         frozen[1].step(torch.randn(2, D), model[1].init_state(2))
 

@@ -116,6 +116,8 @@ def test_options_of_the_block(make):
     for options, text in (
         ({"activation": "tanh"}, "activation must be one of None, 'gelu'"),
         ({"postact": "relu"}, "postact must be one of 'glu', None"),
+        ({"dropout": 1.5}, r"dropout must be a number from 0 to 1, got 1\.5"),
+        ({"dropout": "half"}, "dropout must be a number from 0 to 1, got 'half'"),
         ({"tie_dropout": 1}, "tie_dropout must be True or False, got 1"),
         ({"bidirectional": "yes"}, "bidirectional must be True or False, got 'yes'"),
     ):
@@ -128,7 +130,7 @@ def test_lengths(make):
     lengths = torch.tensor([50, 20, 0])
     padding = torch.arange(50) >= lengths[:, None]
     assert torch.equal(layer(x, lengths=lengths), layer(x, padding))
-    with pytest.raises(ValueError, match="lengths must be between 0 and length=50"):
+    with pytest.raises(ValueError, match=r"lengths must be between 0 and length=50, got 51$"):
         layer(x, lengths=lengths + 1)
     with pytest.raises(TypeError, match="lengths must be one of int64, int32"):
         layer(x, lengths=lengths.float())
