@@ -298,6 +298,7 @@ def every_road(_):
         same(results(call, own), results(call, inputs))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="torch 2.10 cannot flip sharded tensors")
 def test_every_road():
     """Eager calls with and without gradients, their second derivatives, and graphs."""
     run(2, every_road, None)

@@ -272,8 +272,13 @@ def test_transforms_inside_compile_raise(transform):
 def test_forward_mode_around_compile_and_raw_operators_raise():
     u, k, _, _ = arguments()
     compiled = torch.compile(lambda u, k: fftconv(u, k), backend="aot_eager")
-    with forward_ad.dual_level(), pytest.raises(Exception, match="forward-mode"):
-        compiled(forward_ad.make_dual(u, u), k)
+    with forward_ad.dual_level():  # refused, or, by torch 2.15, not compiled
+        try:
+            y = compiled(forward_ad.make_dual(u, u), k)
+        except Exception as error:
+            assert "forward-mode" in str(error)
+        else:
+            assert torch.equal(forward_ad.unpack_dual(y).tangent, fftconv(u, k))
     for transform in (lambda f: jvp(f, (u,), (u,)), lambda f: grad(lambda u: f(u).sum())(u)):
         with pytest.raises(RuntimeError, match=r"through seqconv\.fftconv"):
             transform(lambda u: operator.fwd(u, k, *[None] * 5, 3, "none", False, False))
