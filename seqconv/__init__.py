@@ -1,10 +1,11 @@
 """Convolutions as long as their sequence: one fused operator and the layers that generate its kernel."""
 
-import importlib as _importlib
 import sys as _sys
 
 from seqconv import convert as convert
+from seqconv import nested as nested
 from seqconv import nn as nn
+from seqconv import streaming as streaming
 from seqconv._version import __version__
 from seqconv.backends import use_backend
 from seqconv.backends.protocol import Explanation
@@ -58,10 +59,3 @@ for _old, _new in {
     "butterfly_conv": "layers.butterfly_conv",
 }.items():
     globals()[_old] = _sys.modules[f"seqconv.{_old}"] = _sys.modules[f"seqconv.{_new}"]
-
-
-def __getattr__(name: str):
-    """Modules that are imported where they are first used: seqconv.nested, seqconv.parallel, seqconv.streaming."""
-    if name in ("nested", "parallel", "streaming"):
-        return _importlib.import_module(f"seqconv.{name}")
-    raise AttributeError(f"module 'seqconv' has no attribute {name!r}")

@@ -10,6 +10,7 @@ command that was stopped goes on where it was, and runs that --json has already 
 
 import argparse
 import itertools
+import math
 from pathlib import Path
 from statistics import mean
 
@@ -109,7 +110,9 @@ def main(argv: list[str]) -> None:
         if not rows:
             parser.error(f"--json: there are no results in {args.json}")
         commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-        processors = ", ".join(dict.fromkeys(row.get("processor", "AMD EPYC") for row in rows))
+        processors = ", ".join(
+            dict.fromkeys(row.get("processor", "processor not recorded") for row in rows)
+        )
         text = f"{table(rows)}\n\n{processors}, one thread, commits {commits}."
         files.replace_between(PAGE, "synthetics", text)
         print(f"wrote the table of {args.json} into {PAGE}")
@@ -127,8 +130,9 @@ def main(argv: list[str]) -> None:
     # Runs take hours: a mistake shows before the first.
     if args.epochs is not None and args.epochs < 1:
         parser.error(f"--epochs must be at least 1, got {args.epochs}")
-    if args.rates and not min(args.rates) > 0:
-        parser.error(f"--rates must be positive, got {min(args.rates)}")
+    for rate in args.rates or ():
+        if not 0 < rate < math.inf:
+            parser.error(f"--rates must be positive, got {rate}")
     for task in tasks:
         setting = TASKS[task].setting
         if args.samples is not None and args.samples < setting.batch:

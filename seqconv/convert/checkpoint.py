@@ -27,6 +27,11 @@ def check_state_dict(function: str, state_dict, prefix: str = "") -> None:
             raise TypeError(f"{function}: state_dict[{name!r}] must be a tensor, got {kind}{hint}")
 
 
+def _some(names: list[str]) -> str:
+    more = ", ..." if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more if names else "none"
+
+
 class Checkpoint:
     """The part of a state_dict below a prefix. Every key in it must be asked for."""
 
@@ -36,11 +41,9 @@ class Checkpoint:
         self.rest = {
             k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)
         }
+        self.keys = [prefix + name for name in self.rest]
         if not self.rest:
-            some = ", ".join(map(repr, [*state_dict][:3]))
-            text = (
-                f"a key that starts with {prefix!r}, got {some}, ..." if some else "keys, got none"
-            )
+            text = f"a key that starts with {prefix!r}, got {_some([*state_dict])}"
             raise ValueError(f"{function}: state_dict must have {text}")
 
     def find(self, *names: str) -> str | None:
@@ -51,11 +54,11 @@ class Checkpoint:
         name = self.find(*names)
         if name is None:
             wanted = " or ".join(repr(self.prefix + n) for n in names)
-            found = ", ".join(map(repr, [*self.rest][:3]))
             near = [k.removesuffix(n) for n in names for k in self.rest if k.endswith(f".{n}")]
-            hint = f"; prefix={self.prefix + near[0]!r} may be meant" if near else ""
-            text = f"state_dict must have {wanted}, got {found or 'no key'}"
-            raise ValueError(f"{self.function}: {text}, ...{hint}")
+            untouched = len(self.rest) == len(self.keys)
+            hint = f"; prefix={self.prefix + near[0]!r} may be meant" if near and untouched else ""
+            text = f"state_dict must have {wanted}, got {_some(self.keys)}{hint}"
+            raise ValueError(f"{self.function}: {text}")
         tensor = self.rest.pop(name).detach()
         return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
@@ -90,8 +93,8 @@ class Checkpoint:
 
     def refuse_options(self, options: dict, **decided) -> dict:
         """The options of a layer: what the caller says, and what the checkpoint does."""
-        if both := ", ".join(decided.keys() & options.keys()):
-            raise TypeError(f"{self.function}: {both} must be left out, the checkpoint says it")
+        if both := ", ".join(name for name in options if name in decided):
+            raise TypeError(f"{self.function}: {both} must be left out, the checkpoint decides")
         return decided | options
 
     def refuse_rest(self) -> None:

@@ -151,8 +151,8 @@ class KernelGenerator(KeepsPrecision):
 
 def cut(t: Tensor, axis: int, part: slice) -> Tensor:
     """t[..., part, ...] along the axis."""
-    first, last = part.start or 0, t.shape[axis] if part.stop is None else part.stop
-    return t.narrow(axis, first, last - first)
+    some = range(t.shape[axis])[part]
+    return t.narrow(axis, some.start, len(some))
 
 
 class TiedDropout(nn.Dropout):
@@ -319,7 +319,7 @@ class ConvLayer(Described):
         hooks = dropout._forward_hooks or dropout._forward_pre_hooks or _global_hooks()
         if dropout.training or hooks or type(dropout) not in _DROPOUTS:  # not idle
             tied = pack is not None and isinstance(dropout, TiedDropout)
-            y = dropout(y, *([pack.lengths(y.device)] if tied else []))  # pyright: ignore
+            y = dropout(y, pack.lengths(y.device)) if tied else dropout(y)  # pyright: ignore
         linear: Any = self._modules["linear"]
         tiled = self.postact == "glu" and is_plain(linear) and y.numel() >= LEAST
         if tiled and takes(linear, y, wide):
@@ -370,8 +370,8 @@ def sized(x: Tensor) -> tuple[Tensor, int]:
 def warn_of_missing_taps(layer: Described, k: Tensor, length: int) -> None:
     """Warns, once for each layer, that its kernel (..., taps) is shorter than the input."""
     taps = k.shape[-1]
-    text = f"the input has length {length} and the kernel {taps} taps (l_max, over the rate): what lies {taps} steps or"
-    layer.warn_once("taps", f"{text} more away is not seen. Make the layer with a larger l_max.")
+    text = f"the input has length {length} and the kernel {taps} taps (l_max / rate): what lies {taps} steps or more"
+    layer.warn_once("taps", f"{text} away is not seen. Make the layer with a larger l_max.")
 
 
 def is_plain(linear: Any) -> bool:

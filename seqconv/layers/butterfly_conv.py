@@ -247,7 +247,8 @@ class ButterflyConv(ConvLayer):
         k_f = self.kernel_transform(make(), some)  # (c h n 2)
         v = butterfly.product(butterfly.Spectra(u_f, k_f), length)
         skip = self.skip[:, channels].to(v.dtype).unsqueeze(-1)
-        v = torch.addcmul(v, skip, u.unsqueeze(1).to(v.dtype))
+        u = u.unsqueeze(1)
+        v = torch.addcmul(v, skip, u) if u.dtype == v.dtype else v + skip * u
         return reference.activate(v, self.activation).to(u.dtype)
 
     def __getattr__(self, name: str):

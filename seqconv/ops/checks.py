@@ -117,7 +117,8 @@ def check_learning_rate(function: str, **values: float) -> None:
 
 def check_probability(function: str, **values: float) -> None:
     for name, value in values.items():
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        check_number(function, **{name: value})
+        if not 0 <= value <= 1:
             raise ValueError(f"{function}: {name} must be a number from 0 to 1, got {value!r}")
 
 
@@ -159,6 +160,6 @@ def require(valid: Tensor, text: str, got: Tensor | None = None) -> None:
         valid = functorch.get_unwrapped(valid)
     if not (valid.is_meta or valid.all()):
         if got is not None and not functorch.is_functorch_wrapped_tensor(got):
-            bad = got[~valid].tolist()
+            bad = got[~valid][:4].tolist()
             text = f"{text}, got {', '.join(map(str, bad[:3]))}{', ...' if len(bad) > 3 else ''}"
         raise ValueError(text)

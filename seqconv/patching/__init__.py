@@ -1,16 +1,14 @@
 """Long convolutions of other packages' models, replaced in place by this package's."""
 
 import copy
-import math
 from types import MethodType
 
-import torch
 from torch import nn
 
 from seqconv.ops.checks import check_flag, check_positive
 from seqconv.patching.gated import RULES as GATED
 from seqconv.patching.long import RULES as LONG
-from seqconv.patching.report import Report, Row, measure
+from seqconv.patching.report import Report, Row, compare, measure
 from seqconv.patching.rule import Rule, probe
 
 RULES = [*LONG, *GATED]
@@ -30,7 +28,8 @@ def patch(
     Face port, GConv of SGConv, HyenaCascade of vortex (Evo 2; its steps stay its own), and LongConvolution and
     ImplicitLongConvolution of fla, by the names of classes and attributes. A layer gets a new forward, which reads the
     layer's own parameters: an optimizer, a state_dict and hooks stay as they are, and so does what the layer computes.
-    A layer whose outputs in the test differ by more than round-off, because its code was changed, say, is left alone.
+    A layer whose test shows other outputs or gradients, because its code was changed, say, is left alone. The test has
+    no dropout, and sees no difference below 3.5e-4 in float32, 3 % in float16 and 9 % in bfloat16.
     Deep copies of a patched model are patched, and their patch cannot be taken back. Take the patch back before you
     pickle the model, and before nn.DataParallel makes replicas of it.
 
@@ -77,9 +76,8 @@ def patch(
             if why:
                 report.left.append((name, kind, why))
                 continue
-            row, limit = _tested(rule, name, module, length, batch, test and repeats)
-            if test and not row.error <= limit:
-                why = f"it computes something else: outputs would differ by {row.error:.1e}"
+            row, why = _tested(rule, name, module, length, batch, test and repeats)
+            if why:
                 report.left.append((name, kind, why))
                 continue
             module.forward = MethodType(rule.forward, module)  # A copy then has its own.
@@ -99,26 +97,28 @@ def _foreign(module: nn.Module) -> bool:
 
 def _tested(
     rule: Rule, name: str, module: nn.Module, length: int | None, batch: int, repeats: int
-) -> tuple[Row, float]:
-    """The layer's row of the report, and the error that round-off may make at most in its dtype."""
-    limit = math.inf
+) -> tuple[Row, str | None]:
+    """The layer's row of the report, and why it must stay as it is."""
     row = Row(name, type(module).__name__, rule.package)
     if repeats:
         # A copy is tested, because some of these layers change in their forward.
         twin = copy.deepcopy(module).eval()
         x = probe(rule, module, length, batch)
+        own = copy.deepcopy(module).eval()
+        twin.forward = MethodType(rule.forward, twin)
         try:
-            theirs, ms, mib = measure(twin, x, repeats)
-        except (RuntimeError, ValueError, TypeError) as error:
+            before = measure(own, x, repeats)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             text = (
                 f"{name or 'the model'} ({type(module).__name__}) cannot compute its own test input"
             )
             raise RuntimeError(f"patch: {text}, test=False leaves the test out: {error}") from error
-        twin.forward = MethodType(rule.forward, twin)
-        ours, new_ms, new_mib = measure(twin, x, repeats)
-        norm = theirs.double().norm().clamp(min=1e-300)  # outputs may be zero before training
-        error = (ours.double() - theirs.double()).norm() / norm
-        row.error, row.ms, row.mib = error.item(), (ms, new_ms), (mib, new_mib)
-        # Some of these packages compute in float32 whatever the dtype.
-        limit = max(torch.finfo(theirs.dtype).eps ** 0.5, 1e-5)
-    return row, limit
+        try:
+            row.error, why = compare(own, twin, x)
+            if why:
+                return row, why
+            after = measure(twin, x, repeats)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            return row, f"the new forward cannot compute its test input: {error}"
+        row.ms, row.mib = zip(before, after, strict=True)
+    return row, None

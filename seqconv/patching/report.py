@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 MIB = 2**20
 
@@ -93,24 +93,69 @@ def _storage(t: Tensor):
     return t.untyped_storage()
 
 
-def run(module: nn.Module, x: Tensor) -> Tensor:
-    """The output of a forward pass, after the gradients of a backward pass, which are dropped."""
+def run(module: nn.Module, x: Tensor) -> None:
+    """A forward and a backward pass."""
     wanted = [p for p in module.parameters() if p.requires_grad]
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = output(module(x))
         torch.autograd.grad(y.sum(), [x, *wanted], allow_unused=True)
-    return y.detach()
+
+
+def compare(theirs: nn.Module, ours: nn.Module, x: Tensor) -> tuple[float, str | None]:
+    """The relative error of our output, and why ours is no replacement, which also looks at the rest of what is
+    returned and at gradients. Where their output is no finite number, ours need not be one either."""
+    (wanted, kinds, grads), (found, own_kinds, own_grads) = _all(theirs, x), _all(ours, x)
+    if kinds != own_kinds:
+        return float("nan"), f"it returns {kinds}, and not {own_kinds}"
+    error = max((_error(a, b) for a, b in zip(found, wanted, strict=True)), default=0.0)
+    # Some of these packages compute in float32 whatever the dtype.
+    limit = max(torch.finfo(x.dtype).eps ** 0.5, 1e-5)
+    if error > limit:
+        return error, f"it computes something else: outputs would differ by {error:.1e}"
+    largest = max(grad.nan_to_num(0.0, 0.0, 0.0).norm().item() for grad in grads.values())
+    for name, grad in grads.items():
+        # Gradients of a few numbers are sums of many that cancel, some of them to nothing.
+        if _error(own_grads[name], grad, 1e-3 * largest) > 100 * limit:
+            return error, f"it computes something else: the gradient of {name} would be another"
+    return error, None
+
+
+def _all(module: nn.Module, x: Tensor) -> tuple[list[Tensor], str, dict[str, Tensor]]:
+    """The tensors that a call returns, of what kinds they are, and the gradients of their sum."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        leaves, structure = tree_flatten(module(x))
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        kinds = [f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else t for t in leaves]
+        names = {"its input": x} | {n: p for n, p in module.named_parameters() if p.requires_grad}
+        total = sum(t.sum() for t in tensors if t.is_floating_point() and t.requires_grad)
+        grads = torch.autograd.grad(total, [*names.values()], allow_unused=True)  # pyright: ignore
+    pairs = zip(names.items(), grads, strict=True)
+    whole = {n: torch.zeros_like(t) if grad is None else grad for (n, t), grad in pairs}
+    return [t.detach() for t in tensors], str(tree_unflatten(kinds, structure)), whole
+
+
+def _error(found: Tensor, wanted: Tensor, least: float = 0.0) -> float:
+    """||found - wanted|| / max(||wanted||, least) over what is finite in `wanted`; infinite where `found` is not."""
+    wide = torch.complex128 if wanted.is_complex() else torch.float64
+    found, wanted = found.to(wide), wanted.to(wide)
+    finite = wanted.isfinite()
+    found, wanted = found[finite], wanted[finite]
+    if not found.isfinite().all():
+        return float("inf")
+    return ((found - wanted).norm() / wanted.norm().clamp(min=max(least, 1e-30))).item()
 
 
 def output(y) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-def measure(module: nn.Module, x: Tensor, repeats: int) -> tuple[Tensor, float, float]:
-    """The output, the median of the milliseconds, and the MiB. On a GPU the latter is what torch has allocated, and
+def measure(module: nn.Module, x: Tensor, repeats: int) -> tuple[float, float]:
+    """The median of the milliseconds, and the MiB. On a GPU the latter is what torch has allocated, and
     elsewhere the bytes of the tensors that operators return; neither counts what a kernel needs inside."""
-    y, cuda = run(module, x), x.is_cuda
+    run(module, x)
+    cuda = x.is_cuda
     if cuda:
         torch.cuda.synchronize(x.device)
         torch.cuda.reset_peak_memory_stats(x.device)
@@ -128,4 +173,4 @@ def measure(module: nn.Module, x: Tensor, repeats: int) -> tuple[Tensor, float, 
         if cuda:
             torch.cuda.synchronize(x.device)
         times.append(1000 * (time.perf_counter() - start))
-    return y, sorted(times)[repeats // 2], peak / MIB
+    return sorted(times)[repeats // 2], peak / MIB

@@ -339,9 +339,9 @@ def test_refusals():
         ValueError, match=r"must have 'D' .*, got 'a\..*; prefix='a\.' may be meant"
     ):
         load_s4d({"a." + n: t for n, t in state.items()})
-    with pytest.raises(ValueError, match="state_dict must have keys, got none"):
+    with pytest.raises(ValueError, match="a key that starts with '', got none"):
         load_s4d({})
-    with pytest.raises(TypeError, match="bidirectional must be left out, the checkpoint says it"):
+    with pytest.raises(TypeError, match="bidirectional must be left out, the checkpoint decides"):
         load_s4d(state, bidirectional=True)
     with pytest.raises(ValueError, match=r"a key that starts with 'layers\.7\.'"):
         load_s4d(state, prefix="layers.7.")

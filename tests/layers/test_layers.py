@@ -117,7 +117,6 @@ def test_options_of_the_block(make):
         ({"activation": "tanh"}, "activation must be one of None, 'gelu'"),
         ({"postact": "relu"}, "postact must be one of 'glu', None"),
         ({"dropout": 1.5}, r"dropout must be a number from 0 to 1, got 1\.5"),
-        ({"dropout": "half"}, "dropout must be a number from 0 to 1, got 'half'"),
         ({"tie_dropout": 1}, "tie_dropout must be True or False, got 1"),
         ({"bidirectional": "yes"}, "bidirectional must be True or False, got 'yes'"),
     ):

@@ -246,6 +246,40 @@ def test_layers_that_compute_something_else_are_left_alone(monkeypatch):
     assert [(name, kind) for name, kind, _ in report.left] == [("0", "S4D")]
 
 
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda y, u, gate: y[0], "returns"),
+        (lambda y, u, gate: (y[0], u.sum()), "returns"),
+        (lambda y, u, gate: (y[0].double(), y[1]), "returns"),
+        (lambda y, u, gate: (y[0][..., 1:-3], y[1]), "returns"),
+        (lambda y, u, gate: (y[0] + gate * u, y[1]), "the gradient of gate would be another"),
+        (lambda y, u, gate: (y[0] + 1e-2, y[1]), "outputs would differ"),
+    ],
+)
+def test_changes_of_a_layer_that_its_test_sees(change, why):
+    class S4D(foreign.S4D):
+        def __init__(self, d_model):
+            super().__init__(d_model)
+            self.gate = nn.Parameter(torch.zeros(1))
+
+        def forward(self, u, *args, **kwargs):
+            return change(super().forward(u, *args, **kwargs), u, self.gate)
+
+    model = nn.ModuleList([S4D(8), foreign.LongConv()])
+    report = seqconv.patch(model, length=30)
+    assert [row.kind for row in report.rows] == ["LongConv"]
+    ((_, _, told),) = report.left
+    assert why in told
+
+
+def test_outputs_that_are_no_numbers_are_no_reason():
+    layer = foreign.FFTConv()
+    with torch.no_grad():
+        layer.D.fill_(torch.nan)
+    assert len(seqconv.patch(layer).rows) == 1
+
+
 def test_outputs_that_are_zero_and_the_memory_of_both(monkeypatch):
     layer, _ = made("hyena")
     with torch.no_grad():

@@ -112,11 +112,10 @@ bool check_butterfly(int64_t n, int64_t length, double limit) {
   // near to one in units of the largest that dot(z, dz) can be
   const double wanted = dot(z, dz), size = std::sqrt(dot(z, z) * dot(dz, dz));
   const double passes = static_cast<double>(radices.size());
-  const double worst = std::fmax(std::sqrt(error / norm),
-                                 std::fmax(std::fabs(dot(x, dx) - wanted),
-                                           std::fabs(dot(matrices, dmatrices) - passes * wanted)) /
-                                     size);
-  const bool fine = ok && std::isfinite(error) && worst < limit;
+  const double worst =
+      standalone::largest({std::sqrt(error / norm), std::fabs(dot(x, dx) - wanted) / size,
+                           std::fabs(dot(matrices, dmatrices) - passes * wanted) / size});
+  const bool fine = ok && worst < limit;
   std::printf("%s butterfly, %5ld points, length %5ld: %.1e%s\n",
               sizeof(T) == 4 ? "float " : "double", static_cast<long>(n), static_cast<long>(length),
               worst, fine ? "" : "  WRONG");
@@ -179,9 +178,9 @@ bool check_real_part(int64_t n, double limit) {
   };
   energy /= static_cast<double>(n);
   const double worst =
-      std::fmax(std::sqrt(error / norm),
-                std::fmax(std::fabs(dot(u, du) - energy), std::fabs(dot(k, dk) - energy)) / energy);
-  const bool fine = ok && std::isfinite(error) && worst < limit;
+      standalone::largest({std::sqrt(error / norm), std::fabs(dot(u, du) - energy) / energy,
+                           std::fabs(dot(k, dk) - energy) / energy});
+  const bool fine = ok && worst < limit;
   std::printf("%s real part, %5ld points: %.1e%s\n", sizeof(T) == 4 ? "float " : "double",
               static_cast<long>(n), worst, fine ? "" : "  WRONG");
   return fine;

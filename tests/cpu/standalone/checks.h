@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <vector>
 
 #include "cpu/fftconv.h"
@@ -23,6 +24,13 @@ seqconv::Tensor tensor(std::vector<T>& x, int64_t b, int64_t c, int64_t t) {
   result.dtype = sizeof(T) == 4 ? seqconv::Dtype::kFloat32 : seqconv::Dtype::kFloat64;
   const int64_t stride[] = {b, 0, c, t};
   std::memcpy(result.stride, stride, sizeof stride);
+  return result;
+}
+
+// The largest of the errors. Infinite if one is no number, which std::fmax would pass over.
+inline double largest(std::initializer_list<double> errors) {
+  double result = 0;
+  for (double error : errors) result = std::isfinite(error) ? std::fmax(result, error) : HUGE_VAL;
   return result;
 }
 

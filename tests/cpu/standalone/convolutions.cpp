@@ -1,4 +1,5 @@
 // Convolutions and their gradients against direct sums in double.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -64,9 +65,12 @@ struct Run {
     if (seqconv::backward(p) != seqconv::Status::kOk) return HUGE_VAL;
 
     std::vector<double> y64(y.size()), du64(y.size()), dk64(k.size()), dk_rev64(k_rev.size());
+    std::vector<double> dskip64(skip.size());
     for (int64_t row = 0; row < batch * channels; ++row) {
       const int64_t c = row % channels;
       for (int64_t t = 0; t < length; ++t) {
+        const auto at = static_cast<size_t>(row * length + t);
+        dskip64[static_cast<size_t>(c)] += static_cast<double>(dy[at]) * static_cast<double>(u[at]);
         for (int64_t s = 0; s < length; ++s) {
           const int64_t lag = t - s;
           if (lag >= taps || -lag > taps_rev) continue;
@@ -82,18 +86,21 @@ struct Run {
         }
       }
     }
-    compare(y, y64);
-    compare(du, du64);
-    compare(dk, dk64);
+    const auto compare_all = [&] {
+      compare(y, y64);
+      compare(du, du64);
+      compare(dk, dk64);
+      compare(dskip, dskip64);
+    };
+    compare_all();
     if (taps_rev) {
       compare(dk_rev, dk_rev64);
       return worst;
     }
+    for (auto* x : {&y, &du, &dk, &dskip}) std::fill(x->begin(), x->end(), static_cast<T>(NAN));
     if (seqconv::exact_forward(p) != seqconv::Status::kOk) return HUGE_VAL;
     if (seqconv::exact_backward(p) != seqconv::Status::kOk) return HUGE_VAL;
-    compare(y, y64);
-    compare(du, du64);
-    compare(dk, dk64);
+    compare_all();
     return worst;
   }
 };
