@@ -323,7 +323,7 @@ class ConvLayer(Described):
         linear: Any = self._modules["linear"]
         tiled = self.postact == "glu" and is_plain(linear) and y.numel() >= LEAST
         if tiled and takes(linear, y, wide):
-            return linear_glu(y.contiguous(), linear.weight, linear.bias)
+            return linear_glu(y, linear.weight, linear.bias)
         y = apply_linear(self, "linear", y, wide)
         if self.postact is None:
             return y

@@ -246,9 +246,7 @@ class ButterflyConv(ConvLayer):
         u_f = self.input_transform(u, some)  # (b h n 2)
         k_f = self.kernel_transform(make(), some)  # (c h n 2)
         v = butterfly.product(butterfly.Spectra(u_f, k_f), length)
-        skip = self.skip[:, channels].to(v.dtype).unsqueeze(-1)
-        u = u.unsqueeze(1)
-        v = torch.addcmul(v, skip, u) if u.dtype == v.dtype else v + skip * u
+        v = v + self.skip[:, channels].to(v.dtype).unsqueeze(-1) * u.unsqueeze(1)
         return reference.activate(v, self.activation).to(u.dtype)
 
     def __getattr__(self, name: str):

@@ -24,18 +24,13 @@ LEAST = 1 << 15  # numbers of x: below, torch's two calls take less time
 
 
 def takes(linear: nn.Linear, x: Tensor, wide: int) -> bool:
-    """Whether `linear_glu` computes this, for x W^T of that width: plain tensors on a CPU, which nothing watches. An x
-    in another layout is to be made contiguous first, which takes longer than the tiles save if x is of one sample."""
+    """Whether `linear_glu` computes this, for x W^T of that width: plain tensors on a CPU, which nothing watches."""
     weight, bias = linear.weight, linear.bias
     return (
         x.numel() >= LEAST
         and weight.shape == (wide, x.shape[-1])
         and (bias is None or bias.shape == (wide,))
-        and x.is_cpu
-        and x.dtype == torch.float32
-        and (x.is_contiguous() or x.shape[0] > 1)
-        and unwatched((x,))
-        and _plain(weight, bias)
+        and _plain(x, weight, bias)
         and not torch.is_autocast_enabled("cpu")
         and forward_ad._current_level < 0
         and not transforms_active()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from seqconv import S4D, ButterflyConv, use_backend
+from seqconv import S4D, use_backend
 from seqconv.backends import cpu
 from seqconv.layers import base, linear_glu
 
@@ -151,22 +151,6 @@ def test_who_else_wants_to_see_the_linear_map_sees_it(monkeypatch):
         return calls
 
     assert others() == []
-
-
-def test_inputs_in_another_layout(monkeypatch):
-    """Those of ButterflyConv, whose convolution has the channels before the steps."""
-    layer, x = ButterflyConv(64, l_max=300).eval(), torch.randn(2, 300, 64, requires_grad=True)
-    calls = []
-    tiled = lambda *a: (calls.append(a[0].is_contiguous()), linear_glu.linear_glu(*a))[1]  # noqa: E731
-    monkeypatch.setattr(base, "linear_glu", tiled)
-    inputs, dy, found = [x, *layer.parameters()], torch.randn(2, 300, 64), []
-    for asked in ("auto", "reference"):
-        with use_backend(asked):
-            y = layer(x)
-        found.append([y, *torch.autograd.grad(y, inputs, dy)])
-    assert calls == [True]
-    for a, b in zip(*found, strict=True):
-        assert rel(a, b.double()) < 2e-6
 
 
 def test_what_torch_refuses_or_broadcasts_is_left_to_torch():
