@@ -242,4 +242,4 @@ def test_a_curve_has_every_evaluation_of_a_run(tmp_path, capsys):
     assert "| 1 | 0.50 | - | 1.900 | 25.0 |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["curve", str(tmp_path / "none")])
-    assert "no run in" in capsys.readouterr().err
+    assert "is not the folder of a run: it has no run.json" in capsys.readouterr().err
